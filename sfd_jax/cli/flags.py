@@ -1,0 +1,127 @@
+"""Flags of the front doors: argparse for a door's own, ml_collections config_flags for `--config`.
+
+A door writes
+
+    parser = door_parser("train", __doc__)
+    parser.add_argument("--workdir", required=True, help="...")
+    args = parse_door(parser, argv, config="configs/sfd.py:xl")
+    args.config            # a locked ConfigDict with every --config.x.y=value applied
+
+An unknown flag, an unknown config key or a value of the wrong type stops with the nearest valid name.
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+import ml_collections
+from absl import flags as absl_flags
+from ml_collections import config_flags
+
+from sfd_jax.errors import SfdError, nearest
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise SfdError(f"{message} (see `{self.prog} --help`)")
+
+
+def door_parser(door: str, doc: str) -> argparse.ArgumentParser:
+    """Return the argument parser of `sfd <door>`, its help text taken from the door's docstring."""
+    return _Parser(
+        prog=f"sfd {door}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def parse_door(
+    parser: argparse.ArgumentParser, argv: list[str], config: str | None = None
+) -> argparse.Namespace:
+    """Parse a door's arguments.
+
+    Args:
+      parser: from `door_parser`, with the door's own flags added.
+      argv: arguments after the door's name.
+      config: default of `--config` ("path.py" or "path.py:argument"), relative to the repository;
+        None where the door takes no config.
+
+    Returns:
+      The namespace; `config` is the ConfigDict with all overrides applied, and `config_name` the
+      string it came from.
+
+    Raises:
+      SfdError: an unknown flag or config key, a value of the wrong type, or no such config file.
+    """
+    if config is not None:
+        parser.add_argument(
+            "--config",
+            default=config,
+            help="config file, with an optional argument after a colon (default: %(default)s); "
+            "--config.path.to.key=value overrides one of its values",
+        )
+    known, rest = parser.parse_known_args(argv)
+    overrides = [flag for flag in rest if config is not None and re.match(r"--?config\.", flag)]
+    unknown = [flag for flag in rest if flag not in overrides]
+    if unknown:
+        name = unknown[0].split("=")[0]
+        valid = [option for option in parser._option_string_actions]
+        raise SfdError(f"unknown argument '{unknown[0]}'; {nearest(name, valid)}")
+    if config is not None:
+        known.config_name = known.config
+        known.config = load_config(known.config, overrides)
+    return known
+
+
+def find_config(path: str) -> Path:
+    """Return the config file: as given, else relative to the repository that holds this package."""
+    for candidate in (Path(path), Path(__file__).resolve().parents[2] / path):
+        if candidate.is_file():
+            return candidate
+    raise SfdError(f"no config file '{path}' here or beside the package; configs live in configs/")
+
+
+def load_config(name: str, overrides: list[str] = ()) -> ml_collections.ConfigDict:
+    """Load `path.py[:argument]` and apply `--config.a.b=value` overrides.
+
+    Raises:
+      SfdError: unknown key (with the nearest valid one), wrong type, unknown argument, or no file.
+    """
+    path, _, argument = name.partition(":")
+    file = str(find_config(path)) + (f":{argument}" if argument else "")
+    for flag in overrides:
+        if "=" not in flag:
+            raise SfdError(f"write {flag}=VALUE: a config override needs an equals sign")
+    base = _parse(file, [])
+    for flag in overrides:
+        _check_key(base, flag.lstrip("-").split("=")[0].removeprefix("config."), name)
+    return _parse(file, list(overrides))
+
+
+def _parse(file: str, overrides: list[str]) -> ml_collections.ConfigDict:
+    values = absl_flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    try:
+        values(["sfd", f"--config={file}", *overrides])
+        return values.config
+    except (absl_flags.Error, TypeError, ValueError, AttributeError, KeyError) as error:
+        raise SfdError(f"config {file}: {error}") from error
+
+
+def _check_key(config: ml_collections.ConfigDict, key: str, name: str) -> None:
+    node, walked = config, []
+    for part in key.split("."):
+        part_name = part.split("[")[0]
+        if not isinstance(node, ml_collections.ConfigDict):
+            raise SfdError(
+                f"config {name} has no key '{key}': '{'.'.join(walked)}' is a value, not a group"
+            )
+        if part_name not in node:
+            here = ".".join(walked) or "its top level"
+            raise SfdError(
+                f"config {name} has no key '{key}': {here} has no '{part_name}'; "
+                f"{nearest(part_name, node.keys())}"
+            )
+        node = node[part_name]
+        walked.append(part)

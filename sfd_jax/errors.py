@@ -1,0 +1,28 @@
+"""Errors meant for the user's eyes, and the help they carry."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class SfdError(Exception):
+    """Report a fault of the input or the surroundings: names the thing and says what to do.
+
+    Every front door prints the message without a traceback and exits with status 2.
+    """
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Return a phrase that names the valid names nearest to `name`, for the end of a message.
+
+    Args:
+      name: what the user wrote.
+      valid: what would have been understood.
+
+    Returns:
+      "did you mean 'x'?", or the list of all valid names where none is near.
+    """
+    valid = sorted(valid)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean '{close[0]}'?"
+    return "valid names: " + ", ".join(valid)
