@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Set up as the demo does, then run the tests. Arguments pass through to pytest, except:
+#   --with-torch   also install the extra `torch`, so that the tests that need it run
+#   --fast         leave out the tests marked slow
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+extras=(dev)
+arguments=()
+for argument in "$@"; do
+    case $argument in
+        --with-torch) extras+=(torch) ;;
+        --fast) arguments+=(-m "not slow") ;;
+        *) arguments+=("$argument") ;;
+    esac
+done
+bash scripts/setup.sh "${extras[@]}"
+exec .venv/bin/python -m pytest -q --durations=15 ${arguments[@]+"${arguments[@]}"}

@@ -1,0 +1,39 @@
+"""Test surroundings: eight virtual CPU devices, strict arithmetic, and the parity pack.
+
+The environment is set before JAX is imported: device count and platform cannot change later.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+_flags = os.environ.get("XLA_FLAGS", "")
+if "host_platform_device_count" not in _flags:
+    os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count=8".strip()
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+# A silent broadcast over a missing axis is the commonest shape bug: it raises here.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_enable_compilation_cache", False)
+
+ROOT = Path(__file__).resolve().parents[1]
+# `configs/` and helpers of a test folder import from here without being installed.
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def parity_dir() -> Path:
+    """The folder of published answers: `SFD_PARITY_DIR`, by default ../shared/parity."""
+    folder = Path(os.environ.get("SFD_PARITY_DIR", ROOT.parent / "shared" / "parity"))
+    if not (folder / "README.md").exists() and not list(folder.glob("*.npz")):
+        pytest.skip(f"no parity pack in {folder}; set SFD_PARITY_DIR to a folder that holds one")
+    return folder

@@ -1,0 +1,75 @@
+"""Hold the line of who may import whom, and of what an import may cost."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+EVERYONE = {"errors"}
+# room -> rooms it may import, beside itself and `errors` (which is everybody's).
+MAY_IMPORT = {
+    "errors": set(),
+    "latents": set(),
+    "models": {"distributed"},
+    "distributed": {"models"},
+    "diffusion": {"latents"},
+    "data": {"latents", "distributed"},
+    "training": {"latents", "models", "diffusion", "data", "distributed"},
+    "generation": {"latents", "models", "diffusion", "data", "distributed", "training"},
+    "evaluation": {"models", "distributed", "data"},
+    "convert": {"latents", "models"},
+    "cli": {"latents", "models", "diffusion", "data", "distributed", "training", "generation",
+            "evaluation", "convert"},
+}
+HEAVY = ("torch", "tensorflow", "matplotlib", "sklearn", "tensorflow_datasets", "clu.metric_writers")
+
+
+def imported_rooms(source: str) -> set[str]:
+    """Return the rooms of sfd_jax that a module's source imports, at any depth of the code."""
+    rooms = set()
+    for node in ast.walk(ast.parse(source)):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "absolute imports only"
+            names = [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "sfd_jax" and len(parts) > 1:
+                rooms.add(parts[1])
+    return rooms - {"__version__"}
+
+
+def test_imported_rooms_sees_every_form():
+    source = "import sfd_jax.data.images\ndef f():\n  from sfd_jax import training\n  from sfd_jax.cli import x"
+    assert imported_rooms(source) == {"data", "training", "cli"}
+
+
+def test_rooms_import_only_what_they_may(root):
+    faults, seen = [], set()
+    for file in sorted((root / "sfd_jax").rglob("*.py")):
+        relative = file.relative_to(root / "sfd_jax")
+        room = relative.parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        seen.add(room)
+        allowed = MAY_IMPORT[room] | EVERYONE | {room}
+        for other in sorted(imported_rooms(file.read_text()) - allowed):
+            faults.append(f"{relative} imports {other}")
+    assert not faults, faults
+    assert seen == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("room", sorted(set(MAY_IMPORT) - {"cli"}))
+def test_import_brings_nothing_heavy(room):
+    code = (
+        f"import sys, pkgutil, importlib; m = importlib.import_module('sfd_jax.{room}')\n"
+        "for p in pkgutil.iter_modules(getattr(m, '__path__', [])):\n"
+        f"    importlib.import_module('sfd_jax.{room}.' + p.name)\n"
+        f"print([h for h in {HEAVY!r} if h in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
