@@ -95,33 +95,45 @@ def load_config(name: str, overrides: list[str] = ()) -> ml_collections.ConfigDi
             raise SfdError(f"write {flag}=VALUE: a config override needs an equals sign")
     base = _parse(file, [])
     for flag in overrides:
-        _check_key(base, flag.lstrip("-").split("=")[0].removeprefix("config."), name)
+        key, _, value = flag.lstrip("-").removeprefix("config.").partition("=")
+        _check_value(base, key, value, name)
     return _parse(file, list(overrides))
 
 
 def _parse(file: str, overrides: list[str]) -> ml_collections.ConfigDict:
+    argv = ["sfd", f"--config={file}", *overrides]
     values = absl_flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     try:
-        values(["sfd", f"--config={file}", *overrides])
+        values(argv)
         return values.config
     except (absl_flags.Error, TypeError, ValueError, AttributeError, KeyError) as error:
-        raise SfdError(f"config {file}: {error}") from error
+        # config_flags puts the traceback of the config file into its message: the last line says it.
+        reason = str(error).strip().splitlines()[-1]
+        raise SfdError(f"config {file}: {reason}") from error
 
 
-def _check_key(config: ml_collections.ConfigDict, key: str, name: str) -> None:
+def _check_value(config: ml_collections.ConfigDict, key: str, value: str, name: str) -> None:
+    """Raise SfdError where `key` is not in the config, or `value` does not read as its type."""
     node, walked = config, []
     for part in key.split("."):
-        part_name = part.split("[")[0]
         if not isinstance(node, ml_collections.ConfigDict):
-            raise SfdError(
-                f"config {name} has no key '{key}': '{'.'.join(walked)}' is a value, not a group"
-            )
-        if part_name not in node:
-            here = ".".join(walked) or "its top level"
-            raise SfdError(
-                f"config {name} has no key '{key}': {here} has no '{part_name}'; "
-                f"{nearest(part_name, node.keys())}"
-            )
-        node = node[part_name]
+            raise SfdError(f"config {name} has no key '{key}': '{'.'.join(walked)}' is a value, not a group")
+        field = part.split("[")[0]
+        if field not in node:
+            here = ".".join(walked) or "the top level"
+            raise SfdError(f"config {name} has no key '{key}': {here} has no '{field}'; {nearest(field, node)}")
+        node = node[field]
         walked.append(part)
+    if isinstance(node, ml_collections.ConfigDict):
+        raise SfdError(f"config {name}: '{key}' is a group; set one of its keys: {', '.join(node)}")
+    if type(node) in (int, float):
+        try:
+            type(node)(value)
+        except ValueError:
+            raise SfdError(
+                f"config {name}: '{key}' takes {_ARTICLE[type(node)]}, as its default {node!r} is; got '{value}'"
+            ) from None
+
+
+_ARTICLE = {int: "an integer", float: "a number"}

@@ -1,0 +1,69 @@
+"""Flags of the doors: overrides apply, and each kind of mistake names the nearest valid thing."""
+
+import pytest
+
+from sfd_jax.cli.flags import door_parser, load_config, parse_door
+from sfd_jax.cli.main import DOORS, main
+from sfd_jax.errors import SfdError
+
+CONFIG = "configs/sfd.py:xl,tiny"
+
+
+def parse(*argv):
+    parser = door_parser("train", "a door")
+    parser.add_argument("--workdir")
+    return parse_door(parser, list(argv), CONFIG)
+
+
+def test_overrides_apply_and_keep_types():
+    args = parse("--config.train.steps=9", "--config.optimizer.learning_rate=1e-3", "--workdir=w")
+    assert args.config.train.steps == 9
+    assert args.config.optimizer.learning_rate == 1e-3
+    assert args.workdir == "w"
+    assert args.config_name == CONFIG
+
+
+@pytest.mark.parametrize(
+    "flag, says",
+    [
+        ("--config.train.stesp=9", "did you mean 'steps'?"),
+        ("--config.trian.steps=9", "did you mean 'train'?"),
+        ("--config.train.steps=many", "takes an integer"),
+        ("--config.optimizer.learning_rate=fast", "takes a number"),
+        ("--config.train.steps.now=9", "is a value, not a group"),
+        ("--config.train=9", "is a group"),
+        ("--config.model.use_rope=perhaps", "use_rope"),
+        ("--config.train.steps", "needs an equals sign"),
+        ("--workdri=w", "did you mean '--workdir'?"),
+        ("--config=configs/sfd.py:xxl", "unknown size 'xxl'"),
+        ("--config=configs/none.py", "no config file"),
+    ],
+)
+def test_each_mistake_is_named(flag, says):
+    with pytest.raises(SfdError) as error:
+        parse(flag)
+    assert says in str(error.value)
+
+
+def test_config_is_locked():
+    with pytest.raises((AttributeError, KeyError)):
+        load_config(CONFIG).train.stepz = 3
+
+
+def test_unknown_door(capsys):
+    assert main(["trian"]) == 2
+    assert "did you mean 'train'?" in capsys.readouterr().err
+
+
+def test_overview_names_every_door(capsys):
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"  {door} " in printed for door in DOORS)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_every_door_explains_itself(door, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([door, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: sfd {door}" in capsys.readouterr().out
