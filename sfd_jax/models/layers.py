@@ -1,0 +1,112 @@
+"""Leaves shared by the networks: dense and normalisation layers, patch embedding, MLPs.
+
+Parameters are float32. `dtype` is the dtype of the matmul alone; normalisation is always computed
+and returned in float32. Axis letters: B batch, H W grid, C channels, N tokens, D width, P patch.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sfd_jax.errors import SfdError
+
+XAVIER = jax.nn.initializers.xavier_uniform()
+ZEROS = jax.nn.initializers.zeros
+
+
+def normal(stddev: float):
+    """Return the initialiser of a normal distribution with this standard deviation."""
+    return jax.nn.initializers.normal(stddev)
+
+
+def dense(features_in, features_out, *, rngs, init=XAVIER, dtype=jnp.float32) -> nnx.Linear:
+    """Build a Linear with zero bias: (..., features_in) -> (..., features_out) in `dtype`."""
+    return nnx.Linear(features_in, features_out, kernel_init=init, dtype=dtype, rngs=rngs)
+
+
+def rms_norm(width, *, rngs, epsilon=1e-6) -> nnx.RMSNorm:
+    """Build an RMSNorm over the last axis with a learned scale, float32."""
+    return nnx.RMSNorm(width, epsilon=epsilon, dtype=jnp.float32, rngs=rngs)
+
+
+def layer_norm(width, *, rngs, epsilon=1e-6, affine=True) -> nnx.LayerNorm:
+    """Build a LayerNorm over the last axis, float32; without `affine` it has no parameters."""
+    return nnx.LayerNorm(
+        width,
+        epsilon=epsilon,
+        use_scale=affine,
+        use_bias=affine,
+        dtype=jnp.float32,
+        # E[x^2] - E[x]^2 loses digits where the mean is large; parity wants the two-pass variance.
+        use_fast_variance=False,
+        rngs=rngs,
+    )
+
+
+class PatchEmbed(nnx.Module):
+    """Cut an image into patches and project each: the strided convolution, as one matmul.
+
+    Parameters: kernel (P, P, C, D), bias (D,).
+    """
+
+    def __init__(self, patch_size, channels, width, *, rngs, init=XAVIER):
+        flat = init(rngs.params(), (patch_size * patch_size * channels, width), jnp.float32)
+        self.kernel = nnx.Param(flat.reshape(patch_size, patch_size, channels, width))
+        self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
+
+    def __call__(self, images):
+        """Map (B, H, W, C) to tokens (B, N, D) in row order."""
+        p, _, c, d = self.kernel.shape
+        b, h, w, _ = images.shape
+        patches = images.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
+        patches = patches.reshape(b, (h // p) * (w // p), p * p * c)
+        return patches @ self.kernel[...].reshape(p * p * c, d) + self.bias[...][None, None]
+
+
+def unpatchify(tokens, grid_size, patch_size):
+    """Put tokens (B, N, P*P*C), in row order, back to an image (B, H, W, C)."""
+    b, _, features = tokens.shape
+    g, p = grid_size, patch_size
+    c = features // (p * p)
+    images = tokens.reshape(b, g, g, p, p, c).transpose(0, 1, 3, 2, 4, 5)
+    return images.reshape(b, g * p, g * p, c)
+
+
+class Mlp(nnx.Module):
+    """Linear, activation, Linear."""
+
+    def __init__(self, width, hidden, activation, *, rngs, init=XAVIER, dtype=jnp.float32):
+        self.fc1 = dense(width, hidden, rngs=rngs, init=init, dtype=dtype)
+        self.fc2 = dense(hidden, width, rngs=rngs, init=init, dtype=dtype)
+        self.activation = activation
+
+    def __call__(self, x):
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class SwiGlu(nnx.Module):
+    """silu(x W1) * (x W2), then W3; W1 and W2 are one fused matrix, W1's columns first."""
+
+    def __init__(self, width, hidden, *, rngs, init=XAVIER, dtype=jnp.float32):
+        self.w12 = dense(width, 2 * hidden, rngs=rngs, init=init, dtype=dtype)
+        self.w3 = dense(hidden, width, rngs=rngs, init=init, dtype=dtype)
+
+    def __call__(self, x):
+        gate, value = jnp.split(self.w12(x), 2, axis=-1)
+        return self.w3(jax.nn.silu(gate) * value)
+
+
+def gelu_exact(x):
+    """The Gaussian error linear unit by erf."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def gelu_tanh(x):
+    """The tanh approximation of the Gaussian error linear unit."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def check(condition: bool, message: str):
+    """Raise SfdError(message) unless `condition`; for configs that cannot be built."""
+    if not condition:
+        raise SfdError(message)

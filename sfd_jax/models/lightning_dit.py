@@ -1,0 +1,360 @@
+"""LightningDiT: the diffusion transformer of LightningDiT and of Semantic-First Diffusion.
+
+Predicts the velocity of a composite latent from the latent, its two clocks and a class label.
+Conventions: t = 0 is noise, t = 1 is data; arrays channels last. Axis letters: B batch, H W latent
+grid, C channels, P patch, N tokens, D width, K heads, E head width, M MLP width, L layers.
+
+The residual stream, normalisation, modulation, rotary embedding and softmax are float32;
+`compute_dtype` is the dtype of the matmuls inside the blocks and the REPA projector.
+
+Parameters (ours <- PyTorch key; Linear weights are transposed, `blocks/` leaves are stacked along a
+leading axis L over `blocks.{i}.`):
+
+  patch_embed/kernel (P,P,C,D), bias (D,)          x_embedder.proj.{weight (D,C,P,P), bias}
+  time_embed_semantic/linear1/kernel (256,D/2)     t_embedder_sem.mlp.0.{weight,bias}
+  time_embed_semantic/linear2/kernel (D/2,D/2)     t_embedder_sem.mlp.2
+  time_embed_texture/linear1, linear2              t_embedder_tex.mlp.0, .2
+  time_embed/linear1 (256,D), linear2 (D,D)        t_embedder.mlp.0, .2 (one clock, instead)
+  label_embed/embedding (classes [+1], D)          y_embedder.embedding_table.weight
+  blocks/norm1/scale, norm2/scale (L,D)            norm1.weight, norm2.weight (only with use_rmsnorm)
+  blocks/attention/qkv/kernel (L,D,3D), bias       attn.qkv
+  blocks/attention/q_norm/scale, k_norm/scale (L,E)  attn.q_norm.weight, k_norm.weight
+                                                   (+ bias where use_rmsnorm is off)
+  blocks/attention/proj/kernel (L,D,D), bias       attn.proj
+  blocks/mlp/w12/kernel (L,D,2M), w3 (L,M,D)       mlp.w12, mlp.w3 (use_swiglu)
+  blocks/mlp/fc1/kernel (L,D,M), fc2 (L,M,D)       mlp.fc1, mlp.fc2 (otherwise)
+  blocks/modulation/kernel (L,D,6D or 4D), bias    adaLN_modulation.1
+  final/norm/scale (D,)                            final_layer.norm_final.weight (use_rmsnorm)
+  final/modulation/kernel (D,2D), bias             final_layer.adaLN_modulation.1
+  final/linear/kernel (D,P*P*C or P*P*2C), bias    final_layer.linear
+  repa_projector/linear1, linear2, linear3         repa_projector.0, .2, .4
+
+`pos_embed` and `feat_rope.*` of the released files are fixed tables (positions.py), not parameters.
+
+Source: SFD paper section 3; released code models/lightningdit.py and models/swiglu_ffn.py.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sfd_jax.errors import SfdError, nearest
+from sfd_jax.models.attention import attend
+from sfd_jax.models.layers import (
+    ZEROS,
+    Mlp,
+    PatchEmbed,
+    SwiGlu,
+    check,
+    dense,
+    gelu_tanh,
+    layer_norm,
+    normal,
+    rms_norm,
+    unpatchify,
+)
+from sfd_jax.models.positions import rotary_2d, rotate, sincos_2d, time_features
+
+# The released code's table. Its "1p0B" is the paper's XXL, which the paper gives as 32 x 1280 x 16.
+SIZES = {
+    "S": dict(depth=12, width=384, num_heads=6),
+    "B": dict(depth=12, width=768, num_heads=12),
+    "L": dict(depth=24, width=1024, num_heads=16),
+    "XL": dict(depth=28, width=1152, num_heads=16),
+    "1p0B": dict(depth=24, width=1536, num_heads=24),
+    "1p6B": dict(depth=28, width=1792, num_heads=28),
+}
+
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """Say which LightningDiT; the defaults are SFD's, without REPA.
+
+    Attributes:
+      width, depth, num_heads: D, L, K.
+      input_size: side of the latent grid before patching.
+      patch_size: P.
+      in_channels: C, texture and semantics together.
+      num_classes: labels are 0..num_classes-1; the null label is num_classes.
+      null_label: the label table has a row for the null label.
+      two_clocks: one time embedding a clock, D/2 wide each; otherwise one that reads t_texture.
+      use_qknorm: normalise queries and keys per head before the rotation.
+      use_swiglu: SwiGLU of hidden width int(2/3 mlp_ratio D), instead of GELU of mlp_ratio D.
+      use_rope: 2D rotary embedding (beside the position table, which is always added).
+      use_rmsnorm: RMSNorm with a learned scale, instead of LayerNorm without parameters.
+      use_shift: modulation has shift, scale and gate; without it scale and gate (blocks only).
+      learn_sigma: the last layer has 2C channels, of which the second half is dropped.
+      repa_features: F, width of the projected features; 0 for no projector.
+      repa_depth: the projector reads the hidden states after this many blocks.
+      repa_width: hidden width of the projector.
+      scan_blocks: run the blocks as one compiled loop; off, unrolled (slower to compile).
+      remat: what a block keeps for the backward pass: "none" recomputes nothing, "full" everything,
+        "dots" everything but the matmuls with weights.
+      compute_dtype: "float32" or "bfloat16".
+    """
+
+    width: int
+    depth: int
+    num_heads: int
+    input_size: int = 16
+    patch_size: int = 1
+    in_channels: int = 48
+    num_classes: int = 1000
+    null_label: bool = True
+    two_clocks: bool = True
+    use_qknorm: bool = True
+    use_swiglu: bool = True
+    use_rope: bool = True
+    use_rmsnorm: bool = True
+    use_shift: bool = True
+    learn_sigma: bool = False
+    mlp_ratio: float = 4.0
+    repa_features: int = 0
+    repa_depth: int = 2
+    repa_width: int = 2048
+    scan_blocks: bool = True
+    remat: str = "none"
+    compute_dtype: str = "float32"
+
+    def __post_init__(self):
+        d, k = self.width, self.num_heads
+        check(d % k == 0, f"width {d} does not divide by num_heads {k}: choose another number of heads")
+        check(d % 4 == 0, f"width {d} must divide by 4: half of it tells the row, half the column")
+        check(
+            not self.use_rope or (d // k) % 4 == 0,
+            f"head width {d // k} (width {d} / num_heads {k}) must divide by 4 with use_rope",
+        )
+        check(
+            self.input_size % self.patch_size == 0,
+            f"input_size {self.input_size} does not divide by patch_size {self.patch_size}",
+        )
+        check(
+            not self.repa_features or 1 <= self.repa_depth <= self.depth,
+            f"repa_depth {self.repa_depth} must lie in 1..depth ({self.depth})",
+        )
+        check(self.remat in REMAT, f"no remat policy '{self.remat}': {nearest(self.remat, REMAT)}")
+        check(
+            self.compute_dtype in ("float32", "bfloat16"),
+            f"compute_dtype is '{self.compute_dtype}': choose float32 or bfloat16",
+        )
+
+
+def dit_config(size: str, **overrides) -> DiTConfig:
+    """Return the config of a published size ("S", "B", "L", "XL", "1p0B", "1p6B").
+
+    Raises:
+      SfdError: no such size, or an override that is no field of DiTConfig.
+    """
+    if size not in SIZES:
+        raise SfdError(f"no LightningDiT size '{size}': {nearest(size, SIZES)}")
+    fields = {field.name for field in dataclasses.fields(DiTConfig)}
+    for key in overrides:
+        check(key in fields, f"DiTConfig has no field '{key}': {nearest(key, fields)}")
+    return DiTConfig(**{**SIZES[size], **overrides})
+
+
+class LightningDiT(nnx.Module):
+    """Predict the velocity of a latent; a fresh network answers zero."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        c = self.config = config
+        self.patch_embed = PatchEmbed(c.patch_size, c.in_channels, c.width, rngs=rngs)
+        if c.two_clocks:
+            self.time_embed_semantic = TimeEmbed(c.width // 2, rngs=rngs)
+            self.time_embed_texture = TimeEmbed(c.width // 2, rngs=rngs)
+        else:
+            self.time_embed = TimeEmbed(c.width, rngs=rngs)
+        rows = c.num_classes + int(c.null_label)
+        self.label_embed = nnx.Embed(rows, c.width, embedding_init=normal(0.02), rngs=rngs)
+        make_block = nnx.vmap(lambda key: Block(c, rngs=nnx.Rngs(params=key)))
+        self.blocks = make_block(jax.random.split(rngs.params(), c.depth))
+        self.final = FinalLayer(c, rngs=rngs)
+        if c.repa_features:
+            self.repa_projector = RepaProjector(c, rngs=rngs)
+
+    def __call__(self, latents, t_semantic, t_texture, labels, *, return_repa=False):
+        """Predict the velocity.
+
+        Args:
+          latents: (B, H, W, C), texture first, on the path between noise and data.
+          t_semantic, t_texture: (B,) in [0, 1]; a single-clock network reads t_texture alone.
+          labels: (B,) int32 in [0, num_classes], the last being the null label.
+          return_repa: also return the projected hidden states.
+
+        Returns:
+          velocity (B, H, W, C) float32; with `return_repa` the pair (velocity, repa (B, N, F)).
+
+        Raises:
+          SfdError: latents of another grid or channel count, or REPA asked of a network without it.
+        """
+        c = self.config
+        expected = (c.input_size, c.input_size, c.in_channels)
+        check(
+            latents.shape[1:] == expected,
+            f"latents are {latents.shape}; this network is built for (B, H, W, C) = (B, {expected})",
+        )
+        check(
+            not return_repa or c.repa_features > 0,
+            "REPA features were asked of a network without projector: set repa_features",
+        )
+        grid = c.input_size // c.patch_size
+        tokens = self.patch_embed(latents.astype(jnp.float32))
+        tokens = tokens + sincos_2d(c.width, grid)[None]
+        condition = self._embed_times(t_semantic, t_texture) + self.label_embed(labels)
+        condition = jax.nn.silu(condition)
+        rotary = rotary_2d(c.width // c.num_heads, grid) if c.use_rope else None
+
+        graphdef, state = nnx.split(self.blocks)
+        stacked = nnx.to_pure_dict(state)
+
+        def block(tokens, params):
+            return nnx.merge(graphdef, params)(tokens, condition, rotary), None
+
+        if return_repa:
+            # Two loops around the depth that REPA reads: carrying a copy through one loop instead
+            # would double what the backward pass keeps.
+            shallow = jax.tree.map(lambda p: p[: c.repa_depth], stacked)
+            stacked = jax.tree.map(lambda p: p[c.repa_depth :], stacked)
+            tokens = self._run_blocks(block, tokens, shallow, c.repa_depth)
+            repa = self.repa_projector(tokens)
+            tokens = self._run_blocks(block, tokens, stacked, c.depth - c.repa_depth)
+        else:
+            tokens = self._run_blocks(block, tokens, stacked, c.depth)
+
+        velocity = unpatchify(self.final(tokens, condition), grid, c.patch_size)
+        velocity = velocity[..., : c.in_channels]  # drops what learn_sigma added
+        return (velocity, repa) if return_repa else velocity
+
+    def _embed_times(self, t_semantic, t_texture):
+        if not self.config.two_clocks:
+            return self.time_embed(t_texture)
+        halves = [self.time_embed_semantic(t_semantic), self.time_embed_texture(t_texture)]
+        return jnp.concatenate(halves, axis=-1)
+
+    def _run_blocks(self, block, tokens, stacked, count):
+        c = self.config
+        if c.remat != "none":
+            # In a scan XLA cannot merge the recomputation with the forward pass anyway.
+            block = jax.checkpoint(block, policy=REMAT[c.remat], prevent_cse=not c.scan_blocks)
+        if c.scan_blocks:
+            return jax.lax.scan(block, tokens, stacked, length=count)[0]
+        for layer in range(count):
+            tokens, _ = block(tokens, jax.tree.map(lambda p, layer=layer: p[layer], stacked))
+        return tokens
+
+
+class TimeEmbed(nnx.Module):
+    """Embed a clock: 256 sinusoidal features, Linear, SiLU, Linear; float32."""
+
+    def __init__(self, width, *, rngs):
+        self.linear1 = dense(256, width, rngs=rngs, init=normal(0.02))
+        self.linear2 = dense(width, width, rngs=rngs, init=normal(0.02))
+
+    def __call__(self, t):
+        return self.linear2(jax.nn.silu(self.linear1(time_features(t, 256))))
+
+
+class Block(nnx.Module):
+    """Attention and MLP, each normalised, modulated by the condition and gated (adaLN-zero)."""
+
+    def __init__(self, config: DiTConfig, *, rngs):
+        c = config
+        dtype = jnp.dtype(c.compute_dtype)
+        hidden = int(c.width * c.mlp_ratio)
+        self.use_shift = c.use_shift
+        self.norm1 = block_norm(c, rngs)
+        self.norm2 = block_norm(c, rngs)
+        self.attention = Attention(c, rngs=rngs)
+        if c.use_swiglu:
+            self.mlp = SwiGlu(c.width, int(2 / 3 * hidden), rngs=rngs, dtype=dtype)
+        else:
+            self.mlp = Mlp(c.width, hidden, gelu_tanh, rngs=rngs, dtype=dtype)
+        parts = 6 if c.use_shift else 4
+        self.modulation = dense(c.width, parts * c.width, rngs=rngs, init=ZEROS)
+
+    def __call__(self, tokens, condition, rotary):
+        """Map tokens (B, N, D) float32 under the condition (B, D), already through SiLU."""
+        modulation = self.modulation(condition)[:, None, :]
+        if self.use_shift:
+            shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
+        else:
+            scale1, gate1, scale2, gate2 = jnp.split(modulation, 4, axis=-1)
+            shift1 = shift2 = jnp.zeros_like(scale1)
+        x = self.norm1(tokens) * (1 + scale1) + shift1
+        tokens = tokens + gate1 * self.attention(x, rotary)
+        x = self.norm2(tokens) * (1 + scale2) + shift2
+        return tokens + gate2 * self.mlp(x)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with normalised queries and keys and rotary positions."""
+
+    def __init__(self, config: DiTConfig, *, rngs):
+        c = config
+        self.num_heads = c.num_heads
+        self.dtype = jnp.dtype(c.compute_dtype)
+        self.use_qknorm = c.use_qknorm
+        self.qkv = dense(c.width, 3 * c.width, rngs=rngs, dtype=self.dtype)
+        if c.use_qknorm:
+            head_width = c.width // c.num_heads
+            # Here LayerNorm, where chosen, has parameters and PyTorch's default epsilon.
+            make = rms_norm if c.use_rmsnorm else (lambda e, rngs: layer_norm(e, rngs=rngs, epsilon=1e-5))
+            self.q_norm = make(head_width, rngs=rngs)
+            self.k_norm = make(head_width, rngs=rngs)
+        self.proj = dense(c.width, c.width, rngs=rngs, dtype=self.dtype)
+
+    def __call__(self, x, rotary):
+        b, n, d = x.shape
+        qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, d // self.num_heads)
+        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # (B, N, K, E)
+        if self.use_qknorm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
+        out = attend(query.astype(self.dtype), key.astype(self.dtype), value)
+        return self.proj(out.reshape(b, n, d))
+
+
+class FinalLayer(nnx.Module):
+    """Normalise, modulate and project tokens (B, N, D) to patches (B, N, P*P*C), float32."""
+
+    def __init__(self, config: DiTConfig, *, rngs):
+        c = config
+        channels = c.in_channels * (2 if c.learn_sigma else 1)
+        self.norm = block_norm(c, rngs)
+        self.modulation = dense(c.width, 2 * c.width, rngs=rngs, init=ZEROS)
+        self.linear = dense(c.width, c.patch_size**2 * channels, rngs=rngs, init=ZEROS)
+
+    def __call__(self, tokens, condition):
+        shift, scale = jnp.split(self.modulation(condition)[:, None, :], 2, axis=-1)
+        return self.linear(self.norm(tokens) * (1 + scale) + shift)
+
+
+class RepaProjector(nnx.Module):
+    """Project hidden states (B, N, D) to the visual encoder's features (B, N, F); training only."""
+
+    def __init__(self, config: DiTConfig, *, rngs):
+        c = config
+        dtype = jnp.dtype(c.compute_dtype)
+        self.linear1 = dense(c.width, c.repa_width, rngs=rngs, dtype=dtype)
+        self.linear2 = dense(c.repa_width, c.repa_width, rngs=rngs, dtype=dtype)
+        self.linear3 = dense(c.repa_width, c.repa_features, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x):
+        x = jax.nn.silu(self.linear2(jax.nn.silu(self.linear1(x))))
+        return self.linear3(x).astype(jnp.float32)
+
+
+def block_norm(config: DiTConfig, rngs):
+    """Build the norm before a modulation: RMSNorm with scale, or LayerNorm without parameters."""
+    if config.use_rmsnorm:
+        return rms_norm(config.width, rngs=rngs)
+    return layer_norm(config.width, rngs=rngs, affine=False)
