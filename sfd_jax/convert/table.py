@@ -1,0 +1,325 @@
+"""One table a network, read in both directions: their key, our path, the change of layout.
+
+Conventions: theirs is a PyTorch state dict, `{key: array}` with Linear weights (out, in) and conv
+weights OIHW; ours is the nested dict of `Network.init`, kernels (in, out) and HWIO, paths written
+with slashes. `{layer}` in a key stands for an index; where our path lacks it, our array is stacked
+along a leading axis. Every array of ours has a row, so the architecture decides which keys must be
+there: import and export are strict, and neither can forget one.
+"""
+
+import base64
+import dataclasses
+import fnmatch
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from sfd_jax.errors import SfdError
+from sfd_jax.models.network import Network
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A change of layout; both functions return views."""
+
+    to_ours: Callable[[np.ndarray], np.ndarray]
+    to_theirs: Callable[[np.ndarray], np.ndarray]
+
+
+LAYOUTS = {
+    "same": Layout(lambda a: a, lambda a: a),
+    "linear": Layout(lambda a: a.T, lambda a: a.T),
+    "conv": Layout(lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1)),
+    # A 1x1 convolution that we keep as a Linear.
+    "pointwise": Layout(lambda a: a[:, :, 0, 0].T, lambda a: a.T[:, :, None, None]),
+    # A leading axis of length one that we do not keep.
+    "unbatched": Layout(lambda a: a[0], lambda a: a[None]),
+    "unbatched2": Layout(lambda a: a[0, 0], lambda a: a[None, None]),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of a table.
+
+    Args:
+      theirs: their key, or several whose arrays we keep as one, joined along their first axis.
+      ours: our path.
+      layout: a key of LAYOUTS.
+    """
+
+    theirs: str | tuple[str, ...]
+    ours: str
+    layout: str = "same"
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """What a network is called by them and by us.
+
+    Args:
+      network: its name in `sfd_jax.models.NETWORKS`.
+      rows: one for every array the network may have; which exist follows from the config.
+      fixed: gives for a config the arrays that their files store though the architecture computes
+        them: checked at import, written at export.
+      skipped: patterns of their keys that carry nothing we need (`fnmatch`); never exported.
+    """
+
+    network: str
+    rows: tuple[Row, ...]
+    fixed: Callable[[Any], dict[str, np.ndarray]] = lambda config: {}
+    skipped: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """One of their arrays (or several, joined) and its place in one of ours."""
+
+    path: str
+    layer: int | None
+    keys: tuple[str, ...]
+    layout: Layout
+    their_shape: tuple[int, ...]  # of each key
+
+
+def import_params(
+    table: Table,
+    state: Mapping[str, Any],
+    network: Network,
+    *,
+    source: str = "this state dict",
+    place: Callable[[np.ndarray], Any] = lambda array: array,
+) -> dict[str, Any]:
+    """Turn their state dict into our parameters.
+
+    Args:
+      table: the network's table.
+      state: their arrays by key, loaded one at a time (NumPy, `LazyArray`, anything with shape,
+        dtype and `__array__`).
+      network: what to fill; decides which arrays must be there.
+      source: how errors name the state dict.
+      place: applied to each finished array of ours, e.g. `jax.device_put`; at most one finished
+        array and one of theirs are in host memory beside what `place` returns.
+
+    Returns:
+      The nested dict of `network.init`, float32.
+
+    Raises:
+      SfdError: names every missing, extra and misshapen array with the shapes, or a fixed table
+        that is not the one the architecture computes.
+    """
+    slots = list(_slots(table, network))
+    _check_strictly(table, state, network, slots, source)
+    shapes = _our_shapes(network)
+    params: dict[str, Any] = {}
+    for path, group in _grouped(slots):
+        ours = np.empty(shapes[path], np.float32)
+        for slot in group:
+            theirs = [np.asarray(state[key]) for key in slot.keys]
+            theirs = theirs[0] if len(theirs) == 1 else np.concatenate(theirs)
+            (ours if slot.layer is None else ours[slot.layer])[...] = slot.layout.to_ours(theirs)
+        _put(params, path, place(ours))
+    return params
+
+
+def export_state(
+    table: Table, params: Mapping[str, Any], network: Network, kept: Mapping[str, Any] | None = None
+) -> dict[str, np.ndarray]:
+    """Turn our parameters into their state dict, fixed tables included.
+
+    Args:
+      params: the nested dict of `network.init`.
+      kept: what `kept_as_stored` returned at the import, for an export equal to the last bit.
+
+    Returns:
+      Arrays in row-major order by their key.
+    """
+    kept = kept or {}
+    dtypes, tables = kept.get("dtypes", {}), kept.get("fixed", {})
+    state = {}
+    for path, group in _grouped(_slots(table, network)):
+        ours = np.asarray(_get(params, path))
+        for slot in group:
+            array = slot.layout.to_theirs(ours if slot.layer is None else ours[slot.layer])
+            for key, part in zip(slot.keys, np.split(array, len(slot.keys)) if slot.keys[1:] else [array]):
+                state[key] = np.array(part, _dtype(dtypes.get(key, "float32")), order="C")
+    for key, array in table.fixed(network.config).items():
+        state[key] = _unpack(tables[key]) if key in tables else array
+    return state
+
+
+def kept_as_stored(table: Table, state: Mapping[str, Any], network: Network) -> dict[str, Any]:
+    """Return what our checkpoint must remember to write the very same bytes again, JSON-able.
+
+    Weights in another dtype than float32 are remembered by name. Fixed tables of released files
+    come from another mathematical library and differ from ours in the last bit, so those that
+    differ are kept as they are, compressed (rotary tables are so repetitive that little is left).
+    """
+    keys = [key for slot in _slots(table, network) for key in slot.keys]
+    dtypes = {key: np.dtype(state[key].dtype).name for key in keys}
+    fixed = {}
+    for key, ours in table.fixed(network.config).items():
+        if key in state:
+            theirs = np.asarray(state[key])
+            if theirs.dtype != ours.dtype or theirs.tobytes() != ours.tobytes():
+                fixed[key] = _pack(theirs)
+    return {"dtypes": {k: d for k, d in dtypes.items() if d != "float32"}, "fixed": fixed}
+
+
+def key_shapes(table: Table, network: Network) -> dict[str, tuple[int, ...]]:
+    """Return the keys and shapes that a state dict of this network must have, fixed ones aside."""
+    return {key: slot.their_shape for slot in _slots(table, network) for key in slot.keys}
+
+
+def our_place(table: Table, network: Network) -> dict[str, Callable[[Mapping[str, Any]], np.ndarray]]:
+    """Return for each of their keys a function that takes its array out of a tree like ours.
+
+    For trees of the parameters' shape (gradients, moments) that are compared key by key.
+    """
+
+    def taker(slot: _Slot, part: int):
+        def take(tree):
+            ours = np.asarray(_get(tree, slot.path))
+            array = slot.layout.to_theirs(ours if slot.layer is None else ours[slot.layer])
+            return np.split(array, len(slot.keys))[part] if slot.keys[1:] else array
+
+        return take
+
+    return {
+        key: taker(slot, part)
+        for slot in _slots(table, network)
+        for part, key in enumerate(slot.keys)
+    }
+
+
+def shape_of(state: Mapping[str, Any], key: str, rank: int | None = None) -> tuple[int, ...]:
+    """Return the shape of an array that the architecture is read from.
+
+    Raises:
+      SfdError: it is missing, or has not `rank` axes.
+    """
+    if key not in state:
+        raise SfdError(f"missing {key}: the architecture cannot be read without it")
+    shape = tuple(state[key].shape)
+    if rank is not None and len(shape) != rank:
+        raise SfdError(f"misshapen {key} is {shape}, expected {rank} axes")
+    return shape
+
+
+def _check_strictly(table, state, network, slots, source) -> None:
+    expected = {key: slot.their_shape for slot in slots for key in slot.keys}
+    fixed = table.fixed(network.config)
+    missing, misshapen, extra, wrong = [], [], [], []
+    for key, shape in expected.items():
+        if key not in state:
+            missing.append(f"  missing   {key} {shape}")
+        elif tuple(state[key].shape) != shape:
+            misshapen.append(f"  misshapen {key} is {tuple(state[key].shape)}, expected {shape}")
+        elif not _is_float(state[key].dtype):
+            misshapen.append(f"  not float {key} is {np.dtype(state[key].dtype).name}")
+    for key in state:
+        if key in expected or any(fnmatch.fnmatchcase(key, pattern) for pattern in table.skipped):
+            continue
+        if key not in fixed:
+            extra.append(f"  extra     {key} {tuple(state[key].shape)}")
+        elif tuple(state[key].shape) != fixed[key].shape:
+            misshapen.append(
+                f"  misshapen {key} is {tuple(state[key].shape)}, expected {fixed[key].shape}"
+            )
+        elif not _agree(np.asarray(state[key]), fixed[key]):
+            wrong.append(f"  changed   {key} is a fixed table, but not the one this network computes")
+    faults = missing + extra + misshapen + wrong
+    if faults:
+        raise SfdError(
+            f"{source} does not fit {table.network} ({_described(network)}):\n" + "\n".join(faults)
+        )
+
+
+def _described(network: Network) -> str:
+    return ", ".join(f"{key} {value}" for key, value in network.config_dict().items())
+
+
+def _agree(stored: np.ndarray, computed: np.ndarray) -> bool:
+    # Angles up to 100 in float32 carry an error of 4e-6; half precision rounds to 4e-3.
+    tolerance = 2e-5 if stored.dtype.itemsize >= 4 else 1e-2
+    return bool(np.max(np.abs(stored.astype(np.float32) - computed), initial=0) <= tolerance)
+
+
+def _is_float(dtype) -> bool:
+    return np.dtype(dtype).name in ("float16", "bfloat16", "float32", "float64")
+
+
+def _dtype(name: str) -> np.dtype:
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def _slots(table: Table, network: Network) -> Iterator[_Slot]:
+    """Expand the rows over the arrays that this network has, in our order."""
+    for path, shape in _our_shapes(network).items():
+        row, indices = _find_row(table, path)
+        layout = LAYOUTS[row.layout]
+        theirs = (row.theirs,) if isinstance(row.theirs, str) else row.theirs
+        stacked = "{layer}" in theirs[0] and "layer" not in indices
+        inner = shape[1:] if stacked else shape
+        # A broadcast zero has the shape and none of the memory.
+        joined = layout.to_theirs(np.broadcast_to(np.float32(0), inner)).shape
+        their_shape = (joined[0] // len(theirs), *joined[1:]) if joined else ()
+        for layer in range(shape[0]) if stacked else [None]:
+            names = indices | ({"layer": layer} if stacked else {})
+            keys = tuple(key.format_map(names) for key in theirs)
+            yield _Slot(path, layer, keys, layout, their_shape)
+
+
+def _find_row(table: Table, path: str) -> tuple[Row, dict[str, str]]:
+    for row in table.rows:
+        pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(row.ours))
+        if match := re.fullmatch(pattern, path):
+            return row, match.groupdict()
+    raise AssertionError(f"the table of {table.network} has no row for {path}")
+
+
+def _grouped(slots) -> Iterator[tuple[str, list[_Slot]]]:
+    """Gather the slots of one array of ours; they follow one another."""
+    group: list[_Slot] = []
+    for slot in slots:
+        if group and slot.path != group[0].path:
+            yield group[0].path, group
+            group = []
+        group.append(slot)
+    if group:
+        yield group[0].path, group
+
+
+def _our_shapes(network: Network) -> dict[str, tuple[int, ...]]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(network.abstract_params())
+    }
+
+
+def _put(tree: dict, path: str, value) -> None:
+    *groups, last = path.split("/")
+    for group in groups:
+        tree = tree.setdefault(group, {})
+    tree[last] = value
+
+
+def _get(tree: Mapping, path: str):
+    for name in path.split("/"):
+        tree = tree[name]
+    return tree
+
+
+def _pack(array: np.ndarray) -> dict[str, Any]:
+    data = base64.b64encode(zlib.compress(array.tobytes(), 9)).decode()
+    return {"shape": list(array.shape), "dtype": array.dtype.name, "zlib": data}
+
+
+def _unpack(packed: Mapping[str, Any]) -> np.ndarray:
+    data = zlib.decompress(base64.b64decode(packed["zlib"]))
+    return np.frombuffer(data, _dtype(packed["dtype"])).reshape(packed["shape"])
