@@ -7,9 +7,20 @@ pair into `init` and `apply` on plain dict trees. To add one: write its file, li
 
 from sfd_jax.models.lightning_dit import SIZES, DiTConfig, LightningDiT, dit_config
 from sfd_jax.models.network import Network
+from sfd_jax.models.semantic_vae import SemanticVAE, SemanticVAEConfig
 
 NETWORKS = {
     "lightning_dit": (DiTConfig, LightningDiT),
+    "semantic_vae": (SemanticVAEConfig, SemanticVAE),
 }
 
-__all__ = ["NETWORKS", "SIZES", "DiTConfig", "LightningDiT", "Network", "dit_config"]
+__all__ = [
+    "NETWORKS",
+    "SIZES",
+    "DiTConfig",
+    "LightningDiT",
+    "Network",
+    "SemanticVAE",
+    "SemanticVAEConfig",
+    "dit_config",
+]

@@ -1,6 +1,11 @@
-"""Scaled dot-product attention, the one place where a backend's kernel would be chosen."""
+"""Self-attention, and the one place where a backend's attention kernel would be chosen."""
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sfd_jax.models.layers import XAVIER, dense
+from sfd_jax.models.positions import rotate
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -13,3 +18,41 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
       (B, N, K, E) in the same dtype; logits and softmax are float32, scale 1/sqrt(E).
     """
     return jax.nn.dot_product_attention(query, key, value)
+
+
+class SelfAttention(nnx.Module):
+    """Multi-head self-attention with biases, optionally with normalised and rotated queries and keys.
+
+    Parameters: qkv (D, 3D: queries, keys, values), proj (D, D), and q_norm, k_norm over E where
+    `make_norm` is given.
+
+    Args:
+      width, num_heads: D and K.
+      make_norm: builds a norm from (E, rngs), applied per head before the rotation.
+      init: initialiser of both matrices.
+      dtype: dtype of the matmuls.
+    """
+
+    def __init__(
+        self, width, num_heads, *, rngs, make_norm=None, init=XAVIER, dtype=jnp.float32
+    ):
+        self.num_heads = num_heads
+        self.dtype = dtype
+        self.normalise = make_norm is not None
+        self.qkv = dense(width, 3 * width, rngs=rngs, init=init, dtype=dtype)
+        if make_norm is not None:
+            self.q_norm = make_norm(width // num_heads, rngs)
+            self.k_norm = make_norm(width // num_heads, rngs)
+        self.proj = dense(width, width, rngs=rngs, init=init, dtype=dtype)
+
+    def __call__(self, x, rotary=None):
+        """Map tokens (B, N, D) to (B, N, D) in `dtype`; `rotary` is of `positions.rotary_2d`."""
+        b, n, d = x.shape
+        qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, d // self.num_heads)
+        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # (B, N, K, E)
+        if self.normalise:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
+        out = attend(query.astype(self.dtype), key.astype(self.dtype), value)
+        return self.proj(out.reshape(b, n, d))

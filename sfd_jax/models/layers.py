@@ -4,6 +4,8 @@ Parameters are float32. `dtype` is the dtype of the matmul alone; normalisation 
 and returned in float32. Axis letters: B batch, H W grid, C channels, N tokens, D width, P patch.
 """
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,6 +14,9 @@ from sfd_jax.errors import SfdError
 
 XAVIER = jax.nn.initializers.xavier_uniform()
 ZEROS = jax.nn.initializers.zeros
+# U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what PyTorch gives Linear and Conv2d that nobody initialises.
+# Biases, which PyTorch draws from the same range, start at zero here.
+FAN_IN = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def normal(stddev: float):
@@ -41,6 +46,42 @@ def layer_norm(width, *, rngs, epsilon=1e-6, affine=True) -> nnx.LayerNorm:
         use_fast_variance=False,
         rngs=rngs,
     )
+
+
+def group_norm(channels, groups, *, rngs) -> nnx.GroupNorm:
+    """Build a GroupNorm (epsilon 1e-6) over (B, H, W, C), float32."""
+    return nnx.GroupNorm(
+        channels,
+        num_groups=groups,
+        epsilon=1e-6,
+        dtype=jnp.float32,
+        use_fast_variance=False,
+        rngs=rngs,
+    )
+
+
+def conv(channels_in, channels_out, kernel_size, *, rngs, dtype=jnp.float32, **options) -> nnx.Conv:
+    """Build a square 2D convolution that keeps the grid, unless `options` (of nnx.Conv) say more."""
+    return nnx.Conv(
+        channels_in,
+        channels_out,
+        (kernel_size, kernel_size),
+        kernel_init=FAN_IN,
+        dtype=dtype,
+        rngs=rngs,
+        **options,
+    )
+
+
+def matmul_precision(compute_dtype: str):
+    """Return the context in which an encoder or decoder computes.
+
+    float32 means float32: by default a TPU multiplies float32 arrays in bfloat16, and features and
+    images would not be those of the published networks. With "bfloat16" nothing is changed.
+    """
+    if compute_dtype == "float32":
+        return jax.default_matmul_precision("highest")
+    return contextlib.nullcontext()
 
 
 class PatchEmbed(nnx.Module):
@@ -104,6 +145,14 @@ def gelu_exact(x):
 def gelu_tanh(x):
     """The tanh approximation of the Gaussian error linear unit."""
     return jax.nn.gelu(x, approximate=True)
+
+
+def check_dtype(compute_dtype: str):
+    """Raise SfdError unless the name is that of a dtype to compute in."""
+    check(
+        compute_dtype in ("float32", "bfloat16"),
+        f"compute_dtype is '{compute_dtype}': choose float32 or bfloat16",
+    )
 
 
 def check(condition: bool, message: str):

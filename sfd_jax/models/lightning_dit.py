@@ -35,19 +35,21 @@ Source: SFD paper section 3; released code models/lightningdit.py and models/swi
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from sfd_jax.errors import SfdError, nearest
-from sfd_jax.models.attention import attend
+from sfd_jax.models.attention import SelfAttention
 from sfd_jax.models.layers import (
     ZEROS,
     Mlp,
     PatchEmbed,
     SwiGlu,
     check,
+    check_dtype,
     dense,
     gelu_tanh,
     layer_norm,
@@ -55,7 +57,8 @@ from sfd_jax.models.layers import (
     rms_norm,
     unpatchify,
 )
-from sfd_jax.models.positions import rotary_2d, rotate, sincos_2d, time_features
+from sfd_jax.models.positions import rotary_2d, sincos_2d, time_features
+from sfd_jax.models.stack import REMAT, run_stack, stack
 
 # The released code's table. Its "1p0B" is the paper's XXL, which the paper gives as 32 x 1280 x 16.
 SIZES = {
@@ -66,13 +69,6 @@ SIZES = {
     "1p0B": dict(depth=24, width=1536, num_heads=24),
     "1p6B": dict(depth=28, width=1792, num_heads=28),
 }
-
-REMAT = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
@@ -141,10 +137,7 @@ class DiTConfig:
             f"repa_depth {self.repa_depth} must lie in 1..depth ({self.depth})",
         )
         check(self.remat in REMAT, f"no remat policy '{self.remat}': {nearest(self.remat, REMAT)}")
-        check(
-            self.compute_dtype in ("float32", "bfloat16"),
-            f"compute_dtype is '{self.compute_dtype}': choose float32 or bfloat16",
-        )
+        check_dtype(self.compute_dtype)
 
 
 def dit_config(size: str, **overrides) -> DiTConfig:
@@ -174,8 +167,7 @@ class LightningDiT(nnx.Module):
             self.time_embed = TimeEmbed(c.width, rngs=rngs)
         rows = c.num_classes + int(c.null_label)
         self.label_embed = nnx.Embed(rows, c.width, embedding_init=normal(0.02), rngs=rngs)
-        make_block = nnx.vmap(lambda key: Block(c, rngs=nnx.Rngs(params=key)))
-        self.blocks = make_block(jax.random.split(rngs.params(), c.depth))
+        self.blocks = stack(lambda rngs: Block(c, rngs=rngs), c.depth, rngs)
         self.final = FinalLayer(c, rngs=rngs)
         if c.repa_features:
             self.repa_projector = RepaProjector(c, rngs=rngs)
@@ -212,22 +204,17 @@ class LightningDiT(nnx.Module):
         condition = jax.nn.silu(condition)
         rotary = rotary_2d(c.width // c.num_heads, grid) if c.use_rope else None
 
-        graphdef, state = nnx.split(self.blocks)
-        stacked = nnx.to_pure_dict(state)
-
-        def block(tokens, params):
-            return nnx.merge(graphdef, params)(tokens, condition, rotary), None
-
+        run = functools.partial(
+            run_stack, self.blocks, extras=(condition, rotary), scan=c.scan_blocks, remat=c.remat
+        )
         if return_repa:
             # Two loops around the depth that REPA reads: carrying a copy through one loop instead
             # would double what the backward pass keeps.
-            shallow = jax.tree.map(lambda p: p[: c.repa_depth], stacked)
-            stacked = jax.tree.map(lambda p: p[c.repa_depth :], stacked)
-            tokens = self._run_blocks(block, tokens, shallow, c.repa_depth)
+            tokens = run(tokens, stop=c.repa_depth)
             repa = self.repa_projector(tokens)
-            tokens = self._run_blocks(block, tokens, stacked, c.depth - c.repa_depth)
+            tokens = run(tokens, start=c.repa_depth)
         else:
-            tokens = self._run_blocks(block, tokens, stacked, c.depth)
+            tokens = run(tokens)
 
         velocity = unpatchify(self.final(tokens, condition), grid, c.patch_size)
         velocity = velocity[..., : c.in_channels]  # drops what learn_sigma added
@@ -238,17 +225,6 @@ class LightningDiT(nnx.Module):
             return self.time_embed(t_texture)
         halves = [self.time_embed_semantic(t_semantic), self.time_embed_texture(t_texture)]
         return jnp.concatenate(halves, axis=-1)
-
-    def _run_blocks(self, block, tokens, stacked, count):
-        c = self.config
-        if c.remat != "none":
-            # In a scan XLA cannot merge the recomputation with the forward pass anyway.
-            block = jax.checkpoint(block, policy=REMAT[c.remat], prevent_cse=not c.scan_blocks)
-        if c.scan_blocks:
-            return jax.lax.scan(block, tokens, stacked, length=count)[0]
-        for layer in range(count):
-            tokens, _ = block(tokens, jax.tree.map(lambda p, layer=layer: p[layer], stacked))
-        return tokens
 
 
 class TimeEmbed(nnx.Module):
@@ -272,7 +248,13 @@ class Block(nnx.Module):
         self.use_shift = c.use_shift
         self.norm1 = block_norm(c, rngs)
         self.norm2 = block_norm(c, rngs)
-        self.attention = Attention(c, rngs=rngs)
+        self.attention = SelfAttention(
+            c.width,
+            c.num_heads,
+            make_norm=functools.partial(head_norm, c) if c.use_qknorm else None,
+            rngs=rngs,
+            dtype=dtype,
+        )
         if c.use_swiglu:
             self.mlp = SwiGlu(c.width, int(2 / 3 * hidden), rngs=rngs, dtype=dtype)
         else:
@@ -292,35 +274,6 @@ class Block(nnx.Module):
         tokens = tokens + gate1 * self.attention(x, rotary)
         x = self.norm2(tokens) * (1 + scale2) + shift2
         return tokens + gate2 * self.mlp(x)
-
-
-class Attention(nnx.Module):
-    """Multi-head self-attention with normalised queries and keys and rotary positions."""
-
-    def __init__(self, config: DiTConfig, *, rngs):
-        c = config
-        self.num_heads = c.num_heads
-        self.dtype = jnp.dtype(c.compute_dtype)
-        self.use_qknorm = c.use_qknorm
-        self.qkv = dense(c.width, 3 * c.width, rngs=rngs, dtype=self.dtype)
-        if c.use_qknorm:
-            head_width = c.width // c.num_heads
-            # Here LayerNorm, where chosen, has parameters and PyTorch's default epsilon.
-            make = rms_norm if c.use_rmsnorm else (lambda e, rngs: layer_norm(e, rngs=rngs, epsilon=1e-5))
-            self.q_norm = make(head_width, rngs=rngs)
-            self.k_norm = make(head_width, rngs=rngs)
-        self.proj = dense(c.width, c.width, rngs=rngs, dtype=self.dtype)
-
-    def __call__(self, x, rotary):
-        b, n, d = x.shape
-        qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, d // self.num_heads)
-        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # (B, N, K, E)
-        if self.use_qknorm:
-            query, key = self.q_norm(query), self.k_norm(key)
-        if rotary is not None:
-            query, key = rotate(query, rotary), rotate(key, rotary)
-        out = attend(query.astype(self.dtype), key.astype(self.dtype), value)
-        return self.proj(out.reshape(b, n, d))
 
 
 class FinalLayer(nnx.Module):
@@ -351,6 +304,13 @@ class RepaProjector(nnx.Module):
     def __call__(self, x):
         x = jax.nn.silu(self.linear2(jax.nn.silu(self.linear1(x))))
         return self.linear3(x).astype(jnp.float32)
+
+
+def head_norm(config: DiTConfig, head_width, rngs):
+    """Build the norm of queries or keys; LayerNorm here has parameters and PyTorch's epsilon."""
+    if config.use_rmsnorm:
+        return rms_norm(head_width, rngs=rngs)
+    return layer_norm(head_width, rngs=rngs, epsilon=1e-5)
 
 
 def block_norm(config: DiTConfig, rngs):

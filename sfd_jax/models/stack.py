@@ -1,0 +1,57 @@
+"""A tower of equal blocks: parameters stacked along a leading axis L, run as one compiled loop.
+
+One loop body instead of L copies keeps compilation short, and stacked parameters are few large
+arrays, which shard and checkpoint well.
+"""
+
+import jax
+from flax import nnx
+
+# What a block keeps for the backward pass.
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def stack(make_block, depth: int, rngs: nnx.Rngs) -> nnx.Module:
+    """Build `depth` blocks as one module with stacked parameters, each drawn with its own key.
+
+    Args:
+      make_block: builds one block from an nnx.Rngs.
+      depth: L.
+      rngs: one key is drawn from its `params` stream.
+    """
+    make = nnx.vmap(lambda key: make_block(nnx.Rngs(params=key)))
+    return make(jax.random.split(rngs.params(), depth))
+
+
+def run_stack(
+    blocks: nnx.Module, x, *, extras=(), start=0, stop=None, scan=True, remat="none"
+) -> jax.Array:
+    """Pass `x` through the blocks `start` to `stop` of a stack.
+
+    Args:
+      blocks: what `stack` built.
+      x: what the first block reads; every block returns its like.
+      extras: further arguments, the same for each block.
+      scan: one compiled loop; otherwise unrolled.
+      remat: a key of REMAT: "none" recomputes nothing in the backward pass, "full" everything,
+        "dots" everything but the matmuls with weights.
+    """
+    graphdef, state = nnx.split(blocks)
+    params = jax.tree.map(lambda p: p[start:stop], nnx.to_pure_dict(state))
+
+    def step(x, block_params):
+        return nnx.merge(graphdef, block_params)(x, *extras), None
+
+    if remat != "none":
+        # A scan already keeps XLA from merging the recomputation with the forward pass.
+        step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=not scan)
+    if scan:
+        return jax.lax.scan(step, x, params)[0]
+    depth = jax.tree.leaves(params)[0].shape[0]
+    for layer in range(depth):
+        x, _ = step(x, jax.tree.map(lambda p, layer=layer: p[layer], params))
+    return x
