@@ -1,1 +1,11 @@
-"""(room under construction)"""
+"""From images to batches: image sources, the latent store, extraction, and the loader.
+
+    images.py        one interface to folders, tars, TFDS and the digits; the ADM centre crop
+    extract.py       images -> latent shards, with an encode function that the caller brings
+    latent_store.py  our shards: ArrayRecord, random access, manifest, statistics
+    published.py     the released safetensors shards, read as they are
+    pipeline.py      batches as a function of (seed, step, host)
+
+A source is anything with `len(source)` and `source[i] -> dict`. To add one, nothing need be
+registered: pass it to `make_batches` or `extract`.
+"""

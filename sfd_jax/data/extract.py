@@ -1,0 +1,222 @@
+"""Images to latent shards: read, encode, write, and go on after a kill.
+
+The engine knows no network. It is given `encode`, a jitted function of a batch of pixels and their
+indices, and it takes care of the rest: every image exactly once and in order, batches of one size
+(so that the function is compiled once and no result depends on what else is in a batch), broken
+images skipped and listed, shards shared among hosts.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from sfd_jax.data.images import BrokenImage, BrokenImages
+from sfd_jax.data.latent_store import (
+    LatentStore,
+    LatentStoreWriter,
+    Plan,
+    latent_fields,
+    record_dtype,
+)
+from sfd_jax.data.pipeline import make_eval_batches, read_records
+from sfd_jax.errors import SfdError
+
+# encode(pixels uint8 (B,H,W,3), index int32 (B,)) -> {"texture": (B,H,W,C), "semantic": ..., ...}
+Encode = Callable[[jax.Array, jax.Array], dict[str, jax.Array]]
+
+
+def extract(
+    source: Any,
+    encode: Encode,
+    out_dir: str | os.PathLike,
+    *,
+    batch_size: int,
+    config: dict,
+    weights: dict[str, str],
+    dtype: str = "bfloat16",
+    shard_size: int = 4096,
+    class_names: list[str] | None = None,
+    sharding: jax.sharding.Sharding | None = None,
+    host_index: int = 0,
+    host_count: int = 1,
+    barrier: Callable[[str], None] | None = None,
+    workers: int = 0,
+    max_broken: int = 0,
+    progress: bool | None = None,
+) -> LatentStore:
+    """Encode every image of a source into a latent store, or finish one that was begun.
+
+    Args:
+      source: random access to {"pixels" uint8 (H,W,3), "label", "index"}.
+      encode: a traceable function of `pixels` uint8 (B,H,W,3) and `index` int32 (B,) that returns
+        `texture` and `semantic` (B,H,W,C), and optionally their `_flip` and `repa_features` (B,N,F)
+        with its `_flip`. Whatever is random in it must be a function of the index.
+      out_dir: folder of the store.
+      batch_size: images of this host that are encoded at once.
+      config: JSON-able description of the source and the encoding; kept in the manifest, and compared
+        when a begun store is continued.
+      weights: network -> hash of its weights; kept and compared like `config`.
+      dtype: of the stored latents, "bfloat16" or "float32". REPA features are float16 or float32.
+      shard_size: images a shard.
+      class_names: names by label; None takes the source's.
+      sharding: how a batch lies on this host's devices; None for the default device.
+      host_index, host_count: this host writes every host_count-th shard.
+      barrier: waits for the other hosts; needed where there are several.
+      workers: processes that read images ahead.
+      max_broken: broken images to go on with.
+      progress: show a bar; None shows it on a terminal.
+
+    Returns:
+      The finished store.
+
+    Raises:
+      SfdError: the folder belongs to another run, cannot be written or has too little space; too many
+        broken images; latents that are not finite.
+    """
+    plan = _plan(source, encode, batch_size, config, weights, dtype, shard_size, class_names)
+    writer = LatentStoreWriter(out_dir, plan)
+    shards = [s for s in range(plan.num_shards) if s % host_count == host_index]
+    pending = [s for s in shards if not writer.is_done(s)]
+    if pending:
+        (Path(out_dir) / "manifest.json").unlink(missing_ok=True)
+        check_space(out_dir, sum(len(plan.span(s)) for s in pending) * _bytes_per_image(plan))
+        bar = tqdm(
+            desc=f"extract {Path(out_dir).name}",
+            total=sum(len(plan.span(s)) for s in shards),
+            initial=sum(len(plan.span(s)) for s in shards if s not in pending),
+            unit="image",
+            disable=None if progress is None else not progress,
+        )
+        with bar:
+            indices = np.concatenate([np.arange(*_ends(plan.span(s))) for s in pending])
+            images = _encoded(source, encode, indices, batch_size, sharding, workers)
+            broken = BrokenImages(max_broken)
+            for shard in pending:
+                _write_shard(writer, shard, images, broken, bar)
+    if barrier is not None:
+        barrier("extract: all shards written")
+    if host_index == 0:
+        writer.finish()
+    if barrier is not None:
+        barrier("extract: manifest written")
+    return LatentStore(out_dir)
+
+
+def check_space(directory: str | os.PathLike, needed: int) -> None:
+    """Raise SfdError where a folder's disk has less than `needed` bytes free."""
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise SfdError(
+            f"{directory} has {free / 1e9:.1f} GB free and the shards still to write need "
+            f"{needed / 1e9:.1f} GB; free some space or choose another disk"
+        )
+
+
+def _plan(source, encode, batch_size, config, weights, dtype, shard_size, class_names) -> Plan:
+    if len(source) == 0:
+        raise SfdError("there are no images to extract")
+    size = source.image_size
+    shapes = jax.eval_shape(
+        encode,
+        jax.ShapeDtypeStruct((batch_size, size, size, 3), np.uint8),
+        jax.ShapeDtypeStruct((batch_size,), np.int32),
+    )
+    repa = shapes.get("repa_features")
+    fields = latent_fields(
+        shapes["texture"].shape[1:],
+        shapes["semantic"].shape[1:],
+        dtype=dtype,
+        flips="texture_flip" in shapes,
+        repa_shape=None if repa is None else repa.shape[1:],
+        repa_dtype="float32" if repa is not None and repa.dtype == np.float32 else "float16",
+    )
+    names = class_names if class_names is not None else getattr(source, "class_names", None)
+    return Plan(len(source), shard_size, fields, config, weights, names)
+
+
+def _bytes_per_image(plan: Plan) -> int:
+    return int(record_dtype(plan.fields).itemsize * 1.02) + 512  # what ArrayRecord adds
+
+
+def _ends(span: range) -> tuple[int, int]:
+    return span.start, span.stop
+
+
+def _encoded(
+    source: Any,
+    encode: Encode,
+    indices: np.ndarray,
+    batch_size: int,
+    sharding: jax.sharding.Sharding | None,
+    workers: int,
+) -> Iterator[tuple[int, dict | BrokenImage]]:
+    """Yield (index, fields or what was wrong) for each index, in order."""
+    batches = make_eval_batches(
+        _Tolerant(source), batch_size=batch_size, indices=indices, workers=workers
+    )
+    waiting = None
+    for batch in batches:
+        pixels, index = batch["pixels"], batch["index"].astype(np.int32)
+        if sharding is not None:
+            pixels, index = jax.device_put((pixels, index), sharding)
+        latents = encode(pixels, index)
+        # The devices work on this batch while the one before is written.
+        if waiting is not None:
+            yield from _unpack(*waiting)
+        waiting = (batch, latents)
+    if waiting is not None:
+        yield from _unpack(*waiting)
+
+
+def _unpack(batch: dict, latents: dict) -> Iterator[tuple[int, dict | BrokenImage]]:
+    latents = jax.device_get(latents)
+    for row in np.flatnonzero(batch["mask"]):
+        index = int(batch["index"][row])
+        if batch["broken"][row]:
+            yield index, BrokenImage(str(batch["name"][row]), str(batch["broken"][row]))
+        else:
+            fields = {name: values[row] for name, values in latents.items()}
+            yield index, {**fields, "label": batch["label"][row], "index": index}
+
+
+def _write_shard(writer: LatentStoreWriter, shard: int, images, broken: BrokenImages, bar) -> None:
+    with writer.open_shard(shard) as out:
+        for index in writer.plan.span(shard):
+            found, fields = next(images)
+            if found != index:
+                raise AssertionError(f"image {found} came where {index} was expected")
+            if isinstance(fields, BrokenImage):
+                broken.add(fields)
+                out.skip(index, fields.name, fields.reason)
+            else:
+                out.add(fields)
+            bar.update()
+
+
+class _Tolerant:
+    """Read images a batch at a time; a broken one becomes black, with its fault beside it."""
+
+    def __init__(self, source: Any):
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        size = self.source.image_size
+        black = {"pixels": np.zeros((size, size, 3), np.uint8), "label": -1}
+        records = []
+        for index in map(int, indices):
+            try:
+                records.append({**self.source[index], "name": "", "broken": ""})
+            except BrokenImage as fault:
+                records.append(
+                    {**black, "index": index, "name": fault.name, "broken": fault.reason or "?"}
+                )
+        return read_records(records, np.arange(len(records)))

@@ -1,0 +1,204 @@
+"""Image sources behind one interface: random access to square RGB images with their labels.
+
+A source is made of two parts. A *dataset* answers `len(dataset)`, `dataset[i] -> (image, label)` and
+has `class_names`; its image is whatever it has at hand: encoded bytes, an array, a Pillow image. An
+`ImageSource` turns that into pixels, the same way for all of them: RGB, then the ADM centre crop.
+To add a kind of dataset, write a class of that shape and a line in `KINDS`.
+
+Pixels are uint8 (H,W,3), 0..255, H = W = image_size.
+"""
+
+import io
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from sfd_jax.errors import SfdError, nearest
+
+
+class LabelledImages(Protocol):
+    """Anything with (image, label) pairs: what an `ImageSource` reads from."""
+
+    class_names: list[str]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Any, int]: ...
+
+
+def open_images(kind: str, path: str, split: str, image_size: int) -> "ImageSource":
+    """Open a set of labelled images for random access.
+
+    Args:
+      kind: "folder" (a folder of class folders), "tar" (the ILSVRC tar of class tars, or a tar of
+        class folders), "tfds" (a TensorFlow Datasets name, read without TensorFlow) or "digits".
+      path: the folder, the tar file or the dataset's name; unused for "digits".
+      split: "train", "held_out" and so on. A folder uses `path/split` where that exists.
+      image_size: side of the square that every image is cropped to, in pixels.
+
+    Returns:
+      The source: `len(source)`, `source[i] -> {"pixels", "label", "index"}`, `source.class_names`.
+
+    Raises:
+      SfdError: unknown kind, nothing at `path`, no such split, or a missing package.
+    """
+    if kind not in KINDS:
+        raise SfdError(f"unknown kind of images '{kind}'; {nearest(kind, KINDS)}")
+    if image_size < 1:
+        raise SfdError(f"image_size must be positive, got {image_size}")
+    return ImageSource(KINDS[kind](path, split), image_size)
+
+
+def _open_digits(path: str, split: str) -> LabelledImages:
+    from sfd_jax.data.digits import Digits
+
+    return Digits(split)
+
+
+def _open_folder(path: str, split: str) -> LabelledImages:
+    from sfd_jax.data.image_files import ImageFolder
+
+    return ImageFolder(path, split)
+
+
+def _open_tar(path: str, split: str) -> LabelledImages:
+    from sfd_jax.data.image_files import ImageTar
+
+    return ImageTar(path)
+
+
+def _open_tfds(path: str, split: str) -> LabelledImages:
+    from sfd_jax.data.image_files import TfdsImages
+
+    return TfdsImages(path, split)
+
+
+KINDS = {"digits": _open_digits, "folder": _open_folder, "tar": _open_tar, "tfds": _open_tfds}
+
+
+class ImageSource:
+    """Random access to cropped RGB images.
+
+    Args:
+      dataset: `dataset[i] -> (image, label)`; see `LabelledImages`.
+      image_size: side of the square, in pixels.
+    """
+
+    def __init__(self, dataset: LabelledImages, image_size: int):
+        self.dataset = dataset
+        self.image_size = image_size
+        self.class_names = list(dataset.class_names)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        """Return {"pixels": uint8 (H,W,3), "label": int, "index": int}.
+
+        Raises:
+          BrokenImage: the image cannot be read or decoded.
+        """
+        index = int(index)
+        try:
+            image, label = self.dataset[index]
+            pixels = center_crop(to_rgb(image), self.image_size)
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            # Pillow tells a broken file by any of these, depending on format and place.
+            raise BrokenImage(self.name(index), str(error) or type(error).__name__) from error
+        return {"pixels": pixels, "label": int(label), "index": index}
+
+    def name(self, index: int) -> str:
+        """Return what a person calls image `index`: its path where it has one."""
+        name = getattr(self.dataset, "name", None)
+        return name(index) if name else f"image {index}"
+
+
+class BrokenImage(SfdError):
+    """Report one image that cannot be decoded.
+
+    Args:
+      name: its path or number.
+      reason: what the decoder said.
+    """
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"cannot decode {name}: {reason}")
+        self.name = name
+        self.reason = reason
+
+    def __reduce__(self):  # the default would call BrokenImage(message) in the receiving process
+        return BrokenImage, (self.name, self.reason)
+
+
+class BrokenImages:
+    """List the broken images of a job, and end the job when there are too many.
+
+    Args:
+      limit: how many a job goes on with.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.listed: dict[str, str] = {}
+
+    def add(self, broken: BrokenImage) -> None:
+        """Note a broken image; the same one counts once.
+
+        Raises:
+          SfdError: more than `limit` of them, with the list.
+        """
+        self.listed[broken.name] = broken.reason
+        if len(self.listed) > self.limit:
+            lines = "\n".join(f"  {name}: {reason}" for name, reason in sorted(self.listed.items()))
+            raise SfdError(
+                f"{len(self.listed)} broken images, more than the {self.limit} allowed; "
+                f"repair or remove them, or allow more:\n{lines}"
+            )
+
+
+def to_rgb(image) -> Image.Image:
+    """Return an image of any kind as a Pillow image in RGB.
+
+    Grey, palette and CMYK images are converted as Pillow does; EXIF orientation is left alone, as in
+    the reference preprocessing.
+
+    Args:
+      image: encoded bytes, a uint8 array (H,W), (H,W,1) or (H,W,3), or a Pillow image.
+
+    Raises:
+      OSError, ValueError, SyntaxError, EOFError: the bytes are no whole image.
+    """
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)
+    elif not isinstance(image, Image.Image):
+        image = Image.open(io.BytesIO(image))
+    image.load()
+    if image.mode.startswith("I;16"):  # 16-bit grey: Pillow's own conversion clips at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def center_crop(image: Image.Image, size: int) -> np.ndarray:
+    """Crop the central square the way the ADM suite does.
+
+    Args:
+      image: RGB, any size.
+      size: side of the result, in pixels.
+
+    Returns:
+      uint8 (size, size, 3).
+
+    Source: `center_crop_arr` of guided-diffusion: halve with a box filter while the shorter side is
+      at least twice the target, resize it to the target bicubic, cut out the middle.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize(
+        (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
+    )
+    pixels = np.asarray(image)
+    top = (pixels.shape[0] - size) // 2
+    left = (pixels.shape[1] - size) // 2
+    return np.ascontiguousarray(pixels[top : top + size, left : left + size])

@@ -1,0 +1,478 @@
+"""Latents on disk: ArrayRecord shards with random access, and a manifest that describes them.
+
+    manifest.json            written last; a store without it is not finished
+    plan.json                what the folder is meant to hold, written first
+    latents-00003.ar         the images that `Plan.span(3)` names, in order
+    latents-00003.json       count, checksum and moments of that shard, skipped images
+
+A record is one image: the raw little-endian bytes of its fields, without any header, in the order
+and with the dtypes and shapes that the manifest lists. So a batch of records is one numpy structured
+array. Fields: `texture` (H,W,C), `semantic` (H,W,C), `label` int32, `index` int64 (its number in the
+image source) and, where extracted, `texture_flip`, `semantic_flip`, `repa_features` (N,F) and
+`repa_features_flip`. All latents are raw, that is not normalised.
+
+A shard gets its name only when it is complete and on the disk. Riegeli, the layer below ArrayRecord,
+keeps a hash of every record and checks it on every read.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from sfd_jax.data.moments import Moments
+from sfd_jax.errors import SfdError
+from sfd_jax.latents import LatentStatistics
+
+FORMAT = "sfd_jax latents 1"
+DTYPES = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "int32": np.dtype("<i4"),
+    "int64": np.dtype("<i8"),
+}
+
+
+class LatentStore:
+    """Read a finished store.
+
+    Args:
+      directory: where the manifest and the shards are.
+
+    Attributes:
+      manifest: dict; counts, fields, shards, statistics, class_names, config, weights, skipped.
+      statistics: `LatentStatistics` of the two groups.
+      class_names: list of names, or None.
+
+    Raises:
+      SfdError: no manifest, one of another format, or a shard that is missing or of another length.
+    """
+
+    def __init__(self, directory: str | os.PathLike):
+        self.directory = Path(directory)
+        self.manifest = _read_manifest(self.directory)
+        self.record_dtype = record_dtype(self.manifest["fields"])
+        self.statistics = LatentStatistics.from_dict(self.manifest["statistics"])
+        self.class_names = self.manifest["class_names"]
+        self.shards = self.manifest["shards"]
+        self._ends = np.cumsum([shard["count"] for shard in self.shards])
+        self._readers: dict[int, ArrayRecordReader] = {}
+        self._lock = threading.Lock()
+        for shard in self.shards:
+            path = self.directory / shard["name"]
+            size = path.stat().st_size if path.exists() else None
+            if size != shard["bytes"]:
+                found = "is missing" if size is None else f"has {size} bytes, not {shard['bytes']}"
+                raise self._damaged(shard, found)
+
+    def __len__(self) -> int:
+        return self.manifest["count"]
+
+    def __getitem__(self, index: int) -> dict:
+        """Return the fields of one image; `label` and `index` as ints."""
+        record = self._raw(np.array([index]))[0]
+        fields = {name: record[name] for name in self.record_dtype.names}
+        return {**fields, "label": int(fields["label"]), "index": int(fields["index"])}
+
+    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the fields of many images, stacked: arrays (B, ...) in their stored dtypes.
+
+        Args:
+          indices: int (B,), each in [0, len(store)).
+
+        Raises:
+          SfdError: a record is damaged; the message names its shard.
+        """
+        records = self._raw(np.asarray(indices))
+        return {name: records[name] for name in self.record_dtype.names}
+
+    def verify(self, shards: list[int] | None = None) -> None:
+        """Compare shards with their checksums, reading them whole.
+
+        Args:
+          shards: which ones by number; None for all.
+
+        Raises:
+          SfdError: a shard differs; the message names the first one that does.
+        """
+        for number in range(len(self.shards)) if shards is None else shards:
+            shard = self.shards[number]
+            if file_sha256(self.directory / shard["name"]) != shard["sha256"]:
+                raise self._damaged(shard, "does not match its checksum")
+
+    def _raw(self, indices: np.ndarray) -> np.ndarray:
+        if indices.size and not (0 <= indices.min() and indices.max() < len(self)):
+            raise IndexError(f"index outside the {len(self)} images of {self.directory}")
+        numbers = np.searchsorted(self._ends, indices, side="right")
+        records = np.empty(len(indices), self.record_dtype)
+        # One call a shard: the reader is told all it wants at once.
+        for number in np.unique(numbers):
+            places = np.flatnonzero(numbers == number)
+            shard = self.shards[number]
+            first = int(self._ends[number]) - shard["count"]
+            try:
+                raw = self._reader(int(number)).read([int(i) - first for i in indices[places]])
+                records[places] = np.frombuffer(b"".join(raw), self.record_dtype)
+            except (RuntimeError, ValueError, OSError, IndexError) as error:
+                raise self._damaged(shard, f"cannot be read ({error})") from error
+        return records
+
+    def _reader(self, number: int) -> ArrayRecordReader:
+        with self._lock:
+            if number not in self._readers:
+                self._readers[number] = ArrayRecordReader(
+                    str(self.directory / self.shards[number]["name"]),
+                    "readahead_buffer_size:0,max_parallelism:0",  # random access
+                    file_reader_buffer_size=32768,
+                )
+            return self._readers[number]
+
+    def _damaged(self, shard: dict, what: str) -> SfdError:
+        return SfdError(
+            f"shard {self.directory / shard['name']} {what}; delete it and run the command that made "
+            "it again (it redoes this shard alone), or copy it again from where it is whole"
+        )
+
+    def __getstate__(self):  # loader processes open their own readers
+        return {"directory": self.directory}
+
+    def __setstate__(self, state):
+        self.__init__(state["directory"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a store is meant to hold: two runs may write to one folder only if these are equal.
+
+    Attributes:
+      total: images in the source, broken ones included.
+      shard_size: images a shard.
+      fields: name -> {"dtype", "shape"} of one record, in order.
+      config: JSON-able description of the source and of how its images were encoded.
+      weights: network -> hash of its weights.
+      class_names: names by label, or None.
+    """
+
+    total: int
+    shard_size: int
+    fields: dict[str, dict]
+    config: dict
+    weights: dict[str, str]
+    class_names: list[str] | None
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.total // self.shard_size)
+
+    def span(self, shard: int) -> range:
+        """Return the source indices that a shard covers."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.total))
+
+    def to_dict(self) -> dict:
+        return json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}))
+
+
+class LatentStoreWriter:
+    """Write a store shard by shard, going on after any kind of interruption.
+
+    Several processes may write to one folder at the same time if each opens other shards. A finished
+    store is opened again only to redo shards that were deleted.
+
+    Args:
+      directory: made if it does not exist.
+      plan: what it is to hold.
+
+    Raises:
+      SfdError: the folder holds something else, or cannot be written.
+    """
+
+    def __init__(self, directory: str | os.PathLike, plan: Plan):
+        self.directory = Path(directory)
+        self.plan = plan
+        self.record_dtype = record_dtype(plan.fields)
+        with _writing(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / "plan.json"
+        if path.exists():
+            _refuse_other_plan(path, plan.to_dict())
+        elif any(self.directory.glob("latents-*")) or (self.directory / "manifest.json").exists():
+            raise SfdError(f"{self.directory} holds shards without a plan.json; use another folder")
+        else:
+            write_json(path, plan.to_dict())
+
+    def is_done(self, shard: int) -> bool:
+        """Tell whether a shard is complete."""
+        data, facts = self._paths(shard)
+        if not (data.exists() and facts.exists()):
+            return False
+        return data.stat().st_size == json.loads(facts.read_text())["bytes"]
+
+    @contextmanager
+    def open_shard(self, shard: int) -> Iterator["ShardWriter"]:
+        """Open a shard for writing; it appears when the block ends without an exception."""
+        data, facts = self._paths(shard)
+        partial = data.with_name(f"{data.name}.partial")
+        writer = ShardWriter(partial, self.record_dtype)
+        try:
+            yield writer
+        except BaseException:
+            writer.discard()
+            raise
+        # Facts first: a shard that has its name has its facts as well.
+        write_json(facts, writer.finish(data.name))
+        with _writing(data):
+            os.replace(partial, data)
+            sync(self.directory)
+
+    def finish(self) -> None:
+        """Write the manifest from the facts of all shards.
+
+        Raises:
+          SfdError: a shard is missing.
+        """
+        numbers = range(self.plan.num_shards)
+        missing = [number for number in numbers if not self.is_done(number)]
+        if missing:
+            raise SfdError(
+                f"{self.directory} lacks {len(missing)} of {len(numbers)} shards (the first is "
+                f"{self._paths(missing[0])[0].name}); run the same command again"
+            )
+        facts = [json.loads(self._paths(number)[1].read_text()) for number in numbers]
+        moments = {
+            group: Moments.merge([Moments.from_dict(shard["moments"][group]) for shard in facts])
+            for group in ("texture", "semantic")
+        }
+        statistics = LatentStatistics(
+            texture_mean=moments["texture"].mean.astype(np.float32),
+            texture_std=moments["texture"].std.astype(np.float32),
+            semantic_mean=moments["semantic"].mean.astype(np.float32),
+            semantic_std=moments["semantic"].std.astype(np.float32),
+        )
+        manifest = {
+            **self.plan.to_dict(),
+            "count": sum(shard["count"] for shard in facts),
+            "skipped": [skipped for shard in facts for skipped in shard["skipped"]],
+            "statistics": statistics.to_dict(),
+            # Flipped versions are not counted, as in the released statistics.
+            "statistics_over": "texture and semantic of every stored image, all positions",
+            "record_bytes": self.record_dtype.itemsize,
+            "shards": [
+                {key: shard[key] for key in ("name", "count", "bytes", "sha256")} for shard in facts
+            ],
+        }
+        write_json(self.directory / "manifest.json", manifest)
+
+    def _paths(self, shard: int) -> tuple[Path, Path]:
+        stem = self.directory / f"latents-{shard:05d}"
+        return stem.with_suffix(".ar"), stem.with_suffix(".json")
+
+
+class ShardWriter:
+    """Write one shard under a temporary name; see `LatentStoreWriter.open_shard`."""
+
+    def __init__(self, path: Path, dtype: np.dtype):
+        self.path = path
+        self.dtype = dtype
+        self.count = 0
+        self.skipped: list[dict] = []
+        self.moments: dict[str, list[Moments]] = {"texture": [], "semantic": []}
+        with _writing(path):
+            path.unlink(missing_ok=True)
+            # group_size 1: a random read fetches one image. Latents do not compress.
+            self._writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+
+    def add(self, fields: dict[str, Any]) -> None:
+        """Append one image.
+
+        Args:
+          fields: an array or number for every field of the plan.
+
+        Raises:
+          SfdError: a field is missing, or has a shape or a value that cannot be stored.
+        """
+        record = np.zeros((), self.dtype)
+        for name in self.dtype.names:
+            if name not in fields:
+                raise SfdError(f"image {fields.get('index')} lacks the field '{name}'")
+            value = np.asarray(fields[name])
+            if value.shape != self.dtype[name].shape:
+                raise SfdError(
+                    f"field '{name}' of image {fields.get('index')} has shape {value.shape}, "
+                    f"not {self.dtype[name].shape}"
+                )
+            record[name] = value
+            # Checked after rounding to the stored dtype, which may overflow.
+            if value.dtype.kind not in "iu" and not np.isfinite(record[name].astype(np.float32)).all():
+                raise SfdError(
+                    f"field '{name}' of image {fields.get('index')} is not finite; are the weights "
+                    "and the precision right?"
+                )
+        with _writing(self.path):
+            self._writer.write(record.tobytes())
+        self.count += 1
+        for group, moments in self.moments.items():
+            moments.append(Moments.of(record[group]))
+
+    def skip(self, index: int, name: str, reason: str) -> None:
+        """Note an image of this shard that could not be read."""
+        self.skipped.append({"index": index, "name": name, "reason": reason})
+
+    def finish(self, name: str) -> dict:
+        """Put the shard on the disk and return its facts."""
+        with _writing(self.path):
+            self._writer.close()
+            sync(self.path)
+            # A full disk can go unnoticed until here.
+            if ArrayRecordReader(str(self.path)).num_records() != self.count:
+                raise OSError("records were lost")
+        return {
+            "name": name,
+            "count": self.count,
+            "bytes": self.path.stat().st_size,
+            "sha256": file_sha256(self.path),
+            "moments": {
+                group: Moments.merge(moments, like=self.dtype[group].shape[-1]).to_dict()
+                for group, moments in self.moments.items()
+            },
+            "skipped": self.skipped,
+        }
+
+    def discard(self) -> None:
+        """Throw away what was written."""
+        try:
+            self._writer.close()
+        except RuntimeError:  # it could not be written, which is why it is thrown away
+            pass
+        self.path.unlink(missing_ok=True)
+
+
+def latent_fields(
+    texture_shape: tuple[int, ...],
+    semantic_shape: tuple[int, ...],
+    *,
+    dtype: str,
+    flips: bool,
+    repa_shape: tuple[int, int] | None = None,
+    repa_dtype: str = "float16",
+) -> dict[str, dict]:
+    """List the fields of a record.
+
+    Args:
+      texture_shape, semantic_shape: (H,W,C); C of semantic may be 0.
+      dtype: "bfloat16" or "float32", of the latents.
+      flips: also store the latents of the mirrored image.
+      repa_shape: (N,F) of the REPA features, None for none.
+      repa_dtype: theirs; float16 as released.
+
+    Returns:
+      name -> {"dtype", "shape"}, as in `Plan.fields`.
+    """
+    groups = {"texture": (dtype, texture_shape), "semantic": (dtype, semantic_shape)}
+    if repa_shape is not None:
+        groups["repa_features"] = (repa_dtype, repa_shape)
+    fields = {}
+    for name, (kind, shape) in groups.items():
+        for suffix in ("", "_flip") if flips else ("",):
+            fields[name + suffix] = {"dtype": kind, "shape": [int(size) for size in shape]}
+    fields["label"] = {"dtype": "int32", "shape": []}
+    fields["index"] = {"dtype": "int64", "shape": []}
+    return fields
+
+
+def record_dtype(fields: dict[str, dict]) -> np.dtype:
+    """Return the numpy dtype of one record."""
+    unknown = [field["dtype"] for field in fields.values() if field["dtype"] not in DTYPES]
+    if unknown:
+        raise SfdError(f"unknown dtype '{unknown[0]}' of a stored field; known: {', '.join(DTYPES)}")
+    return np.dtype([(n, DTYPES[f["dtype"]], tuple(f["shape"])) for n, f in fields.items()])
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """Return the SHA-256 of a file, as hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file so that it appears whole or not at all.
+
+    Raises:
+      SfdError: it cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    with _writing(path):
+        partial.write_text(json.dumps(value, indent=1) + "\n")
+        sync(partial)
+        os.replace(partial, path)
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or a folder's list of names is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # ArrayRecord tells I/O faults by RuntimeError
+        raise SfdError(f"cannot write {path}: {error}; is the disk full or read-only?") from error
+
+
+def _read_manifest(directory: Path) -> dict:
+    path = directory / "manifest.json"
+    if not path.exists():
+        if (directory / "plan.json").exists():
+            raise SfdError(
+                f"the latents in {directory} are not finished; run the command that makes them again"
+            )
+        raise SfdError(f"no latents in {directory} (no manifest.json); make them with `sfd extract`")
+    try:
+        manifest = json.loads(path.read_text())
+        kind = manifest["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SfdError(f"{path} is damaged ({error}); run `sfd extract` again to rewrite it") from error
+    if kind != FORMAT:
+        raise SfdError(f"{path} is of format '{kind}'; this version reads '{FORMAT}'")
+    return manifest
+
+
+def _refuse_other_plan(path: Path, plan: dict) -> None:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise SfdError(f"{path} is damaged ({error}); use another folder") from error
+    differences = list(_differences(found, plan, ""))
+    if differences:
+        raise SfdError(
+            f"{path.parent} belongs to another run: {'; '.join(differences[:5])}. "
+            "Use another folder, or repeat that run's settings"
+        )
+
+
+def _differences(found: Any, wanted: Any, name: str) -> Iterator[str]:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in {**found, **wanted}:
+            yield from _differences(found.get(key), wanted.get(key), f"{name}.{key}".lstrip("."))
+    elif found != wanted:
+        yield f"{name} was {_short(found)}, now {_short(wanted)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,64 @@
+"""Per-channel mean and variance in float64, gathered in pieces.
+
+The moments of an image are computed on its own and pieces are merged by Chan's formula, so the
+result does not depend on how images were batched.
+"""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Moments of some values per channel.
+
+    Attributes:
+      count: values a channel.
+      mean: float64 (C,).
+      squares: float64 (C,), sum of squared differences from the mean.
+    """
+
+    count: int
+    mean: np.ndarray
+    squares: np.ndarray
+
+    @property
+    def std(self) -> np.ndarray:
+        """Standard deviation, float64 (C,), of the population (divided by the count)."""
+        return np.sqrt(self.squares / self.count)
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> "Moments":
+        """Return the moments of values (..., C) of any dtype."""
+        values = np.asarray(values).astype(np.float64)
+        values = values.reshape(-1, values.shape[-1]) if values.size else values.reshape(1, 0)
+        mean = values.mean(axis=0)
+        return cls(len(values), mean, np.square(values - mean).sum(axis=0))
+
+    @classmethod
+    def merge(cls, parts: list["Moments"], like: int = 0) -> "Moments":
+        """Merge moments of disjoint sets; the moments of nothing where there are no parts.
+
+        Args:
+          parts: to be merged.
+          like: number of channels, needed only where there may be no parts.
+
+        Source: Chan, Golub and LeVeque, 1979, for many sets at once.
+        """
+        parts = [part for part in parts if part.count]
+        if not parts:
+            return cls(0, np.zeros(like), np.zeros(like))
+        counts = np.array([part.count for part in parts], np.float64)
+        means = np.stack([part.mean for part in parts])
+        mean = counts @ means / counts.sum()
+        between = counts @ np.square(means - mean)
+        within = np.stack([part.squares for part in parts]).sum(axis=0)
+        return cls(int(counts.sum()), mean, within + between)
+
+    def to_dict(self) -> dict:
+        return {"count": self.count, "mean": self.mean.tolist(), "squares": self.squares.tolist()}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Moments":
+        return cls(values["count"], np.array(values["mean"]), np.array(values["squares"]))

@@ -1,0 +1,324 @@
+"""Batches as a function of (seed, step, host).
+
+Training reads the source as an endless stream of positions; position p is element `p % N` of epoch
+`p // N`, and every epoch has its own shuffling. Global batch number `step` is the positions
+`step * G ... (step + 1) * G - 1`; host h of H takes the h-th of H equal parts of it. So the step is
+the whole state of the loader, and any number of hosts sees the same global batches. Nothing is
+dropped at an epoch's edge.
+
+A source answers `len(source)` and `source[i] -> dict`; one that also has `read(indices) -> dict of
+stacked arrays` is read a batch at a time, which is faster. Grain does the prefetching.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags as absl_flags
+from grain.experimental import index_shuffle
+
+from sfd_jax.errors import SfdError
+
+Batch = dict[str, np.ndarray]
+# transform(batch of stacked records, flip bool (B,)) -> batch
+Transform = Callable[[Batch, np.ndarray], Batch]
+
+_LAST_STEP = 2**62  # training ends where the loop says, not the loader
+
+
+def make_batches(
+    source: Any,
+    *,
+    seed: int,
+    global_batch_size: int,
+    host_index: int = 0,
+    host_count: int = 1,
+    transform: Transform | None = None,
+    workers: int = 0,
+    flips: bool = False,
+    shuffle: bool = True,
+    cache: bool = False,
+) -> "TrainBatches":
+    """Make the training batches of one host.
+
+    Args:
+      source: random access to records.
+      seed: decides order and flips, together with the epoch.
+      global_batch_size: images in a batch over all hosts.
+      host_index, host_count: which part of each batch is wanted.
+      transform: see `latent_transform` and `pixel_transform`; None leaves the records alone.
+      workers: processes that prepare batches ahead; 0 does so in threads of this process.
+      flips: flip each image with probability 1/2, once for all its arrays.
+      shuffle: False reads in the order of the source.
+      cache: hold all records in memory, for sets that are small.
+
+    Returns:
+      `batches`: call `batches(start_step)` for an endless iterator, `batches.at(step)` for one batch.
+
+    Raises:
+      SfdError: an empty source, or a batch that the hosts cannot share equally.
+    """
+    if len(source) == 0:
+        raise SfdError("cannot make batches of an empty source")
+    if global_batch_size % host_count:
+        raise SfdError(
+            f"global_batch_size {global_batch_size} cannot be shared equally by {host_count} hosts; "
+            f"choose a multiple of {host_count}"
+        )
+    return TrainBatches(
+        source=InMemory(source) if cache else source,
+        seed=seed,
+        global_batch_size=global_batch_size,
+        host_index=host_index,
+        host_count=host_count,
+        transform=transform,
+        workers=workers,
+        flips=flips,
+        shuffle=shuffle,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainBatches:
+    """Batches by number; see `make_batches`."""
+
+    source: Any
+    seed: int
+    global_batch_size: int
+    host_index: int
+    host_count: int
+    transform: Transform | None
+    workers: int
+    flips: bool
+    shuffle: bool
+
+    def __call__(self, start_step: int = 0) -> Iterator[Batch]:
+        """Return the endless iterator over batches `start_step`, `start_step + 1`, ..."""
+        return prefetch(self.at, start_step, _LAST_STEP, self.workers)
+
+    def at(self, step: int) -> Batch:
+        """Return this host's part of global batch `step`; arrays lead with B = G / host_count."""
+        per_host = self.global_batch_size // self.host_count
+        first = step * self.global_batch_size + self.host_index * per_host
+        epochs, indices = self.order(np.arange(first, first + per_host))
+        batch = read_records(self.source, indices)
+        flip = np.zeros(per_host, bool)
+        if self.flips:
+            flip = flip_of(self.seed, epochs, indices)
+        return self.transform(batch, flip) if self.transform else batch
+
+    def order(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Map positions of the endless stream to (epoch, index in the source), int64 (B,) each."""
+        count = len(self.source)
+        epochs, indices = np.divmod(positions, count)
+        if self.shuffle:
+            indices = np.array(
+                [
+                    index_shuffle(
+                        int(i), max_index=count - 1, seed=epoch_seed(self.seed, int(e)), rounds=4
+                    )
+                    for e, i in zip(epochs, indices)
+                ]
+            )
+        return epochs, indices
+
+
+@functools.lru_cache(maxsize=16)
+def epoch_seed(seed: int, epoch: int) -> int:
+    """Return the 32-bit seed of one epoch's shuffling.
+
+    `seed + epoch` would not do: run 0's second epoch would be run 1's first.
+    """
+    return int(np.random.SeedSequence([seed % 2**64, epoch]).generate_state(1)[0])
+
+
+def flip_of(seed: int, epochs: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Decide by a fair coin, a function of (seed, epoch, index), whether an image is flipped.
+
+    Args:
+      seed: the run's.
+      epochs: int64 (B,).
+      indices: int64 (B,), in the source.
+
+    Returns:
+      bool (B,).
+
+    Source: the finalizer of SplitMix64 (Steele, Lea and Flood, 2014) as a counter-based generator.
+    """
+    keys = [epoch_seed(~seed, int(epoch)) << 32 for epoch in epochs]
+    bits = np.array(keys, np.uint64) + indices.astype(np.uint64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)
+    return ((bits ^ (bits >> np.uint64(31))) & np.uint64(1)).astype(bool)
+
+
+def make_eval_batches(
+    source: Any,
+    *,
+    batch_size: int,
+    host_index: int = 0,
+    host_count: int = 1,
+    transform: Transform | None = None,
+    workers: int = 0,
+    indices: np.ndarray | None = None,
+) -> Iterator[Batch]:
+    """Iterate once over a source in order: every element exactly once, nothing dropped.
+
+    Args:
+      source: random access to records.
+      batch_size: images in a batch of this host; the same for every batch, so that a jitted function
+        is compiled once.
+      host_index, host_count: host h takes every H-th batch. All hosts see equally many batches.
+      transform: as in `make_batches`; never flips.
+      workers: as in `make_batches`.
+      indices: which elements, in which order; None for all.
+
+    Returns:
+      Iterator over batches with `mask`, bool (B,): False where an element only fills up the batch.
+    """
+    if len(source) == 0:
+        raise SfdError("cannot make batches of an empty source")
+    indices = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
+    reader = _EvalBatches(source, batch_size, host_index, host_count, transform, indices)
+    rounds = -(-len(indices) // (batch_size * host_count))
+    return prefetch(reader.at, 0, rounds, workers)
+
+
+@dataclasses.dataclass(frozen=True)
+class _EvalBatches:
+    source: Any
+    batch_size: int
+    host_index: int
+    host_count: int
+    transform: Transform | None
+    indices: np.ndarray
+
+    def at(self, step: int) -> Batch:
+        first = (step * self.host_count + self.host_index) * self.batch_size
+        indices = self.indices[first : first + self.batch_size]
+        mask = np.arange(self.batch_size) < len(indices)
+        # Fill up with a real element: zeros could be out of range for what comes after.
+        filler = indices[-1] if len(indices) else self.indices[0]
+        indices = np.concatenate([indices, np.full(self.batch_size - len(indices), filler)])
+        batch = read_records(self.source, indices)
+        if self.transform:
+            batch = self.transform(batch, np.zeros(self.batch_size, bool))
+        return {**batch, "mask": mask}
+
+
+def read_records(source: Any, indices: np.ndarray) -> Batch:
+    """Read records and stack them: arrays (B, ...) by name; `label` int32, `index` int64."""
+    if hasattr(source, "read"):
+        return source.read(indices)
+    records = [source[int(index)] for index in indices]
+    batch = {name: np.stack([record[name] for record in records]) for name in records[0]}
+    for name, dtype in (("label", np.int32), ("index", np.int64)):
+        if name in batch:
+            batch[name] = batch[name].astype(dtype)
+    return batch
+
+
+class InMemory:
+    """Hold all records of a source in memory, as stacked arrays."""
+
+    def __init__(self, source: Any):
+        self.records = read_records(source, np.arange(len(source)))
+        self.count = len(source)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict:
+        return {name: values[index] for name, values in self.records.items()}
+
+    def read(self, indices: np.ndarray) -> Batch:
+        return {name: values[indices] for name, values in self.records.items()}
+
+
+def prefetch(
+    function: Callable[[int], Batch], start: int, stop: int, workers: int
+) -> Iterator[Batch]:
+    """Iterate over `function(start), ..., function(stop - 1)`, computed ahead.
+
+    Args:
+      function: must be picklable where there are workers.
+      start, stop: as in `range`.
+      workers: processes; 0 for two threads in this process.
+    """
+    dataset = grain.MapDataset.range(start, stop).map(function)
+    if workers:
+        if not absl_flags.FLAGS.is_parsed():  # Grain asks absl's flags, which our doors do not use
+            absl_flags.FLAGS.mark_as_parsed()
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        one_thread = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+        return iter(dataset.to_iter_dataset(one_thread).mp_prefetch(options))
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+
+
+def pixel_transform(batch: Batch, flip: np.ndarray) -> Batch:
+    """Turn image records into a training batch.
+
+    Args:
+      batch: `pixels` uint8 (B,H,W,3), `label`, `index`.
+      flip: bool (B,); mirrored left to right where True.
+
+    Returns:
+      `pixels` float32 (B,H,W,3) in [-1,1], `labels` int32 (B,), `index` int64 (B,).
+    """
+    pixels = np.where(flip[:, None, None, None], batch["pixels"][:, :, ::-1], batch["pixels"])
+    return {
+        "pixels": pixels.astype(np.float32) / np.float32(127.5) - np.float32(1),
+        "labels": batch["label"],
+        "index": batch["index"],
+    }
+
+
+def latent_transform(layout: Any, statistics: Any, *, repa: bool = False) -> Transform:
+    """Make the transform from stored latents to diffusion batches.
+
+    Args:
+      layout: `LatentLayout`, which knows the order of the channels.
+      statistics: `LatentStatistics`, which normalise them.
+      repa: also hand on the stored features.
+
+    Returns:
+      A transform to `latents` float32 (B,H,W,C), normalised; `labels` int32 (B,); `index` int64
+      (B,); with repa `repa_features` (B,N,F) in the dtype they are stored in.
+
+    Raises:
+      SfdError (when called): a flip or features are asked of records that hold none.
+    """
+    return functools.partial(_latent_batch, layout=layout, statistics=statistics, repa=repa)
+
+
+def _latent_batch(batch: Batch, flip: np.ndarray, *, layout, statistics, repa: bool) -> Batch:
+    texture = _oriented(batch, "texture", flip).astype(np.float32)
+    semantic = _oriented(batch, "semantic", flip).astype(np.float32)
+    # Filled through the views that `split` gives: `join` is JAX's, and would wake an accelerator in
+    # every loader process.
+    latents = np.empty((*texture.shape[:-1], layout.channels), np.float32)
+    texture_latents, semantic_latents = layout.split(latents)
+    texture_latents[...] = statistics.normalise_texture(texture)
+    semantic_latents[...] = statistics.normalise_semantic(semantic)
+    result = {"latents": latents, "labels": batch["label"], "index": batch["index"]}
+    if repa:
+        result["repa_features"] = _oriented(batch, "repa_features", flip)
+    return result
+
+
+def _oriented(batch: Batch, name: str, flip: np.ndarray) -> np.ndarray:
+    """Pick the stored flipped version where `flip`; a latent cannot be mirrored after the fact."""
+    if name not in batch:
+        raise SfdError(f"the data hold no '{name}'; extract it (`sfd extract --help`)")
+    values = batch[name]
+    if not flip.any():
+        return values
+    if f"{name}_flip" not in batch:
+        raise SfdError(
+            f"flips are asked for, but the data hold no '{name}_flip'; "
+            "extract with flips, or train with --config.data.flips=False"
+        )
+    return np.where(flip.reshape(-1, *[1] * (values.ndim - 1)), batch[f"{name}_flip"], values)

@@ -1,0 +1,216 @@
+"""The store: round trip, kills, damage, statistics; and the extraction engine that fills it."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sfd_jax.data.extract import extract
+from sfd_jax.data.images import BrokenImage
+from sfd_jax.data.latent_store import LatentStore, LatentStoreWriter
+from sfd_jax.data.moments import Moments
+from sfd_jax.errors import SfdError
+
+COUNT, SIZE = 23, 7
+
+
+class Noise:
+    """Images of noise; `broken` ones fail, and reading `bomb` ends the process, in a manner of speaking."""
+
+    image_size = SIZE
+    class_names = ["a", "b"]
+
+    def __init__(self, broken=(), bomb=None):
+        self.broken, self.bomb = broken, bomb
+
+    def __len__(self):
+        return COUNT
+
+    def __getitem__(self, index):
+        if index == self.bomb:
+            raise KeyboardInterrupt
+        if index in self.broken:
+            raise BrokenImage(f"noise/{index}.jpg", "truncated")
+        pixels = np.random.default_rng(index).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+        return {"pixels": pixels, "label": index % 2, "index": index}
+
+
+@jax.jit
+def encode(pixels, index):
+    pixels = pixels.astype(jnp.float32) / 255
+    noise = jax.vmap(
+        lambda i: jax.random.normal(jax.random.fold_in(jax.random.key(0), i), (SIZE, SIZE, 2))
+    )(index)
+    return {
+        "texture": pixels * 3 + 1,
+        "texture_flip": pixels[:, :, ::-1] * 3 + 1,
+        "semantic": noise,
+        "semantic_flip": -noise,
+        "repa_features": pixels.reshape(-1, SIZE, SIZE * 3).astype(jnp.float16),
+        "repa_features_flip": pixels.reshape(-1, SIZE, SIZE * 3).astype(jnp.float16),
+    }
+
+
+def run(directory, source=None, **settings):
+    defaults = {"batch_size": 4, "shard_size": 5, "config": {"seed": 0}, "weights": {"vae": "abc"}}
+    return extract(source or Noise(), encode, directory, **{**defaults, **settings})
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_round_trip(tmp_path, dtype):
+    store = run(tmp_path, dtype=dtype)
+    assert len(store) == COUNT and store.class_names == ["a", "b"]
+    assert store.manifest["weights"] == {"vae": "abc"}
+    expected = encode(np.stack([Noise()[i]["pixels"] for i in range(COUNT)]), np.arange(COUNT))
+    batch = store.read(np.array([17, 2, 22, 2]))  # several shards, unordered, one twice
+    for name, values in expected.items():
+        values = np.asarray(values)
+        stored = values if name.startswith("repa") else values.astype(dtype)
+        np.testing.assert_array_equal(batch[name], stored[[17, 2, 22, 2]])
+        np.testing.assert_array_equal(store[9][name], stored[9])
+    assert batch["label"].tolist() == [1, 0, 0, 0] and batch["index"].tolist() == [17, 2, 22, 2]
+    store.verify()
+
+
+def test_statistics_are_those_of_the_stored_values(tmp_path):
+    store = run(tmp_path)
+    records = store.read(np.arange(COUNT))
+    for group in ("texture", "semantic"):
+        values = records[group].astype(np.float64)
+        mean = getattr(store.statistics, f"{group}_mean")
+        # Kept as float32: half an ulp.
+        np.testing.assert_allclose(mean, values.mean((0, 1, 2)), rtol=1e-7, atol=1e-9)
+        std = getattr(store.statistics, f"{group}_std")
+        np.testing.assert_allclose(std, values.std((0, 1, 2)), rtol=1e-7)
+
+
+def test_moments_survive_a_large_offset():
+    """A sum of squares would lose everything here."""
+    values = 1e8 + np.random.default_rng(0).standard_normal((31, 5, 3))
+    merged = Moments.merge([Moments.of(part) for part in values])
+    # float64 resolves 1.5e-8 at 1e8, which is the error that the means carry.
+    np.testing.assert_allclose(merged.std, values.std((0, 1)), rtol=1.5e-8)
+
+
+def test_batch_size_and_hosts_change_no_byte(tmp_path):
+    run(tmp_path / "one")
+    run(tmp_path / "two", batch_size=7)
+    waits = []
+    for host in (1, 0):  # host 1 first: its barrier would wait, here it only notes
+        if host == 0:
+            run(tmp_path / "three", host_index=0, host_count=2, barrier=waits.append)
+            continue
+        with pytest.raises(SfdError, match="not finished"):
+            run(tmp_path / "three", host_index=1, host_count=2, barrier=waits.append)
+    assert len(waits) == 4
+    assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "three")
+
+
+def test_devices_change_no_byte(tmp_path):
+    """Latents computed image by image do not see how a batch lies on the devices."""
+    run(tmp_path / "one", batch_size=8)
+    mesh = jax.make_mesh((len(jax.devices()),), ("data",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    run(tmp_path / "all", batch_size=8, sharding=sharding)
+    assert contents(tmp_path / "one") == contents(tmp_path / "all")
+
+
+def test_a_killed_extraction_goes_on(tmp_path):
+    run(tmp_path / "whole")
+    killed = tmp_path / "killed"
+    with pytest.raises(KeyboardInterrupt):
+        run(killed, Noise(bomb=16))
+    assert not (killed / "manifest.json").exists()
+    with pytest.raises(SfdError, match="not finished"):
+        LatentStore(killed)
+    done = {path.name: path.stat().st_mtime_ns for path in killed.glob("*.ar")}
+    assert done
+    # What a SIGKILL leaves: half a shard under its temporary name, and facts without a shard.
+    (killed / "latents-00003.ar.partial").write_bytes(b"half")
+    (killed / "latents-00004.json").write_text((killed / "latents-00000.json").read_text())
+    run(killed)
+    assert contents(tmp_path / "whole") == contents(killed)
+    for name, written in done.items():
+        assert (killed / name).stat().st_mtime_ns == written, "a finished shard was written again"
+
+
+def test_damage_names_the_shard_and_can_be_repaired(tmp_path):
+    run(tmp_path)
+    before = contents(tmp_path)
+    shard = tmp_path / "latents-00002.ar"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    shard.write_bytes(data)
+    store = LatentStore(tmp_path)  # the length is right, so opening cannot see it
+    with pytest.raises(SfdError, match="latents-00002.ar does not match its checksum; delete it"):
+        store.verify()
+    with pytest.raises(SfdError, match="latents-00002.ar cannot be read"):
+        store.read(np.arange(COUNT))
+    shard.write_bytes(data[:-1])
+    with pytest.raises(SfdError, match="latents-00002.ar has"):
+        LatentStore(tmp_path)
+    shard.unlink()
+    with pytest.raises(SfdError, match="latents-00002.ar is missing"):
+        LatentStore(tmp_path)
+    run(tmp_path).verify()
+    assert contents(tmp_path) == before
+
+
+def test_another_run_is_refused(tmp_path):
+    run(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(SfdError, match="config.seed was 0, now 1"):
+        run(tmp_path, config={"seed": 1})
+    with pytest.raises(SfdError, match="weights.vae"):
+        run(tmp_path, weights={"vae": "def"})
+    assert contents(tmp_path) == before
+
+
+def test_broken_images_are_skipped_counted_and_listed(tmp_path):
+    store = run(tmp_path / "a", Noise(broken=(3, 11)), max_broken=2)
+    assert len(store) == COUNT - 2
+    assert [skipped["name"] for skipped in store.manifest["skipped"]] == ["noise/3.jpg", "noise/11.jpg"]
+    indices = store.read(np.arange(len(store)))["index"]
+    assert indices.tolist() == [i for i in range(COUNT) if i not in (3, 11)]
+    with pytest.raises(SfdError, match="2 broken images, more than the 1 allowed") as caught:
+        run(tmp_path / "b", Noise(broken=(3, 11)), max_broken=1)
+    assert "noise/3.jpg: truncated" in str(caught.value)
+    assert "noise/11.jpg: truncated" in str(caught.value)
+
+
+def test_latents_that_are_not_finite_are_refused(tmp_path):
+    def broken(pixels, index):
+        latents = encode(pixels, index)
+        return {**latents, "semantic": latents["semantic"].at[0].set(jnp.nan)}
+
+    with pytest.raises(SfdError, match="'semantic' of image 0 is not finite"):
+        extract(Noise(), broken, tmp_path, batch_size=4, config={}, weights={})
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SfdError, match="cannot write"):
+        run(tmp_path / "file")
+    with pytest.raises(SfdError, match="no latents in"):
+        LatentStore(tmp_path)
+
+
+def test_manifest_is_plain_json(tmp_path):
+    store = run(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["count"] == COUNT == sum(shard["count"] for shard in manifest["shards"])
+    assert LatentStoreWriter(tmp_path, store_plan(tmp_path)).is_done(4)
+
+
+def store_plan(directory):
+    from sfd_jax.data.latent_store import Plan
+
+    plan = json.loads((directory / "plan.json").read_text())
+    plan.pop("format")
+    return Plan(**plan)
