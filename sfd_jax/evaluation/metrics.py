@@ -1,0 +1,309 @@
+"""The numbers of the table: Frechet distance, inception score, precision and recall, kernel distance.
+
+Pure functions of features (N, D) and probabilities (N, K); rows are images. What a number is called
+depends on its features: the Frechet distance is FID on Inception's pool, sFID on its spatial features,
+FD-DINOv2 on DINOv2's class token.
+
+Definitions are those of the ADM suite (guided-diffusion, `evaluations/evaluator.py`), down to the
+float16 of its distances. One thing differs: the trace of the matrix root comes from symmetric
+eigenvalues instead of `sqrtm`, so it is exact for singular covariances too (fewer images than
+features), where `sqrtm` needs a nudge.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sfd_jax.errors import SfdError
+
+# --- Frechet distance -------------------------------------------------------------------------------
+
+
+def frechet_distance(
+    mean_a: np.ndarray, covariance_a: np.ndarray, mean_b: np.ndarray, covariance_b: np.ndarray
+) -> float:
+    """Compute the squared Frechet distance between two Gaussians.
+
+    Args:
+      mean_a, mean_b: (D,) float.
+      covariance_a, covariance_b: (D, D) float, symmetric, positive semi-definite up to rounding.
+
+    Returns:
+      |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), in float64.
+
+    Raises:
+      SfdError: shapes that do not fit, or a value that is not finite.
+
+    Source: Heusel et al. 2017 (arXiv 1706.08500), equation 6.
+    """
+    mean_a, mean_b = np.asarray(mean_a, np.float64), np.asarray(mean_b, np.float64)
+    covariance_a = np.asarray(covariance_a, np.float64)
+    covariance_b = np.asarray(covariance_b, np.float64)
+    if mean_a.shape != mean_b.shape or covariance_a.shape != covariance_b.shape:
+        raise SfdError(
+            f"Frechet distance between Gaussians of {mean_a.shape} and {mean_b.shape} dimensions: "
+            "the two statistics come from different extractors"
+        )
+    for array in (mean_a, mean_b, covariance_a, covariance_b):
+        if not np.isfinite(array).all():
+            raise SfdError("Frechet distance: a mean or covariance is not finite")
+    # With A = R R' and B = S S', A B has the eigenvalues of (R' S)(R' S)', whose roots are the
+    # singular values of R' S. Taking those directly keeps them accurate to the rounding of the
+    # largest one; roots of eigenvalues near zero would turn a rounding of 1e-16 into 1e-8.
+    cross = np.linalg.svd(_root(covariance_a).T @ _root(covariance_b), compute_uv=False).sum()
+    difference = mean_a - mean_b
+    return float(
+        difference @ difference + np.trace(covariance_a) + np.trace(covariance_b) - 2.0 * cross
+    )
+
+
+def _root(covariance: np.ndarray) -> np.ndarray:
+    """Return R (D, D) with R R' = covariance; eigenvalues below zero are rounding and count as zero."""
+    values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
+    return vectors * np.sqrt(np.maximum(values, 0.0))
+
+
+# --- Inception score --------------------------------------------------------------------------------
+
+
+def inception_score(probabilities: np.ndarray, split_size: int = 5000) -> float:
+    """Compute the inception score: the mean over consecutive splits of exp(mean KL to the marginal).
+
+    The splits are consecutive, so the images must come in shuffled order; a last, shorter split
+    counts as much as the others, as in the ADM suite.
+
+    Args:
+      probabilities: (N, K) float, rows sum to 1.
+      split_size: images in a split.
+
+    Returns:
+      The score, between 1 and K.
+
+    Source: Salimans et al. 2016 (arXiv 1606.03498); splits of 5,000 as in ADM.
+    """
+    if len(probabilities) == 0:
+        raise SfdError("inception score of no images")
+    scores = []
+    for start in range(0, len(probabilities), split_size):
+        part = np.asarray(probabilities[start : start + split_size], np.float64)
+        marginal = part.mean(axis=0, keepdims=True)
+        # p log p is 0 at p = 0; a marginal of 0 only meets probabilities of 0.
+        ratio = np.divide(part, marginal, out=np.ones_like(part), where=part > 0)
+        scores.append(np.exp((part * np.log(ratio)).sum(axis=1).mean()))
+    return float(np.mean(scores))
+
+
+# --- Precision and recall ---------------------------------------------------------------------------
+
+
+def precision_recall(
+    reference: np.ndarray,
+    samples: np.ndarray,
+    *,
+    k: int = 3,
+    block: int = 4096,
+    distances: str = "float16",
+) -> tuple[float, float]:
+    """Compute precision and recall by k-nearest-neighbour manifolds.
+
+    A set's manifold is the union of balls around its members, each as wide as the distance to the
+    member's k-th neighbour within the set. Precision is the share of samples inside the reference's
+    manifold, recall the share of references inside the samples'.
+
+    Args:
+      reference: (N, D) float32 features, N > k.
+      samples: (M, D) float32 features, M > k.
+      k: neighbours.
+      block: rows and columns of the distance blocks; the result does not depend on it.
+      distances: "float16" rounds where the ADM suite does, and so reproduces its numbers: on 2,048
+        features the rounding draws points into balls that they miss by less than a thousandth, which
+        adds one or two points to both scores. "float32" is the definition, without that. Features
+        too large for float16 are compared in float32 either way, as in ADM.
+
+    Returns:
+      (precision, recall), each in [0, 1].
+
+    Raises:
+      SfdError: too few rows, different D, or a feature that is not finite.
+
+    Source: Kynkaanniemi et al. 2019 (arXiv 1904.06991); k = 3 and float16 as in ADM's
+      `ManifoldEstimator` and `DistanceBlock`.
+    """
+    reference, samples = np.asarray(reference, np.float32), np.asarray(samples, np.float32)
+    if reference.shape[1:] != samples.shape[1:]:
+        raise SfdError(
+            f"precision and recall: reference features are {reference.shape[1:]}, samples "
+            f"{samples.shape[1:]}; both must come from one extractor"
+        )
+    for name, features in (("reference", reference), ("samples", samples)):
+        if len(features) <= k:
+            raise SfdError(
+                f"precision and recall with k={k} need more than {k} images; {name}: {len(features)}"
+            )
+        if not np.isfinite(features).all():
+            raise SfdError(f"precision and recall: a feature of the {name} is not finite")
+    half = distances == "float16" and _fits_float16(reference, samples)
+    reference, samples = _prepare(reference, samples, half)
+    reference_radii = _squared_radii(*reference, k, block, half)
+    sample_radii = _squared_radii(*samples, k, block, half)
+    precision, recall = np.zeros(len(sample_radii), bool), np.zeros(len(reference_radii), bool)
+    for row, *rows in _blocks(*samples, sample_radii, block):
+        for column, *columns in _blocks(*reference, reference_radii, block):
+            in_reference, in_samples = _inside(*rows, *columns, half=half)
+            precision[row] |= np.asarray(in_reference)[: row.stop - row.start]
+            recall[column] |= np.asarray(in_samples)[: column.stop - column.start]
+    return float(precision.mean()), float(recall.mean())
+
+
+def _fits_float16(reference: np.ndarray, samples: np.ndarray) -> bool:
+    """Tell whether no squared distance, nor a step on the way to it, can leave float16's range."""
+    longest = [np.sqrt(np.einsum("nd,nd->n", x, x).max()) for x in (reference, samples)]
+    return float(2 * max(longest)) ** 2 < 60000
+
+
+def _prepare(reference: np.ndarray, samples: np.ndarray, half: bool):
+    """Return (features (N, D), squared norms (N,)) of each set, float32."""
+    if half:
+        return tuple((x.astype(np.float16).astype(np.float32), _half_norms(x)) for x in (reference, samples))
+    # |u|^2 - 2 u.v + |v|^2 cancels badly when the norms dwarf the distances; a common shift changes
+    # no distance and makes the norms small.
+    centre = reference.mean(axis=0, dtype=np.float64).astype(np.float32)
+    reference, samples = reference - centre[None], samples - centre[None]
+    return tuple((x, np.einsum("nd,nd->n", x, x)) for x in (reference, samples))
+
+
+def _half_norms(features: np.ndarray) -> np.ndarray:
+    """Sum squares in float16, in the order of the suite's TensorFlow on CPU.
+
+    That is 1,024 features at a time, in packets of eight lanes with four running sums. The order matters
+    in a distance's last bit, and so for a point at the edge of a ball.
+    """
+    norms = np.zeros(len(features), np.float16)
+    for start in range(0, features.shape[1], 1024):
+        squares = features[:, start : start + 1024].astype(np.float16) ** 2
+        packets = squares[:, : squares.shape[1] // 8 * 8].reshape(len(features), -1, 8)
+        unrolled = packets.shape[1] // 4 * 4
+        sums = np.zeros((4, len(features), 8), np.float16)
+        for packet in range(unrolled):
+            sums[packet % 4] += packets[:, packet]
+        total = sums[0] + sums[1] + sums[2] + sums[3]
+        for packet in range(unrolled, packets.shape[1]):
+            total += packets[:, packet]
+        rest = np.zeros(len(features), np.float16)
+        for column in range(packets.shape[1] * 8, squares.shape[1]):
+            rest += squares[:, column]
+        norms += total.sum(axis=1, dtype=np.float32).astype(np.float16) + rest
+    return norms.astype(np.float32)
+
+
+def _squared_radii(
+    features: np.ndarray, norms: np.ndarray, k: int, block: int, half: bool
+) -> np.ndarray:
+    """Return each row's squared distance to its k-th neighbour, (N,) float32."""
+    radii = np.empty(len(features), np.float32)
+    present = np.zeros(len(features), np.float32)
+    for row, rows, row_norms, _ in _blocks(features, norms, present, block):
+        # The row itself is among its neighbours, at distance 0: hence k + 1.
+        smallest = jnp.full((len(rows), k + 1), jnp.inf)
+        for _, *columns in _blocks(features, norms, present, block):
+            smallest = _merge_smallest(smallest, rows, row_norms, *columns, half=half)
+        radii[row] = np.asarray(smallest)[: row.stop - row.start, k]
+    return radii
+
+
+def _blocks(features: np.ndarray, norms: np.ndarray, radii: np.ndarray, block: int):
+    """Yield (slice, features (block, D), norms (block,), radii (block,)); radius -1 marks padding."""
+    block = min(block, len(features))
+    for start in range(0, len(features), block):
+        rows = slice(start, min(start + block, len(features)))
+        padding = block - (rows.stop - rows.start)
+        yield (
+            rows,
+            jnp.asarray(np.pad(features[rows], ((0, padding), (0, 0)))),
+            jnp.asarray(np.pad(norms[rows], (0, padding))),
+            jnp.asarray(np.pad(radii[rows], (0, padding), constant_values=-1.0)),
+        )
+
+
+@partial(jax.jit, static_argnames="half")
+def _merge_smallest(smallest, rows, row_norms, columns, column_norms, column_radii, *, half):
+    """Return the k + 1 smallest distances among those known and those to `columns`, ascending."""
+    distances = _squared_distances(rows, row_norms, columns, column_norms, half)
+    distances = jnp.where(column_radii[None, :] < 0, jnp.inf, distances)
+    candidates = jnp.concatenate([smallest, distances], axis=1)
+    return -jax.lax.top_k(-candidates, smallest.shape[1])[0]
+
+
+@partial(jax.jit, static_argnames="half")
+def _inside(
+    rows, row_norms, row_radii, columns, column_norms, column_radii, *, half
+) -> tuple[jax.Array, jax.Array]:
+    """Tell which rows lie in a column's ball (R,) and which columns in a row's (C,)."""
+    distances = _squared_distances(rows, row_norms, columns, column_norms, half)
+    in_columns = jnp.any(distances <= column_radii[None, :], axis=1)
+    in_rows = jnp.any(distances <= row_radii[:, None], axis=0)
+    return in_columns, in_rows
+
+
+def _squared_distances(rows, row_norms, columns, column_norms, half: bool) -> jax.Array:
+    # `reduce_precision` rounds to float16 for certain; casts there and back may be optimised away.
+    rounded = partial(jax.lax.reduce_precision, exponent_bits=5, mantissa_bits=10) if half else lambda x: x
+    products = rounded(jnp.matmul(rows, columns.T, precision=jax.lax.Precision.HIGHEST))
+    distances = rounded(rounded(row_norms[:, None] - 2.0 * products) + column_norms[None, :])
+    return jnp.maximum(distances, 0.0)
+
+
+# --- Kernel distance --------------------------------------------------------------------------------
+
+
+def kernel_distance(
+    reference: np.ndarray,
+    samples: np.ndarray,
+    *,
+    subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Compute the kernel distance (KID): the mean unbiased MMD^2 over random subsets.
+
+    Args:
+      reference: (N, D) float32 features.
+      samples: (M, D) float32 features.
+      subsets: number of random pairs of subsets.
+      subset_size: images in a subset; lowered to min(N, M) where there are fewer.
+      seed: draws the subsets.
+
+    Returns:
+      (mean, standard deviation over the subsets). The mean may fall slightly below zero.
+
+    Source: Binkowski et al. 2018 (arXiv 1801.01401): kernel (u.v / D + 1)^3.
+    """
+    size = min(subset_size, len(reference), len(samples))
+    if size < 2:
+        raise SfdError("the kernel distance needs at least 2 images on each side")
+    generator = np.random.default_rng(seed)
+    values = []
+    for _ in range(subsets):
+        chosen_reference = reference[generator.choice(len(reference), size, replace=False)]
+        chosen_samples = samples[generator.choice(len(samples), size, replace=False)]
+        values.append(_unbiased_mmd(jnp.asarray(chosen_reference), jnp.asarray(chosen_samples)))
+    values = np.asarray(values, np.float64)
+    return float(values.mean()), float(values.std())
+
+
+@jax.jit
+def _unbiased_mmd(reference: jax.Array, samples: jax.Array) -> jax.Array:
+    size, dimension = reference.shape
+
+    def kernel(u, v):
+        return (jnp.matmul(u, v.T, precision=jax.lax.Precision.HIGHEST) / dimension + 1.0) ** 3
+
+    def mean_off_diagonal(matrix):
+        # The diagonal is left out of the sum, not subtracted from it: it is the largest part.
+        return jnp.where(jnp.eye(size, dtype=bool), 0.0, matrix).sum() / (size * (size - 1))
+
+    within = mean_off_diagonal(kernel(reference, reference))
+    within += mean_off_diagonal(kernel(samples, samples))
+    return within - 2.0 * kernel(reference, samples).mean()
