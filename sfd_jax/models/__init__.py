@@ -8,10 +8,12 @@ pair into `init` and `apply` on plain dict trees. To add one: write its file, li
 from sfd_jax.models.lightning_dit import SIZES, DiTConfig, LightningDiT, dit_config
 from sfd_jax.models.network import Network
 from sfd_jax.models.semantic_vae import SemanticVAE, SemanticVAEConfig
+from sfd_jax.models.texture_vae import TextureVAE, TextureVAEConfig, to_bytes
 
 NETWORKS = {
     "lightning_dit": (DiTConfig, LightningDiT),
     "semantic_vae": (SemanticVAEConfig, SemanticVAE),
+    "texture_vae": (TextureVAEConfig, TextureVAE),
 }
 
 __all__ = [
@@ -22,5 +24,8 @@ __all__ = [
     "Network",
     "SemanticVAE",
     "SemanticVAEConfig",
+    "TextureVAE",
+    "TextureVAEConfig",
     "dit_config",
+    "to_bytes",
 ]

@@ -1,0 +1,317 @@
+"""Texture VAE: the convolutional autoencoder between pixels and texture latents.
+
+Maps pixels (B, H, W, 3) in [-1, 1] to a posterior on raw latents (B, h, w, Z), h = H / 2^(levels-1),
+and back. "Raw" means not normalised: `latents.LatentStatistics` does that. The published one is f16d32:
+five levels, Z = 32. Two variants: LDM's, and MAR's, whose decoder has no attention in its up path.
+
+Parameters keep the names of the PyTorch keys, one for one, with `/` for `.`:
+
+  */kernel (KH,KW,I,O), bias         conv weight (O,I,KH,KW), bias
+  */scale, bias (GroupNorm)          weight, bias
+  {encoder,decoder}/conv_in, conv_out, norm_out
+  {encoder,decoder}/mid/{block_1,attn_1,block_2}/...
+  encoder/down/{i}/block/{j}/{norm1,conv1,norm2,conv2,nin_shortcut}
+  encoder/down/{i}/attn/{j}/{norm,q,k,v,proj_out}     only at the levels with attention
+  encoder/down/{i}/downsample/conv                    all levels but the last
+  decoder/up/{i}/block/{j}/..., attn/{j}/...          i counts from the FINEST level
+  decoder/up/{i}/upsample/conv                        all levels but the finest
+  quant_conv, post_quant_conv                         (1,1,2Z,2Z) and (1,1,Z,Z)
+
+`loss.*` (LPIPS, discriminator) of the published files is no part of the network.
+
+Source: latent-diffusion, ldm/modules/diffusionmodules/model.py (from taming-transformers); MAR,
+models/vae.py.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sfd_jax.models.attention import attend
+from sfd_jax.models.layers import check, check_dtype, conv, group_norm, matmul_precision
+from sfd_jax.models.posterior import sample_posterior, split_moments
+
+
+@dataclasses.dataclass(frozen=True)
+class TextureVAEConfig:
+    """Say which texture VAE; the defaults are the published f16d32.
+
+    Attributes:
+      z_channels: Z.
+      ch: channels of the finest level.
+      ch_mult: multiple of `ch` at each level, finest first; each level but one halves the grid.
+      num_res_blocks: residual blocks a level in the encoder; the decoder has one more.
+      attention_levels: levels whose blocks are each followed by attention; negative ones count
+        from the coarsest. (The coarsest is 16x16 for the published 256 px.)
+      variant: "ldm", or "mar" (no attention in the decoder's up path).
+      norm_groups: groups of every GroupNorm; must divide every channel count.
+      compute_dtype: "float32" or "bfloat16", dtype of the convolutions.
+    """
+
+    z_channels: int = 32
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+    attention_levels: tuple[int, ...] = (-1,)
+    variant: str = "ldm"
+    norm_groups: int = 32
+    compute_dtype: str = "float32"
+
+    def __post_init__(self):
+        check(
+            self.variant in ("ldm", "mar"),
+            f"no texture VAE variant '{self.variant}': choose ldm or mar",
+        )
+        check(len(self.ch_mult) > 0, "ch_mult is empty: give one multiple a level")
+        for mult in self.ch_mult:
+            check(
+                self.ch * mult % self.norm_groups == 0,
+                f"norm_groups {self.norm_groups} does not divide the {self.ch * mult} channels of "
+                f"a level (ch {self.ch} x {mult}): choose fewer groups",
+            )
+        levels = len(self.ch_mult)
+        for level in self.attention_levels:
+            check(
+                -levels <= level < levels,
+                f"attention_levels holds {level}, but there are {levels} levels",
+            )
+        check_dtype(self.compute_dtype)
+
+    @property
+    def downsampling(self) -> int:
+        """Return H / h, the factor between pixels and latents."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+    def has_attention(self, level: int) -> bool:
+        """Tell whether the blocks of this level (0 is the finest) are followed by attention."""
+        return level in {a % len(self.ch_mult) for a in self.attention_levels}
+
+
+def to_bytes(pixels: jax.Array) -> jax.Array:
+    """Turn pixels in [-1, 1] into uint8: clamp(127.5 x + 128, 0, 255), truncated.
+
+    The offset is 128, not 127.5, so that truncation rounds: the released sampler's formula.
+    """
+    return jnp.clip(127.5 * pixels + 128.0, 0.0, 255.0).astype(jnp.uint8)
+
+
+class TextureVAE(nnx.Module):
+    """Encode pixels to raw texture latents and decode them back."""
+
+    def __init__(self, config: TextureVAEConfig, *, rngs: nnx.Rngs):
+        c = self.config = config
+        z, dtype = c.z_channels, jnp.dtype(c.compute_dtype)
+        self.encoder = Encoder(c, rngs=rngs)
+        self.decoder = Decoder(c, rngs=rngs)
+        self.quant_conv = conv(2 * z, 2 * z, 1, rngs=rngs, dtype=dtype)
+        self.post_quant_conv = conv(z, z, 1, rngs=rngs, dtype=dtype)
+
+    def encode(self, pixels):
+        """Return (mean, logvar), (B, h, w, Z) float32 each, of pixels (B, H, W, 3) in [-1, 1].
+
+        Raises:
+          SfdError: H or W does not divide by the downsampling factor.
+        """
+        f = self.config.downsampling
+        check(
+            pixels.shape[1] % f == 0 and pixels.shape[2] % f == 0,
+            f"images of {pixels.shape[1]} x {pixels.shape[2]} do not divide by {f}, the texture "
+            "VAE's downsampling: choose another image size",
+        )
+        with matmul_precision(self.config.compute_dtype):
+            moments = self.quant_conv(self.encoder(pixels))
+        return split_moments(moments.astype(jnp.float32))
+
+    def decode(self, raw_latents):
+        """Return pixels (B, H, W, 3) float32, about [-1, 1], of raw latents (B, h, w, Z)."""
+        with matmul_precision(self.config.compute_dtype):
+            return self.decoder(self.post_quant_conv(raw_latents)).astype(jnp.float32)
+
+    def __call__(self, pixels, noise=None):
+        """Return (reconstruction, mean, logvar); noise (B, h, w, Z) samples the posterior."""
+        mean, logvar = self.encode(pixels)
+        return self.decode(sample_posterior(mean, logvar, noise)), mean, logvar
+
+
+class Encoder(nnx.Module):
+    """Pixels (B, H, W, 3) to moments (B, h, w, 2Z)."""
+
+    def __init__(self, config: TextureVAEConfig, *, rngs):
+        c, dtype = config, jnp.dtype(config.compute_dtype)
+        self.conv_in = conv(3, c.ch, 3, rngs=rngs, dtype=dtype)
+        channels = c.ch
+        down = []
+        for level, mult in enumerate(c.ch_mult):
+            last = level == len(c.ch_mult) - 1
+            down.append(
+                Level(
+                    c,
+                    channels,
+                    c.ch * mult,
+                    c.num_res_blocks,
+                    attention=c.has_attention(level),
+                    downsample=not last,
+                    rngs=rngs,
+                )
+            )
+            channels = c.ch * mult
+        self.down = nnx.List(down)
+        self.mid = Middle(c, channels, rngs=rngs)
+        self.norm_out = group_norm(channels, c.norm_groups, rngs=rngs)
+        self.conv_out = conv(channels, 2 * c.z_channels, 3, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x):
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(jax.nn.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nnx.Module):
+    """Latents (B, h, w, Z) to pixels (B, H, W, 3)."""
+
+    def __init__(self, config: TextureVAEConfig, *, rngs):
+        c, dtype = config, jnp.dtype(config.compute_dtype)
+        channels = c.ch * c.ch_mult[-1]
+        self.conv_in = conv(c.z_channels, channels, 3, rngs=rngs, dtype=dtype)
+        self.mid = Middle(c, channels, rngs=rngs)
+        up = []
+        for level, mult in reversed(list(enumerate(c.ch_mult))):
+            up.append(
+                Level(
+                    c,
+                    channels,
+                    c.ch * mult,
+                    c.num_res_blocks + 1,
+                    attention=c.has_attention(level) and c.variant == "ldm",
+                    upsample=level > 0,
+                    rngs=rngs,
+                )
+            )
+            channels = c.ch * mult
+        # Stored finest first, as in the published files; run coarsest first.
+        self.up = nnx.List(reversed(up))
+        self.norm_out = group_norm(channels, c.norm_groups, rngs=rngs)
+        self.conv_out = conv(channels, 3, 3, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x):
+        x = self.mid(self.conv_in(x))
+        for level in reversed(list(self.up)):
+            x = level(x)
+        return self.conv_out(jax.nn.silu(self.norm_out(x)))
+
+
+class Level(nnx.Module):
+    """Residual blocks at one grid size, each with attention or none, then a change of grid."""
+
+    def __init__(
+        self,
+        config,
+        channels_in,
+        channels,
+        num_blocks,
+        *,
+        attention,
+        downsample=False,
+        upsample=False,
+        rngs,
+    ):
+        c = config
+        widths = [channels_in] + [channels] * (num_blocks - 1)
+        self.block = nnx.List([ResBlock(c, width, channels, rngs=rngs) for width in widths])
+        self.attn = nnx.List([Attention(c, channels, rngs=rngs) for _ in widths if attention])
+        if downsample:
+            self.downsample = Downsample(c, channels, rngs=rngs)
+        if upsample:
+            self.upsample = Upsample(c, channels, rngs=rngs)
+        self.changes_down, self.changes_up = downsample, upsample
+
+    def __call__(self, x):
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[i](x)
+        if self.changes_down:
+            x = self.downsample(x)
+        if self.changes_up:
+            x = self.upsample(x)
+        return x
+
+
+class Middle(nnx.Module):
+    """Block, attention, block at the coarsest grid."""
+
+    def __init__(self, config, channels, *, rngs):
+        self.block_1 = ResBlock(config, channels, channels, rngs=rngs)
+        self.attn_1 = Attention(config, channels, rngs=rngs)
+        self.block_2 = ResBlock(config, channels, channels, rngs=rngs)
+
+    def __call__(self, x):
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class ResBlock(nnx.Module):
+    """Two convolutions, each after GroupNorm and SiLU, beside a shortcut."""
+
+    def __init__(self, config, channels_in, channels, *, rngs):
+        groups, dtype = config.norm_groups, jnp.dtype(config.compute_dtype)
+        self.norm1 = group_norm(channels_in, groups, rngs=rngs)
+        self.conv1 = conv(channels_in, channels, 3, rngs=rngs, dtype=dtype)
+        self.norm2 = group_norm(channels, groups, rngs=rngs)
+        self.conv2 = conv(channels, channels, 3, rngs=rngs, dtype=dtype)
+        self.projects = channels_in != channels
+        if self.projects:
+            self.nin_shortcut = conv(channels_in, channels, 1, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x):
+        h = self.conv1(jax.nn.silu(self.norm1(x)))
+        h = self.conv2(jax.nn.silu(self.norm2(h)))
+        return (self.nin_shortcut(x) if self.projects else x) + h
+
+
+class Attention(nnx.Module):
+    """Single-head attention over all positions of the grid, beside a shortcut."""
+
+    def __init__(self, config, channels, *, rngs):
+        dtype = jnp.dtype(config.compute_dtype)
+        self.norm = group_norm(channels, config.norm_groups, rngs=rngs)
+        self.q = conv(channels, channels, 1, rngs=rngs, dtype=dtype)
+        self.k = conv(channels, channels, 1, rngs=rngs, dtype=dtype)
+        self.v = conv(channels, channels, 1, rngs=rngs, dtype=dtype)
+        self.proj_out = conv(channels, channels, 1, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x):
+        b, h, w, c = x.shape
+        normed = self.norm(x)
+        q, k, v = (f(normed).reshape(b, h * w, 1, c) for f in (self.q, self.k, self.v))
+        return x + self.proj_out(attend(q, k, v).reshape(b, h, w, c))
+
+
+class Downsample(nnx.Module):
+    """Halve the grid by a stride-2 convolution, padded at the bottom and right alone."""
+
+    def __init__(self, config, channels, *, rngs):
+        self.conv = conv(
+            channels,
+            channels,
+            3,
+            strides=2,
+            padding=((0, 1), (0, 1)),
+            rngs=rngs,
+            dtype=jnp.dtype(config.compute_dtype),
+        )
+
+    def __call__(self, x):
+        return self.conv(x)
+
+
+class Upsample(nnx.Module):
+    """Double the grid by repeating each pixel, then convolve."""
+
+    def __init__(self, config, channels, *, rngs):
+        self.conv = conv(channels, channels, 3, rngs=rngs, dtype=jnp.dtype(config.compute_dtype))
+
+    def __call__(self, x):
+        return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
