@@ -1,1 +1,30 @@
-"""(room under construction)"""
+"""Many chips and many hosts as one machine: the mesh, one sharding rule, and the start of processes.
+
+The mesh has two axes. The batch is split over both; parameters, optimizer moments and EMA are split over
+`fsdp` and repeated over `data`. Nothing here knows a network: shardings follow from shapes alone.
+"""
+
+from sfd_jax.distributed.hosts import barrier, is_host0, say, start
+from sfd_jax.distributed.mesh import make_mesh
+from sfd_jax.distributed.sharding import (
+    batch_sharding,
+    param_shardings,
+    put_batch,
+    replicated,
+    shard_rule,
+    with_shardings,
+)
+
+__all__ = [
+    "barrier",
+    "batch_sharding",
+    "is_host0",
+    "make_mesh",
+    "param_shardings",
+    "put_batch",
+    "replicated",
+    "say",
+    "shard_rule",
+    "start",
+    "with_shardings",
+]

@@ -1,0 +1,60 @@
+"""The device mesh ("data", "fsdp"), also across TPU slices."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh
+
+from sfd_jax.errors import SfdError
+
+AXES = ("data", "fsdp")
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arrange the devices as a mesh ("data", "fsdp").
+
+    Neighbours along `fsdp` exchange parameters in every layer, neighbours along `data` only gradients once
+    a step; so where devices belong to several slices, `data` alone crosses the slow network between them.
+
+    Args:
+      data: size of the data axis; -1 for whatever `fsdp` leaves.
+      fsdp: size of the axis that splits the training state; -1 for whatever `data` leaves.
+      devices: the devices to arrange; all of them by default.
+
+    Returns:
+      A Mesh of shape (data, fsdp) over all `devices`.
+
+    Raises:
+      SfdError: the sizes do not multiply to the number of devices, or do not fit the slices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    data, fsdp = _fill(data, fsdp, len(devices))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if data % slices:
+        raise SfdError(
+            f"mesh.data={data} does not divide over {slices} slices: parameters are split inside a slice only, "
+            f"so make mesh.data a multiple of {slices} (here at most mesh.fsdp={len(devices) // slices})"
+        )
+    if slices > 1:
+        grid = mesh_utils.create_hybrid_device_mesh((data // slices, fsdp), (slices, 1), devices)
+    else:
+        grid = mesh_utils.create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES)
+
+
+def _fill(data: int, fsdp: int, count: int) -> tuple[int, int]:
+    sizes = {"data": data, "fsdp": fsdp}
+    free = [name for name, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) == 2 or fixed < 1:
+        raise SfdError(f"mesh.data={data} and mesh.fsdp={fsdp}: give positive sizes, at most one of them -1")
+    if free and count % fixed == 0:
+        sizes[free[0]] = count // fixed
+    if math.prod(sizes.values()) != count:
+        raise SfdError(
+            f"mesh.data={data} and mesh.fsdp={fsdp} do not fill {count} devices; "
+            "set one of them to -1 and the other to a divisor of the number of devices"
+        )
+    return sizes["data"], sizes["fsdp"]

@@ -1,0 +1,67 @@
+"""One rule from shapes to shardings, for parameters, optimizer moments and EMA alike."""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sfd_jax.distributed.mesh import AXES
+
+# Below this many elements an array costs less repeated on every chip (32 KiB in float32) than gathered.
+MIN_ELEMENTS = 8192
+
+
+def shard_rule(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Split the largest dimension that `fsdp` divides; leave small or indivisible arrays whole.
+
+    Args:
+      shape: the array's shape.
+      mesh: a mesh with an axis "fsdp".
+
+    Returns:
+      A PartitionSpec naming "fsdp" at most once; the earlier of two equal dimensions is split, since TPU
+      tiles are widest along the last.
+    """
+    parts = mesh.shape["fsdp"]
+    dims = [axis for axis, size in enumerate(shape) if size % parts == 0]
+    if parts == 1 or not dims or math.prod(shape) < MIN_ELEMENTS:
+        return PartitionSpec()
+    largest = max(dims, key=lambda axis: shape[axis])
+    return PartitionSpec(*(None,) * largest, "fsdp")
+
+
+def param_shardings(abstract_tree, mesh: Mesh):
+    """Return the tree of NamedShardings that `shard_rule` gives for a tree of arrays or their shapes."""
+    return jax.tree.map(lambda x: NamedSharding(mesh, shard_rule(x.shape, mesh)), abstract_tree)
+
+
+def with_shardings(abstract_tree, shardings):
+    """Return the tree of ShapeDtypeStructs with their shardings attached, e.g. as a restore target."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract_tree, shardings
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of a batch: its first axis over both mesh axes, the others whole."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of a value that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Make global arrays from this host's rows of a batch.
+
+    Args:
+      batch: name to (per-host B, ...) array; every host passes its own rows, in host order.
+      mesh: the mesh; its size divides the global batch.
+
+    Returns:
+      name to (global B, ...) array, first axis split over the mesh.
+    """
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}

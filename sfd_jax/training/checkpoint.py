@@ -1,0 +1,274 @@
+"""Checkpoints: everything needed to go on, and the parameters that every other door reads.
+
+A folder of checkpoints holds one folder a step, visible only once complete:
+
+    <step>/params, <step>/ema_params   nested dicts of float32 arrays
+    <step>/progress                    optimizer state and counters; only in checkpoints of a run
+    <step>/metadata                    JSON: network, its config, latent statistics, class names, step, source
+
+`save_params` writes the same layout with `params` alone, so converted and trained weights are read alike.
+Orbax writes to local disks and to gs:// paths, in the background where it can.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from sfd_jax.errors import SfdError
+from sfd_jax.training.state import TrainState
+
+_STATE_ITEMS = ("params", "ema_params", "progress")
+
+
+class Checkpointer:
+    """Save and restore the training state in `directory`, keeping the newest and every n-th step."""
+
+    def __init__(self, directory, keep_last: int = 2, keep_every: int = 0):
+        """Open the folder, making it where needed and removing what a killed save left behind.
+
+        Args:
+          directory: folder of checkpoints, local or gs://.
+          keep_last: newest checkpoints kept, at least 1.
+          keep_every: checkpoints whose step is a multiple of it are kept for good; 0 for none.
+
+        Raises:
+          SfdError: the folder cannot be made or written to.
+        """
+        self.directory = epath.Path(directory)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=max(1, keep_last), keep_period=keep_every or None, cleanup_tmp_directories=True
+        )
+        with _writing(f"checkpoint folder {self.directory} cannot be opened"):
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def latest_step(self) -> int | None:
+        """Return the newest complete checkpoint's step, None where there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, metadata: dict) -> None:
+        """Save in the background; returns once the state may be donated.
+
+        Args:
+          step: the state's step.
+          state: a sharded TrainState; every host passes its part.
+          metadata: JSON-able dict, see the module docstring; `step` is added.
+
+        Raises:
+          SfdError: this save, or the one before it, could not be written.
+        """
+        items = {name: ocp.args.PyTreeSave(tree) for name, tree in _to_items(state).items()}
+        items["metadata"] = ocp.args.JsonSave(_json({**metadata, "step": step}))
+        with _writing(f"checkpoint of step {step} cannot be written to {self.directory}"):
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def restore(self, abstract_state: TrainState, step: int | None = None) -> TrainState:
+        """Read a state into the shapes, dtypes and shardings of `abstract_state`.
+
+        Args:
+          abstract_state: from `state.abstract_state`; its mesh need not be the one that saved.
+          step: which checkpoint; the newest by default.
+
+        Raises:
+          SfdError: there is none, it cannot be read, or an array is missing, extra or misshapen: the message
+            names all of them.
+        """
+        step = self.latest_step() if step is None else step
+        if step is None:
+            raise SfdError(f"{self.directory} holds no complete checkpoint")
+        return _from_items(_read(self.directory / str(step), _to_items(abstract_state)))
+
+    def wait(self) -> None:
+        """Block until all saves are complete; raise SfdError where one failed."""
+        with _writing(f"the last checkpoint could not be written to {self.directory}"):
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    def close(self) -> None:
+        """Finish the saves under way and release the folder; failures were `wait`'s to report."""
+        with contextlib.suppress(Exception):
+            self._manager.close()
+
+
+def save_params(directory, params: dict, metadata: dict) -> None:
+    """Save parameters so that `load_params` finds them.
+
+    Args:
+      directory: folder of checkpoints; the step is taken from the metadata, 0 where it names none.
+      params: nested dict with string keys of arrays.
+      metadata: JSON-able dict, see the module docstring.
+
+    Raises:
+      SfdError: the folder holds that step already, or cannot be written.
+    """
+    step = int(metadata.get("step", 0))
+    target = epath.Path(directory) / str(step)
+    if target.exists():
+        raise SfdError(f"{target} exists already; nothing was written. Remove it or choose another folder")
+    items = ocp.args.Composite(
+        params=ocp.args.PyTreeSave(params), metadata=ocp.args.JsonSave(_json({**metadata, "step": step}))
+    )
+    with _writing(f"parameters cannot be written to {target}"), _composite() as checkpointer:
+        checkpointer.save(target, args=items)
+
+
+def load_params(directory, step: int | None = None, which: str = "ema", abstract=None) -> tuple[dict, dict]:
+    """Read parameters and metadata of a trained or converted network.
+
+    Args:
+      directory: the work folder of a run, a folder of checkpoints, or one checkpoint.
+      step: which checkpoint; the newest by default.
+      which: "ema" or "raw"; a folder that holds one set of parameters gives that one for both.
+      abstract: tree of ShapeDtypeStructs to read into, with shardings where the arrays shall be spread over
+        a mesh; without it the arrays come as float32 numpy arrays of the stored shapes.
+
+    Returns:
+      (params, metadata).
+
+    Raises:
+      SfdError: no such checkpoint, or arrays that do not fit `abstract`: all are named.
+    """
+    if which not in ("ema", "raw"):
+        raise SfdError(f"which='{which}': a checkpoint holds 'ema' and 'raw' parameters")
+    path = find_checkpoint(directory, step)
+    item = "ema_params" if which == "ema" and (path / "ema_params").exists() else "params"
+    return _read(path, {item: abstract})[item], load_metadata(path)
+
+
+def load_metadata(directory, step: int | None = None) -> dict:
+    """Read a checkpoint's metadata alone.
+
+    Raises:
+      SfdError: no such checkpoint, or it cannot be read.
+    """
+    path = find_checkpoint(directory, step)
+    with _reading(path), _composite() as checkpointer:
+        return checkpointer.restore(path, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())).metadata
+
+
+def find_checkpoint(directory, step: int | None = None) -> epath.Path:
+    """Return the folder of one complete checkpoint.
+
+    Args:
+      directory: the work folder of a run, a folder of checkpoints, or one checkpoint.
+      step: which one; the newest by default.
+
+    Raises:
+      SfdError: there is none; the message lists the steps there are.
+    """
+    root = epath.Path(directory)
+    if not root.exists():
+        raise SfdError(f"no checkpoint folder {root}")
+    if (root / "params").exists() and (root / "metadata").exists():
+        return root
+    if (root / "checkpoints").exists():
+        root = root / "checkpoints"
+    steps = sorted(ocp.utils.checkpoint_steps(root))
+    if not steps:
+        raise SfdError(f"{root} holds no complete checkpoint")
+    if step is not None and step not in steps:
+        raise SfdError(f"{root} holds no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+    return root / str(steps[-1] if step is None else step)
+
+
+def _to_items(state: TrainState) -> dict:
+    counters = {"step": state.step, "bad_steps": state.bad_steps, "skipped": state.skipped}
+    return {
+        "params": state.params,
+        "ema_params": state.ema_params,
+        "progress": {"opt_state": state.opt_state, **counters},
+    }
+
+
+def _from_items(items: dict) -> TrainState:
+    return TrainState(params=items["params"], ema_params=items["ema_params"], **items["progress"])
+
+
+def _read(path: epath.Path, targets: dict) -> dict:
+    """Read items of one checkpoint, each into its abstract tree, or as stored where that is None."""
+    with _reading(path), _composite() as checkpointer:
+        stored = checkpointer.metadata(path).item_metadata
+        stored = {name: stored[name].tree if stored.get(name) is not None else {} for name in targets}
+        _check_arrays(path, {name: tree for name, tree in targets.items() if tree is not None}, stored)
+        args = {}
+        for name, target in targets.items():
+            if target is None:
+                as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored[name])
+                args[name] = ocp.args.PyTreeRestore(restore_args=as_numpy)
+            else:
+                restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+                args[name] = ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
+        restored = checkpointer.restore(path, args=ocp.args.Composite(**args))
+        return {name: restored[name] for name in targets}
+
+
+def _check_arrays(path: epath.Path, targets: dict, stored: dict) -> None:
+    """Raise one SfdError that names every array in which the checkpoint and the target differ."""
+    wanted = _shapes(targets)
+    found = _shapes({name: stored[name] for name in targets})
+    faults = [f"missing: {name} {wanted[name]}" for name in sorted(wanted.keys() - found.keys())]
+    faults += [f"extra: {name} {found[name]}" for name in sorted(found.keys() - wanted.keys())]
+    faults += [
+        f"misshapen: {name} is {found[name]}, expected {wanted[name]}"
+        for name in sorted(wanted.keys() & found.keys())
+        if wanted[name] != found[name]
+    ]
+    if faults:
+        raise SfdError(
+            f"checkpoint {path} does not fit this network; {len(faults)} arrays differ (was it trained with "
+            "another config?):\n  " + "\n  ".join(faults)
+        )
+
+
+def _shapes(tree) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(key, simple=True, separator="."): tuple(leaf.shape) for key, leaf in leaves}
+
+
+def _composite() -> ocp.Checkpointer:
+    """Return a reader and writer of one checkpoint, to be used in a `with`."""
+    handlers = {name: ocp.PyTreeCheckpointHandler() for name in _STATE_ITEMS}
+    handlers["metadata"] = ocp.JsonCheckpointHandler()
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
+
+
+def _json(metadata: dict) -> dict:
+    try:
+        return json.loads(json.dumps(metadata))
+    except TypeError as error:
+        raise SfdError(f"checkpoint metadata must be JSON: {error}") from error
+
+
+@contextlib.contextmanager
+def _writing(fault: str) -> Iterator[None]:
+    # Orbax and TensorStore raise a full disk or a read-only one as many types; all mean the same here.
+    try:
+        yield
+    except SfdError:
+        raise
+    except Exception as error:
+        raise SfdError(
+            f"{fault}: {_reason(error)}. Complete checkpoints are untouched; make room or choose a folder that "
+            "can be written, then run the same command again"
+        ) from error
+
+
+@contextlib.contextmanager
+def _reading(path: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except SfdError:
+        raise
+    except Exception as error:
+        raise SfdError(
+            f"checkpoint {path} cannot be read: {_reason(error)}. If it is damaged, remove that folder to use the "
+            "one before it"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0][:300]

@@ -1,0 +1,179 @@
+"""The training loop: one function, every side effect in order.
+
+A run's folder holds `run.json` (what run it is), `checkpoints/`, `metrics.jsonl` and `tensorboard/`. Started
+again with the same folder the run goes on from its newest complete checkpoint and ends with the numbers of an
+uninterrupted one, since batches, noise and dropout are functions of (seed, step).
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from sfd_jax.distributed import is_host0, put_batch, replicated, say
+from sfd_jax.distributed.hosts import preemption_watch
+from sfd_jax.errors import SfdError
+from sfd_jax.training.checkpoint import Checkpointer
+from sfd_jax.training.logging import MetricsLog
+from sfd_jax.training.optimizer import make_optimizer
+from sfd_jax.training.record import claim_workdir
+from sfd_jax.training.state import TrainState, abstract_state, init_state, state_from_params, stream_key
+from sfd_jax.training.step import TrainConfig, add_metrics, make_train_step, mean_metrics
+from sfd_jax.training.task import Task
+
+# EX_TEMPFAIL of sysexits.h: "try again later". The launch scripts start such a run again.
+EXIT_PREEMPTED = 75
+
+
+class Preempted(SystemExit):
+    """End the process with status 75 after a SIGTERM, everything saved; the same command goes on."""
+
+    def __init__(self):
+        super().__init__(EXIT_PREEMPTED)
+
+
+def fit(
+    task: Task,
+    batches: Callable[[int], Iterator[dict[str, np.ndarray]]],
+    config: TrainConfig,
+    workdir,
+    *,
+    mesh: Mesh,
+    seed: int = 0,
+    metadata: dict | None = None,
+    params: dict | None = None,
+    evaluate: Callable[[TrainState, int], dict[str, float]] | None = None,
+    progress: bool = True,
+) -> TrainState:
+    """Train until `config.steps`, going on from the folder's newest checkpoint.
+
+    Args:
+      task: what is trained.
+      batches: start_step -> iterator over this host's batches, each name to (per-host B, ...) array.
+      config: length, batch, EMA, optimizer and intervals.
+      workdir: folder of the run, local or gs://.
+      mesh: from `make_mesh`.
+      seed: seed of initial parameters and of the loss's randomness.
+      metadata: JSON-able dict saved with each checkpoint (see checkpoint.py); its "config" and
+        "latent_statistics" are part of what makes this run this run.
+      params: parameters to start from instead of drawn ones, where there is no checkpoint.
+      evaluate: (state, step) -> numbers for the log, called before each checkpoint.
+      progress: show a progress bar on host 0.
+
+    Returns:
+      The final TrainState.
+
+    Raises:
+      SfdError: the folder is another run's or cannot be written, a batch has the wrong size, or
+        `config.max_bad_steps` steps in a row were not finite.
+      Preempted: SIGTERM came; the state is saved.
+    """
+    # --- Work folder: one folder, one run -----------------------------------------------------------------
+    workdir = epath.Path(workdir)
+    metadata = _complete(metadata or {}, task, seed)
+    record = {name: metadata.get(name) for name in ("task", "seed", "network_config", "config", "latent_statistics")}
+    record["fit"] = dataclasses.asdict(config)
+    claim_workdir(workdir, record, may_extend=config.optimizer.schedule == "constant")
+
+    # --- State: the newest checkpoint, else the given parameters, else fresh ones; born sharded -------------
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    train_step = make_train_step(task, optimizer, config, mesh)
+    checkpointer = Checkpointer(workdir / "checkpoints", config.keep_last, config.keep_every)
+    first = checkpointer.latest_step() or 0
+    if first:
+        state = checkpointer.restore(abstract_state(task, optimizer, mesh))
+        say(f"{task.name}: goes on from step {first} of {config.steps}")
+    elif params is not None:
+        state = state_from_params(params, optimizer, mesh)
+    else:
+        state = init_state(task, optimizer, mesh, seed)
+    key = jax.device_put(stream_key(seed, "loss"), replicated(mesh))
+
+    # --- Loop: step, log, evaluate, save, and only then draw the next batch ---------------------------------
+    try:
+        with (
+            MetricsLog(workdir, first) as log,
+            preemption_watch() as told_to_leave,
+            _bar(task.name, first, config.steps, progress) as bar,
+        ):
+            iterator, total, logged, clock = batches(first), None, first, time.monotonic()
+            for step in range(first + 1, config.steps + 1):
+                batch = put_batch(_checked(next(iterator), config), mesh)
+                with jax.transfer_guard("disallow"):  # an accidental copy to the host would stall every step
+                    state, metrics = train_step(state, batch, key)
+                    total = add_metrics(total, metrics)
+                bar.update()
+
+                leave = told_to_leave(step)
+                save_now = leave or step == config.steps or step % config.checkpoint_every == 0
+                if not (save_now or step % config.log_every == 0):
+                    continue
+
+                values = mean_metrics(total)
+                _stop_if_bad(state, step, config, checkpointer.latest_step())
+                seconds, clock = time.monotonic() - clock, time.monotonic()
+                values["steps_per_second"] = (step - logged) / seconds
+                total, logged = None, step
+                bar.set_postfix_str(" ".join(f"{k} {values[k]:.4g}" for k in ("loss", "grad_norm") if k in values))
+                if save_now:
+                    values |= evaluate(state, step) if evaluate else {}
+                    checkpointer.save(step, state, metadata)
+                log.write(step, values)
+                if leave:
+                    checkpointer.wait()
+                    say(f"{task.name}: told to leave; step {step} is saved, the same command goes on from it")
+                    raise Preempted()
+        checkpointer.wait()
+    finally:
+        checkpointer.close()
+    return state
+
+
+def _complete(metadata: dict, task: Task, seed: int) -> dict:
+    network = task.network
+    known = {"network": network.name, "network_config": network.config_dict()} if network is not None else {}
+    return {"source": "trained by sfd_jax", **known, **metadata, "task": task.name, "seed": seed}
+
+
+def _bar(name: str, first: int, steps: int, progress: bool) -> tqdm:
+    """Return the progress bar; in a log file it speaks rarely."""
+    seconds = 0.5 if sys.stderr.isatty() else 15.0
+    return tqdm(
+        desc=name,
+        initial=first,
+        total=steps,
+        unit="step",
+        mininterval=seconds,
+        maxinterval=2 * seconds,
+        dynamic_ncols=True,
+        disable=not (progress and is_host0()),
+    )
+
+
+def _checked(batch: dict[str, np.ndarray], config: TrainConfig) -> dict[str, np.ndarray]:
+    """Return what the loss reads of a batch, its size checked; `index` is for the host alone."""
+    rows = config.global_batch_size // jax.process_count()
+    for name, array in batch.items():
+        if len(array) != rows:
+            raise SfdError(
+                f"batch['{name}'] has {len(array)} rows; train.global_batch_size={config.global_batch_size} on "
+                f"{jax.process_count()} hosts makes {rows}"
+            )
+    return {name: array for name, array in batch.items() if name != "index"}
+
+
+def _stop_if_bad(state: TrainState, step: int, config: TrainConfig, saved: int | None) -> None:
+    bad = int(state.bad_steps)
+    if bad >= config.max_bad_steps:
+        raise SfdError(
+            f"loss or gradient was not finite in {config.max_bad_steps} steps in a row, from step {step - bad + 1} "
+            f"on (train.max_bad_steps); the newest checkpoint is of step {saved or 0}. Look at the rows before in "
+            "metrics.jsonl and at the data; a lower optimizer.learning_rate, optimizer.clip_norm=1 or "
+            "model.compute_dtype=float32 are the usual cures"
+        )

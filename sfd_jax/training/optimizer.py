@@ -1,0 +1,108 @@
+"""AdamW, learning-rate schedules and gradient clipping."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sfd_jax.errors import SfdError, nearest
+
+SCHEDULES = ("constant", "cosine", "constant_cosine")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule. Counts are optimizer updates.
+
+    Attributes:
+      learning_rate: peak learning rate.
+      b1, b2, eps: Adam's decays and its guard against division by zero.
+      weight_decay: decoupled, on every parameter, as PyTorch's AdamW does without groups.
+      schedule: after the warm-up, "constant"; "cosine" down to `final_fraction` at the last step; or
+        "constant_cosine": constant up to `constant_steps`, then cosine.
+      warmup_steps: linear warm-up from `warmup_fraction` of the peak.
+      warmup_fraction: where the warm-up starts.
+      constant_steps: step at which "constant_cosine" begins to fall.
+      final_fraction: of the peak, where the cosine ends.
+      clip_norm: greatest global norm of the gradient; 0 clips nothing.
+    """
+
+    learning_rate: float = 1e-4
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    warmup_fraction: float = 0.01
+    constant_steps: int = 0
+    final_fraction: float = 0.0
+    clip_norm: float = 0.0
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+    """Build the optimizer: clip, then AdamW.
+
+    Args:
+      config: its settings.
+      total_steps: where a falling schedule ends.
+
+    Returns:
+      An optax.GradientTransformation.
+
+    Raises:
+      SfdError: unknown schedule, or one whose parts do not fit into `total_steps`.
+    """
+    adamw = optax.adamw(
+        make_schedule(config, total_steps),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+    return optax.chain(clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+
+
+def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """Return the learning rate as a function of the number of updates done.
+
+    Args:
+      config: `schedule` and the fields it uses.
+      total_steps: where a falling schedule ends.
+
+    Raises:
+      SfdError: unknown schedule, or one whose parts do not fit into `total_steps`.
+    """
+    if config.schedule not in SCHEDULES:
+        raise SfdError(f"optimizer.schedule '{config.schedule}' is unknown; {nearest(config.schedule, SCHEDULES)}")
+    peak, warmup = config.learning_rate, config.warmup_steps
+    hold = config.constant_steps if config.schedule == "constant_cosine" else warmup
+    if config.schedule != "constant" and not warmup <= hold < total_steps:
+        raise SfdError(
+            f"optimizer.schedule '{config.schedule}' needs warmup_steps <= constant_steps < train.steps; "
+            f"got warmup_steps={warmup}, constant_steps={hold}, steps={total_steps}"
+        )
+    parts, boundaries = [optax.constant_schedule(peak)], []
+    if warmup:
+        parts.insert(0, optax.linear_schedule(config.warmup_fraction * peak, peak, warmup))
+        boundaries.append(warmup)
+    if config.schedule != "constant":
+        parts.append(optax.cosine_decay_schedule(peak, total_steps - hold, config.final_fraction))
+        boundaries.append(hold)
+    return optax.join_schedules(parts, boundaries)
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """Scale gradients by min(1, max_norm / (norm + 1e-6)).
+
+    Source: torch.nn.utils.clip_grad_norm_; optax's own clipping lacks the 1e-6, a relative difference of
+    1e-6 / norm.
+    """
+
+    def update(grads, state, params=None):
+        del params
+        scale = jnp.minimum(1.0, max_norm / (optax.tree.norm(grads) + 1e-6))
+        return jax.tree.map(lambda g: g * scale, grads), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

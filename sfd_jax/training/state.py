@@ -1,0 +1,88 @@
+"""The training state: everything a step changes, born sharded."""
+
+import dataclasses
+import zlib
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from sfd_jax.distributed import param_shardings, replicated, with_shardings
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a training step maps to its successor.
+
+    Attributes:
+      step: int32, batches seen; also the position in the data and in every stream of randomness.
+      params: nested dict of float32 arrays.
+      ema_params: the same tree, averaged over the steps; what sampling reads.
+      opt_state: the optimizer's state; its own count is of updates, so `step - skipped`.
+      bad_steps: int32, steps in a row up to now whose loss or gradient was not finite.
+      skipped: int32, such steps in all.
+    """
+
+    step: jax.Array
+    params: dict
+    ema_params: dict
+    opt_state: optax.OptState
+    bad_steps: jax.Array
+    skipped: jax.Array
+
+
+def stream_key(seed: int, stream: str) -> jax.Array:
+    """Return the key of a stream of randomness: a function of (seed, stream name), never stored.
+
+    Fold the step in to get the draw of that step.
+    """
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(stream.encode()))
+
+
+def abstract_state(task, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Return the state's shapes, dtypes and shardings; allocates nothing.
+
+    Args:
+      task: the Task whose `init` makes the parameters.
+      optimizer: from `make_optimizer`.
+      mesh: the mesh that will hold the state.
+
+    Returns:
+      A TrainState of ShapeDtypeStructs with shardings: the target of a restore.
+    """
+    shapes = jax.eval_shape(lambda key: _first_state(task.init(key), optimizer), jax.random.key(0))
+    return with_shardings(shapes, param_shardings(shapes, mesh))
+
+
+def init_state(task, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
+    """Make the state of step 0, each part directly on the chips that keep it.
+
+    Args:
+      task: the Task whose `init` makes the parameters.
+      optimizer: from `make_optimizer`.
+      mesh: the mesh that holds the state.
+      seed: seed of the run; parameters are drawn from its stream "init".
+
+    Returns:
+      A TrainState sharded as `abstract_state` says, the same on every mesh.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(task, optimizer, mesh))
+    init = jax.jit(lambda key: _first_state(task.init(key), optimizer), out_shardings=shardings)
+    return init(jax.device_put(stream_key(seed, "init"), replicated(mesh)))
+
+
+def state_from_params(params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Make the state of step 0 around given parameters, e.g. converted ones to train further."""
+    shapes = jax.eval_shape(lambda p: _first_state(p, optimizer), params)
+    shardings = param_shardings(shapes, mesh)
+    params = jax.device_put(params, shardings.params)
+    return jax.jit(lambda p: _first_state(p, optimizer), out_shardings=shardings)(params)
+
+
+def _first_state(params, optimizer) -> TrainState:
+    zero = jnp.zeros((), jnp.int32)
+    # The copy keeps EMA and parameters apart when the step donates both.
+    ema_params = jax.tree.map(jnp.copy, params)
+    return TrainState(zero, params, ema_params, optimizer.init(params), zero, zero)

@@ -1,0 +1,167 @@
+"""One training step: a pure function from (state, batch, key) to (state, metrics), compiled once.
+
+Nothing in it touches the host: metrics come back as (sum, count) pairs that stay on the device until a log
+line needs them. The state is donated, so that old and new parameters never live side by side.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sfd_jax.distributed import batch_sharding, replicated
+from sfd_jax.distributed.mesh import AXES
+from sfd_jax.errors import SfdError
+from sfd_jax.training.optimizer import OptimizerConfig, make_schedule
+from sfd_jax.training.state import TrainState, abstract_state
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How a run proceeds. Counts are training steps, each of one global batch.
+
+    Attributes:
+      optimizer: AdamW and its schedule.
+      steps: length of the run.
+      global_batch_size: rows a step, over all hosts.
+      accumulation: parts into which a step cuts its batch, one after the other, to save memory.
+      ema_decay: d in ema = d * ema + (1 - d) * params.
+      log_every, checkpoint_every: steps between log lines and between checkpoints.
+      keep_last: newest checkpoints kept.
+      keep_every: checkpoints at multiples of it are kept for good; 0 keeps none.
+      max_bad_steps: non-finite steps in a row before the run stops.
+    """
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+    steps: int = 1000
+    global_batch_size: int = 64
+    accumulation: int = 1
+    ema_decay: float = 0.9999
+    log_every: int = 100
+    checkpoint_every: int = 1000
+    keep_last: int = 2
+    keep_every: int = 0
+    max_bad_steps: int = 20
+
+
+def make_train_step(
+    task, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh
+) -> Callable[[TrainState, dict, jax.Array], tuple[TrainState, dict]]:
+    """Compile the training step for a mesh.
+
+    Args:
+      task: Task with `init` and `loss`.
+      optimizer: from `make_optimizer`.
+      config: `accumulation`, `ema_decay`, `max_bad_steps` and the schedule are used here.
+      mesh: the mesh whose shardings the state has.
+
+    Returns:
+      step(state, batch, key) -> (state, metrics): `batch` from `put_batch`, `key` the run's stream key (the
+      step is folded in here), `metrics` name -> (sum, count) of float32 scalars. `state` is donated. A step
+      whose loss or gradient is not finite changes nothing but the counters; so does every step after
+      `max_bad_steps` of them in a row, so that the loop may notice later.
+
+    Raises:
+      SfdError: the batch does not divide over the mesh and the accumulation.
+    """
+    parts, size = config.accumulation, config.global_batch_size
+    if size % (parts * mesh.size):
+        raise SfdError(
+            f"train.global_batch_size={size} does not divide over {mesh.size} devices "
+            f"times train.accumulation={parts}"
+        )
+    schedule = make_schedule(config.optimizer, config.steps)
+
+    def step(state: TrainState, batch: dict, key: jax.Array) -> tuple[TrainState, dict]:
+        key = jax.random.fold_in(key, state.step)
+        loss, metrics, grads = _loss_and_grads(task.loss, state.params, batch, key, parts, mesh)
+
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        go = finite & (state.bad_steps < config.max_bad_steps)
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema_params = jax.tree.map(
+            lambda ema, p: config.ema_decay * ema + (1 - config.ema_decay) * p, state.ema_params, params
+        )
+        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(go, a, b), new, old)
+        new_state = TrainState(
+            step=state.step + 1,
+            params=keep(params, state.params),
+            ema_params=keep(ema_params, state.ema_params),
+            opt_state=keep(opt_state, state.opt_state),
+            bad_steps=jnp.where(go, 0, state.bad_steps + 1),
+            skipped=state.skipped + jnp.where(go, 0, 1),
+        )
+
+        metrics["loss"] = loss
+        metrics["grad_norm"] = grad_norm
+        metrics["update_norm"] = optax.tree.norm(updates)
+        metrics["param_norm"] = optax.tree.norm(new_state.params)
+        metrics["learning_rate"] = schedule(state.step - state.skipped)
+        metrics = {name: _pair(value) for name, value in metrics.items()}
+        # A skipped step counts nowhere, else one NaN would hide the interval's averages.
+        metrics = jax.tree.map(lambda x: jnp.where(go, x, 0.0), metrics)
+        metrics["skipped"] = (jnp.where(go, 0.0, 1.0), jnp.ones(()))
+        return new_state, metrics
+
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(task, optimizer, mesh))
+    return jax.jit(
+        step,
+        in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def add_metrics(total: dict | None, metrics: dict) -> dict:
+    """Add a step's (sum, count) pairs to a running total, on the device."""
+    return metrics if total is None else _add(total, metrics)
+
+
+def mean_metrics(total: dict) -> dict[str, float]:
+    """Fetch a total and divide each sum by its count; names that were never counted are left out."""
+    fetched = jax.device_get(total)
+    return {name: float(value / count) for name, (value, count) in fetched.items() if count > 0}
+
+
+@jax.jit
+def _add(total, metrics):
+    return jax.tree.map(jnp.add, total, metrics)
+
+
+def _loss_and_grads(loss_fn, params, batch, key, parts: int, mesh: Mesh):
+    """Return (loss, metrics as pairs, gradients), averaged over `parts` slices of the batch."""
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    if parts == 1:
+        (loss, metrics), grads = value_and_grad(params, batch, key)
+        return loss, dict(metrics), grads
+
+    # Part p takes rows p, p + parts, ...: each device cuts its own rows and none travel.
+    sharding = NamedSharding(mesh, PartitionSpec(None, AXES))
+    cut = lambda x: jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+    batches = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(cut(x), sharding), batch)
+
+    def add_part(total, part):
+        index, rows = part
+        (loss, metrics), grads = value_and_grad(params, rows, jax.random.fold_in(key, index))
+        pairs = {name: _pair(value) for name, value in metrics.items()}
+        return jax.tree.map(jnp.add, total, (loss, pairs, grads)), None
+
+    first = jax.tree.map(lambda x: x[0], batches)
+    (loss, metrics), grads = jax.eval_shape(value_and_grad, params, first, key)
+    pairs = {name: (jnp.zeros(()), jnp.zeros(())) for name in metrics}
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (loss, grads))
+    total, _ = jax.lax.scan(add_part, (zeros[0], pairs, zeros[1]), (jnp.arange(parts), batches))
+    loss, metrics, grads = total
+    mean = lambda tree: jax.tree.map(lambda x: x / parts, tree)
+    return mean(loss), metrics, mean(grads)
+
+
+def _pair(value) -> tuple[jax.Array, jax.Array]:
+    value, count = value if isinstance(value, tuple) else (value, 1.0)
+    return jnp.asarray(value, jnp.float32), jnp.asarray(count, jnp.float32)

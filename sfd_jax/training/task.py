@@ -1,0 +1,28 @@
+"""What is trained: parameters to start from, and a loss over batches."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+# A scalar is averaged over steps; a (sum, count) pair is summed over steps, then divided.
+Metrics = dict[str, jax.Array | tuple[jax.Array, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A training problem as two pure functions; `fit` knows nothing else of it.
+
+    Attributes:
+      name: for log lines and the run's record.
+      network: the Network behind it (None where there is none); its config goes into the checkpoint.
+      init: key -> params, a nested dict with string keys of float32 arrays.
+      loss: (params, batch, key) -> (scalar loss, metrics). The loss is a mean over the batch's rows, so that
+        accumulated small batches equal a big one; a metric is a scalar, or a pair (sum, count).
+    """
+
+    name: str
+    network: Any
+    init: Callable[[jax.Array], dict]
+    loss: Callable[[dict, dict[str, jax.Array], jax.Array], tuple[jax.Array, Metrics]]
