@@ -25,7 +25,9 @@ from sfd_jax.data.latent_store import (
     record_dtype,
 )
 from sfd_jax.data.pipeline import make_eval_batches, read_records
+from sfd_jax.data.published import PublishedLatents
 from sfd_jax.errors import SfdError
+from sfd_jax.latents import LatentStatistics
 
 # encode(pixels uint8 (B,H,W,3), index int32 (B,)) -> {"texture": (B,H,W,C), "semantic": ..., ...}
 Encode = Callable[[jax.Array, jax.Array], dict[str, jax.Array]]
@@ -80,6 +82,84 @@ def extract(
         broken images; latents that are not finite.
     """
     plan = _plan(source, encode, batch_size, config, weights, dtype, shard_size, class_names)
+    return _fill(
+        out_dir,
+        plan,
+        lambda indices: _encoded(source, encode, indices, batch_size, sharding, workers),
+        host_index=host_index,
+        host_count=host_count,
+        barrier=barrier,
+        broken=BrokenImages(max_broken),
+        progress=progress,
+    )
+
+
+def repack(
+    source: PublishedLatents,
+    out_dir: str | os.PathLike,
+    *,
+    dtype: str = "bfloat16",
+    shard_size: int = 4096,
+    class_names: list[str] | None = None,
+    statistics: LatentStatistics | None = None,
+    host_index: int = 0,
+    host_count: int = 1,
+    barrier: Callable[[str], None] | None = None,
+    workers: int = 0,
+    progress: bool | None = None,
+) -> LatentStore:
+    """Turn released shards into a latent store, or finish one that was begun.
+
+    Args:
+      source: the released shards; their features come along where it reads them.
+      statistics: the released ones, which go with the released weights; None measures our own.
+      out_dir, dtype, shard_size, class_names, host_index, host_count, barrier, workers, progress: as
+        in `extract`.
+
+    Returns:
+      The finished store.
+
+    Raises:
+      SfdError: as `extract`, and where a released shard is damaged.
+    """
+    shapes = {name: shape for name, (_, shape) in source.fields.items()}
+    fields = latent_fields(
+        shapes["texture"],
+        shapes["semantic"],
+        dtype=dtype,
+        flips="texture_flip" in shapes,
+        repa_shape=shapes.get("repa_features"),
+    )
+    config = {
+        "repacked_from": source.directory.name,
+        "statistics": statistics.hash() if statistics else "measured",
+    }
+    return _fill(
+        out_dir,
+        Plan(len(source), shard_size, fields, config, {}, class_names),
+        lambda indices: _records(source, indices, workers),
+        host_index=host_index,
+        host_count=host_count,
+        barrier=barrier,
+        broken=BrokenImages(0),
+        progress=progress,
+        statistics=statistics,
+    )
+
+
+def _fill(
+    out_dir,
+    plan: Plan,
+    images: Callable[[np.ndarray], Iterator[tuple[int, dict | BrokenImage]]],
+    *,
+    host_index: int,
+    host_count: int,
+    barrier: Callable[[str], None] | None,
+    broken: BrokenImages,
+    progress: bool | None,
+    statistics: LatentStatistics | None = None,
+) -> LatentStore:
+    """Write this host's missing shards from `images(indices)`, and the manifest when all are there."""
     writer = LatentStoreWriter(out_dir, plan)
     shards = [s for s in range(plan.num_shards) if s % host_count == host_index]
     pending = [s for s in shards if not writer.is_done(s)]
@@ -87,24 +167,22 @@ def extract(
         (Path(out_dir) / "manifest.json").unlink(missing_ok=True)
         check_space(out_dir, sum(len(plan.span(s)) for s in pending) * _bytes_per_image(plan))
         bar = tqdm(
-            desc=f"extract {Path(out_dir).name}",
+            desc=f"write {Path(out_dir).name}",
             total=sum(len(plan.span(s)) for s in shards),
             initial=sum(len(plan.span(s)) for s in shards if s not in pending),
             unit="image",
             disable=None if progress is None else not progress,
         )
         with bar:
-            indices = np.concatenate([np.arange(*_ends(plan.span(s))) for s in pending])
-            images = _encoded(source, encode, indices, batch_size, sharding, workers)
-            broken = BrokenImages(max_broken)
+            stream = images(np.concatenate([np.asarray(plan.span(s)) for s in pending]))
             for shard in pending:
-                _write_shard(writer, shard, images, broken, bar)
+                _write_shard(writer, shard, stream, broken, bar)
     if barrier is not None:
-        barrier("extract: all shards written")
-    if host_index == 0:
-        writer.finish()
+        barrier("latents: all shards written")
+    if host_index == 0 and (pending or not (Path(out_dir) / "manifest.json").exists()):
+        writer.finish(statistics)
     if barrier is not None:
-        barrier("extract: manifest written")
+        barrier("latents: manifest written")
     return LatentStore(out_dir)
 
 
@@ -144,8 +222,11 @@ def _bytes_per_image(plan: Plan) -> int:
     return int(record_dtype(plan.fields).itemsize * 1.02) + 512  # what ArrayRecord adds
 
 
-def _ends(span: range) -> tuple[int, int]:
-    return span.start, span.stop
+def _records(source: PublishedLatents, indices: np.ndarray, workers: int) -> Iterator[tuple[int, dict]]:
+    for batch in make_eval_batches(source, batch_size=64, indices=indices, workers=workers):
+        mask = batch.pop("mask")
+        for row in np.flatnonzero(mask):
+            yield int(batch["index"][row]), {name: values[row] for name, values in batch.items()}
 
 
 def _encoded(

@@ -234,11 +234,15 @@ class LatentStoreWriter:
             os.replace(partial, data)
             sync(self.directory)
 
-    def finish(self) -> None:
+    def finish(self, statistics: LatentStatistics | None = None) -> None:
         """Write the manifest from the facts of all shards.
 
+        Args:
+          statistics: recorded instead of those of the stored latents; for latents that go with
+            weights which were trained with other ones.
+
         Raises:
-          SfdError: a shard is missing.
+          SfdError: a shard is missing, or there is no image in any.
         """
         numbers = range(self.plan.num_shards)
         missing = [number for number in numbers if not self.is_done(number)]
@@ -248,23 +252,16 @@ class LatentStoreWriter:
                 f"{self._paths(missing[0])[0].name}); run the same command again"
             )
         facts = [json.loads(self._paths(number)[1].read_text()) for number in numbers]
-        moments = {
-            group: Moments.merge([Moments.from_dict(shard["moments"][group]) for shard in facts])
-            for group in ("texture", "semantic")
-        }
-        statistics = LatentStatistics(
-            texture_mean=moments["texture"].mean.astype(np.float32),
-            texture_std=moments["texture"].std.astype(np.float32),
-            semantic_mean=moments["semantic"].mean.astype(np.float32),
-            semantic_std=moments["semantic"].std.astype(np.float32),
-        )
+        if not any(shard["count"] for shard in facts):
+            raise SfdError(f"no image of {self.plan.total} could be read; {self.directory} is empty")
+        measured = _statistics([shard["moments"] for shard in facts])
         manifest = {
             **self.plan.to_dict(),
             "count": sum(shard["count"] for shard in facts),
             "skipped": [skipped for shard in facts for skipped in shard["skipped"]],
-            "statistics": statistics.to_dict(),
-            # Flipped versions are not counted, as in the released statistics.
-            "statistics_over": "texture and semantic of every stored image, all positions",
+            "statistics": (statistics or measured).to_dict(),
+            # Over every position of every stored image; flipped ones are not counted, as released.
+            "measured_statistics": measured.to_dict(),
             "record_bytes": self.record_dtype.itemsize,
             "shards": [
                 {key: shard[key] for key in ("name", "count", "bytes", "sha256")} for shard in facts
@@ -354,6 +351,19 @@ class ShardWriter:
         except RuntimeError:  # it could not be written, which is why it is thrown away
             pass
         self.path.unlink(missing_ok=True)
+
+
+def _statistics(moments: list[dict]) -> LatentStatistics:
+    texture, semantic = (
+        Moments.merge([Moments.from_dict(shard[group]) for shard in moments])
+        for group in ("texture", "semantic")
+    )
+    return LatentStatistics(
+        texture_mean=texture.mean.astype(np.float32),
+        texture_std=texture.std.astype(np.float32),
+        semantic_mean=semantic.mean.astype(np.float32),
+        semantic_std=semantic.std.astype(np.float32),
+    )
 
 
 def latent_fields(

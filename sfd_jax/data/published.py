@@ -1,0 +1,164 @@
+"""The released latent shards, `latents_rankRR_shardNNN.safetensors`, read as they are.
+
+Their arrays are channels first and named otherwise; a record comes out as from our own store:
+
+    latents, latents_flip             -> texture, texture_flip            (H,W,C)
+    latents_sv(_flip)                 -> semantic(_flip)                  (H,W,C)
+    latents_dino(_flip)               -> semantic(_flip), the PCA variant of ReDi
+    feats_dino(_flip)                 -> repa_features(_flip)             (N,F), rows then columns
+    labels                            -> label
+
+The images are numbered through the files in the order of their names.
+"""
+
+import os
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from sfd_jax.errors import SfdError
+from sfd_jax.latents import LatentStatistics
+
+_FILE = re.compile(r"latents_rank(\d+)_shard(\d+)\.safetensors")
+
+
+class PublishedLatents:
+    """Random access to a folder of released shards.
+
+    Args:
+      directory: the folder.
+      repa: also read the stored features, which are twenty times larger than the latents.
+
+    Attributes:
+      fields: name -> (dtype, shape) of a record's arrays, from the headers.
+
+    Raises:
+      SfdError: no shards, one that is damaged, or shards that differ in what they hold.
+    """
+
+    def __init__(self, directory: str | os.PathLike, *, repa: bool = False):
+        self.directory = Path(directory)
+        self.repa = repa
+        found = [path for path in self.directory.glob("*.safetensors") if _FILE.fullmatch(path.name)]
+        if not found:
+            raise SfdError(f"no latents_rankRR_shardNNN.safetensors in {self.directory}")
+        self.paths = sorted(found, key=_rank_and_shard)
+        self._open_files: dict[int, Any] = {}
+        self._lock = threading.Lock()
+        headers = [_header(path) for path in self.paths]
+        self._ends = np.cumsum([header["labels"][1][0] for header in headers])
+        self.names = _our_names(headers[0], repa, self.paths[0])
+        self.fields = {}
+        for ours, theirs in self.names.items():
+            dtype, shape = headers[0][theirs]
+            self.fields[ours] = (dtype, _our_shape(ours, shape[1:]))
+            for path, header in zip(self.paths, headers):
+                if theirs not in header or header[theirs][1][1:] != shape[1:]:
+                    raise SfdError(
+                        f"{path} does not hold the '{theirs}' of {self.paths[0].name}, "
+                        f"{list(shape[1:])} an image; do the shards belong together?"
+                    )
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> dict:
+        """Return the fields of one image, as `LatentStore` does."""
+        record = {name: values[0] for name, values in self.read(np.array([index])).items()}
+        return {**record, "label": int(record["label"]), "index": int(record["index"])}
+
+    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the fields of many images, stacked: arrays (B, ...) in their stored dtypes."""
+        indices = np.asarray(indices, np.int64)
+        if indices.size and not (0 <= indices.min() and indices.max() < len(self)):
+            raise IndexError(f"index outside the {len(self)} images of {self.directory}")
+        rows = [self._row(int(index)) for index in indices]
+        batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        return {**batch, "label": batch["label"].astype(np.int32), "index": indices}
+
+    def _row(self, index: int) -> dict[str, np.ndarray]:
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        row = index - int(self._ends[number - 1]) if number else index
+        file = self._file(number)
+        values = {ours: file.get_slice(theirs)[row : row + 1][0] for ours, theirs in self.names.items()}
+        return {name: _our_layout(name, value) for name, value in values.items()}
+
+    def _file(self, number: int) -> Any:
+        with self._lock:
+            if number not in self._open_files:
+                self._open_files[number] = safe_open(self.paths[number], "np")
+            return self._open_files[number]
+
+    def __getstate__(self):  # loader processes open their own files
+        return {"directory": self.directory, "repa": self.repa}
+
+    def __setstate__(self, state):
+        self.__init__(state["directory"], repa=state["repa"])
+
+
+def published_statistics(texture: dict[str, Any], semantic: dict[str, Any]) -> LatentStatistics:
+    """Build statistics from the contents of `latents_stats.pt` and `latents_sv_stats.pt`.
+
+    Args:
+      texture, semantic: {"mean", "std"}, each of shape (1,C,1,1).
+
+    Raises:
+      SfdError: a part is missing.
+    """
+    for name, stats in (("texture", texture), ("semantic", semantic)):
+        for key in ("mean", "std"):
+            if key not in stats:
+                raise SfdError(f"the {name} statistics hold no '{key}', only {', '.join(stats)}")
+    flat = [np.asarray(stats[key], np.float32).reshape(-1)
+            for stats in (texture, semantic) for key in ("mean", "std")]  # fmt: skip
+    return LatentStatistics(*flat)
+
+
+def _rank_and_shard(path: Path) -> tuple[int, ...]:
+    return tuple(map(int, _FILE.fullmatch(path.name).groups()))
+
+
+def _header(path: Path) -> dict[str, tuple[str, list[int]]]:
+    try:
+        with safe_open(path, "np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            header = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise SfdError(f"{path} is damaged ({error}); download it again") from error
+    if "labels" not in header or "latents" not in header:
+        raise SfdError(f"{path} holds no 'latents' and 'labels'; is it a shard of latents?")
+    return header
+
+
+def _our_names(header: dict, repa: bool, path: Path) -> dict[str, str]:
+    names = {"texture": "latents"}
+    semantic = [name for name in ("latents_sv", "latents_dino") if name in header]
+    if not semantic:
+        raise SfdError(f"{path} holds no semantic latents (latents_sv or latents_dino)")
+    names["semantic"] = semantic[0]
+    if repa:
+        names["repa_features"] = "feats_dino"
+        if "feats_dino" not in header:
+            raise SfdError(f"{path} holds no REPA features (feats_dino)")
+    flips = {f"{ours}_flip": f"{theirs}_flip" for ours, theirs in names.items()}
+    if all(theirs in header for theirs in flips.values()):
+        names |= flips
+    return {**names, "label": "labels"}
+
+
+def _our_shape(name: str, shape: list[int]) -> tuple[int, ...]:
+    if name == "label":
+        return ()
+    channels, height, width = shape
+    return (height * width, channels) if "repa" in name else (height, width, channels)
+
+
+def _our_layout(name: str, value: np.ndarray) -> np.ndarray:
+    if name == "label":
+        return value
+    value = np.moveaxis(value, 0, -1)
+    return value.reshape(-1, value.shape[-1]) if "repa" in name else value

@@ -1,0 +1,92 @@
+"""The released shards: read as they are, and repacked; on made ones and on those of the parity pack."""
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from sfd_jax.data.extract import repack
+from sfd_jax.data.published import PublishedLatents, published_statistics
+from sfd_jax.errors import SfdError
+
+KINDS = {"latents": 3, "latents_sv": 2, "feats_dino": 7}  # channels
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Three shards of 2, 3 and 5 images of 5x3 latents; returns the folder and all arrays joined."""
+    random = np.random.default_rng(0)
+    folder, whole = tmp_path / "released", {}
+    folder.mkdir()
+    # Rank 10 comes after rank 2, though not as text.
+    for name, count in (("rank02_shard000", 2), ("rank02_shard001", 3), ("rank10_shard000", 5)):
+        part = {"labels": random.integers(0, 1000, count)}
+        for kind, channels in KINDS.items():
+            for suffix in ("", "_flip"):
+                dtype = np.float16 if kind == "feats_dino" else np.float32
+                values = random.standard_normal((count, channels, 5, 3)).astype(dtype)
+                part[kind + suffix] = values
+        save_file(part, folder / f"latents_{name}.safetensors")
+        for key, values in part.items():
+            whole.setdefault(key, []).append(values)
+    return folder, {key: np.concatenate(values) for key, values in whole.items()}
+
+
+def test_records_are_the_arrays_channels_last(shards):
+    folder, whole = shards
+    source = PublishedLatents(folder, repa=True)
+    assert len(source) == 10
+    batch = source.read(np.array([9, 0, 4]))
+    for ours, theirs in (("texture", "latents"), ("semantic", "latents_sv")):
+        for suffix in ("", "_flip"):
+            expected = np.moveaxis(whole[theirs + suffix][[9, 0, 4]], 1, -1)
+            np.testing.assert_array_equal(batch[ours + suffix], expected)
+    features = np.moveaxis(whole["feats_dino"][[9, 0, 4]], 1, -1).reshape(3, 15, 7)
+    np.testing.assert_array_equal(batch["repa_features"], features)
+    np.testing.assert_array_equal(batch["label"], whole["labels"][[9, 0, 4]])
+    assert source[4]["label"] == whole["labels"][4] and source[4]["index"] == 4
+    assert "repa_features" not in PublishedLatents(folder)[0]
+
+
+def test_repacking_keeps_every_record(shards, tmp_path):
+    folder, whole = shards
+    released = published_statistics(
+        {"mean": np.full((1, 3, 1, 1), 2.0), "std": np.full((1, 3, 1, 1), 3.0)},
+        {"mean": np.zeros((1, 2, 1, 1)), "std": np.ones((1, 2, 1, 1))},
+    )
+    source = PublishedLatents(folder, repa=True)
+    store = repack(source, tmp_path / "ours", dtype="float32", shard_size=4, statistics=released)
+    found, expected = store.read(np.arange(10)), source.read(np.arange(10))
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], values)
+        assert found[name].dtype == values.dtype
+    assert store.statistics.texture_mean.tolist() == [2, 2, 2]
+    measured = store.manifest["measured_statistics"]["texture_mean"]
+    # Kept as float32: half an ulp.
+    np.testing.assert_allclose(measured, whole["latents"].mean((0, 2, 3), np.float64), rtol=1e-7)
+
+
+def test_damaged_and_unlike_shards_are_named(shards, tmp_path):
+    folder, _ = shards
+    last = folder / "latents_rank10_shard000.safetensors"
+    data = last.read_bytes()
+    last.write_bytes(data[:-10])
+    with pytest.raises(SfdError, match="rank10_shard000.safetensors is damaged"):
+        PublishedLatents(folder)
+    last.write_bytes(data)
+    save_file({"latents": np.zeros((1, 3, 5, 3)), "labels": np.zeros(1, int)}, last)
+    with pytest.raises(SfdError, match="rank10_shard000.safetensors does not hold the 'latents_sv'"):
+        PublishedLatents(folder)
+    with pytest.raises(SfdError, match="no latents_rankRR_shardNNN"):
+        PublishedLatents(tmp_path)
+
+
+def test_shards_of_the_parity_pack(parity_dir):
+    folder = parity_dir / "files" / "latents"
+    source = PublishedLatents(folder)
+    parts = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    labels = np.concatenate([part["labels"] for part in parts])
+    np.testing.assert_array_equal(source.read(np.arange(len(source)))["label"], labels)
+    texture = np.concatenate([part["latents_flip"] for part in parts])
+    found = source[len(source) - 1]["texture_flip"]
+    np.testing.assert_array_equal(found, np.moveaxis(texture[-1], 0, -1))
