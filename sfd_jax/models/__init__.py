@@ -5,6 +5,8 @@ JSON-able fields and a module class `Cls(config, *, rngs)`, listed here by name;
 pair into `init` and `apply` on plain dict trees. To add one: write its file, list it below.
 """
 
+from sfd_jax.models.dinov2 import DINOV2_SIZES, DinoV2, DinoV2Config, dinov2_config, preprocess
+from sfd_jax.models.inception import Inception, InceptionConfig
 from sfd_jax.models.lightning_dit import SIZES, DiTConfig, LightningDiT, dit_config
 from sfd_jax.models.network import Network
 from sfd_jax.models.semantic_vae import SemanticVAE, SemanticVAEConfig
@@ -14,18 +16,27 @@ NETWORKS = {
     "lightning_dit": (DiTConfig, LightningDiT),
     "semantic_vae": (SemanticVAEConfig, SemanticVAE),
     "texture_vae": (TextureVAEConfig, TextureVAE),
+    "dinov2": (DinoV2Config, DinoV2),
+    "inception": (InceptionConfig, Inception),
 }
 
 __all__ = [
+    "DINOV2_SIZES",
     "NETWORKS",
     "SIZES",
     "DiTConfig",
+    "DinoV2",
+    "DinoV2Config",
+    "Inception",
+    "InceptionConfig",
     "LightningDiT",
     "Network",
     "SemanticVAE",
     "SemanticVAEConfig",
     "TextureVAE",
     "TextureVAEConfig",
+    "dinov2_config",
     "dit_config",
+    "preprocess",
     "to_bytes",
 ]

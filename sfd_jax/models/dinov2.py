@@ -1,0 +1,235 @@
+"""DINOv2: the vision transformer whose patch features the semantic latents come from.
+
+Maps images to one feature vector a patch, a class token and register tokens, all after the final
+LayerNorm. Works at any image size that divides by the patch size: the position table is resized.
+The published one is ViT-B/14 with 4 registers, 224 px: N = 256 patches, D = 768.
+
+Parameters (ours <- PyTorch key; Linear weights transposed, `blocks/` leaves stacked along L):
+
+  cls_token (1,1,D), register_tokens (1,R,D), mask_token (1,D), pos_embed (1,1+G*G,D)  same names
+  patch_embed/kernel (P,P,3,D), bias              patch_embed.proj.{weight (D,3,P,P), bias}
+  blocks/norm1/scale, norm1/bias, norm2 (L,D)     blocks.{i}.norm1.weight, .bias, norm2
+  blocks/attention/qkv/kernel (L,D,3D), bias      attn.qkv
+  blocks/attention/proj/kernel (L,D,D), bias      attn.proj
+  blocks/scale1/gamma, scale2/gamma (L,D)         ls1.gamma, ls2.gamma
+  blocks/mlp/fc1, fc2                             mlp.fc1, mlp.fc2   (ffn "mlp")
+  blocks/mlp/w12, w3                              mlp.w12, mlp.w3    (ffn "swiglu")
+  norm/scale, norm/bias                           norm.weight, norm.bias
+
+register_tokens is absent where num_registers is 0. mask_token is only read in DINOv2's own
+pre-training; it is kept so that the files round-trip.
+
+Source: DINOv2 (arXiv 2304.07193) with registers (arXiv 2309.16588); released code
+dinov2/models/vision_transformer.py.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sfd_jax.errors import SfdError, nearest
+from sfd_jax.models.attention import SelfAttention
+from sfd_jax.models.layers import (
+    Mlp,
+    PatchEmbed,
+    SwiGlu,
+    check,
+    check_dtype,
+    gelu_exact,
+    layer_norm,
+    matmul_precision,
+)
+from sfd_jax.models.resize import resize_bicubic
+from sfd_jax.models.stack import REMAT, run_stack, stack
+
+DINOV2_SIZES = {
+    "S": dict(width=384, depth=12, num_heads=6),
+    "B": dict(width=768, depth=12, num_heads=12),
+    "L": dict(width=1024, depth=24, num_heads=16),
+    "g": dict(width=1536, depth=40, num_heads=24, ffn="swiglu"),
+}
+
+IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
+
+INIT = jax.nn.initializers.truncated_normal(0.02)
+
+
+@dataclasses.dataclass(frozen=True)
+class DinoV2Config:
+    """Say which DINOv2; the defaults but for the size are those of the published models.
+
+    Attributes:
+      width, depth, num_heads: D, L, K.
+      image_size: size that the position table is made for (518 px published: a 37 x 37 table).
+      patch_size: P.
+      num_registers: R.
+      ffn: "mlp" (hidden width 4D), or "swiglu" (8/3 D, rounded up to a multiple of 8).
+      layer_scale_init: LayerScale's start. 1 suits short training from scratch; DINOv2's own
+        pre-training started at 1e-5.
+      scan_blocks: run the blocks as one compiled loop.
+      remat: as in DiTConfig.
+      compute_dtype: "float32" or "bfloat16", dtype of the matmuls in the blocks.
+    """
+
+    width: int
+    depth: int
+    num_heads: int
+    image_size: int = 518
+    patch_size: int = 14
+    num_registers: int = 4
+    ffn: str = "mlp"
+    layer_scale_init: float = 1.0
+    scan_blocks: bool = True
+    remat: str = "none"
+    compute_dtype: str = "float32"
+
+    def __post_init__(self):
+        check(
+            self.width % self.num_heads == 0,
+            f"width {self.width} does not divide by num_heads {self.num_heads}",
+        )
+        check(
+            self.image_size % self.patch_size == 0,
+            f"image_size {self.image_size} does not divide by patch_size {self.patch_size}",
+        )
+        check(self.ffn in ("mlp", "swiglu"), f"no DINOv2 ffn '{self.ffn}': choose mlp or swiglu")
+        check(self.remat in REMAT, f"no remat policy '{self.remat}': {nearest(self.remat, REMAT)}")
+        check_dtype(self.compute_dtype)
+
+
+def dinov2_config(size: str, **overrides) -> DinoV2Config:
+    """Return the config of a published size ("S", "B", "L", "g").
+
+    Raises:
+      SfdError: no such size.
+    """
+    if size not in DINOV2_SIZES:
+        raise SfdError(f"no DINOv2 size '{size}': {nearest(size, DINOV2_SIZES)}")
+    return DinoV2Config(**{**DINOV2_SIZES[size], **overrides})
+
+
+def preprocess(pixels: jax.Array, size: int) -> jax.Array:
+    """Turn pixels into what DINOv2 reads: ImageNet statistics, then bicubic without antialias.
+
+    Args:
+      pixels: (B, H, W, 3) in [-1, 1].
+      size: height and width of the result (the published pipeline: 256 px -> 224).
+
+    Returns:
+      (B, size, size, 3) float32.
+
+    Source: REPA, train.py, preprocess_raw_image, which the SFD release follows.
+    """
+    pixels = (pixels.astype(jnp.float32) + 1.0) / 2.0
+    pixels = (pixels - IMAGENET_MEAN[None, None, None]) / IMAGENET_STD[None, None, None]
+    return resize_bicubic(pixels, size, size)
+
+
+class DinoV2(nnx.Module):
+    """Encode images into patch, class and register tokens."""
+
+    def __init__(self, config: DinoV2Config, *, rngs: nnx.Rngs):
+        c = self.config = config
+        d = c.width
+        grid = c.image_size // c.patch_size
+        tiny = jax.nn.initializers.normal(1e-6)
+        self.patch_embed = PatchEmbed(c.patch_size, 3, d, rngs=rngs, init=INIT)
+        self.cls_token = nnx.Param(tiny(rngs.params(), (1, 1, d), jnp.float32))
+        self.pos_embed = nnx.Param(INIT(rngs.params(), (1, 1 + grid * grid, d), jnp.float32))
+        if c.num_registers:
+            shape = (1, c.num_registers, d)
+            self.register_tokens = nnx.Param(tiny(rngs.params(), shape, jnp.float32))
+        self.mask_token = nnx.Param(jnp.zeros((1, d), jnp.float32))
+        self.blocks = stack(lambda rngs: Block(c, rngs=rngs), c.depth, rngs)
+        self.norm = layer_norm(d, rngs=rngs)
+
+    def __call__(self, pixels):
+        """Encode images.
+
+        Args:
+          pixels: (B, H, W, 3), normalised with the ImageNet statistics (see `preprocess`).
+
+        Returns:
+          dict of float32 arrays: patch_tokens (B, N, D) in row order, cls_token (B, D),
+          register_tokens (B, R, D).
+
+        Raises:
+          SfdError: H or W does not divide by the patch size.
+        """
+        c = self.config
+        b, h, w, _ = pixels.shape
+        check(
+            h % c.patch_size == 0 and w % c.patch_size == 0,
+            f"images of {h} x {w} do not divide by patch_size {c.patch_size}: resize them first",
+        )
+        with matmul_precision(c.compute_dtype):
+            positions = self.positions(h // c.patch_size, w // c.patch_size)
+            patches = self.patch_embed(pixels.astype(jnp.float32)) + positions
+            # The class token has a position of its own; registers have none.
+            cls_token = self.cls_token[...] + self.pos_embed[...][:, :1]
+            tokens = [jnp.broadcast_to(cls_token, (b, 1, c.width))]
+            if c.num_registers:
+                shape = (b, c.num_registers, c.width)
+                tokens.append(jnp.broadcast_to(self.register_tokens[...], shape))
+            tokens = jnp.concatenate([*tokens, patches], axis=1)
+            tokens = run_stack(self.blocks, tokens, scan=c.scan_blocks, remat=c.remat)
+            tokens = self.norm(tokens)
+        first_patch = 1 + c.num_registers
+        return {
+            "patch_tokens": tokens[:, first_patch:],
+            "cls_token": tokens[:, 0],
+            "register_tokens": tokens[:, 1:first_patch],
+        }
+
+    def positions(self, rows: int, columns: int):
+        """Return the position table of the patches, (1, rows * columns, D), resized where needed.
+
+        Bicubic: with antialias in models with registers; in those without, no antialias and the
+        scale computed for 0.1 patches more, as each kind was published.
+        """
+        c = self.config
+        grid = c.image_size // c.patch_size
+        table = self.pos_embed[...][:, 1:].reshape(1, grid, grid, c.width)
+        if (rows, columns) != (grid, grid):
+            if c.num_registers:
+                shape = (1, rows, columns, c.width)
+                table = jax.image.resize(table, shape, "cubic", antialias=True)
+            else:
+                table = resize_bicubic(table, rows, columns, offset=0.1)
+        return table.reshape(1, rows * columns, c.width)
+
+
+class Block(nnx.Module):
+    """Pre-LayerNorm attention and MLP, each scaled per channel before it is added."""
+
+    def __init__(self, config: DinoV2Config, *, rngs):
+        c, d, dtype = config, config.width, jnp.dtype(config.compute_dtype)
+        self.norm1 = layer_norm(d, rngs=rngs)
+        self.attention = SelfAttention(d, c.num_heads, rngs=rngs, init=INIT, dtype=dtype)
+        self.scale1 = LayerScale(d, c.layer_scale_init)
+        self.norm2 = layer_norm(d, rngs=rngs)
+        if c.ffn == "swiglu":
+            # Two thirds of 4D, rounded up to a multiple of 8.
+            hidden = (int(4 * d * 2 / 3) + 7) // 8 * 8
+            self.mlp = SwiGlu(d, hidden, rngs=rngs, init=INIT, dtype=dtype)
+        else:
+            self.mlp = Mlp(d, 4 * d, gelu_exact, rngs=rngs, init=INIT, dtype=dtype)
+        self.scale2 = LayerScale(d, c.layer_scale_init)
+
+    def __call__(self, x):
+        x = x + self.scale1(self.attention(self.norm1(x)))
+        return x + self.scale2(self.mlp(self.norm2(x)))
+
+
+class LayerScale(nnx.Module):
+    """A learned factor a channel, float32."""
+
+    def __init__(self, width, init):
+        self.gamma = nnx.Param(jnp.full((width,), init, jnp.float32))
+
+    def __call__(self, x):
+        return x * self.gamma[...][None, None]
