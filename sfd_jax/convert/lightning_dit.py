@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from sfd_jax.convert.table import Row, Table, shape_of
+from sfd_jax.convert.table import Row, Table, dense_rows, shape_of
 from sfd_jax.errors import SfdError
-from sfd_jax.models.lightning_dit import SIZES
+from sfd_jax.latents import LatentStatistics
+from sfd_jax.models.lightning_dit import SIZES, DiTConfig
 from sfd_jax.models.positions import rotary_2d, sincos_2d
 
 
@@ -27,44 +28,37 @@ def _fixed_tables(config) -> dict[str, np.ndarray]:
     return tables
 
 
-def _dense(theirs: str, ours: str) -> tuple[Row, Row]:
-    return (
-        Row(f"{theirs}.weight", f"{ours}/kernel", "linear"),
-        Row(f"{theirs}.bias", f"{ours}/bias"),
-    )
-
-
 TABLE = Table(
     network="lightning_dit",
     rows=(
         Row("x_embedder.proj.weight", "patch_embed/kernel", "conv"),
         Row("x_embedder.proj.bias", "patch_embed/bias"),
-        *_dense("t_embedder.mlp.0", "time_embed/linear1"),
-        *_dense("t_embedder.mlp.2", "time_embed/linear2"),
-        *_dense("t_embedder_sem.mlp.0", "time_embed_semantic/linear1"),
-        *_dense("t_embedder_sem.mlp.2", "time_embed_semantic/linear2"),
-        *_dense("t_embedder_tex.mlp.0", "time_embed_texture/linear1"),
-        *_dense("t_embedder_tex.mlp.2", "time_embed_texture/linear2"),
+        *dense_rows("t_embedder.mlp.0", "time_embed/linear1"),
+        *dense_rows("t_embedder.mlp.2", "time_embed/linear2"),
+        *dense_rows("t_embedder_sem.mlp.0", "time_embed_semantic/linear1"),
+        *dense_rows("t_embedder_sem.mlp.2", "time_embed_semantic/linear2"),
+        *dense_rows("t_embedder_tex.mlp.0", "time_embed_texture/linear1"),
+        *dense_rows("t_embedder_tex.mlp.2", "time_embed_texture/linear2"),
         Row("y_embedder.embedding_table.weight", "label_embed/embedding"),
         Row("blocks.{layer}.norm1.weight", "blocks/norm1/scale"),
         Row("blocks.{layer}.norm2.weight", "blocks/norm2/scale"),
-        *_dense("blocks.{layer}.attn.qkv", "blocks/attention/qkv"),
+        *dense_rows("blocks.{layer}.attn.qkv", "blocks/attention/qkv"),
         Row("blocks.{layer}.attn.q_norm.weight", "blocks/attention/q_norm/scale"),
         Row("blocks.{layer}.attn.q_norm.bias", "blocks/attention/q_norm/bias"),
         Row("blocks.{layer}.attn.k_norm.weight", "blocks/attention/k_norm/scale"),
         Row("blocks.{layer}.attn.k_norm.bias", "blocks/attention/k_norm/bias"),
-        *_dense("blocks.{layer}.attn.proj", "blocks/attention/proj"),
-        *_dense("blocks.{layer}.mlp.w12", "blocks/mlp/w12"),
-        *_dense("blocks.{layer}.mlp.w3", "blocks/mlp/w3"),
-        *_dense("blocks.{layer}.mlp.fc1", "blocks/mlp/fc1"),
-        *_dense("blocks.{layer}.mlp.fc2", "blocks/mlp/fc2"),
-        *_dense("blocks.{layer}.adaLN_modulation.1", "blocks/modulation"),
+        *dense_rows("blocks.{layer}.attn.proj", "blocks/attention/proj"),
+        *dense_rows("blocks.{layer}.mlp.w12", "blocks/mlp/w12"),
+        *dense_rows("blocks.{layer}.mlp.w3", "blocks/mlp/w3"),
+        *dense_rows("blocks.{layer}.mlp.fc1", "blocks/mlp/fc1"),
+        *dense_rows("blocks.{layer}.mlp.fc2", "blocks/mlp/fc2"),
+        *dense_rows("blocks.{layer}.adaLN_modulation.1", "blocks/modulation"),
         Row("final_layer.norm_final.weight", "final/norm/scale"),
-        *_dense("final_layer.adaLN_modulation.1", "final/modulation"),
-        *_dense("final_layer.linear", "final/linear"),
-        *_dense("repa_projector.0", "repa_projector/linear1"),
-        *_dense("repa_projector.2", "repa_projector/linear2"),
-        *_dense("repa_projector.4", "repa_projector/linear3"),
+        *dense_rows("final_layer.adaLN_modulation.1", "final/modulation"),
+        *dense_rows("final_layer.linear", "final/linear"),
+        *dense_rows("repa_projector.0", "repa_projector/linear1"),
+        *dense_rows("repa_projector.2", "repa_projector/linear2"),
+        *dense_rows("repa_projector.4", "repa_projector/linear3"),
     ),
     fixed=_fixed_tables,
 )
@@ -76,18 +70,20 @@ def recognises(state: Mapping[str, Any]) -> bool:
 
 
 def read_config(
-    state: Mapping[str, Any], given: Mapping[str, Any] = {}
+    state: Mapping[str, Any], given: Mapping[str, Any], stored: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
     """Read the architecture off the keys and shapes.
 
     Three things the shapes do not always tell. The number of heads: from the q/k norm, else from
     the stored rotary table, else from the published size of that depth and width. The grid and the
     rotary embedding: from the stored fixed tables. `repa_depth` (which matters in training alone)
-    is taken as released.
+    and the null label: from the file's config, else as released. Where that config contradicts the
+    shapes, it is the config of something else, and the shapes are right.
 
     Args:
       state: their arrays by key, `module.` prefixes already removed.
       given: fields of DiTConfig that the user states; they win.
+      stored: the file's own config, by the released names of its fields.
 
     Returns:
       The fields of DiTConfig, and a sentence for each that the shapes did not tell.
@@ -109,6 +105,10 @@ def read_config(
     width = block["attn.proj.weight"][0]
     depth = 1 + max(int(m[1]) for key in state if (m := re.match(r"blocks\.(\d+)\.", key)))
     _, channels, patch, _ = shape("x_embedder.proj.weight", rank=4)
+    stated = stored.get("in_chans", channels)
+    if stated != channels:
+        notes.append(f"the config in the file says in_chans {stated}, the weights {channels}: weights win")
+        stored = {}
     config: dict[str, Any] = dict(
         width=width,
         depth=depth,
@@ -123,18 +123,80 @@ def read_config(
         mlp_ratio=_mlp_ratio(block, width),
     )
     rows = shape("y_embedder.embedding_table.weight")[0]
-    config["null_label"] = given.get("null_label", True)
+    config["null_label"] = given.get("null_label", stored.get("class_dropout_prob") != 0)
     config["num_classes"] = rows - config["null_label"]
     if any(key.startswith("repa_projector.") for key in state):
         config["repa_width"] = shape("repa_projector.0.weight")[0]
         config["repa_features"] = shape("repa_projector.4.weight")[0]
-        config["repa_depth"] = min(2, depth)
-        if "repa_depth" not in given:
-            notes.append(f"repa_depth {config['repa_depth']}: taken as released, shapes do not tell")
+        config["repa_depth"] = stored.get("repa_depth") or min(2, depth)
+        if not {"repa_depth"} & (given.keys() | stored.keys()):
+            notes.append(f"repa_depth {config['repa_depth']}: as released, neither shapes nor config tell")
     config |= _grid(state, patch, given)
     if "num_heads" not in given:
         config["num_heads"] = _num_heads(state, block, width, depth, notes)
     return config | dict(given), notes
+
+
+def read_system(
+    config: DiTConfig,
+    stored: Mapping[str, Any],
+    statistics: LatentStatistics | None,
+    semantic_channels: int | None = None,
+) -> tuple[dict[str, Any], list[str]]:
+    """Say what the network was trained for: which channels are semantic, and with which clocks.
+
+    Args:
+      config: the network's.
+      stored: the file's own config, by the released names of its fields.
+      statistics: of the latents, where given; they tell the channels of each group.
+      semantic_channels: what the user states; it wins.
+
+    Returns:
+      The groups `latents` (where known) and `clocks` of a config (see configs/sfd.py), and notes.
+
+    Raises:
+      SfdError: the number of semantic channels or the statistics do not fit the network.
+    """
+    channels, notes = config.in_channels, []
+    if stored.get("in_chans", channels) != channels:
+        stored = {}  # the config of something else
+    if statistics is not None:
+        found = (statistics.texture_mean.size, statistics.semantic_mean.size)
+        if sum(found) != channels or semantic_channels not in (None, found[1]):
+            raise SfdError(
+                f"statistics of {found[0]} texture and {found[1]} semantic channels do not fit a "
+                f"network of {channels} channels"
+                + (f", {semantic_channels} of them semantic" if semantic_channels is not None else "")
+            )
+        semantic_channels = found[1]
+    else:
+        notes.append("no latent statistics: sampling needs them, give --statistics (and --semantic-statistics)")
+    if semantic_channels is None:
+        semantic_channels = stored.get("semantic_chans") if config.two_clocks else 0
+    if semantic_channels is None and channels == 48:
+        semantic_channels = 16
+        notes.append("16 of 48 channels semantic: as released, the file does not tell")
+    if config.two_clocks:
+        clocks = {"name": "fixed_offset", "delta_t": stored.get("semfirst_delta_t", 0.3)}
+    else:
+        clocks = {"name": "synchronous", "delta_t": 0.0}
+    if semantic_channels is None:
+        notes.append(
+            f"which of the {channels} channels are semantic is not told; sampling needs it: give "
+            "--statistics and --semantic-statistics, or --semantic-channels NUMBER"
+        )
+        return {"clocks": clocks}, notes
+    if not 0 <= semantic_channels < channels:
+        raise SfdError(f"{semantic_channels} semantic channels do not fit a network of {channels}")
+    texture_channels = channels - semantic_channels
+    latents = {"texture_channels": texture_channels, "semantic_channels": semantic_channels}
+    return {"latents": latents, "clocks": clocks}, notes
+
+
+def wrap(state: dict[str, np.ndarray], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the file tree that the released code reads."""
+    raw = (metadata.get("foreign") or {}).get("weights") == "raw"
+    return {"model" if raw else "ema": state}
 
 
 def _mlp_ratio(block: Mapping[str, tuple], width: int) -> float:

@@ -58,6 +58,14 @@ class Row:
     layout: str = "same"
 
 
+def dense_rows(theirs: str, ours: str) -> tuple[Row, Row]:
+    """Return the rows of a Linear's weight and bias."""
+    return (
+        Row(f"{theirs}.weight", f"{ours}/kernel", "linear"),
+        Row(f"{theirs}.bias", f"{ours}/bias"),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Table:
     """What a network is called by them and by us.

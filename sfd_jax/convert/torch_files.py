@@ -63,7 +63,7 @@ def write_torch_file(path: str | os.PathLike, tree: Any) -> None:
     """Write a tree of dicts, lists and scalars with NumPy leaves as PyTorch writes it.
 
     Raises:
-      SfdError: torch is not installed, or the file exists.
+      SfdError: torch is not installed.
     """
     try:
         import torch
@@ -86,8 +86,6 @@ def write_torch_file(path: str | os.PathLike, tree: Any) -> None:
         return node
 
     path = Path(path)
-    if path.exists():
-        raise SfdError(f"'{path}' exists; nothing is overwritten, name another file")
     unfinished = path.with_name(path.name + ".unfinished")
     torch.save(tensors(tree), unfinished)
     unfinished.rename(path)

@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 from sfd_jax.convert.lazy_array import LazyArray
-from sfd_jax.convert.torch_files import read_torch_file
+from sfd_jax.convert.torch_files import read_torch_file, write_torch_file
 from sfd_jax.errors import SfdError
 
 # Where released files keep the weights being trained, in the order of preference.
@@ -44,6 +44,10 @@ class WeightFile:
     prefix: str
     config: dict[str, Any]
     extras: dict[str, Any]
+
+    def stored(self) -> dict[str, Any]:
+        """Return what the file says of itself, by last name: of its config and its scalars."""
+        return _leaves(self.config) | self.extras
 
 
 def read_tree(path: str | os.PathLike) -> Any:
@@ -111,6 +115,27 @@ def read_statistics(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
     return mean.reshape(-1), std.reshape(-1)
 
 
+def write_file(path: str | os.PathLike, state: dict[str, np.ndarray], tree: dict[str, Any]) -> None:
+    """Write an export, visible only once complete: the bare state for .safetensors, else the tree.
+
+    Raises:
+      SfdError: the file exists, its suffix is unknown, or it is a .pt and torch is missing.
+    """
+    path = Path(path)
+    if path.exists():
+        raise SfdError(f"'{path}' exists; nothing is overwritten, name another file")
+    if path.suffix in (".pt", ".pth", ".ckpt"):
+        return write_torch_file(path, tree)
+    if path.suffix != ".safetensors":
+        raise SfdError(f"'{path}': export to a name that ends in .pt, .pth, .ckpt or .safetensors")
+    import safetensors.numpy
+
+    unfinished = path.with_name(path.name + ".unfinished")
+    # transformers asks for the entry "format"; other readers ignore it.
+    safetensors.numpy.save_file(state, unfinished, metadata={"format": "pt"})
+    unfinished.rename(path)
+
+
 def describe(tree: Any) -> list[str]:
     """Return lines that say what a file holds, no array loaded."""
     lines: list[str] = []
@@ -172,6 +197,15 @@ def _config(beside: Mapping[str, Any], path) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise SfdError(f"'{path}': its config is not YAML: {error}") from error
     return config if isinstance(config, dict) else {}
+
+
+def _leaves(config: dict[str, Any]) -> dict[str, Any]:
+    """Flatten a config to {last name: value}; the outermost of equal names wins."""
+    found = {str(key): value for key, value in config.items() if not isinstance(value, dict)}
+    for group in config.values():
+        if isinstance(group, dict):
+            found = _leaves(group) | found
+    return found
 
 
 _SAFETENSORS_DTYPES = {

@@ -1,0 +1,165 @@
+"""From a released file to our parameters and metadata, and back.
+
+The metadata is what `training.checkpoint` saves beside parameters; its entry "foreign" says where
+they came from and holds what an export needs to write the same bytes again.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sfd_jax.convert import FORMATS
+from sfd_jax.convert.table import export_state, import_params, kept_as_stored
+from sfd_jax.convert.weight_files import (
+    WeightFile,
+    choose_state,
+    read_statistics,
+    read_tree,
+)
+from sfd_jax.errors import SfdError, nearest
+from sfd_jax.latents import LatentStatistics
+from sfd_jax.models import Network
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """A network with its parameters, ready to be saved.
+
+    Args:
+      network: the architecture.
+      params: nested dict of float32 arrays.
+      metadata: JSON-able dict in the layout of `training.checkpoint`.
+      notes: sentences on what the file did not tell.
+    """
+
+    network: Network
+    params: dict[str, Any]
+    metadata: dict[str, Any]
+    notes: list[str]
+
+
+def import_checkpoint(
+    path,
+    *,
+    which: str | None = None,
+    given: Mapping[str, Any] = {},
+    texture_statistics=None,
+    semantic_statistics=None,
+    semantic_channels: int | None = None,
+    place: Callable[[np.ndarray], Any] = lambda array: array,
+) -> Imported:
+    """Read a released file and turn it into our parameters.
+
+    Args:
+      path: .pt, .pth, .ckpt or .safetensors.
+      which: "ema" or "raw" weights; None takes the average where there is one.
+      given: fields of the network's config to state beside what the shapes tell.
+      texture_statistics, semantic_statistics: released statistics files, for a diffusion network.
+      semantic_channels: how many of a two-clock network's channels are semantic, where neither the
+        statistics nor the file tell.
+      place: applied to each finished array of ours.
+
+    Raises:
+      SfdError: not a known network, or it does not fit: all differing arrays are named.
+    """
+    file = choose_state(read_tree(path), path, which)
+    name, module = identify(file.state, path)
+    stored = file.stored()
+    try:
+        fields, notes = module.read_config(file.state, given, stored)
+        network = Network(module.TABLE.network, fields)
+    except SfdError as error:
+        raise SfdError(f"'{path}': {error}") from error
+    source = f"'{path}' ({file.which} weights)"
+    params = import_params(module.TABLE, file.state, network, source=source, place=place)
+    metadata = {
+        "network": network.name,
+        "network_config": network.config_dict(),
+        "latent_statistics": None,
+        "class_names": None,
+        "config": {},
+        "step": _step(path, file),
+        "source": f"{Path(path).name} ({file.which} weights)",
+        "foreign": {
+            "format": name,
+            "weights": file.which,
+            "config": file.config,
+            "kept": kept_as_stored(module.TABLE, file.state, network),
+        },
+    }
+    if network.name == "lightning_dit":
+        statistics = _statistics(texture_statistics, semantic_statistics)
+        system, more = module.read_system(network.config, stored, statistics, semantic_channels)
+        metadata |= {"config": system, "latent_statistics": statistics and statistics.to_dict()}
+        notes += more
+    return Imported(network, params, metadata, notes)
+
+
+def identify(state: Mapping[str, Any], path) -> tuple[str, Any]:
+    """Return the name and the module of the format a state dict is in, by its keys.
+
+    Raises:
+      SfdError: none knows it.
+    """
+    for name, module in FORMATS.items():
+        if module.recognises(state):
+            return name, module
+    first = ", ".join(list(map(str, state))[:4])
+    raise SfdError(
+        f"'{path}' is none of the known networks ({', '.join(FORMATS)}); its keys begin with {first}"
+    )
+
+
+def export_checkpoint(
+    params: Mapping[str, Any], metadata: Mapping[str, Any], format: str | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Turn our checkpoint into a released one.
+
+    Args:
+      params, metadata: as `training.checkpoint.load_params` returns them.
+      format: a key of FORMATS where a network has several; by default the one it came from.
+
+    Returns:
+      The state dict (what a .safetensors file holds), and the tree that the original code's .pt
+      file has around it.
+
+    Raises:
+      SfdError: unknown format, or one of another network.
+    """
+    foreign = metadata.get("foreign") or {}
+    name = format or foreign.get("format")
+    if name is None:
+        name = next((n for n, m in FORMATS.items() if m.TABLE.network == metadata["network"]), None)
+    if name not in FORMATS:
+        raise SfdError(f"no format '{name}': {nearest(str(name), FORMATS)}")
+    module = FORMATS[name]
+    if module.TABLE.network != metadata["network"]:
+        raise SfdError(f"format {name} is for {module.TABLE.network}, not for {metadata['network']}")
+    network = Network(metadata["network"], metadata["network_config"])
+    kept = foreign.get("kept") if foreign.get("format") == name else None
+    state = export_state(module.TABLE, params, network, kept)
+    return state, module.wrap(state, metadata)
+
+
+def _statistics(texture, semantic) -> LatentStatistics | None:
+    if texture is None and semantic is None:
+        return None
+    if texture is None:
+        raise SfdError("semantic statistics without texture statistics: give --statistics too")
+    empty = np.zeros(0, np.float32)
+    texture_mean, texture_std = read_statistics(texture)
+    mean, std = (empty, empty) if semantic is None else read_statistics(semantic)
+    return LatentStatistics(texture_mean, texture_std, mean, std)
+
+
+def _step(path, file: WeightFile) -> int:
+    for key in ("iteration", "global_step", "step"):
+        if isinstance(file.extras.get(key), int):
+            return file.extras[key]
+    # Released diffusion checkpoints are named by their step: NNNNNNN.pt.
+    match = re.match(r"\d+", Path(path).stem)
+    return int(match[0]) if match else 0
