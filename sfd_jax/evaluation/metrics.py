@@ -71,9 +71,6 @@ def _root(covariance: np.ndarray) -> np.ndarray:
 def inception_score(probabilities: np.ndarray, split_size: int = 5000) -> float:
     """Compute the inception score: the mean over consecutive splits of exp(mean KL to the marginal).
 
-    The splits are consecutive, so the images must come in shuffled order; a last, shorter split
-    counts as much as the others, as in the ADM suite.
-
     Args:
       probabilities: (N, K) float, rows sum to 1.
       split_size: images in a split.
@@ -83,16 +80,54 @@ def inception_score(probabilities: np.ndarray, split_size: int = 5000) -> float:
 
     Source: Salimans et al. 2016 (arXiv 1606.03498); splits of 5,000 as in ADM.
     """
-    if len(probabilities) == 0:
-        raise SfdError("inception score of no images")
-    scores = []
-    for start in range(0, len(probabilities), split_size):
-        part = np.asarray(probabilities[start : start + split_size], np.float64)
-        marginal = part.mean(axis=0, keepdims=True)
-        # p log p is 0 at p = 0; a marginal of 0 only meets probabilities of 0.
-        ratio = np.divide(part, marginal, out=np.ones_like(part), where=part > 0)
-        scores.append(np.exp((part * np.log(ratio)).sum(axis=1).mean()))
-    return float(np.mean(scores))
+    running = RunningInceptionScore(split_size)
+    running.add(probabilities)
+    return running.value
+
+
+class RunningInceptionScore:
+    """Inception score of probabilities that arrive in pieces; keeps sums alone.
+
+    The splits are consecutive, so the images must come in shuffled order; a last, shorter split counts as
+    much as the others, as in the ADM suite.
+    """
+
+    def __init__(self, split_size: int = 5000):
+        self.split_size = split_size
+        self._scores = []
+        self._start()
+
+    def _start(self):
+        self._count, self._negative_entropy, self._sum = 0, 0.0, 0.0
+
+    def add(self, probabilities: np.ndarray) -> None:
+        """Count rows (n, K) in."""
+        while len(probabilities):
+            part = probabilities[: self.split_size - self._count]
+            probabilities = probabilities[len(part) :]
+            self._count += len(part)
+            self._negative_entropy += _sum_p_log_p(part)
+            self._sum = self._sum + np.asarray(part, np.float64).sum(axis=0)
+            if self._count == self.split_size:
+                self._scores.append(self._score())
+                self._start()
+
+    @property
+    def value(self) -> float:
+        """The score of all rows so far."""
+        scores = self._scores + ([self._score()] if self._count else [])
+        if not scores:
+            raise SfdError("inception score of no images")
+        return float(np.mean(scores))
+
+    def _score(self) -> float:
+        # mean over rows of sum p log(p / m) = mean of sum p log p, less sum m log m.
+        return float(np.exp(self._negative_entropy / self._count - _sum_p_log_p(self._sum / self._count)))
+
+
+def _sum_p_log_p(probabilities: np.ndarray) -> float:
+    p = np.asarray(probabilities, np.float64)
+    return float((p * np.log(p, out=np.zeros_like(p), where=p > 0)).sum())  # 0 at p = 0
 
 
 # --- Precision and recall ---------------------------------------------------------------------------

@@ -1,0 +1,188 @@
+"""Features of images: an extractor is a named network with a hash, run over all devices of a mesh.
+
+Images come in as uint8 (n, H, W, 3) in pieces of any size and are counted exactly once: pieces are
+regrouped into batches of one size, the last one padded and its padding cut off again, so the network
+is compiled once and the result does not depend on the pieces.
+"""
+
+import dataclasses
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from sfd_jax.distributed import batch_sharding, make_mesh, replicated
+from sfd_jax.errors import SfdError
+from sfd_jax.models import Network
+from sfd_jax.models.fingerprint import params_hash
+
+Checkpoint = tuple[dict, dict]  # (params, metadata), as `training.checkpoint.load_params` returns
+
+
+@dataclasses.dataclass(frozen=True)
+class Extractor:
+    """A network from images to features.
+
+    Attributes:
+      name: "inception", "dinov2" or a name of one's own.
+      params: its parameters.
+      apply: pure function of (params, images (B,H,W,3) float32, 0..255) to a dict of (B, ...) float32:
+        "features" (B,D), which the Frechet and kernel distances, precision and recall are taken of; and
+        where there are any "spatial" (B,E) for sFID and "probabilities" (B,K) for the inception score.
+      settings: whatever beside the parameters changes the features, for the hash.
+    """
+
+    name: str
+    params: dict
+    apply: Callable[[dict, jax.Array], dict[str, jax.Array]]
+    settings: str = ""
+
+    @property
+    def hash(self) -> str:
+        """Return the hex digest that statistics remember this extractor by."""
+        text = f"{self.name} {self.settings} {params_hash(self.params)}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def inception_extractor(checkpoint: Checkpoint) -> Extractor:
+    """Make the ADM suite's extractor: pool_3 for FID, precision and recall; mixed_6's first seven channels
+    for sFID; softmax of the unbiased logits for the inception score.
+
+    Args:
+      checkpoint: (params, metadata) of a converted `pt_inception-2015-12-05`.
+
+    Raises:
+      SfdError: the checkpoint is of another network.
+    """
+    params, network = _open(checkpoint, "inception")
+
+    def apply(params, images):
+        answers = network.apply(params, images)
+        return {
+            "features": answers["pool"],
+            "spatial": answers["spatial"],
+            "probabilities": jax.nn.softmax(answers["logits_unbiased"], axis=-1),
+        }
+
+    return Extractor("inception", params, apply)
+
+
+def dinov2_extractor(checkpoint: Checkpoint, image_size: int = 224) -> Extractor:
+    """Make the extractor of FD-DINOv2: the class token of images resized to `image_size`, bicubic.
+
+    Args:
+      checkpoint: (params, metadata) of a converted DINOv2; published distances use ViT-L/14.
+      image_size: side of the network's input, in pixels.
+
+    Source: Stein et al. 2023 (arXiv 2306.04675), `dgm-eval`: antialiased bicubic resize in bytes, then
+      ImageNet's mean and std.
+    """
+    params, network = _open(checkpoint, "dinov2")
+    return Extractor("dinov2", params, class_token(network, image_size), settings=f"size {image_size}")
+
+
+def class_token(network: Network, image_size: int) -> Callable[[dict, jax.Array], dict[str, jax.Array]]:
+    """Return an extractor's `apply` that takes the class token of a vision transformer."""
+
+    def apply(params, images):
+        batch, height, width, _ = images.shape
+        if (height, width) != (image_size, image_size):
+            images = jax.image.resize(images, (batch, image_size, image_size, 3), "cubic", antialias=True)
+            images = jnp.round(jnp.clip(images, 0.0, 255.0))
+        pixels = (images / 255.0 - _IMAGENET_MEAN) / _IMAGENET_STD
+        return {"features": network.apply(params, pixels)["cls_token"]}
+
+    return apply
+
+
+_IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32).reshape(1, 1, 1, 3)
+_IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32).reshape(1, 1, 1, 3)
+
+
+def _open(checkpoint: Checkpoint, wanted: str) -> tuple[dict, Network]:
+    params, metadata = checkpoint
+    if metadata.get("network") != wanted:
+        raise SfdError(
+            f"the extractor needs a checkpoint of '{wanted}', this one holds '{metadata.get('network')}'"
+        )
+    return params, Network(wanted, metadata["network_config"])
+
+
+def extract_features(
+    extractor: Extractor, pieces: Iterable[np.ndarray], *, batch_size: int = 64, mesh: Mesh | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """Run images through an extractor, each exactly once and in order.
+
+    Args:
+      extractor: what to run.
+      pieces: uint8 arrays (n, H, W, 3), n of any size, H and W the same throughout. With several hosts
+        each passes all images; each device still computes its share alone.
+      batch_size: images in a batch over all devices; rounded up to a multiple of their number.
+      mesh: the devices; all of them by default.
+
+    Yields:
+      For each batch a dict of float32 arrays (n, ...), n <= batch_size, on every host.
+
+    Raises:
+      SfdError: images of another dtype or shape, or features that are not finite.
+    """
+    mesh = make_mesh() if mesh is None else mesh
+    batch_size = -(-batch_size // mesh.size) * mesh.size
+    everywhere = replicated(mesh)
+    params = jax.device_put(extractor.params, everywhere)
+    run = jax.jit(
+        lambda params, images: extractor.apply(params, images.astype(jnp.float32)), out_shardings=everywhere
+    )
+    done = 0
+    under_way = deque()  # one batch computes while the next one is read and sent
+
+    def finish():
+        nonlocal done
+        count, answers = under_way.popleft()
+        answers = {name: np.asarray(rows)[:count] for name, rows in answers.items()}
+        for name, rows in answers.items():
+            finite = np.isfinite(rows.reshape(count, -1)).all(axis=1)
+            if not finite.all():
+                raise SfdError(
+                    f"extractor '{extractor.name}': '{name}' of image {done + int(np.argmin(finite))} is not "
+                    "finite; the weights are damaged, or they are not of this network"
+                )
+        done += count
+        return answers
+
+    for images in regroup(pieces, batch_size):
+        count = len(images)
+        padded = np.concatenate([images, np.repeat(images[-1:], batch_size - count, axis=0)])
+        under_way.append((count, run(params, jax.device_put(padded, batch_sharding(mesh)))))
+        if len(under_way) > 1:
+            yield finish()
+    while under_way:
+        yield finish()
+
+
+def regroup(pieces: Iterable[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:
+    """Cut a stream of uint8 (n, H, W, 3) into pieces of `batch_size`, the last one as long as it is.
+
+    Raises:
+      SfdError: another dtype, rank or size than uint8 (n, H, W, 3) with the first piece's H and W.
+    """
+    held, count, shape = [], 0, None
+    for piece in pieces:
+        shape = shape or piece.shape[1:]
+        if piece.dtype != np.uint8 or piece.ndim != 4 or piece.shape[1:] != shape or shape[-1] != 3:
+            raise SfdError(
+                f"images of dtype {piece.dtype} and shape {piece.shape}: expected uint8 (n, "
+                f"{', '.join(map(str, shape[:2])) if len(shape) == 3 else 'H, W'}, 3)"
+            )
+        held.append(piece)
+        count += len(piece)
+        while count >= batch_size:
+            joined = np.concatenate(held) if len(held) > 1 else held[0]
+            yield joined[:batch_size]
+            held, count = [joined[batch_size:]], count - batch_size
+    if count:
+        yield np.concatenate(held)

@@ -1,0 +1,258 @@
+"""Sets of finished images to be judged: an npz, a folder of image files, or a sampling job's folder.
+
+A set is read front to back in pieces, so that its size does not matter. All its images have one size.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sfd_jax.data.images import center_crop
+from sfd_jax.errors import SfdError
+
+JOB_NPZ = "samples.npz"  # what a sampling job calls its npz, beside its recipe
+IMAGE_FILES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """Images that can be read in order.
+
+    Attributes:
+      name: what messages and recipes call it.
+      count: number of images.
+      pieces: call it with a number n for an iterator of uint8 arrays (<= n, H, W, 3), all images in order.
+      hash: call it for a hex digest of the files read; None where there are none on disk.
+      recipe: how the images were made, where a sampling job says so.
+    """
+
+    name: str
+    count: int
+    pieces: Callable[[int], Iterator[np.ndarray]]
+    hash: Callable[[], str] | None = None
+    recipe: dict | None = None
+
+
+def open_image_set(path: str | Path, image_size: int | None = None) -> ImageSet:
+    """Open finished images.
+
+    Args:
+      path: an npz with `arr_0` uint8 (N, H, W, 3), as the ADM suite reads and writes; a folder of a
+        sampling job, or its chunks; or a folder of RGB image files, also in subfolders.
+      image_size: crop and resize image files to squares of this size, as the ADM suite does with its
+        references; by default the files must all be RGB of one size.
+
+    Returns:
+      The set, checked as far as that goes without reading all of it.
+
+    Raises:
+      SfdError: nothing there, damaged, incomplete, or not uint8 RGB; the message names the file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        for folder in (path, path / "chunks"):
+            if chunks := sorted(folder.glob("chunk_*.npz")):
+                return _open_chunks(path, chunks)
+        return _open_folder(path, image_size)
+    if not path.is_file():
+        raise SfdError(f"no images at {path}: give an npz, or a folder of PNGs or chunks")
+    return _open_npz(path)
+
+
+# --- One npz ----------------------------------------------------------------------------------------
+
+
+def _open_npz(path: Path) -> ImageSet:
+    shape = _npy_header(path, "arr_0")[0]
+    return ImageSet(
+        str(path),
+        shape[0],
+        lambda n: _stream_npy(path, "arr_0", n),
+        lambda: hash_files([path]),
+        read_recipe(path.parent) if path.name == JOB_NPZ else None,
+    )
+
+
+def _stream_npy(path: Path, name: str, n: int) -> Iterator[np.ndarray]:
+    """Read an array inside an npz row by row, since a batch of 50,000 images takes 10 GB."""
+    shape, dtype, fortran = _npy_header(path, name)
+    if fortran:
+        raise SfdError(f"{path}: {name} is stored column by column; save it again with numpy.savez")
+    row = math.prod(shape[1:]) * dtype.itemsize
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
+            _read_header(file)
+            for start in range(0, shape[0], n):
+                count = min(n, shape[0] - start)
+                data = file.read(count * row)
+                if len(data) != count * row:
+                    raise SfdError(f"{path} is damaged: {name} ends after {start} of {shape[0]} images")
+                yield np.frombuffer(data, dtype).reshape(count, *shape[1:])
+    except (OSError, zipfile.BadZipFile, EOFError) as error:
+        raise SfdError(f"{path} is damaged: {error}") from error
+
+
+def _npy_header(path: Path, name: str) -> tuple[tuple[int, ...], np.dtype, bool]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if f"{name}.npy" not in archive.namelist():
+                found = ", ".join(file.removesuffix(".npy") for file in archive.namelist()) or "nothing"
+                raise SfdError(f"{path} has no array '{name}' of uint8 images (N, H, W, 3); it holds {found}")
+            with archive.open(f"{name}.npy") as file:
+                shape, fortran, dtype = _read_header(file)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise SfdError(f"cannot read {path}: {error}") from error
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or shape[0] == 0:
+        raise SfdError(f"{path}: {name} is {dtype} {shape}; expected uint8 (N, H, W, 3) with N > 0")
+    return shape, dtype, fortran
+
+
+def _read_header(file):
+    version = np.lib.format.read_magic(file)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"npy format {version} is unknown")
+    return readers[version](file)
+
+
+# --- Chunks of a sampling job -----------------------------------------------------------------------
+
+
+def _open_chunks(folder: Path, chunks: list[Path]) -> ImageSet:
+    """Open a job's chunks; together they must hold the images 0..N-1, each once."""
+    found = []
+    for chunk in chunks:
+        try:
+            with np.load(chunk) as file:
+                found.append(np.asarray(file["indices"]))
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise SfdError(f"cannot read {chunk}: {error}; remove it and sample again") from error
+    recipe = read_recipe(folder) or read_recipe(folder.parent)
+    indices = np.concatenate(found)
+    count = recipe["num_images"] if recipe and "num_images" in recipe else int(indices.max()) + 1
+    _check_indices(indices, count, f"{folder}: chunks")
+    if (np.diff(indices) < 0).any():
+        raise SfdError(f"{folder}: images are not in order in the chunks; the files were renamed")
+
+    def pieces(n):
+        for chunk, expected in zip(chunks, found, strict=True):
+            shape = _npy_header(chunk, "images")[0]
+            if shape[0] != len(expected):
+                raise SfdError(f"{chunk}: {shape[0]} images but {len(expected)} indices")
+            yield from _stream_npy(chunk, "images", n)
+
+    return ImageSet(str(folder), count, pieces, lambda: hash_files(chunks), recipe)
+
+
+def _check_indices(indices: np.ndarray, count: int, where: str) -> None:
+    present, times = np.unique(indices, return_counts=True)
+    faults = []
+    if missing := sorted(set(range(count)) - set(present.tolist())):
+        faults.append(f"{len(missing)} of {count} images are missing, the first is {missing[0]}")
+    if (times > 1).any():
+        faults.append(f"{int((times > 1).sum())} indices are there twice, the first is {present[times > 1][0]}")
+    if strange := [index for index in present.tolist() if not 0 <= index < count]:
+        faults.append(f"index {strange[0]} is outside 0..{count - 1}")
+    if faults:
+        raise SfdError(f"{where}: {'; '.join(faults)}. Finish sampling, or sample again into an empty folder")
+
+
+def read_recipe(folder: Path) -> dict | None:
+    """Return what a sampling job wrote about itself in `recipe.json`, None where there is none."""
+    try:
+        return json.loads((folder / "recipe.json").read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise SfdError(f"cannot read {folder / 'recipe.json'}: {error}") from error
+
+
+# --- Image files ------------------------------------------------------------------------------------
+
+
+def _open_folder(folder: Path, image_size: int | None) -> ImageSet:
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_FILES)
+    if not files:
+        raise SfdError(f"{folder} holds no image files ({', '.join(sorted(IMAGE_FILES))}) and no chunks")
+    in_one_folder = len({file.parent for file in files}) == 1
+    if image_size is None and in_one_folder and all(file.stem.isdecimal() for file in files):
+        # Numbered files are a sampler's: a gap means that it was not done.
+        numbers = np.array([int(file.stem) for file in files])
+        files = [files[i] for i in np.argsort(numbers, kind="stable")]
+        _check_indices(numbers - min(1, int(numbers.min())), len(np.unique(numbers)), f"{folder}: numbered files")
+
+    def pieces(n):
+        first = None
+        with ThreadPoolExecutor() as pool:
+            ahead = pool.map(lambda file: read_image(file, image_size), files[:n])
+            for start in range(0, len(files), n):
+                now, ahead = ahead, pool.map(
+                    lambda file: read_image(file, image_size), files[start + n : start + 2 * n]
+                )
+                images = list(now)
+                first = images[0].shape if first is None else first
+                for file, image in zip(files[start : start + n], images, strict=True):
+                    if image.shape != first:
+                        raise SfdError(
+                            f"{file} is {image.shape[1]}x{image.shape[0]}, {files[0].name} is "
+                            f"{first[1]}x{first[0]}: all images must have one size (or give an image size to "
+                            "crop references to)"
+                        )
+                yield np.stack(images)
+
+    return ImageSet(
+        str(folder),
+        len(files),
+        pieces,
+        lambda: hash_files(files, folder),
+        read_recipe(folder) or read_recipe(folder.parent),
+    )
+
+
+def read_image(file: Path, image_size: int | None = None) -> np.ndarray:
+    """Read one image file as uint8 (H, W, 3).
+
+    Args:
+      file: its path.
+      image_size: centre crop as the ADM suite does; None takes the file as it is, which then must be RGB.
+
+    Raises:
+      SfdError: not an image, or without `image_size` not 8-bit RGB.
+    """
+    try:
+        with Image.open(file) as image:
+            image.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise SfdError(f"cannot read image {file}: {error}") from error
+    if image_size is not None:
+        return center_crop(image.convert("RGB"), image_size)
+    if image.mode != "RGB":
+        raise SfdError(f"{file} is of mode {image.mode}; expected 8-bit RGB, as samples are saved")
+    return np.asarray(image)
+
+
+def hash_files(files: list[Path], folder: Path | None = None) -> str:
+    """Return a hex digest of files: of one file its sha256, of several their names and contents."""
+    if len(files) == 1 and folder is None:
+        return _sha256(files[0]).hexdigest()
+    digest = hashlib.sha256()
+    for file in files:
+        name = file.relative_to(folder).as_posix() if folder else file.name
+        digest.update(f"{name} {_sha256(file).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _sha256(file: Path):
+    try:
+        with open(file, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256")
+    except OSError as error:
+        raise SfdError(f"cannot read {file}: {error}") from error

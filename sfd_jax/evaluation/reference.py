@@ -1,0 +1,66 @@
+"""What samples are measured against: an ADM reference batch, a statistics file, or images."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from sfd_jax.errors import SfdError
+from sfd_jax.evaluation.image_sets import ImageSet, hash_files, open_image_set
+from sfd_jax.evaluation.statistics import FeatureStatistics, load_statistics
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """A reference; one of `statistics` and `images` is there at least.
+
+    Attributes:
+      name: its path.
+      statistics: those stored with it, which are then used and not computed again.
+      images: its images.
+      hash: hex digest of the files.
+    """
+
+    name: str
+    statistics: FeatureStatistics | None
+    images: ImageSet | None
+    hash: str
+
+
+def open_reference(path: str | Path, image_size: int | None = None) -> Reference:
+    """Open a reference.
+
+    Args:
+      path: an ADM reference batch (npz with `arr_0`, and `mu`, `sigma`, `mu_s`, `sigma_s` that are used
+        when present); a statistics file of `sfd evaluate --save_statistics`; an npz or a folder of images.
+      image_size: crop the image files of a folder to squares of this size.
+
+    Raises:
+      SfdError: nothing there, damaged, or an npz with neither images nor statistics.
+    """
+    path = Path(path)
+    if path.is_dir():
+        images = open_image_set(path, image_size)
+        return Reference(str(path), None, images, images.hash())
+    if not path.is_file():
+        raise SfdError(
+            f"no reference {path}: give an ADM npz, a statistics file of `sfd evaluate --save_statistics`, or a "
+            "folder of images"
+        )
+    names = _array_names(path)
+    statistics = load_statistics(path) if "mu" in names else None
+    images = open_image_set(path) if "arr_0" in names else None
+    if statistics is None and images is None:
+        raise SfdError(
+            f"{path} is no reference: expected `arr_0` (uint8 images) or `mu` and `sigma`, found "
+            f"{', '.join(names) or 'no arrays'}"
+        )
+    return Reference(str(path), statistics, images, hash_files([path]))
+
+
+def _array_names(path: Path) -> list[str]:
+    try:
+        with np.load(path) as file:
+            return list(file.files)
+    except Exception as error:  # numpy tells a file that is no npz by several types
+        raise SfdError(f"{path} is no npz: {error}") from error
