@@ -12,6 +12,10 @@ Orbax writes to local disks and to gs:// paths, in the background where it can.
 
 import contextlib
 import json
+import logging
+import os
+import re
+import shutil
 from collections.abc import Iterator
 
 import jax
@@ -23,6 +27,10 @@ from sfd_jax.errors import SfdError
 from sfd_jax.training.state import TrainState
 
 _STATE_ITEMS = ("params", "ema_params", "progress")
+
+# Each of Orbax's threads logs a failed write with its traceback; the one SfdError raised here says it all.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
 
 
 class Checkpointer:
@@ -63,7 +71,9 @@ class Checkpointer:
         """
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in _to_items(state).items()}
         items["metadata"] = ocp.args.JsonSave(_json({**metadata, "step": step}))
+        self.wait()
         with _writing(f"checkpoint of step {step} cannot be written to {self.directory}"):
+            _check_room(self.directory, state)
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(self, abstract_state: TrainState, step: int | None = None) -> TrainState:
@@ -188,6 +198,17 @@ def _from_items(items: dict) -> TrainState:
     return TrainState(params=items["params"], ema_params=items["ema_params"], **items["progress"])
 
 
+def _check_room(directory: epath.Path, tree) -> None:
+    """Raise OSError before writing anything where a local disk cannot take this host's part of the arrays."""
+    if not os.path.isdir(directory):
+        return  # a bucket
+    shards = [shard for array in jax.tree.leaves(tree) for shard in array.addressable_shards]
+    needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise OSError(f"it takes {needed / 2**20:,.1f} MiB and the disk has {free / 2**20:,.1f} MiB left")
+
+
 def _read(path: epath.Path, targets: dict) -> dict:
     """Read items of one checkpoint, each into its abstract tree, or as stored where that is None."""
     with _reading(path), _composite() as checkpointer:
@@ -271,4 +292,7 @@ def _reading(path: epath.Path) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0][:300]
+    """Return the one line of an error that helps; TensorStore hides the system's own word in a long message."""
+    text = str(error) or type(error).__name__
+    code = re.search(r"os_error_code='(\d+)'", text)
+    return os.strerror(int(code[1])) if code else text.strip().splitlines()[0][:300]

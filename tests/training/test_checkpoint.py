@@ -1,0 +1,128 @@
+"""Checkpoints: what comes back, what is kept, and what is said when something does not fit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy_training import toy_task
+
+from sfd_jax.distributed import make_mesh
+from sfd_jax.errors import SfdError
+from sfd_jax.training import (
+    Checkpointer, OptimizerConfig, Task, abstract_state, init_state, load_metadata, load_params, make_optimizer,
+    save_params,
+)
+
+OPTIMIZER = make_optimizer(OptimizerConfig(clip_norm=1.0), 10)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(1, 1, devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def state(mesh):
+    """A state whose EMA differs from its parameters."""
+    state = init_state(toy_task(), OPTIMIZER, mesh, seed=5)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x + 1 if "ema_params" in jax.tree_util.keystr(path) else x, state
+    )
+
+
+def test_what_is_kept(tmp_path, state, mesh):
+    checkpointer = Checkpointer(tmp_path / "checkpoints", keep_last=2, keep_every=4)
+    for step in range(1, 8):
+        checkpointer.save(step, state, {})
+    checkpointer.close()
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [4, 6, 7]
+    assert Checkpointer(tmp_path / "checkpoints").latest_step() == 7
+
+
+def test_state_params_and_metadata_come_back(tmp_path, state, mesh):
+    checkpointer = Checkpointer(tmp_path / "checkpoints")
+    checkpointer.save(3, state, {"class_names": ["a"]})
+    checkpointer.wait()
+    target = abstract_state(toy_task(), OPTIMIZER, mesh)
+    restored = checkpointer.restore(target)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    for folder in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "3"):
+        params, metadata = load_params(folder)
+        jax.tree.map(np.testing.assert_array_equal, params, state.ema_params)
+        assert metadata == {"class_names": ["a"], "step": 3} == load_metadata(folder)
+    raw, _ = load_params(tmp_path, which="raw", abstract=target.params)
+    jax.tree.map(np.testing.assert_array_equal, raw, state.params)
+    assert raw["hidden"]["kernel"].sharding == state.params["hidden"]["kernel"].sharding
+
+
+def test_every_array_that_does_not_fit_is_named(tmp_path, state, mesh):
+    checkpointer = Checkpointer(tmp_path / "checkpoints")
+    checkpointer.save(1, state, {})
+    checkpointer.wait()
+    other = Task("other", None, lambda key: {"hidden": {"kernel": jnp.ones((5, 17)), "scale": jnp.ones(3)}}, None)
+    with pytest.raises(SfdError) as fault:
+        checkpointer.restore(abstract_state(other, OPTIMIZER, mesh))
+    message = str(fault.value)
+    for line in (
+        "missing: params.hidden.scale (3,)",
+        "extra: ema_params.out.kernel (16, 3)",
+        "misshapen: progress.opt_state.1.0.nu.hidden.kernel is (5, 16), expected (5, 17)",
+    ):
+        assert line in message
+    # four trees: params, EMA, two moments; in each one missing, two extra, one misshapen
+    assert message.count("\n") == 4 * 4
+
+
+def test_converted_params_are_read_like_trained_ones_and_never_overwritten(tmp_path):
+    params = {"a": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}}
+    save_params(tmp_path / "converted", params, {"network": "x", "step": 400_000})
+    for which in ("ema", "raw"):
+        read, metadata = load_params(tmp_path / "converted", which=which)
+        np.testing.assert_array_equal(read["a"]["kernel"], params["a"]["kernel"])
+        assert metadata == {"network": "x", "step": 400_000}
+    with pytest.raises(SfdError, match="400000 exists already"):
+        save_params(tmp_path / "converted", params, {"step": 400_000})
+    with pytest.raises(SfdError, match="no checkpoint of step 7; it has 400000"):
+        load_params(tmp_path / "converted", step=7)
+    with pytest.raises(SfdError, match="misshapen: params.a.kernel"):
+        load_params(tmp_path / "converted", abstract={"a": {"kernel": jax.ShapeDtypeStruct((3, 2), "float32")}})
+    with pytest.raises(SfdError, match="must be JSON"):
+        save_params(tmp_path / "other", params, {"array": np.ones(2)})
+
+
+def test_absent_and_damaged_checkpoints(tmp_path, state):
+    with pytest.raises(SfdError, match="no checkpoint folder"):
+        load_params(tmp_path / "absent")
+    with pytest.raises(SfdError, match="holds no complete checkpoint"):
+        load_params(tmp_path)
+    save_params(tmp_path, state.params, {})
+    for data in (tmp_path / "0" / "params").rglob("d/*"):
+        data.write_bytes(b"damaged")
+    with pytest.raises(SfdError, match="cannot be read.*damaged"):
+        load_params(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SfdError, match="cannot be opened: .*Not a directory"):
+        Checkpointer(tmp_path / "file" / "checkpoints")
+
+
+def test_a_write_that_fails_in_the_background(tmp_path, state, mesh):
+    """A limit on file size stands in for a full disk: the same failed write, from the same thread."""
+    resource = pytest.importorskip("resource")
+    checkpointer = Checkpointer(tmp_path / "checkpoints")
+    checkpointer.save(1, state, {})
+    checkpointer.wait()
+    large = Task("large", None, lambda key: {"kernel": jax.random.normal(key, (256, 256))}, None)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, limits[1]))
+    try:
+        with pytest.raises(SfdError, match="(can|could) not be written to .*Complete checkpoints are untouched"):
+            checkpointer.save(2, init_state(large, OPTIMIZER, mesh, 0), {})
+            checkpointer.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    checkpointer.close()
+    assert Checkpointer(tmp_path / "checkpoints").latest_step() == 1

@@ -1,0 +1,180 @@
+"""The loop: resume to the bit, kills, one folder one run, and what it writes."""
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from toy_training import toy_batches, toy_config, toy_task
+
+from sfd_jax.distributed import make_mesh
+from sfd_jax.errors import SfdError
+from sfd_jax.training import EXIT_PREEMPTED, Preempted, fit, load_params
+from sfd_jax.training.logging import read_metrics
+
+
+def train(workdir, config=None, batches=None, devices=1, seed=3, **kwargs):
+    mesh = make_mesh(-1, 1, devices=jax.devices()[:devices])
+    return fit(toy_task(), batches or toy_batches(), config or toy_config(), workdir, mesh=mesh, seed=seed,
+               progress=False, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run of six steps: its state and its folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    return jax.device_get(train(folder)), folder
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+def without_time(rows):
+    return [{k: v for k, v in row.items() if k not in ("time", "steps_per_second")} for row in rows]
+
+
+def test_resume_equals_an_uninterrupted_run(whole, tmp_path):
+    state, folder = whole
+    train(tmp_path, toy_config(steps=4))
+    resumed = train(tmp_path)
+    assert_same(state, resumed)
+    assert without_time(read_metrics(tmp_path)) == without_time(read_metrics(folder))
+    assert_same(resumed, train(tmp_path))  # finished: nothing is done
+
+
+def test_sigkill_in_mid_run_loses_nothing_saved(whole, tmp_path):
+    """The process kills itself while drawing batch 6: steps 2 and 4 are saved, rows go up to 5."""
+    here = Path(__file__).parent
+    script = f"""
+        import os, signal, sys
+        sys.path[:0] = [{str(here)!r}, {str(here.parents[1])!r}]
+        import jax
+        from toy_training import toy_batches, toy_config, toy_task
+        from sfd_jax.distributed import make_mesh
+        from sfd_jax.training import fit
+        def batches(start):
+            for step, batch in enumerate(toy_batches()(start), start + 1):
+                if step == 6:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield batch
+        fit(toy_task(), batches, toy_config(), {str(tmp_path)!r}, mesh=make_mesh(devices=jax.devices()[:1]), seed=3)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert read_metrics(tmp_path)[-1]["step"] == 5
+    # What a kill during a save and during a row leaves behind.
+    (tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    with pytest.raises(SfdError, match="no checkpoint of step 6"):
+        load_params(tmp_path, step=6)
+    state, folder = whole
+    assert_same(state, train(tmp_path))
+    assert without_time(read_metrics(tmp_path)) == without_time(read_metrics(folder))
+
+
+def test_sigterm_saves_and_leaves_with_a_status(whole, tmp_path):
+    def batches(start):
+        for step, batch in enumerate(toy_batches()(start), start + 1):
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted) as left:
+        train(tmp_path, batches=batches)
+    assert left.value.code == EXIT_PREEMPTED == 75
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert load_params(tmp_path)[1]["step"] == 3
+    assert_same(whole[0], train(tmp_path))
+
+
+def test_resume_on_another_mesh(whole, tmp_path):
+    train(tmp_path, toy_config(steps=4))
+    state = train(tmp_path, devices=8)
+    # Two of six steps reduce in another order: float32 rounding.
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, whole[0], jax.device_get(state))
+
+
+def test_too_many_bad_steps_stop_the_run_and_name_the_step(tmp_path):
+    with pytest.raises(SfdError, match="not finite in 2 steps in a row, from step 4 on.*checkpoint is of step 4"):
+        train(tmp_path, toy_config(max_bad_steps=2, log_every=6, steps=9), toy_batches(bad_steps=(4, 5)))
+    assert load_params(tmp_path)[1]["step"] == 4
+
+
+def test_bad_steps_are_counted_in_the_rows(tmp_path):
+    state = train(tmp_path, toy_config(log_every=6, checkpoint_every=6), toy_batches(bad_steps=(2, 4)))
+    (row,) = read_metrics(tmp_path)
+    assert row["skipped"] == pytest.approx(2 / 6) and np.isfinite(row["loss"])
+    assert int(state.skipped) == 2
+
+
+def test_another_run_may_not_use_the_folder(whole):
+    _, folder = whole
+    with pytest.raises(SfdError, match=r"belongs to another run(.|\n)*fit.ema_decay: there 0.9, here 0.5"):
+        train(folder, toy_config(ema_decay=0.5))
+    with pytest.raises(SfdError, match="seed: there 3, here 4"):
+        train(folder, seed=4)
+    assert json.loads((folder / "run.json").read_text())["fit"]["ema_decay"] == 0.9
+    train(folder, toy_config(log_every=5, keep_last=1))  # these may change
+
+
+def test_steps_may_change_only_where_the_schedule_does_not_hang_on_them(tmp_path):
+    import dataclasses
+
+    config = toy_config(steps=2)
+    falling = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, schedule="cosine"))
+    train(tmp_path, falling)
+    with pytest.raises(SfdError, match="fit.steps: there 2, here 6"):
+        train(tmp_path, dataclasses.replace(falling, steps=6))
+
+
+def test_batch_of_the_wrong_size(tmp_path):
+    with pytest.raises(SfdError, match=r"batch\['x'\] has 8 rows.*makes 16"):
+        train(tmp_path, batches=toy_batches(rows=8))
+
+
+def test_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(SfdError, match="work folder .* cannot be used"):
+        train(tmp_path / "file" / "run")
+
+
+def test_metadata_evaluation_and_tensorboard(tmp_path):
+    metadata = {"config": {"model": {"size": "S"}}, "latent_statistics": None, "class_names": ["a", "b"]}
+    train(tmp_path, toy_config(steps=2), metadata=metadata, evaluate=lambda state, step: {"held_out": 10.0 * step})
+    assert read_metrics(tmp_path)[-1]["held_out"] == 20.0
+    _, stored = load_params(tmp_path)
+    assert stored["class_names"] == ["a", "b"] and stored["task"] == "toy" and stored["step"] == 2
+    with pytest.raises(SfdError, match="config.model.size: there 'S', here 'B'"):
+        train(tmp_path, metadata={**metadata, "config": {"model": {"size": "B"}}})
+
+    events = tensorboard_scalars(tmp_path / "tensorboard")
+    rows = {row["step"]: row for row in read_metrics(tmp_path)}
+    assert events["held_out"] == {2: 20.0}
+    assert events["loss"] == pytest.approx({step: row["loss"] for step, row in rows.items()})  # float32
+
+
+def tensorboard_scalars(folder: Path) -> dict[str, dict[int, float]]:
+    """Read event files as TensorBoard does: records of length, check sum, bytes, check sum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    scalars = {}
+    for file in sorted(folder.iterdir()):
+        data = file.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+            for value in event.summary.value:
+                scalars.setdefault(value.tag, {})[event.step] = value.simple_value
+    return scalars
