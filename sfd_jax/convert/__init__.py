@@ -1,18 +1,22 @@
 """Released PyTorch checkpoints in and out, without running anything of theirs.
 
-One module a format holds its table (their key, our path, the change of layout), knows its state
-dicts by their keys, reads the architecture off the shapes, and wraps an export as the original code
-expects it. `table.py` is the one engine for import and export, `torch_files.py` the only place that
-knows PyTorch's container (and, for writing, torch). To add a network: write its module, list it.
+A format knows its state dicts by their keys (`recognises`), reads the architecture off the shapes
+(`read_config`), holds the table of keys (`TABLE`: their key, our path, the change of layout), and
+wraps an export as the original code expects it (`wrap`). `table.py` is the one engine for import and
+export; `torch_files.py` the only place that knows PyTorch's container (and, for writing, torch).
+To add a network: write its module, list it below.
 """
 
-from sfd_jax.convert import lightning_dit, semantic_vae, texture_vae
+from sfd_jax.convert import dinov2, inception, lightning_dit, semantic_vae, texture_vae
 
-# In the order in which `identify` asks them.
+# In the order in which they are asked whether a state dict is theirs.
 FORMATS = {
     "lightning_dit": lightning_dit,
     "semantic_vae": semantic_vae,
     "texture_vae": texture_vae,
+    "dinov2": dinov2.ORIGINAL,
+    "dinov2_hf": dinov2.HUGGING_FACE,
+    "inception": inception,
 }
 
 __all__ = ["FORMATS"]

@@ -35,11 +35,6 @@ LAYOUTS = {
     "same": Layout(lambda a: a, lambda a: a),
     "linear": Layout(lambda a: a.T, lambda a: a.T),
     "conv": Layout(lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1)),
-    # A 1x1 convolution that we keep as a Linear.
-    "pointwise": Layout(lambda a: a[:, :, 0, 0].T, lambda a: a.T[:, :, None, None]),
-    # A leading axis of length one that we do not keep.
-    "unbatched": Layout(lambda a: a[0], lambda a: a[None]),
-    "unbatched2": Layout(lambda a: a[0, 0], lambda a: a[None, None]),
 }
 
 

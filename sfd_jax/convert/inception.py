@@ -1,0 +1,83 @@
+"""The FID Inception network: the table of pytorch-fid's state dict.
+
+There is one such network, so nothing is read off the shapes. Source: pytorch-fid, inception.py
+(key names), release `fid_weights`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from sfd_jax.convert.table import Row, Table, dense_rows
+
+_A = (
+    "branch1x1",
+    "branch5x5_1",
+    "branch5x5_2",
+    "branch3x3dbl_1",
+    "branch3x3dbl_2",
+    "branch3x3dbl_3",
+    "branch_pool",
+)
+_B = ("branch3x3", "branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3")
+_C = (
+    "branch1x1",
+    *(f"branch7x7_{i}" for i in range(1, 4)),
+    *(f"branch7x7dbl_{i}" for i in range(1, 6)),
+    "branch_pool",
+)
+_D = ("branch3x3_1", "branch3x3_2", *(f"branch7x7x3_{i}" for i in range(1, 5)))
+_E = (
+    "branch1x1",
+    "branch3x3_1",
+    "branch3x3_2a",
+    "branch3x3_2b",
+    "branch3x3dbl_1",
+    "branch3x3dbl_2",
+    "branch3x3dbl_3a",
+    "branch3x3dbl_3b",
+    "branch_pool",
+)
+_BLOCKS = dict.fromkeys(("Mixed_5b", "Mixed_5c", "Mixed_5d"), _A) | {"Mixed_6a": _B}
+_BLOCKS |= dict.fromkeys(("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"), _C) | {"Mixed_7a": _D}
+_BLOCKS |= dict.fromkeys(("Mixed_7b", "Mixed_7c"), _E)
+_STEM = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "Conv2d_3b_1x1", "Conv2d_4a_3x3")
+_LAYERS = (*_STEM, *(f"{block}/{branch}" for block, names in _BLOCKS.items() for branch in names))
+
+TABLE = Table(
+    network="inception",
+    rows=(
+        *[
+            row
+            for layer in _LAYERS
+            for key in (layer.replace("/", "."),)
+            for row in (
+                Row(f"{key}.conv.weight", f"{layer}/conv/kernel", "conv"),
+                *[
+                    Row(f"{key}.bn.{name}", f"{layer}/bn/{name}")
+                    for name in ("weight", "bias", "running_mean", "running_var")
+                ],
+            )
+        ],
+        *dense_rows("fc", "fc"),
+    ),
+    skipped=("*.num_batches_tracked",),
+)
+
+
+def recognises(state: Mapping[str, Any]) -> bool:
+    """Say whether a state dict is an Inception v3's, by its keys."""
+    return any(key.startswith("Mixed_7c.") for key in state)
+
+
+def read_config(
+    state: Mapping[str, Any], given: Mapping[str, Any], stored: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return what is `given` (there is nothing to choose) and no notes."""
+    return dict(given), []
+
+
+def wrap(state: dict[str, np.ndarray], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the file tree that pytorch-fid reads: the state dict itself."""
+    return state
