@@ -1,0 +1,143 @@
+"""The demo's pictures: samples by class beside real ones, one digit emerging, and the losses.
+
+Every function takes arrays and writes one PNG; matplotlib is imported only here, without a display.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure, path: Path) -> None:
+    """Write the figure under another name first: a picture is whole or absent."""
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format="png", dpi=100, facecolor="white")
+    _pyplot().close(figure)
+    partial.replace(path)
+
+
+def draw_samples(
+    path: Path, samples: np.ndarray, labels: np.ndarray, real: np.ndarray, real_labels: np.ndarray, columns: int = 12
+) -> None:
+    """Draw a row of samples a class, with a column of real images of the class at the left.
+
+    Args:
+      path: PNG to write.
+      samples: (N, H, W, 3) uint8.
+      labels: (N,) int.
+      real: (M, H, W, 3) uint8, held out.
+      real_labels: (M,) int.
+      columns: samples a row.
+    """
+    classes = np.unique(labels)
+    _, height, width, _ = samples.shape
+    gap = 3
+    canvas = np.full(
+        (len(classes) * (height + gap) + gap, (columns + 1) * (width + gap) + 5 * gap, 3), 255, np.uint8
+    )
+    for row, label in enumerate(classes):
+        top = gap + row * (height + gap)
+        tiles = [real[real_labels == label][0], *samples[labels == label][:columns]]
+        for column, tile in enumerate(tiles):
+            left = gap + column * (width + gap) + (4 * gap if column else 0)
+            canvas[top : top + height, left : left + width] = tile
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(canvas.shape[1] / 60, canvas.shape[0] / 60 + 0.5))
+    axes.imshow(canvas, interpolation="nearest")
+    axes.set_yticks([gap + row * (height + gap) + height / 2 for row in range(len(classes))], classes)
+    axes.set_xticks([gap + width / 2, canvas.shape[1] / 2 + width / 2], ["real", "samples"])
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def semantic_colours(semantic_latents: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Map semantic latents to colours by the three principal axes of a reference set.
+
+    Args:
+      semantic_latents: (B, H, W, C) float.
+      reference: (M, H, W, C) float: clean semantic latents that fix axes and range, so that colours
+        mean the same at every tau.
+
+    Returns:
+      (B, H, W, 3) float in [0, 1].
+    """
+    flat = reference.reshape(-1, reference.shape[-1]).astype(np.float64)
+    mean = flat.mean(axis=0)
+    _, _, axes = np.linalg.svd(flat - mean, full_matrices=False)
+    axes = axes[:3]
+    projected = (flat - mean) @ axes.T
+    low, high = np.percentile(projected, [2, 98], axis=0)
+    values = (semantic_latents.astype(np.float64) - mean) @ axes.T
+    return np.clip((values - low) / (high - low), 0, 1)
+
+
+def draw_stages(
+    path: Path,
+    taus: np.ndarray,
+    t_semantic: np.ndarray,
+    t_texture: np.ndarray,
+    semantic: np.ndarray,
+    decoded: np.ndarray,
+    title: str,
+) -> None:
+    """Draw how one image emerges: semantic latent as colours above, decoded texture below, tau rightward.
+
+    Args:
+      path: PNG to write.
+      taus, t_semantic, t_texture: (T,) global time and the two clocks.
+      semantic: (T, h, w, 3) float in [0, 1].
+      decoded: (T, H, W, 3) uint8.
+      title: what is shown.
+    """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(2, len(taus), figsize=(1.25 * len(taus) + 0.6, 3.5), squeeze=False)
+    for column in range(len(taus)):
+        top, bottom = axes[:, column]
+        top.imshow(semantic[column], interpolation="nearest")
+        bottom.imshow(decoded[column], interpolation="nearest")
+        top.set_title(f"tau {taus[column]:.2f}", fontsize=9)
+        top.set_xlabel(f"t_sem {t_semantic[column]:.2f}", fontsize=8)
+        bottom.set_xlabel(f"t_tex {t_texture[column]:.2f}", fontsize=8)
+        for axis in (top, bottom):
+            axis.set_xticks([])
+            axis.set_yticks([])
+    axes[0, 0].set_ylabel("semantics", fontsize=9)
+    axes[1, 0].set_ylabel("texture, decoded", fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def draw_losses(path: Path, curves: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]) -> None:
+    """Draw the loss curves of every stage, a panel a stage.
+
+    Args:
+      path: PNG to write.
+      curves: stage -> name -> (steps (T,), values (T,)).
+    """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(3.4 * len(curves), 3.0), squeeze=False)
+    for axis, (stage, lines) in zip(axes[0], curves.items()):
+        positive = all(np.all(values > 0) for _, values in lines.values())
+        for name, (steps, values) in lines.items():
+            axis.plot(steps, values, label=name, linewidth=1.2)
+        axis.set_yscale("log" if positive else "linear")
+        axis.set_title(stage, fontsize=10)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.legend(fontsize=7)
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    _save(figure, path)

@@ -1,0 +1,110 @@
+"""What the demo remembers between starts: whose folder it is, which stages are done, how long they took."""
+
+import contextlib
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from sfd_jax.errors import SfdError
+
+
+class DemoRecord:
+    """The work folder of one demo run, `demo.json` in it.
+
+    The file is replaced whole at the end of each stage, so a kill loses at most the stage under way, and
+    that one goes on from its own checkpoints, shards or chunks.
+    """
+
+    def __init__(self, workdir: Path, config: dict):
+        """Claim the folder for this configuration.
+
+        Args:
+          workdir: made where needed.
+          config: JSON-able; everything that decides the run's numbers.
+
+        Raises:
+          SfdError: the folder cannot be written to, or holds the run of another configuration.
+        """
+        self.workdir = workdir
+        self._path = workdir / "demo.json"
+        config = json.loads(json.dumps(config))
+        self._content = {"config": config, "stages": {}}
+        with writing(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+            found = json.loads(self._path.read_text()) if self._path.exists() else None
+            if found is None:
+                self._write()
+        if found is not None:
+            differing = sorted(_differences(found["config"], config))
+            if differing:
+                raise SfdError(
+                    f"{workdir} holds the demo of another configuration; nothing was changed. Choose another "
+                    "--workdir, or set these back:\n  " + "\n  ".join(differing)
+                )
+            self._content = found
+
+    @property
+    def stages(self) -> dict[str, dict]:
+        """Stage -> {"seconds": ..., "peak_gib": ..., and what the stage returned}."""
+        return self._content["stages"]
+
+    def run(self, name: str, title: str, stage) -> None:
+        """Run a stage unless it is done; `stage()` returns a JSON-able dict for the report."""
+        if name in self.stages:
+            print(f"[{name}] done before", flush=True)
+            return
+        print(f"[{name}] {title}", flush=True)
+        start = time.monotonic()
+        with writing(self.workdir):
+            result = stage() or {}
+        seconds = time.monotonic() - start
+        self.stages[name] = {"seconds": round(seconds, 1), "peak_gib": round(peak_memory_gib(), 2), **result}
+        with writing(self.workdir):
+            self._write()
+        facts = ", ".join(f"{key} {value}" for key, value in result.items() if not isinstance(value, (dict, list)))
+        print(f"[{name}] {seconds:.0f} s{', ' + facts if facts else ''}", flush=True)
+
+    def _write(self) -> None:
+        write_text(self._path, json.dumps(self._content, indent=1))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is whole or not there, also after a power cut."""
+    part = path.with_name(f".{path.name}.part")
+    with open(part, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+@contextlib.contextmanager
+def writing(workdir: Path) -> Iterator[None]:
+    """Turn an OSError or a damaged record under `workdir` into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise SfdError(
+            f"the work folder {workdir} cannot be used: {error}. What is finished is kept: free some space or "
+            "choose another --workdir, then run the same command again"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise SfdError(f"{workdir / 'demo.json'} is damaged ({error}); remove it to have the stages looked at anew") from error
+
+
+def peak_memory_gib() -> float:
+    """Return the largest resident size of this process so far, in GiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def _differences(old, new, path="") -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in old.keys() | new.keys():
+            yield from _differences(old.get(key, "absent"), new.get(key, "absent"), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield f"{path}: there {old!r}, here {new!r}"
