@@ -1,0 +1,189 @@
+"""From pixels to the raw latents of both groups: the encoders composed as the release composes them.
+
+    texture:  pixels -> texture VAE -> sample (or mean) of the posterior          (B,h,w,C)
+    semantic: pixels -> tiles -> visual encoder -> Semantic VAE, or PCA -> grid   (B,h,w,C)
+
+A visual encoder is at home at one image size. A larger image is cut into square tiles that it sees
+one by one, each compressed on its own, and their grids are put back side by side: 512 px are four
+quarters of 256 px. Pixels here are float32 in [-1, 1].
+
+Whatever is drawn for an image is a function of (seed, index of the image, which latent) alone.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sfd_jax.errors import SfdError
+from sfd_jax.models.dinov2 import preprocess
+from sfd_jax.models.network import Network
+from sfd_jax.models.posterior import sample_posterior
+
+
+def to_float(pixels: jax.Array) -> jax.Array:
+    """Map bytes 0..255 to float32 in [-1, 1]."""
+    return pixels.astype(jnp.float32) / 127.5 - 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class VisualEncoder:
+    """The patch features of a visual encoder, tile by tile.
+
+    Attributes:
+      network: a "dinov2" network, or any whose call gives a dict with `patch_tokens` (B,N,F).
+      view_size: size in pixels at which it sees a tile (224 published).
+      tile_size: size in pixels of a tile (256 published); smaller images are one tile.
+    """
+
+    network: Network
+    view_size: int = 224
+    tile_size: int = 256
+
+    def tile_features(self, params: Any, pixels: jax.Array) -> jax.Array:
+        """Return the features of each tile.
+
+        Args:
+          params: of the network.
+          pixels: (B,H,W,3) in [-1,1], square.
+
+        Returns:
+          (B*T, N, F) float32; the T tiles of an image row by row, the N patches of a tile likewise.
+
+        Raises:
+          SfdError: the image is no whole number of tiles.
+        """
+        tiles = split_tiles(pixels, self.tiles_a_side(pixels.shape[1]))
+        return self.network.apply(params, preprocess(tiles, self.view_size))["patch_tokens"]
+
+    def features(self, params: Any, pixels: jax.Array) -> jax.Array:
+        """Return the features of the whole image (B,N,F), row by row: the targets of REPA."""
+        tokens = self.tile_features(params, pixels)
+        grid = join_tiles(_as_grid(tokens), self.tiles_a_side(pixels.shape[1]))
+        return grid.reshape(grid.shape[0], -1, grid.shape[-1])
+
+    def tiles_a_side(self, image_size: int) -> int:
+        if image_size <= self.tile_size:
+            return 1
+        if image_size % self.tile_size:
+            raise SfdError(
+                f"image_size {image_size} is no multiple of the {self.tile_size} px that the visual "
+                "encoder sees at once"
+            )
+        return image_size // self.tile_size
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentEncoder:
+    """Encode images to the records of a latent store.
+
+    Attributes:
+      texture: a "texture_vae" network.
+      visual: the visual encoder, or None for texture latents alone.
+      semantic: a "semantic_vae" network; None compresses by PCA (see `data/pca.py`).
+      texture_posterior, semantic_posterior: "sample" as released, or "mean".
+      flips: also encode the mirrored image.
+      repa: also return the visual features.
+      seed: of the posterior samples.
+    """
+
+    texture: Network
+    visual: VisualEncoder | None = None
+    semantic: Network | None = None
+    texture_posterior: str = "sample"
+    semantic_posterior: str = "sample"
+    flips: bool = True
+    repa: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        for posterior in (self.texture_posterior, self.semantic_posterior):
+            if posterior not in ("sample", "mean"):
+                raise SfdError(f"posterior '{posterior}': choose sample or mean")
+        if self.visual is None and (self.semantic is not None or self.repa):
+            raise SfdError("semantic latents and REPA features need a visual encoder")
+
+    def __call__(self, params: dict, pixels: jax.Array, index: jax.Array) -> dict[str, jax.Array]:
+        """Encode a batch.
+
+        Args:
+          params: {"texture_vae": tree, "visual": tree, and "semantic_vae": tree or
+            "pca": {"mean" (F,), "components" (F,C)}}.
+          pixels: uint8 (B,H,W,3).
+          index: int32 (B,), of each image in its source.
+
+        Returns:
+          float32 `texture` (B,h,w,C), `semantic` (B,h,w,C), C = 0 without a visual encoder; with
+          flips `texture_flip`, `semantic_flip`; with repa float16 `repa_features` (B,N,F) and its flip.
+
+        Raises:
+          SfdError: the two groups come out with different grids.
+        """
+        pixels = to_float(pixels)
+        result = self._orientation(params, pixels, index, 0)
+        if self.flips:
+            flipped = self._orientation(params, pixels[:, :, ::-1], index, 1)
+            result |= {f"{name}_flip": values for name, values in flipped.items()}
+        return result
+
+    def _orientation(self, params, pixels, index, flipped: int) -> dict[str, jax.Array]:
+        mean, logvar = self.texture.apply(params["texture_vae"], pixels, method="encode")
+        texture = self._posterior(self.texture_posterior, mean, logvar, index, 2 * flipped)
+        if self.visual is None:
+            return {"texture": texture, "semantic": texture[..., :0]}
+        features = self.visual.tile_features(params["visual"], pixels)
+        tiles = self.visual.tiles_a_side(pixels.shape[1])
+        if self.semantic is None:
+            centred = features - params["pca"]["mean"][None, None]
+            components = params["pca"]["components"]
+            mean = jnp.einsum("bnf,fc->bnc", centred, components, precision="highest")
+            logvar = None
+        else:
+            mean, logvar = self.semantic.apply(params["semantic_vae"], features, method="encode")
+            logvar = None if logvar is None else join_tiles(_as_grid(logvar), tiles)
+        mean = join_tiles(_as_grid(mean), tiles)
+        semantic = self._posterior(self.semantic_posterior, mean, logvar, index, 2 * flipped + 1)
+        if semantic.shape[:3] != texture.shape[:3]:
+            raise SfdError(
+                f"texture latents come out as {texture.shape[1]} x {texture.shape[2]} and semantic ones "
+                f"as {semantic.shape[1]} x {semantic.shape[2]}: choose the visual encoder's view_size so "
+                "that both have one grid"
+            )
+        result = {"texture": texture, "semantic": semantic}
+        if self.repa:
+            grid = join_tiles(_as_grid(features), tiles)
+            flat = grid.reshape(grid.shape[0], -1, grid.shape[-1])
+            result["repa_features"] = flat.astype(jnp.float16)  # as released
+        return result
+
+    def _posterior(self, kind: str, mean, logvar, index, stream: int) -> jax.Array:
+        if kind == "mean" or logvar is None:
+            return mean
+
+        def draw(i):
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), i), stream)
+            return jax.random.normal(key, mean.shape[1:])
+
+        return sample_posterior(mean, logvar, jax.vmap(draw)(index))
+
+
+def split_tiles(images: jax.Array, tiles: int) -> jax.Array:
+    """Cut (B,H,W,C) into tiles x tiles parts: (B*T, H/tiles, W/tiles, C), row by row."""
+    b, h, w, c = images.shape
+    parts = images.reshape(b, tiles, h // tiles, tiles, w // tiles, c)
+    return parts.transpose(0, 1, 3, 2, 4, 5).reshape(b * tiles * tiles, h // tiles, w // tiles, c)
+
+
+def join_tiles(parts: jax.Array, tiles: int) -> jax.Array:
+    """Put the parts of `split_tiles` back: (B*T,h,w,C) to (B, tiles*h, tiles*w, C)."""
+    n, h, w, c = parts.shape
+    grid = parts.reshape(n // tiles**2, tiles, tiles, h, w, c)
+    return grid.transpose(0, 1, 3, 2, 4, 5).reshape(n // tiles**2, tiles * h, tiles * w, c)
+
+
+def _as_grid(tokens: jax.Array) -> jax.Array:
+    """Lay the tokens (B,N,F) of a square image out as (B,h,w,F)."""
+    side = math.isqrt(tokens.shape[1])
+    return tokens.reshape(tokens.shape[0], side, side, tokens.shape[-1])
