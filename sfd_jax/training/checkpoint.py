@@ -2,8 +2,9 @@
 
 A folder of checkpoints holds one folder a step, visible only once complete:
 
-    <step>/params, <step>/ema_params   nested dicts of float32 arrays
-    <step>/progress                    optimizer state and counters; only in checkpoints of a run
+    <step>/params, <step>/ema_params   the network's, nested dicts of float32 arrays
+    <step>/progress                    optimizer state, counters, and whatever else is trained beside the
+                                       network (classifier heads); only in checkpoints of a run
     <step>/metadata                    JSON: network, its config, latent statistics, class names, step, source
 
 `save_params` writes the same layout with `params` alone, so converted and trained weights are read alike.
@@ -186,16 +187,27 @@ def find_checkpoint(directory, step: int | None = None) -> epath.Path:
 
 
 def _to_items(state: TrainState) -> dict:
-    counters = {"step": state.step, "bad_steps": state.bad_steps, "skipped": state.skipped}
-    return {
-        "params": state.params,
-        "ema_params": state.ema_params,
-        "progress": {"opt_state": state.opt_state, **counters},
-    }
+    params, heads = _split_heads(state.params)
+    ema_params, ema_heads = _split_heads(state.ema_params)
+    progress = {"opt_state": state.opt_state, "step": state.step}
+    progress |= {"bad_steps": state.bad_steps, "skipped": state.skipped, "heads": heads, "ema_heads": ema_heads}
+    return {"params": params, "ema_params": ema_params, "progress": progress}
 
 
 def _from_items(items: dict) -> TrainState:
-    return TrainState(params=items["params"], ema_params=items["ema_params"], **items["progress"])
+    progress = dict(items["progress"])
+    params = _join_heads(items["params"], progress.pop("heads"))
+    ema_params = _join_heads(items["ema_params"], progress.pop("ema_heads"))
+    return TrainState(params=params, ema_params=ema_params, **progress)
+
+
+def _split_heads(params: dict) -> tuple[dict, dict]:
+    """Split {"network", "heads"}, as tasks with classifiers have it; other params are all network."""
+    return (params["network"], params["heads"]) if params.keys() == {"network", "heads"} else (params, {})
+
+
+def _join_heads(params: dict, heads: dict) -> dict:
+    return {"network": params, "heads": heads} if heads else params
 
 
 def _check_room(directory: epath.Path, tree) -> None:

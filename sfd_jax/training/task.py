@@ -17,7 +17,8 @@ class Task:
     Attributes:
       name: for log lines and the run's record.
       network: the Network behind it (None where there is none); its config goes into the checkpoint.
-      init: key -> params, a nested dict with string keys of float32 arrays.
+      init: key -> params, a nested dict with string keys of float32 arrays: the network's, or
+        {"network": the network's, "heads": what is trained beside it and used by no one later}.
       loss: (params, batch, key) -> (scalar loss, metrics). The loss is a mean over the batch's rows, so that
         accumulated small batches equal a big one; a metric is a scalar, or a pair (sum, count).
     """

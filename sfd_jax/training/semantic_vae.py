@@ -1,0 +1,97 @@
+"""Train the Semantic VAE: reconstruct a visual encoder's features from a few channels a token.
+
+Batches: `features` (B, N, F), `labels` (B,) where the latent is also classified.
+
+Source: SFD paper, section 3 (Semantic VAE), and the released training script.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from sfd_jax.errors import SfdError
+from sfd_jax.models.network import Network
+from sfd_jax.models.posterior import sample_posterior
+from sfd_jax.training.task import Task
+from sfd_jax.training.terms import apply_head, cosine_distance, cross_entropy, gaussian_kl, hits, linear_head
+
+# Axis of (B, N, F) along which two features are compared.
+COSINE_AXES = {"token": 1, "feature": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class SemanticVAELoss:
+    """Weights of the loss; the defaults are the released ones.
+
+    Attributes:
+      mse_weight, l1_weight: squared and absolute error, means over everything.
+      cosine_weight: 1 - cosine similarity along `cosine_axis`.
+      cosine_axis: "token" as the released training has it, or "feature" as its evaluation does.
+      kl_weight: KL to the unit Gaussian, summed over tokens and channels of a sample.
+      classification_weight: cross-entropy of a linear classifier on the mean latent, itself averaged over
+        tokens; 0 trains no classifier.
+      num_classes: its classes.
+    """
+
+    mse_weight: float = 1.0
+    l1_weight: float = 0.0
+    cosine_weight: float = 1.0
+    cosine_axis: str = "token"
+    kl_weight: float = 1e-7
+    classification_weight: float = 0.0
+    num_classes: int = 0
+
+    def __post_init__(self):
+        if self.cosine_axis not in COSINE_AXES:
+            raise SfdError(f"loss.cosine_axis '{self.cosine_axis}': choose token or feature")
+        if self.classification_weight and self.num_classes < 2:
+            raise SfdError(
+                f"loss.classification_weight={self.classification_weight} needs loss.num_classes of at least 2, "
+                f"not {self.num_classes}"
+            )
+
+
+def semantic_vae_task(network: Network, weights: SemanticVAELoss) -> Task:
+    """Return the task for a "semantic_vae" network.
+
+    Args:
+      network: variational or plain; the plain one has no KL term.
+      weights: of the loss.
+
+    Returns:
+      A Task whose params are the network's, or {"network", "heads"} with a classifier.
+    """
+    classifies = weights.classification_weight > 0
+
+    def init(key: jax.Array) -> dict:
+        if not classifies:
+            return network.init(key)
+        network_key, head_key = jax.random.split(key)
+        head = linear_head(head_key, network.config.bottleneck_dim, weights.num_classes)
+        return {"network": network.init(network_key), "heads": {"latent": head}}
+
+    def loss(params: dict, batch: dict, key: jax.Array):
+        network_params = params["network"] if classifies else params
+        features = batch["features"].astype(jnp.float32)
+        mean, logvar = network.apply(network_params, features, method="encode")
+        latents = sample_posterior(mean, logvar, jax.random.normal(key, mean.shape))
+        reconstruction = network.apply(network_params, latents, method="decode")
+
+        error = reconstruction - features
+        cosine = {name: cosine_distance(reconstruction, features, axis).mean() for name, axis in COSINE_AXES.items()}
+        terms = {"mse": jnp.square(error).mean(), "l1": jnp.abs(error).mean()}
+        total = weights.mse_weight * terms["mse"] + weights.l1_weight * terms["l1"]
+        total += weights.cosine_weight * cosine[weights.cosine_axis]
+        metrics = terms | {f"cosine_{name}": value for name, value in cosine.items()}
+        if logvar is not None:
+            metrics["kl"] = gaussian_kl(mean, logvar).mean()
+            total += weights.kl_weight * metrics["kl"]
+        if classifies:
+            logits = apply_head(params["heads"]["latent"], mean.mean(axis=1))
+            metrics["classification"] = cross_entropy(logits, batch["labels"]).mean()
+            metrics["accuracy"] = hits(logits, batch["labels"])
+            total += weights.classification_weight * metrics["classification"]
+        return total, metrics
+
+    return Task("semantic_vae", network, init, loss)

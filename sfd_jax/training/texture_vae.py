@@ -1,0 +1,68 @@
+"""Train a texture VAE: reconstruct pixels through a posterior on a small grid.
+
+Batches: `pixels` (B, H, W, 3) in [-1, 1]. The published texture VAE was trained with LPIPS and a
+discriminator and is not trained again here; this trains small ones, such as the digits'. A perceptual
+distance may be handed in.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from sfd_jax.models.network import Network
+from sfd_jax.models.posterior import sample_posterior
+from sfd_jax.training.task import Task
+from sfd_jax.training.terms import gaussian_kl
+
+
+@dataclasses.dataclass(frozen=True)
+class TextureVAELoss:
+    """Weights of the loss.
+
+    Attributes:
+      l1_weight, mse_weight: absolute and squared error, means over pixels and colours.
+      kl_weight: KL to the unit Gaussian, summed over the latent of an image. (LDM sums the error too: its
+        weight divided by 3 H W is ours.)
+      perceptual_weight: of the perceptual distance, where one is handed in.
+    """
+
+    l1_weight: float = 1.0
+    mse_weight: float = 0.0
+    kl_weight: float = 1e-6
+    perceptual_weight: float = 1.0
+
+
+def texture_vae_task(
+    network: Network,
+    weights: TextureVAELoss,
+    perceptual: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+) -> Task:
+    """Return the task for a "texture_vae" network.
+
+    Args:
+      network: the network.
+      weights: of the loss.
+      perceptual: (reconstruction, pixels), both (B, H, W, 3) in [-1, 1] -> distances (B,).
+    """
+
+    def loss(params: dict, batch: dict, key: jax.Array):
+        pixels = batch["pixels"]
+        mean, logvar = network.apply(params, pixels, method="encode")
+        raw_latents = sample_posterior(mean, logvar, jax.random.normal(key, mean.shape))
+        reconstruction = network.apply(params, raw_latents, method="decode")
+
+        error = reconstruction - pixels
+        metrics = {
+            "l1": jnp.abs(error).mean(),
+            "mse": jnp.square(error).mean(),
+            "kl": gaussian_kl(mean, logvar).mean(),
+        }
+        total = sum(getattr(weights, f"{name}_weight") * value for name, value in metrics.items())
+        if perceptual is not None:
+            metrics["perceptual"] = perceptual(reconstruction, pixels).mean()
+            total += weights.perceptual_weight * metrics["perceptual"]
+        return total, metrics
+
+    return Task("texture_vae", network, network.init, loss)

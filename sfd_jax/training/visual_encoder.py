@@ -1,0 +1,101 @@
+"""Train a small DINOv2-shaped encoder on labels, for data where no published one is at hand (the digits).
+
+Class token and mean patch token each pass a linear classifier: the first makes a feature of the image, the
+second makes the patch tokens, which SFD compresses, carry what the image shows.
+
+Batches: `pixels` (B, H, W, 3) in [-1, 1], `labels` (B,).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from sfd_jax.errors import SfdError
+from sfd_jax.models.dinov2 import preprocess
+from sfd_jax.models.network import Network
+from sfd_jax.training.task import Task
+from sfd_jax.training.terms import apply_head, cross_entropy, hits, linear_head
+
+_OUTPUTS = {"cls": lambda out: out["cls_token"], "patches": lambda out: out["patch_tokens"].mean(axis=1)}
+
+
+@dataclasses.dataclass(frozen=True)
+class VisualEncoderLoss:
+    """Classification, and how images are varied.
+
+    Attributes:
+      num_classes: labels are 0..num_classes-1.
+      label_smoothing: share of the target spread over all classes.
+      shift: greatest shift along each axis, in pixels.
+      scale: greatest change of size, as a fraction.
+    """
+
+    num_classes: int
+    label_smoothing: float = 0.0
+    shift: float = 0.0
+    scale: float = 0.0
+
+    def __post_init__(self):
+        if self.num_classes < 2:
+            raise SfdError(f"loss.num_classes={self.num_classes}: a classifier needs at least 2")
+
+
+def visual_encoder_task(network: Network, settings: VisualEncoderLoss) -> Task:
+    """Return the task for a "dinov2" network trained with labels.
+
+    Args:
+      network: its `image_size` is the size at which it sees the images.
+      settings: classes and augmentation.
+
+    Returns:
+      A Task whose params are {"network", "heads"}; `load_params` gives the network's alone.
+    """
+
+    def init(key: jax.Array) -> dict:
+        network_key, *head_keys = jax.random.split(key, 1 + len(_OUTPUTS))
+        width, classes = network.config.width, settings.num_classes
+        heads = {name: linear_head(k, width, classes) for name, k in zip(_OUTPUTS, head_keys, strict=True)}
+        return {"network": network.init(network_key), "heads": heads}
+
+    def loss(params: dict, batch: dict, key: jax.Array):
+        pixels, labels = batch["pixels"], batch["labels"]
+        if settings.shift or settings.scale:
+            pixels = shift_and_scale(key, pixels, settings.shift, settings.scale)
+        output = network.apply(params["network"], preprocess(pixels, network.config.image_size))
+        total, metrics = jnp.zeros(()), {}
+        for name, read in _OUTPUTS.items():
+            logits = apply_head(params["heads"][name], read(output))
+            metrics[f"cross_entropy_{name}"] = cross_entropy(logits, labels, settings.label_smoothing).mean()
+            metrics[f"accuracy_{name}"] = hits(logits, labels)
+            total += metrics[f"cross_entropy_{name}"]
+        return total, metrics
+
+    return Task("visual_encoder", network, init, loss)
+
+
+def shift_and_scale(key: jax.Array, pixels: jax.Array, shift: float, scale: float) -> jax.Array:
+    """Move and resize each image a little about its centre, bilinear; what comes into view is black.
+
+    Args:
+      key: randomness of the batch.
+      pixels: (B, H, W, 3) in [-1, 1].
+      shift: greatest shift along each axis, in pixels.
+      scale: greatest change of size, as a fraction.
+
+    Returns:
+      (B, H, W, 3) in [-1, 1].
+    """
+    shift_key, scale_key = jax.random.split(key)
+    shifts = shift * jax.random.uniform(shift_key, (pixels.shape[0], 2), minval=-1.0)
+    factors = 1.0 + scale * jax.random.uniform(scale_key, (pixels.shape[0],), minval=-1.0)
+    centre = jnp.array(pixels.shape[1:3]) / 2
+
+    def one(image, offset, factor):
+        translation = offset + (1.0 - factor) * centre
+        return jax.image.scale_and_translate(
+            image, image.shape, (0, 1), jnp.stack([factor, factor]), translation, "linear", antialias=False
+        )
+
+    # Outside of the image the resampling reads 0, so black has to be 0 there.
+    return jax.vmap(one)(pixels + 1.0, shifts, factors) - 1.0
