@@ -1,0 +1,123 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model_testing import call, random_params
+from sfd_jax.errors import SfdError
+from sfd_jax.models import DinoV2Config, Network, dinov2_config, preprocess
+from sfd_jax.models.dinov2 import IMAGENET_MEAN, IMAGENET_STD
+from sfd_jax.models.inception import average_pool, max_pool_same
+from sfd_jax.models.resize import resize_bicubic, resize_bilinear_tf1
+
+TINY = dict(width=8, depth=2, num_heads=2, image_size=15, patch_size=5, num_registers=3)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    network = Network("dinov2", TINY)
+    return network, random_params(network)
+
+
+def test_tokens_of_any_image_size(encoder):
+    network, params = encoder
+    images = jax.random.normal(jax.random.key(1), (2, 10, 20, 3))
+    out = call(network, params, images)
+    assert out["patch_tokens"].shape == (2, 8, 8)
+    assert out["cls_token"].shape == (2, 8) and out["register_tokens"].shape == (2, 3, 8)
+    with pytest.raises(SfdError, match="patch_size 5"):
+        call(network, params, images[:, :9])
+
+
+def test_positions(encoder):
+    network, params = encoder
+    table = params["pos_embed"][:, 1:]
+    np.testing.assert_array_equal(network.apply(params, 3, 3, method="positions"), table)
+    # Any resize keeps a constant table.
+    constant = {**params, "pos_embed": jnp.ones_like(params["pos_embed"])}
+    resized = network.apply(constant, 2, 4, method="positions")
+    np.testing.assert_allclose(resized, np.ones((1, 8, 8)), rtol=1e-6)
+    # Without registers: no antialias, so another answer.
+    config = {**TINY, "num_registers": 0}
+    bare = Network("dinov2", config)
+    bare_params = {k: v for k, v in params.items() if k != "register_tokens"}
+    assert np.any(
+        np.abs(
+            bare.apply(bare_params, 2, 2, method="positions")
+            - network.apply(params, 2, 2, method="positions")
+        )
+        > 1e-3
+    )
+    images = jnp.ones((1, 15, 15, 3))
+    assert call(bare, bare_params, images)["register_tokens"].shape == (1, 0, 8)
+
+
+def test_every_parameter_but_the_mask_token_is_trained(encoder):
+    network, params = encoder
+    images = jax.random.normal(jax.random.key(1), (2, 15, 15, 3))
+
+    def loss(params):
+        out = network.apply(params, images)
+        return jnp.mean(out["patch_tokens"] ** 4) + jnp.mean(out["cls_token"] ** 4)
+
+    gradient = jax.jit(jax.grad(loss))(params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert np.any(leaf) != (path[0].key == "mask_token"), path
+    # Fresh weights give tokens that differ from patch to patch: training can start.
+    fresh = call(network, jax.jit(network.init)(jax.random.key(2)), images)["patch_tokens"]
+    assert float(jnp.std(fresh, axis=1).mean()) > 0.1
+
+
+def test_preprocessing_of_a_constant_image():
+    # Weights of a resize sum to one, so a constant stays constant: (0.75 - mean) / std.
+    out = preprocess(jnp.full((1, 8, 12, 3), 0.5), 7)
+    wanted = (0.75 - IMAGENET_MEAN) / IMAGENET_STD
+    np.testing.assert_allclose(out, np.broadcast_to(wanted, (1, 7, 7, 3)), rtol=1e-5)
+
+
+def test_bicubic_by_hand():
+    # Doubling reads at quarter positions. On a ramp, a = -0.75 gives t^3 - 1.5 t^2 + 1.5 t there
+    # (a = -0.5 would give t itself): 0.296875 at t = 0.25.
+    ramp = jnp.broadcast_to(jnp.arange(8.0)[None, None, :, None], (1, 3, 8, 1))
+    row = resize_bicubic(ramp, 3, 16)[0, 1, :, 0]
+    np.testing.assert_allclose(row[7], 3 + 0.296875, rtol=1e-6)
+    np.testing.assert_allclose(row[8], 3 + 0.703125, rtol=1e-6)
+
+
+def test_tensorflow_1_bilinear_by_hand():
+    # Output i reads position i * 2 / 5; beyond the last pixel it stays there.
+    row = jnp.array([0.0, 10.0]).reshape(1, 1, 2, 1)
+    out = resize_bilinear_tf1(jnp.repeat(row, 2, axis=1), 3, 5)
+    np.testing.assert_allclose(out[0, 0, :, 0], [0, 4, 8, 10, 10], rtol=1e-6)
+    assert out.shape == (1, 3, 5, 1)
+
+
+def test_average_pool_leaves_padding_out():
+    np.testing.assert_allclose(average_pool(jnp.ones((1, 4, 4, 2))), 1.0, rtol=1e-6)
+    image = jnp.arange(9.0).reshape(1, 3, 3, 1)
+    np.testing.assert_allclose(average_pool(image)[0, 0, 0, 0], (0 + 1 + 3 + 4) / 4, rtol=1e-6)
+    np.testing.assert_array_equal(max_pool_same(-image)[0, 0, 0, 0], 0.0)
+
+
+def test_published_parameter_counts():
+    # ViT-B/14 with registers and Inception: totals of the released state dicts.
+    assert Network("dinov2", dinov2_config("B")).num_params() == 86_583_552
+    assert Network("inception", {}).num_params() == 23_885_392
+    # DINOv2's model card: 21 M, 300 M, 1,100 M.
+    counts = {s: Network("dinov2", dinov2_config(s)).num_params() / 1e6 for s in ("S", "L", "g")}
+    assert [round(counts[s]) for s in ("S", "L", "g")] == [22, 304, 1136]
+
+
+def test_inception_shapes():
+    network = Network("inception", {})
+    images = jax.ShapeDtypeStruct((2, 31, 47, 3), jnp.uint8)
+    out = jax.eval_shape(network.apply, network.abstract_params(), images)
+    shapes = {name: leaf.shape for name, leaf in out.items()}
+    assert shapes == {"pool": (2, 2048), "spatial": (2, 2023), "logits_unbiased": (2, 1008)}
+
+
+def test_unknown_sizes_are_refused():
+    with pytest.raises(SfdError, match="B, L, S, g"):
+        dinov2_config("X")
+    with pytest.raises(SfdError, match="ffn"):
+        DinoV2Config(**{**TINY, "ffn": "gelu"})
