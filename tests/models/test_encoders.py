@@ -29,6 +29,19 @@ def test_tokens_of_any_image_size(encoder):
         call(network, params, images[:, :9])
 
 
+def test_each_patch_has_its_token(encoder):
+    # With attention switched off a token knows its own patch alone.
+    network, params = encoder
+    mute = {**params, "blocks": {**params["blocks"], "scale1": {"gamma": jnp.zeros((2, 8))}}}
+    image = jax.random.normal(jax.random.key(1), (1, 10, 15, 3))
+    out = call(network, mute, image)
+    changed = call(network, mute, image.at[0, 7, 3].add(1.0))  # row 1, column 0: patch 3
+    moved = np.any(changed["patch_tokens"] != out["patch_tokens"], axis=(0, 2))
+    np.testing.assert_array_equal(np.flatnonzero(moved), [3])
+    np.testing.assert_array_equal(changed["cls_token"], out["cls_token"])
+    np.testing.assert_array_equal(changed["register_tokens"], out["register_tokens"])
+
+
 def test_positions(encoder):
     network, params = encoder
     table = params["pos_embed"][:, 1:]
