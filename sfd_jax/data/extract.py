@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from sfd_jax.data.images import BrokenImage, BrokenImages
+from sfd_jax.data.images import BrokenImage, BrokenImages, Tolerant
 from sfd_jax.data.latent_store import (
     LatentStore,
     LatentStoreWriter,
@@ -24,7 +24,7 @@ from sfd_jax.data.latent_store import (
     latent_fields,
     record_dtype,
 )
-from sfd_jax.data.pipeline import make_eval_batches, read_records
+from sfd_jax.data.pipeline import make_eval_batches
 from sfd_jax.data.published import PublishedLatents
 from sfd_jax.errors import SfdError
 from sfd_jax.latents import LatentStatistics
@@ -239,7 +239,7 @@ def _encoded(
 ) -> Iterator[tuple[int, dict | BrokenImage]]:
     """Yield (index, fields or what was wrong) for each index, in order."""
     batches = make_eval_batches(
-        _Tolerant(source), batch_size=batch_size, indices=indices, workers=workers
+        Tolerant(source), batch_size=batch_size, indices=indices, workers=workers
     )
     waiting = None
     for batch in batches:
@@ -278,26 +278,3 @@ def _write_shard(writer: LatentStoreWriter, shard: int, images, broken: BrokenIm
             else:
                 out.add(fields)
             bar.update()
-
-
-class _Tolerant:
-    """Read images a batch at a time; a broken one becomes black, with its fault beside it."""
-
-    def __init__(self, source: Any):
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        size = self.source.image_size
-        black = {"pixels": np.zeros((size, size, 3), np.uint8), "label": -1}
-        records = []
-        for index in map(int, indices):
-            try:
-                records.append({**self.source[index], "name": "", "broken": ""})
-            except BrokenImage as fault:
-                records.append(
-                    {**black, "index": index, "name": fault.name, "broken": fault.reason or "?"}
-                )
-        return read_records(records, np.arange(len(records)))

@@ -12,7 +12,7 @@ import io
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from sfd_jax.errors import SfdError, nearest
 
@@ -103,6 +103,8 @@ class ImageSource:
         try:
             image, label = self.dataset[index]
             pixels = center_crop(to_rgb(image), self.image_size)
+        except UnidentifiedImageError as error:  # its own text holds a memory address
+            raise BrokenImage(self.name(index), "not an image of a known format") from error
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             # Pillow tells a broken file by any of these, depending on format and place.
             raise BrokenImage(self.name(index), str(error) or type(error).__name__) from error
@@ -155,6 +157,61 @@ class BrokenImages:
                 f"{len(self.listed)} broken images, more than the {self.limit} allowed; "
                 f"repair or remove them, or allow more:\n{lines}"
             )
+
+
+class Tolerant:
+    """Read images that may be broken, for jobs that take every image once.
+
+    A broken image comes out black, with its fault beside it: `broken` holds what the decoder said and
+    `name` the image's name, both empty for whole ones.
+
+    Args:
+      source: an `ImageSource`.
+    """
+
+    def __init__(self, source: Any):
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict:
+        try:
+            return {**self.source[index], "name": np.str_(), "broken": np.str_()}
+        except BrokenImage as fault:
+            pixels = np.zeros((self.source.image_size,) * 2 + (3,), np.uint8)
+            fault_fields = {"name": np.str_(fault.name), "broken": np.str_(fault.reason or "?")}
+            return {"pixels": pixels, "label": -1, "index": int(index), **fault_fields}
+
+
+class Substituting:
+    """Read images that may be broken, for training: the next whole one stands in for a broken one.
+
+    Which one stands in is a function of the data alone, so batches stay reproducible. Each process
+    that reads counts what it saw.
+
+    Args:
+      source: an `ImageSource`.
+      max_broken: how many broken images to go on with.
+    """
+
+    def __init__(self, source: Any, max_broken: int):
+        self.source = source
+        self.broken = BrokenImages(max_broken)
+        self.image_size, self.class_names = source.image_size, source.class_names
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict:
+        while True:  # ends: `add` raises when there are too many, and no image counts twice
+            try:
+                return self.source[index]
+            except BrokenImage as fault:
+                if len(self.broken.listed) == len(self):
+                    raise
+                self.broken.add(fault)
+                index = (index + 1) % len(self)
 
 
 def to_rgb(image) -> Image.Image:

@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,7 +51,8 @@ class LatentStore:
       directory: where the manifest and the shards are.
 
     Attributes:
-      manifest: dict; counts, fields, shards, statistics, class_names, config, weights, skipped.
+      manifest: dict; count, label_counts, fields, shards, statistics, class_names, config, weights,
+        skipped.
       statistics: `LatentStatistics` of the two groups.
       class_names: list of names, or None.
 
@@ -258,6 +260,7 @@ class LatentStoreWriter:
         manifest = {
             **self.plan.to_dict(),
             "count": sum(shard["count"] for shard in facts),
+            "label_counts": dict(sorted(_label_counts(facts).items())),
             "skipped": [skipped for shard in facts for skipped in shard["skipped"]],
             "statistics": (statistics or measured).to_dict(),
             # Over every position of every stored image; flipped ones are not counted, as released.
@@ -282,6 +285,7 @@ class ShardWriter:
         self.dtype = dtype
         self.count = 0
         self.skipped: list[dict] = []
+        self.label_counts: Counter[int] = Counter()
         self.moments: dict[str, list[Moments]] = {"texture": [], "semantic": []}
         with _writing(path):
             path.unlink(missing_ok=True)
@@ -317,6 +321,7 @@ class ShardWriter:
         with _writing(self.path):
             self._writer.write(record.tobytes())
         self.count += 1
+        self.label_counts[int(record["label"])] += 1
         for group, moments in self.moments.items():
             moments.append(Moments.of(record[group]))
 
@@ -341,6 +346,7 @@ class ShardWriter:
                 group: Moments.merge(moments, like=self.dtype[group].shape[-1]).to_dict()
                 for group, moments in self.moments.items()
             },
+            "label_counts": dict(sorted(self.label_counts.items())),
             "skipped": self.skipped,
         }
 
@@ -351,6 +357,13 @@ class ShardWriter:
         except RuntimeError:  # it could not be written, which is why it is thrown away
             pass
         self.path.unlink(missing_ok=True)
+
+
+def _label_counts(facts: list[dict]) -> Counter[int]:
+    counts = Counter()
+    for shard in facts:
+        counts.update({int(label): count for label, count in shard["label_counts"].items()})
+    return counts
 
 
 def _statistics(moments: list[dict]) -> LatentStatistics:

@@ -1,13 +1,25 @@
 """Image sources: the ADM crop, odd and broken files, and the digits' split."""
 
 import io
+import pickle
+import sys
+import tarfile
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from sfd_jax.data.digits import digits_8x8
-from sfd_jax.data.images import BrokenImage, BrokenImages, center_crop, open_images, to_rgb
+from sfd_jax.data.images import (
+    BrokenImage,
+    BrokenImages,
+    ImageSource,
+    Substituting,
+    center_crop,
+    open_images,
+    to_rgb,
+)
 from sfd_jax.errors import SfdError
 
 
@@ -78,6 +90,75 @@ def test_folder_reads_labels_names_and_broken_files(tmp_path):
     assert "pear/1.png" in str(caught.value) and "pear/2.png" in str(caught.value)
 
 
+def test_tar_of_class_tars_and_tar_of_folders(tmp_path):
+    """ILSVRC's layout, with images told apart by their colour; the second opening uses the index."""
+    colours = {("n02", "b.JPEG"): 40, ("n02", "a.JPEG"): 80, ("n01", "c.JPEG"): 120}
+    images = {
+        key: encoded(Image.new("RGB", (9, 20), (value,) * 3), "PNG") for key, value in colours.items()
+    }
+    nested = tmp_path / "nested.tar"
+    with tarfile.open(nested, "w") as outer:
+        for class_name in ("n02", "n01"):
+            inner = {name: data for (owner, name), data in images.items() if owner == class_name}
+            add_file(outer, f"{class_name}.tar", tar_bytes(inner))
+    flat = tmp_path / "flat.tar"
+    flat.write_bytes(tar_bytes({f"train/{owner}/{name}": data for (owner, name), data in images.items()}))
+    for path in (nested, nested, flat):
+        source = pickle.loads(pickle.dumps(open_images("tar", str(path), "train", 8)))
+        assert source.class_names == ["n01", "n02"]
+        found = [(source[i]["label"], int(source[i]["pixels"][0, 0, 0])) for i in range(len(source))]
+        assert found == [(0, 120), (1, 80), (1, 40)]
+    assert "n02/a.JPEG" in source.name(1)
+    index = tmp_path / "nested.tar.index.npz"
+    assert index.exists()
+    index.write_bytes(b"damaged")
+    assert len(open_images("tar", str(nested), "train", 8)) == 3
+    (tmp_path / "no.tar").write_bytes(b"x" * 2000)
+    with pytest.raises(SfdError, match="not a whole, uncompressed tar"):
+        open_images("tar", str(tmp_path / "no.tar"), "train", 8)
+    (tmp_path / "classless.tar").write_bytes(tar_bytes({"a.JPEG": images["n01", "c.JPEG"]}))
+    with pytest.raises(SfdError, match="'a.JPEG' has no class"):
+        open_images("tar", str(tmp_path / "classless.tar"), "train", 8)
+
+
+def test_tfds_is_read_without_tensorflow(monkeypatch):
+    """With a stand-in for the package: what it is asked for, and what is made of its records."""
+    asked = {}
+    png = encoded(Image.new("RGB", (9, 9), (7, 8, 9)), "PNG")
+
+    class Source(list):
+        dataset_info = types.SimpleNamespace(features={"label": types.SimpleNamespace(names=["x", "y"])})
+
+    def data_source(name, *, split, decoders):
+        asked.update(name=name, split=split, decoders=decoders)
+        return Source([{"image": png, "label": np.int64(1)}])
+
+    package = types.ModuleType("tensorflow_datasets")
+    package.data_source = data_source
+    package.decode = types.SimpleNamespace(SkipDecoding=lambda: "bytes")
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", package)
+    source = open_images("tfds", "imagenet2012", "train", 8)
+    assert asked == {"name": "imagenet2012", "split": "train", "decoders": {"image": "bytes"}}
+    assert source.class_names == ["x", "y"] and source[0]["label"] == 1
+    np.testing.assert_array_equal(source[0]["pixels"][0, 0], [7, 8, 9])
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(SfdError, match=r"sfd_jax\[tfds\]"):
+        open_images("tfds", "imagenet2012", "train", 8)
+
+
+def test_training_goes_on_with_the_next_image():
+    class Pairs(list):
+        class_names = ["only"]
+
+    grey = [np.full((4, 4), value, np.uint8) for value in (10, 20, 30)]
+    pairs = Pairs([(grey[0], 0), (b"broken", 0), (b"broken too", 0), (grey[2], 0)])
+    source = Substituting(ImageSource(pairs, 4), max_broken=2)
+    assert [int(source[i]["pixels"][0, 0, 0]) for i in (0, 1, 1, 2, 3)] == [10, 30, 30, 30, 30]
+    assert source[1]["index"] == 3 and len(source.broken.listed) == 2
+    with pytest.raises(SfdError, match="2 broken images, more than the 1 allowed"):
+        Substituting(ImageSource(pairs, 4), max_broken=1)[1]
+
+
 def test_digits_split_is_fixed_and_stratified():
     images, labels = digits_8x8("train")
     held_out, held_out_labels = digits_8x8("held_out")
@@ -115,3 +196,17 @@ def encoded(image: Image.Image, kind: str) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind)
     return buffer.getvalue()
+
+
+def tar_bytes(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in files.items():
+            add_file(tar, name, data)
+    return buffer.getvalue()
+
+
+def add_file(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))

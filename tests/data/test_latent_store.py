@@ -9,7 +9,7 @@ import pytest
 
 from sfd_jax.data.extract import extract
 from sfd_jax.data.images import BrokenImage
-from sfd_jax.data.latent_store import LatentStore, LatentStoreWriter
+from sfd_jax.data.latent_store import LatentStore, LatentStoreWriter, Plan, latent_fields
 from sfd_jax.data.moments import Moments
 from sfd_jax.errors import SfdError
 
@@ -201,6 +201,20 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path):
         LatentStore(tmp_path)
 
 
+def test_imagenet_with_flips_fits_in_70_gb(tmp_path):
+    """Counted on a real shard of full-size latents in bfloat16, container and padding included."""
+    fields = latent_fields((16, 16, 32), (16, 16, 16), dtype="bfloat16", flips=True)
+    writer = LatentStoreWriter(tmp_path, Plan(256, 256, fields, {}, {}, None))
+    random = np.random.default_rng(0)
+    latents = {name: random.standard_normal(field["shape"]) for name, field in fields.items()}
+    with writer.open_shard(0) as shard:
+        for index in range(256):
+            shard.add({**latents, "label": 0, "index": index})
+    writer.finish()
+    bytes_per_image = LatentStore(tmp_path).shards[0]["bytes"] / 256
+    assert 62e9 < bytes_per_image * 1_281_167 < 70e9
+
+
 def test_manifest_is_plain_json(tmp_path):
     store = run(tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
@@ -209,8 +223,6 @@ def test_manifest_is_plain_json(tmp_path):
 
 
 def store_plan(directory):
-    from sfd_jax.data.latent_store import Plan
-
     plan = json.loads((directory / "plan.json").read_text())
     plan.pop("format")
     return Plan(**plan)

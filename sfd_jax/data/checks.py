@@ -1,0 +1,128 @@
+"""Checks before a long job: each returns sentences that name the faults it found, none if all is well.
+
+They look at counts, headers and samples, so that they take seconds on any size of data.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sfd_jax.data.images import BrokenImage
+from sfd_jax.data.latent_store import LatentStore
+from sfd_jax.errors import SfdError
+
+# Images of ImageNet-1k by split, for sets that have its thousand classes.
+IMAGENET_COUNTS = {"train": 1_281_167, "val": 50_000, "validation": 50_000}
+
+
+def check_images(
+    source: Any, *, split: str = "", expected_count: int | None = None, sample: int = 64
+) -> list[str]:
+    """Check an image source.
+
+    Args:
+      source: an open `ImageSource`.
+      split: tells what ImageNet should hold, where the source has its thousand classes.
+      expected_count: images that it must hold; None for ImageNet's count or any.
+      sample: how many images to decode, spread evenly.
+
+    Returns:
+      Faults, each a sentence.
+    """
+    faults = []
+    if expected_count is None and len(source.class_names) == 1000:
+        expected_count = IMAGENET_COUNTS.get(split)
+    if expected_count is not None and len(source) != expected_count:
+        faults.append(f"the images are {len(source):,}, not the expected {expected_count:,}")
+    for index in _spread(len(source), sample):
+        try:
+            label = source[index]["label"]
+        except BrokenImage as broken:
+            faults.append(str(broken))
+            continue
+        if not 0 <= label < len(source.class_names):
+            faults.append(f"{source.name(index)} has label {label} of {len(source.class_names)} classes")
+    return faults
+
+
+def check_store(
+    directory: str | os.PathLike,
+    *,
+    num_classes: int | None = None,
+    expected_count: int | None = None,
+    flips: bool = False,
+    repa: bool = False,
+    shards: int = 3,
+) -> list[str]:
+    """Check a latent store before training on it.
+
+    Args:
+      directory: of the store.
+      num_classes: labels must be below; None takes the store's class names.
+      expected_count: images that it must hold, skipped ones included; None for ImageNet's count where
+        the store says that it is ImageNet's, else any.
+      flips: the flipped latents are needed.
+      repa: the stored features are needed.
+      shards: how many shards to compare with their checksums, the first and last among them.
+
+    Returns:
+      Faults, each a sentence.
+    """
+    try:
+        store = LatentStore(directory)
+    except SfdError as error:
+        return [str(error)]
+    manifest, faults = store.manifest, []
+    names = store.class_names
+    if expected_count is None and names is not None and len(names) == 1000:
+        expected_count = IMAGENET_COUNTS.get(manifest["config"].get("split", ""))
+    found = manifest["count"] + len(manifest["skipped"])
+    if expected_count is not None and found != expected_count:
+        faults.append(f"{directory} holds {found:,} images, not the expected {expected_count:,}")
+    limit = num_classes if num_classes is not None else len(names) if names else None
+    wrong = [
+        label for label in map(int, manifest["label_counts"])
+        if label < 0 or (limit is not None and label >= limit)
+    ]  # fmt: skip
+    if wrong:
+        faults.append(f"{directory} has labels outside 0..{limit - 1 if limit else ''}: {wrong[:5]}")
+    wanted = ["texture", "semantic"] + ["repa_features"] * repa
+    wanted += [f"{name}_flip" for name in wanted] * flips
+    for name in wanted:
+        if name not in manifest["fields"]:
+            faults.append(f"{directory} holds no '{name}'; extract again with it")
+    for number in _spread(len(store.shards), shards):
+        try:
+            store.verify([number])
+        except SfdError as error:
+            faults.append(str(error))
+    return faults
+
+
+def check_writable(directory: str | os.PathLike, needed: int) -> list[str]:
+    """Check that a folder can be made, written to, and has `needed` bytes free; leaves nothing behind."""
+    folder = Path(directory).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        return [f"{folder} is a file, so {directory} cannot be made"]
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"sfd")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return [f"cannot write to {folder}: {error.strerror or error}"]
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        return [f"{folder} has {free / 1e9:.2f} GB free and {needed / 1e9:.2f} GB are needed"]
+    return []
+
+
+def _spread(count: int, sample: int) -> list[int]:
+    """Return up to `sample` numbers below `count`, evenly spread, both ends among them."""
+    return sorted({int(i) for i in np.linspace(0, count - 1, min(sample, count)).round()})

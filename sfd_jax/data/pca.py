@@ -1,0 +1,67 @@
+"""Principal components of visual features: the semantic latents of ReDi, fitted in one pass."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from sfd_jax.errors import SfdError
+
+
+def fit_pca(features: Iterable[np.ndarray], channels: int) -> dict[str, np.ndarray]:
+    """Fit the directions of largest variance.
+
+    Args:
+      features: arrays (..., F), of any number of tokens each; summed in float64 in their order.
+      channels: how many directions.
+
+    Returns:
+      `mean` (F,), `components` (F, channels), orthonormal, largest variance first, each with its
+      largest entry positive; `explained` (channels,), shares of the whole variance. All float32.
+
+    Raises:
+      SfdError: no features, or fewer than `channels` of them.
+    """
+    count, mean, scatter = 0, None, None
+    for part in features:
+        part = np.asarray(part, np.float64).reshape(-1, part.shape[-1])
+        if mean is None:
+            mean, scatter = np.zeros(part.shape[1]), np.zeros((part.shape[1],) * 2)
+        # Chan's merge, for a covariance: subtracting a mean at the end would cancel digits.
+        part_mean = part.mean(axis=0)
+        centred, step = part - part_mean, part_mean - mean
+        scatter += centred.T @ centred + np.outer(step, step) * (count * len(part) / (count + len(part)))
+        mean += step * (len(part) / (count + len(part)))
+        count += len(part)
+    if mean is None or channels > len(mean):
+        width = 0 if mean is None else len(mean)
+        raise SfdError(f"{channels} principal components of features of width {width}")
+    values, vectors = np.linalg.eigh(scatter)
+    components = vectors[:, ::-1][:, :channels]
+    # An eigenvector's sign is the library's whim; fixed here so that a second fit agrees.
+    components = components * np.sign(components[np.abs(components).argmax(axis=0), np.arange(channels)])
+    explained = values[::-1][:channels] / values.sum()
+    arrays = {"mean": mean, "components": components, "explained": explained}
+    return {name: values.astype(np.float32) for name, values in arrays.items()}
+
+
+def save_pca(path: str | os.PathLike, pca: dict[str, np.ndarray]) -> None:
+    """Write a fit so that it appears whole or not at all."""
+    partial = Path(path).with_suffix(".partial")
+    with open(partial, "wb") as file:
+        np.savez(file, **pca)
+    os.replace(partial, path)
+
+
+def load_pca(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Read what `save_pca` wrote.
+
+    Raises:
+      SfdError: it cannot be read.
+    """
+    try:
+        with np.load(path) as file:
+            return {name: file[name] for name in ("mean", "components", "explained")}
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise SfdError(f"{path} is damaged ({error}); delete it to fit it again") from error

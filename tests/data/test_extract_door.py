@@ -1,0 +1,151 @@
+"""`sfd extract` on a made folder of odd images, with tiny random networks, end to end."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
+from sfd_jax.cli.main import main
+from sfd_jax.data.checks import check_store, check_writable
+from sfd_jax.data.latent_store import LatentStore
+from sfd_jax.models import Network
+from sfd_jax.training.checkpoint import save_params
+
+NETWORKS = {
+    "texture_vae": dict(
+        ch=4, ch_mult=(1, 2), num_res_blocks=1, attention_levels=(), z_channels=3, norm_groups=2
+    ),
+    "dinov2": dict(width=8, depth=1, num_heads=2, image_size=6, patch_size=3, num_registers=1),
+    "semantic_vae": dict(arch="linear", input_dim=8, bottleneck_dim=5),
+}
+COUNT = 11
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Three checkpoints, and a folder of 11 images of which one is broken."""
+    folder = tmp_path_factory.mktemp("extract")
+    random = np.random.default_rng(0)
+    for name, config in NETWORKS.items():
+        network = Network(name, config)
+        params = jax.tree.map(
+            lambda leaf: random.normal(0, 0.3, leaf.shape).astype(np.float32), network.abstract_params()
+        )
+        metadata = {"network": name, "network_config": network.config_dict(), "step": 1, "source": "test"}
+        save_params(folder / name, params, metadata)
+    for label in ("cat", "dog"):
+        (folder / "images" / label).mkdir(parents=True)
+    modes = ["RGB", "L", "CMYK", "RGB"]
+    for index in range(COUNT):
+        size = tuple(random.integers(5, 40, 2))
+        pixels = random.integers(0, 256, (*size, 3), np.uint8)
+        image = Image.fromarray(pixels).convert(modes[index % 4])
+        image.save(folder / "images" / ("cat", "dog")[index % 2] / f"{index:02d}.jpg", quality=90)
+    (folder / "images" / "dog" / "03.jpg").write_bytes(b"\xff\xd8 not a whole JPEG")
+    return folder
+
+
+def flags(work, out, *more):
+    return [
+        "extract", "--images=folder", f"--path={work / 'images'}", f"--out={out}", "--image-size=16",
+        "--tile-size=8", f"--texture-vae={work / 'texture_vae'}", f"--visual={work / 'dinov2'}",
+        "--batch-size=8", "--shard-size=4", *more,
+    ]  # fmt: skip
+
+
+def test_images_to_shards(work, capsys):
+    out, semantic = work / "latents", f"--semantic-vae={work / 'semantic_vae'}"
+    assert main(flags(work, out, semantic)) == 2  # one broken image is one too many
+    assert "dog/03.jpg" in capsys.readouterr().err
+    assert main(flags(work, out, semantic, "--max-broken=1", "--repa")) == 2  # another run's folder
+    refusal = capsys.readouterr().err
+    assert "belongs to another run" in refusal and "config.repa was false, now true" in refusal
+    assert main(flags(work, out, semantic, "--max-broken=1")) == 0
+    assert "10 images in 3 shards" in capsys.readouterr().out
+    store = LatentStore(out)
+    assert len(store) == COUNT - 1 and store.class_names == ["cat", "dog"]
+    assert store.manifest["label_counts"] == {"0": 6, "1": 4}
+    assert set(store.manifest["weights"]) == {"texture_vae", "visual", "semantic_vae"}
+    record = store[0]
+    # 16 px are 2x2 tiles for the visual encoder, 8 by 8 latents for both.
+    assert record["texture"].shape == (8, 8, 3) and record["semantic"].shape == (8, 8, 5)
+    assert "texture_flip" in record and record["texture"].dtype.name == "bfloat16"
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    (out / "latents-00001.ar").unlink()
+    assert main(flags(work, out, semantic, "--max-broken=1")) == 0
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_pca_is_fitted_by_the_same_door(work, capsys):
+    out = work / "pca"
+    assert main(flags(work, out, "--pca=2", "--no-flips", "--max-broken=1", "--dtype=float32")) == 0
+    assert "2 channels keep" in capsys.readouterr().out
+    store = LatentStore(out)
+    semantic = store.read(np.arange(len(store)))["semantic"].reshape(-1, 2)
+    # Principal components of all images are centred and uncorrelated over these images; float32
+    # sums of 640 values of order 1.
+    covariance = np.cov(semantic.T)
+    np.testing.assert_allclose(semantic.mean(0), 0, atol=1e-4)
+    assert abs(covariance[0, 1]) < 1e-4 * covariance[0, 0] and covariance[0, 0] > covariance[1, 1]
+    assert "pca" in store.manifest["weights"]
+
+
+def test_check_names_each_fault_and_writes_nothing(work, capsys):
+    out = work / "checked"
+    semantic = f"--semantic-vae={work / 'semantic_vae'}"
+    assert main(flags(work, out, semantic, "--check", "--expect-count=12")) == 2
+    errors = capsys.readouterr().err
+    assert "2 faults" in errors and "not the expected 12" in errors and "dog/03.jpg" in errors
+    assert not out.exists()
+    assert main(flags(work, out, "--visual=nowhere", "--check")) == 2
+    assert check_writable(work / "texture_vae", 10**18)[0].endswith("GB are needed")
+    assert "is a file" in check_writable(work / "images" / "dog" / "01.jpg" / "out", 1)[0]
+
+
+def test_check_store_names_each_fault(work, tmp_path):
+    released = work / "released"
+    released.mkdir()
+    arrays = {"latents": np.random.default_rng(0).standard_normal((6, 3, 2, 2)).astype(np.float32)}
+    arrays |= {"latents_sv": arrays["latents"] + 1, "labels": np.array([0, 1, 2, 0, 1, 7])}
+    save_file(arrays, released / "latents_rank00_shard000.safetensors")
+    repack = ["extract", f"--repack={released}", f"--out={tmp_path / 'ours'}", "--shard-size=2"]
+    assert main(repack) == 2  # no statistics beside the shards
+    assert main([*repack, "--statistics=measured"]) == 0
+    assert check_store(tmp_path / "ours") == []
+    faults = check_store(tmp_path / "ours", num_classes=3, expected_count=7, flips=True, repa=True)
+    expected = ["not the expected 7", "labels outside 0..2: [7]", "no 'repa_features'", "'texture_flip'",
+                "'semantic_flip'", "'repa_features_flip'"]  # fmt: skip
+    assert len(faults) == len(expected)
+    assert all(any(part in fault for fault in faults) for part in expected)
+    shard = tmp_path / "ours" / "latents-00002.ar"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert "latents-00002.ar does not match" in check_store(tmp_path / "ours")[0]
+    assert "no latents in" in check_store(tmp_path)[0]
+
+
+def test_released_statistics_come_along(parity_dir, tmp_path, capsys):
+    released = parity_dir / "files" / "latents"
+    assert main(["extract", f"--repack={released}", f"--out={tmp_path}", "--repa"]) == 0
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["statistics"] != manifest["measured_statistics"]
+    assert "repa_features_flip" in manifest["fields"]
+    assert main(["extract", f"--repack={released}", f"--out={tmp_path}", "--unknown"]) == 2
+    assert "unknown argument" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--out=x"], "--images and --texture-vae"),
+        (["--out=x", "--images=digits", "--texture-vae=a", "--visual=b"], "--pca"),
+        (["--out=x", "--images=digits", "--texture-vae=a", "--repa"], "--visual"),
+    ],
+)
+def test_impossible_flags_are_answered(arguments, message, capsys):
+    assert main(["extract", *arguments]) == 2
+    assert message in capsys.readouterr().err
