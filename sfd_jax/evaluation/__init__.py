@@ -8,7 +8,7 @@ float64 and belong to the extractor that made them. To add a metric: a pure func
 line in `evaluate.py`. To add an extractor: a function in `features.py`.
 """
 
-from sfd_jax.evaluation.evaluate import ADM_METRICS, METRICS, evaluate, gather, measure
+from sfd_jax.evaluation.evaluate import ADM_METRICS, METRICS, Comparison, compare, evaluate, gather, measure
 from sfd_jax.evaluation.features import (
     Extractor,
     class_token,
@@ -34,12 +34,14 @@ from sfd_jax.evaluation.statistics import (
 __all__ = [
     "ADM_METRICS",
     "METRICS",
+    "Comparison",
     "Extractor",
     "FeatureStatistics",
     "ImageSet",
     "Reference",
     "RunningMoments",
     "class_token",
+    "compare",
     "dinov2_extractor",
     "evaluate",
     "extract_features",

@@ -1,6 +1,7 @@
 """From two sets of images to the numbers of the table."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from jax.sharding import Mesh
@@ -24,32 +25,40 @@ METRICS = {"fid": False, "sfid": False, "is": False, "precision": True, "recall"
 ADM_METRICS = ("fid", "sfid", "is", "precision", "recall")
 
 
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One column of the table: features, what to compare with in them, and by which metrics.
+
+    Attributes:
+      reference: what to compare with; its stored statistics are used where it has some.
+      extractor: the features; only Inception's have "sfid" and "is".
+      metrics: names out of `METRICS`. "fid" is the Frechet distance in the extractor's main features,
+        whatever the extractor; "kid" comes with "kid_std".
+    """
+
+    reference: Reference
+    extractor: Extractor
+    metrics: tuple[str, ...] = ADM_METRICS
+
+    @property
+    def keeps_features(self) -> bool:
+        return any(METRICS[metric] for metric in self.metrics)
+
+
 def evaluate(
     samples: ImageSet,
     reference: Reference,
     extractor: Extractor,
     *,
     metrics: tuple[str, ...] = ADM_METRICS,
-    batch_size: int = 64,
-    split_size: int = 5000,
-    mesh: Mesh | None = None,
-    progress: bool = False,
+    **options,
 ) -> dict[str, float]:
     """Measure samples against a reference.
 
-    Memory grows with the number of images only for precision, recall and KID, which hold the features of
-    all images in float32 on the host.
-
     Args:
       samples: the images to be judged.
-      reference: what to compare with; its stored statistics are used where it has some.
-      extractor: the features; only Inception's have "sfid" and "is".
-      metrics: names out of `METRICS`. "fid" is the Frechet distance in the extractor's main features,
-        whatever the extractor; "kid" comes with "kid_std".
-      batch_size: images in a batch over all devices.
-      split_size: images in a split of the inception score.
-      mesh: the devices; all of them by default.
-      progress: show bars on stderr.
+      reference, extractor, metrics: see `Comparison`.
+      **options: see `compare`.
 
     Returns:
       Metric name -> value.
@@ -58,22 +67,86 @@ def evaluate(
       SfdError: an unknown metric, one that the extractor or the reference cannot give, statistics of
         another extractor, or damaged images.
     """
+    return compare(samples, [Comparison(reference, extractor, metrics)], **options)[0]
+
+
+def compare(
+    samples: ImageSet,
+    comparisons: Sequence[Comparison],
+    *,
+    batch_size: int = 64,
+    split_size: int = 5000,
+    mesh: Mesh | None = None,
+    progress: bool = False,
+) -> list[dict[str, float]]:
+    """Measure samples in several ways, reading (or sampling) them once.
+
+    Memory grows with the number of images only for precision, recall and KID, which hold the features of
+    all images in float32 on the host.
+
+    Args:
+      samples: the images to be judged.
+      comparisons: the ways.
+      batch_size: images in a batch over all devices.
+      split_size: images in a split of the inception score.
+      mesh: the devices; all of them by default.
+      progress: show bars on stderr.
+
+    Returns:
+      For each comparison, metric name -> value.
+
+    Raises:
+      SfdError: as `evaluate`.
+    """
+    for comparison in comparisons:  # before an hour of sampling what would fail after it
+        _check(comparison)
+    options = dict(batch_size=batch_size, split_size=split_size, mesh=mesh, progress=progress)
+    references = [_reference_statistics(comparison, options) for comparison in comparisons]
+    gathered = gather(
+        samples,
+        [comparison.extractor for comparison in comparisons],
+        keep_features=[comparison.keeps_features for comparison in comparisons],
+        label="samples",
+        **options,
+    )
+    return [
+        measure(ours, reference, score, comparison.metrics)
+        for comparison, reference, (ours, score) in zip(comparisons, references, gathered, strict=True)
+    ]
+
+
+def _check(comparison: Comparison) -> None:
+    reference, extractor, metrics = comparison.reference, comparison.extractor, comparison.metrics
     for metric in metrics:
         if metric not in METRICS:
             raise SfdError(f"unknown metric '{metric}'; {nearest(metric, METRICS)}")
-    keep = any(METRICS[metric] for metric in metrics)
-    _check_reference(reference, extractor, metrics)
-    common = dict(batch_size=batch_size, split_size=split_size, mesh=mesh, progress=progress)
     known = reference.statistics
-    wanted = None
-    if known is None or (keep and known.features is None):
-        wanted, _ = gather(reference.images, extractor, keep_features=keep, label="reference", **common)
-        if known is not None:  # its mean and covariance stay those of the file, as in ADM
-            wanted = dataclasses.replace(known, features=wanted.features)
-    else:
-        wanted = known
-    ours, score = gather(samples, extractor, keep_features=keep, label="samples", **common)
-    return measure(ours, wanted, score, metrics)
+    if known is None:
+        return
+    known.check_extractor(extractor.name, extractor.hash, reference.name)
+    if comparison.keeps_features and known.features is None and reference.images is None:
+        raise SfdError(
+            f"{reference.name} has mean and covariance but no images, which {', '.join(_of_features(metrics))} need; "
+            "leave them out of the metrics, or give a reference with `arr_0`"
+        )
+    if "sfid" in metrics and "spatial" not in known.gaussians:
+        raise SfdError(f"{reference.name} has no `mu_s` and `sigma_s`, which 'sfid' needs")
+
+
+def _of_features(metrics: tuple[str, ...]) -> list[str]:
+    return [metric for metric in metrics if METRICS[metric]]
+
+
+def _reference_statistics(comparison: Comparison, options: dict) -> FeatureStatistics:
+    """Take a reference's stored statistics, and compute what they lack."""
+    known, keep = comparison.reference.statistics, comparison.keeps_features
+    if known is not None and not (keep and known.features is None):
+        return known
+    [(found, _)] = gather(
+        comparison.reference.images, [comparison.extractor], keep_features=[keep], label="reference", **options
+    )
+    # Where the file holds mean and covariance, those are used, as in ADM.
+    return found if known is None else dataclasses.replace(known, features=found.features)
 
 
 def measure(
@@ -103,69 +176,70 @@ def measure(
 
 def gather(
     images: ImageSet,
-    extractor: Extractor,
+    extractors: Sequence[Extractor],
     *,
-    keep_features: bool,
+    keep_features: Sequence[bool],
     batch_size: int = 64,
     split_size: int = 5000,
     mesh: Mesh | None = None,
     progress: bool = False,
     label: str = "images",
-) -> tuple[FeatureStatistics, float | None]:
+) -> list[tuple[FeatureStatistics, float | None]]:
     """Read images once and keep what the metrics need of them.
 
     Args:
       images: the set.
-      extractor: the features.
-      keep_features: also keep all images' features, for precision, recall and KID.
-      batch_size, split_size, mesh, progress: as for `evaluate`.
+      extractors: the features.
+      keep_features: for each extractor, whether to keep all images' features too.
+      batch_size, split_size, mesh, progress: as for `compare`.
       label: what the bar and messages call the set.
 
     Returns:
-      (statistics, inception score); the score is None where the extractor gives no probabilities.
+      For each extractor (statistics, inception score); the score is None where it gives no probabilities.
 
     Raises:
       SfdError: damaged images, or another number of them than the set says.
     """
-    moments: dict[str, RunningMoments] = {}
-    score, kept, count = None, [], 0
+    collected = [_Collected(split_size, keep) for keep in keep_features]
+    count = 0
     bar = tqdm(total=images.count, desc=label, unit="img", disable=not (progress and is_host0()))
     with bar:
-        for rows in extract_features(extractor, images.pieces(batch_size), batch_size=batch_size, mesh=mesh):
-            probabilities = rows.pop("probabilities", None)
-            if probabilities is not None:
-                score = score or RunningInceptionScore(split_size)
-                score.add(probabilities)
-            for name, features in rows.items():
-                moments.setdefault(name, RunningMoments(features.shape[1])).add(features)
-            if keep_features:
-                kept.append(rows["features"])
-            count += len(rows["features"])
-            bar.update(len(rows["features"]))
+        pieces = images.pieces(batch_size)
+        for answers in extract_features(extractors, pieces, batch_size=batch_size, mesh=mesh):
+            for part, answer in zip(collected, answers, strict=True):
+                part.add(answer)
+            count += len(answers[0]["features"])
+            bar.update(len(answers[0]["features"]))
     if count != images.count:
         raise SfdError(f"{label} {images.name}: expected {images.count} images, read {count}")
-    statistics = FeatureStatistics(
-        extractor=extractor.name,
-        extractor_hash=extractor.hash,
-        count=count,
-        gaussians={name: (moment.mean, moment.covariance) for name, moment in moments.items()},
-        source=images.hash() if images.hash else "",
-        features=np.concatenate(kept) if keep_features else None,
-    )
-    return statistics, score.value if score else None
+    source = images.hash() if images.hash else ""
+    return [part.finish(extractor, source) for part, extractor in zip(collected, extractors, strict=True)]
 
 
-def _check_reference(reference: Reference, extractor: Extractor, metrics: tuple[str, ...]) -> None:
-    """Refuse before an hour of sampling what would fail after it."""
-    known = reference.statistics
-    if known is None:
-        return
-    known.check_extractor(extractor.name, extractor.hash, reference.name)
-    for metric in metrics:
-        if METRICS[metric] and known.features is None and reference.images is None:
-            raise SfdError(
-                f"{reference.name} has mean and covariance but no images, which '{metric}' needs; leave it out of "
-                "--metrics, or give a reference with `arr_0`"
-            )
-    if "sfid" in metrics and "spatial" not in known.gaussians:
-        raise SfdError(f"{reference.name} has no `mu_s` and `sigma_s`, which 'sfid' needs")
+class _Collected:
+    """What has been seen of one extractor's features."""
+
+    def __init__(self, split_size: int, keep_features: bool):
+        self.moments: dict[str, RunningMoments] = {}
+        self.score = RunningInceptionScore(split_size)
+        self.features = [] if keep_features else None
+
+    def add(self, answer: dict[str, np.ndarray]) -> None:
+        for name, rows in answer.items():
+            if name == "probabilities":
+                self.score.add(rows)
+            else:
+                self.moments.setdefault(name, RunningMoments(rows.shape[1])).add(rows)
+        if self.features is not None:
+            self.features.append(answer["features"])
+
+    def finish(self, extractor: Extractor, source: str) -> tuple[FeatureStatistics, float | None]:
+        statistics = FeatureStatistics(
+            extractor=extractor.name,
+            extractor_hash=extractor.hash,
+            count=self.moments["features"].count,
+            gaussians={name: (moment.mean, moment.covariance) for name, moment in self.moments.items()},
+            source=source,
+            features=None if self.features is None else np.concatenate(self.features),
+        )
+        return statistics, self.score.value if self.score.count else None

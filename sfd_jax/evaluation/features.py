@@ -8,7 +8,8 @@ is compiled once and the result does not depend on the pieces.
 import dataclasses
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -113,55 +114,61 @@ def _open(checkpoint: Checkpoint, wanted: str) -> tuple[dict, Network]:
 
 
 def extract_features(
-    extractor: Extractor, pieces: Iterable[np.ndarray], *, batch_size: int = 64, mesh: Mesh | None = None
-) -> Iterator[dict[str, np.ndarray]]:
-    """Run images through an extractor, each exactly once and in order.
+    extractors: Sequence[Extractor],
+    pieces: Iterable[np.ndarray],
+    *,
+    batch_size: int = 64,
+    mesh: Mesh | None = None,
+) -> Iterator[tuple[dict[str, np.ndarray], ...]]:
+    """Run images through extractors in one pass, each image exactly once and in order.
 
     Args:
-      extractor: what to run.
+      extractors: what to run.
       pieces: uint8 arrays (n, H, W, 3), n of any size, H and W the same throughout. With several hosts
         each passes all images; each device still computes its share alone.
       batch_size: images in a batch over all devices; rounded up to a multiple of their number.
       mesh: the devices; all of them by default.
 
     Yields:
-      For each batch a dict of float32 arrays (n, ...), n <= batch_size, on every host.
+      For each batch a dict of float32 arrays (n, ...) for each extractor, n <= batch_size, on every host.
 
     Raises:
       SfdError: images of another dtype or shape, or features that are not finite.
     """
     mesh = make_mesh() if mesh is None else mesh
     batch_size = -(-batch_size // mesh.size) * mesh.size
-    everywhere = replicated(mesh)
-    params = jax.device_put(extractor.params, everywhere)
-    run = jax.jit(
-        lambda params, images: extractor.apply(params, images.astype(jnp.float32)), out_shardings=everywhere
-    )
+    params = jax.device_put([extractor.params for extractor in extractors], replicated(mesh))
+
+    @partial(jax.jit, out_shardings=replicated(mesh))
+    def run(params, images):
+        images = images.astype(jnp.float32)
+        return tuple(e.apply(p, images) for e, p in zip(extractors, params, strict=True))
+
     done = 0
     under_way = deque()  # one batch computes while the next one is read and sent
+    for images in regroup(pieces, batch_size):
+        padded = np.pad(images, [(0, batch_size - len(images)), (0, 0), (0, 0), (0, 0)], mode="edge")
+        under_way.append((len(images), run(params, jax.device_put(padded, batch_sharding(mesh)))))
+        if len(under_way) > 1:
+            count, answers = under_way.popleft()
+            yield _to_host(extractors, answers, count, done)
+            done += count
+    for count, answers in under_way:
+        yield _to_host(extractors, answers, count, done)
 
-    def finish():
-        nonlocal done
-        count, answers = under_way.popleft()
-        answers = {name: np.asarray(rows)[:count] for name, rows in answers.items()}
-        for name, rows in answers.items():
+
+def _to_host(extractors, answers, count: int, first: int) -> tuple[dict[str, np.ndarray], ...]:
+    """Cut off the padding and check that what is left is finite."""
+    host = tuple({name: np.asarray(rows)[:count] for name, rows in answer.items()} for answer in answers)
+    for extractor, answer in zip(extractors, host, strict=True):
+        for name, rows in answer.items():
             finite = np.isfinite(rows.reshape(count, -1)).all(axis=1)
             if not finite.all():
                 raise SfdError(
-                    f"extractor '{extractor.name}': '{name}' of image {done + int(np.argmin(finite))} is not "
-                    "finite; the weights are damaged, or they are not of this network"
+                    f"extractor '{extractor.name}': '{name}' of image {first + int(np.argmin(finite))} is not "
+                    "finite; its weights are damaged, or not of this network"
                 )
-        done += count
-        return answers
-
-    for images in regroup(pieces, batch_size):
-        count = len(images)
-        padded = np.concatenate([images, np.repeat(images[-1:], batch_size - count, axis=0)])
-        under_way.append((count, run(params, jax.device_put(padded, batch_sharding(mesh)))))
-        if len(under_way) > 1:
-            yield finish()
-    while under_way:
-        yield finish()
+    return host
 
 
 def regroup(pieces: Iterable[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:

@@ -113,6 +113,11 @@ class RunningInceptionScore:
                 self._start()
 
     @property
+    def count(self) -> int:
+        """Rows so far."""
+        return len(self._scores) * self.split_size + self._count
+
+    @property
     def value(self) -> float:
         """The score of all rows so far."""
         scores = self._scores + ([self._score()] if self._count else [])

@@ -1,1 +1,28 @@
-"""(room under construction)"""
+"""From checkpoints to N images: labels, a sampler over all devices, and the job that survives kills.
+
+    sampler = make_sampler(load_params("xl"), load_params("texture_vae"))
+    images, nfe = sampler(np.arange(8), make_labels("otter", 8, sampler.num_classes, sampler.class_names))
+
+Sample i is a function of (seed, i) and its label alone. Images are uint8 (N, H, W, 3).
+"""
+
+from sfd_jax.generation.job import make_images
+from sfd_jax.generation.labels import balanced_labels, make_labels, parse_classes, random_labels
+from sfd_jax.generation.outputs import draw_grid, write_grid, write_pngs, write_samples_npz
+from sfd_jax.generation.sampler import SampleConfig, Sampler, make_sampler, sample_noise
+
+__all__ = [
+    "SampleConfig",
+    "Sampler",
+    "balanced_labels",
+    "draw_grid",
+    "make_images",
+    "make_labels",
+    "make_sampler",
+    "parse_classes",
+    "random_labels",
+    "sample_noise",
+    "write_grid",
+    "write_pngs",
+    "write_samples_npz",
+]

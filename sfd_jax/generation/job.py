@@ -1,0 +1,219 @@
+"""The job that makes N images: in chunks that appear when they are complete, resumable, exactly N.
+
+A job's folder:
+
+    recipe.json                          what is made: checkpoints, sampler, labels, seed, N
+    chunks/chunk_<first>_<last>.npz      images uint8 (n,H,W,3), labels, indices, nfe (n,)
+    samples.npz                          all of them: arr_0 images, arr_1 labels (the ADM suite's form)
+    images/<index>.png, grid.png         where asked for
+
+A killed job goes on with the indices that no chunk holds; a folder of another recipe is refused. Since
+sample i depends on the recipe and i alone, batch and chunk sizes and devices may change in between.
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from sfd_jax.distributed import is_host0
+from sfd_jax.errors import SfdError
+
+# make(indices (n,), labels (n,)) -> (images uint8 (n,H,W,3), network calls (n,))
+Make = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+def make_images(
+    make: Make,
+    labels: np.ndarray,
+    folder: str | Path,
+    *,
+    recipe: dict[str, Any],
+    batch_size: int = 64,
+    chunk_size: int | None = None,
+    progress: bool = True,
+) -> None:
+    """Make sample i with labels[i] for every i, or go on where a killed job stopped.
+
+    With several hosts all of them call this; host 0 reads and writes the folder.
+
+    Args:
+      make: makes images; a `Sampler` is one.
+      labels: (N,) int32.
+      folder: the job's folder.
+      recipe: JSON-able description of everything that decides the images; `num_images` is added.
+      batch_size: images handed to `make` at once.
+      chunk_size: images in a chunk, the most that a kill can lose; by default about 1,000.
+      progress: show a bar with images a second and the time left on stderr.
+
+    Raises:
+      SfdError: the folder holds another recipe's samples or a damaged chunk, or cannot be written.
+    """
+    folder = Path(folder)
+    num = len(labels)
+    chunk_size = chunk_size or batch_size * -(-1000 // batch_size)
+    recipe = {**recipe, "num_images": num}
+    missing = _on_host0(lambda: _prepare(folder, recipe, labels), num)
+    bar = tqdm(
+        total=num,
+        initial=num - int(missing.sum()),
+        desc="sampling",
+        unit="img",
+        smoothing=0.1,
+        disable=not (progress and is_host0()),
+    )
+    with bar:
+        for first, stop in _runs(missing, chunk_size):
+            images, nfe = [], []
+            for start in range(first, stop, batch_size):
+                indices = np.arange(start, min(start + batch_size, stop))
+                made, calls = make(indices, labels[indices])
+                images.append(made)
+                nfe.append(calls)
+                bar.update(len(indices))
+            if is_host0():
+                write_npz(
+                    folder / "chunks" / f"chunk_{first:08d}_{stop - 1:08d}.npz",
+                    images=np.concatenate(images),
+                    labels=labels[first:stop],
+                    indices=np.arange(first, stop),
+                    nfe=np.concatenate(nfe),
+                )
+    if is_host0():
+        _finish_recipe(folder, recipe)
+
+
+def _on_host0(prepare: Callable[[], np.ndarray], num: int) -> np.ndarray:
+    """Return host 0's answer, (num,) bool, on every host; its refusal is every host's refusal."""
+    if jax.process_count() == 1:
+        return prepare()
+    answer, refusal = np.zeros(num + 1, np.uint8), None
+    if is_host0():
+        try:
+            answer[:num] = prepare()
+        except SfdError as error:
+            answer[num], refusal = 1, error
+    answer = multihost_utils.broadcast_one_to_all(answer)
+    if answer[num]:
+        raise refusal or SfdError("host 0 refused the job; see its message")
+    return answer[:num].astype(bool)
+
+
+def _prepare(folder: Path, recipe: dict, labels: np.ndarray) -> np.ndarray:
+    """Check the folder, write the recipe, and return which indices are missing, (N,) bool."""
+    chunks = folder / "chunks"
+    path = folder / "recipe.json"
+    try:
+        chunks.mkdir(parents=True, exist_ok=True)
+        for leftover in chunks.glob("*.tmp"):  # a chunk that was being written when the job was killed
+            leftover.unlink()
+    except OSError as error:
+        raise SfdError(f"cannot write to {folder}: {error}") from error
+    if path.exists():
+        _check_same_recipe(path, recipe)
+    else:
+        if present := [file for file in (folder / "samples.npz", *chunks.glob("*.npz")) if file.exists()]:
+            raise SfdError(f"{folder} holds {present[0].name} but no recipe.json; choose an empty folder")
+        _write_json(path, recipe)
+    missing = np.ones(len(labels), bool)
+    for file in sorted(chunks.glob("chunk_*.npz")):
+        indices = _check_chunk(file, labels)
+        if not missing[indices].all():
+            raise SfdError(f"{file} holds samples that another chunk holds too; remove one of them")
+        missing[indices] = False
+    return missing
+
+
+def _check_same_recipe(path: Path, recipe: dict) -> None:
+    try:
+        old = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SfdError(f"cannot read {path}: {error}; choose another folder") from error
+    wanted = _flat(json.loads(json.dumps(recipe)))
+    found = {key: value for key, value in _flat(old).items() if key.split(".")[0] in recipe}
+    different = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
+    if different:
+        lines = "\n".join(f"  {key}: {found.get(key)} there, {wanted.get(key)} now" for key in different)
+        raise SfdError(f"{path.parent} holds samples of another recipe; choose another folder:\n{lines}")
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """Return a nested dict as one level with dotted keys, for messages that name what differs."""
+    flat = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _check_chunk(file: Path, labels: np.ndarray) -> np.ndarray:
+    """Return a finished chunk's indices, having checked that it is whole and of these labels."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+        with np.load(file) as chunk:
+            indices, stored = chunk["indices"], chunk["labels"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        damaged = str(error) or type(error).__name__
+    if damaged:
+        raise SfdError(f"{file} is damaged ({damaged}); remove it and run again, it will be made anew")
+    if indices.max() >= len(labels) or not np.array_equal(labels[indices], stored):
+        raise SfdError(f"{file} holds other labels than this job's; choose another folder")
+    return indices
+
+
+def _runs(missing: np.ndarray, chunk_size: int) -> Iterator[tuple[int, int]]:
+    """Yield (first, stop) of consecutive missing indices, at most chunk_size at a time."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], missing.astype(np.int8), [0]])))
+    for begin, end in edges.reshape(-1, 2).tolist():
+        for first in range(begin, end, chunk_size):
+            yield first, min(first + chunk_size, end)
+
+
+def _finish_recipe(folder: Path, recipe: dict) -> None:
+    """Add what only the finished job knows: how many network calls a sample took."""
+    nfe = []
+    for file in chunk_files(folder):
+        with np.load(file) as chunk:
+            nfe.append(chunk["nfe"])
+    nfe = np.concatenate(nfe)
+    calls = {"mean": float(nfe.mean()), "min": int(nfe.min()), "max": int(nfe.max())}
+    _write_json(folder / "recipe.json", {**recipe, "network_calls": calls, "complete": True})
+
+
+def chunk_files(folder: Path) -> list[Path]:
+    """Return a job's chunks in order of their images."""
+    return sorted((folder / "chunks").glob("chunk_*.npz"))
+
+
+def write_npz(path: Path, **arrays: np.ndarray) -> None:
+    """Write an npz that appears under its name when it is complete.
+
+    Raises:
+      SfdError: it cannot be written; nothing is left behind under its name.
+    """
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise SfdError(f"cannot write {path}: {error}; what is finished stays, run again to go on") from error
+
+
+def _write_json(path: Path, content: dict) -> None:
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise SfdError(f"cannot write {path}: {error}") from error

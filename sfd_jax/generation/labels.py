@@ -1,0 +1,104 @@
+"""Which class each sample shows, decided before sampling starts."""
+
+import jax
+import numpy as np
+
+from sfd_jax.errors import SfdError, nearest
+
+# The order of balanced labels is the same whatever the seed of the noise.
+ORDER_SEED = 0
+
+
+def make_labels(
+    spec: str, num: int, num_classes: int, class_names: list[str] | None = None, seed: int = 0
+) -> np.ndarray:
+    """Return the labels that a user asked for.
+
+    Args:
+      spec: "balanced", "random", or classes to be spread evenly: one or several by number or by name, split
+        by commas ("207, 360"), or by semicolons where names hold commas ("tench, Tinca tinca; otter").
+      num: N, number of samples.
+      num_classes: classes that the model knows.
+      class_names: their names, where the checkpoint holds them.
+      seed: draws the labels of "random".
+
+    Returns:
+      (N,) int32 in [0, num_classes).
+
+    Raises:
+      SfdError: no sample asked for, or a class that there is not.
+    """
+    if num < 1:
+        raise SfdError(f"asked for {num} samples: give at least 1")
+    if spec == "balanced":
+        return balanced_labels(num, num_classes)
+    if spec == "random":
+        return random_labels(num, num_classes, seed)
+    chosen = parse_classes(spec, num_classes, class_names)
+    return np.resize(np.array(chosen, np.int32), num)
+
+
+def balanced_labels(num: int, num_classes: int) -> np.ndarray:
+    """Return (N,) int32 labels, N // num_classes of each class and the rest of distinct classes, shuffled.
+
+    One permutation of all N, as published: were each run of num_classes samples a permutation of its own,
+    every split of the inception score would be balanced exactly, and its score higher than the published
+    way of counting gives.
+    """
+    generator = np.random.default_rng(ORDER_SEED)
+    each, rest = divmod(num, num_classes)
+    extra = generator.permutation(num_classes)[:rest]
+    labels = np.concatenate([np.repeat(np.arange(num_classes), each), extra])
+    return generator.permutation(labels).astype(np.int32)
+
+
+def random_labels(num: int, num_classes: int, seed: int) -> np.ndarray:
+    """Return (N,) int32 labels, each drawn uniformly as a function of (seed, its index) alone."""
+    key = jax.random.fold_in(jax.random.key(seed), _LABEL_STREAM)
+    draw = jax.vmap(lambda i: jax.random.randint(jax.random.fold_in(key, i), (), 0, num_classes))
+    return np.asarray(jax.jit(draw)(np.arange(num, dtype=np.uint32)), np.int32)
+
+
+# Noise folds the sample index into the seed's key; no sample has this index.
+_LABEL_STREAM = 2**32 - 1
+
+
+def parse_classes(spec: str, num_classes: int, class_names: list[str] | None = None) -> list[int]:
+    """Return the class numbers that `spec` lists by number or name; see `make_labels`.
+
+    Raises:
+      SfdError: a number outside [0, num_classes), or a name that is not in the list.
+    """
+    names = {name.strip().lower(): label for label, name in reversed(list(enumerate(class_names or [])))}
+    if ";" in spec or spec.strip().lower() in names:
+        parts = spec.split(";")
+    else:
+        parts = spec.split(",")
+    parts = [part.strip() for part in parts if part.strip()]
+    if not parts:
+        raise SfdError(
+            f"labels '{spec}' name no class; give 'balanced', 'random', or numbers or names of classes"
+        )
+    return [_find_class(part, num_classes, names) for part in parts]
+
+
+def _find_class(text: str, num_classes: int, names: dict[str, int]) -> int:
+    if text.lower() in names:  # before numbers: the digits' names are numbers themselves
+        return names[text.lower()]
+    if text.lstrip("-").isdecimal():
+        if 0 <= int(text) < num_classes:
+            return int(text)
+        raise SfdError(f"there is no class {text}: classes are 0..{num_classes - 1}")
+    # ImageNet's names list synonyms ("tabby, tabby cat"); any one of them will do where it is unique.
+    having = [label for name, label in names.items() if text.lower() in map(str.strip, name.split(","))]
+    if len(having) == 1:
+        return having[0]
+    if len(having) > 1:
+        raise SfdError(f"'{text}' names {len(having)} classes ({', '.join(map(str, having))}); give the number")
+    if not names:
+        raise SfdError(f"'{text}' is no number, and this checkpoint holds no class names; give 0..{num_classes - 1}")
+    synonyms = {synonym.strip() for name in names for synonym in name.split(",")}
+    hint = nearest(text.lower(), synonyms)
+    if len(synonyms) > 20 and not hint.startswith("did you mean"):  # a list of a thousand names helps nobody
+        hint = "give its number"
+    raise SfdError(f"no class is called '{text}'; {hint}")

@@ -1,0 +1,409 @@
+"""From checkpoints to a function that makes images: (indices, labels) -> uint8, over all devices.
+
+Sample i starts from noise that is a function of (seed, i) alone, and staged integration controls the error
+of each sample on its own: so batch size, padding, devices and hosts change nothing but float rounding. (In
+`published` mode dopri5 shares one step size among a batch, as released: there the batch size matters.)
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from sfd_jax.diffusion import guidance
+from sfd_jax.diffusion.clocks import Clocks, make_clocks
+from sfd_jax.diffusion.sampling import SolverConfig, sample, trajectory
+from sfd_jax.distributed import batch_sharding, make_mesh, param_shardings, replicated
+from sfd_jax.errors import SfdError, nearest
+from sfd_jax.latents import LatentLayout, LatentStatistics
+from sfd_jax.models import Network
+from sfd_jax.models.fingerprint import params_hash
+from sfd_jax.models.texture_vae import to_bytes
+
+Checkpoint = tuple[dict, dict]  # (params, metadata), as `training.checkpoint.load_params` returns
+
+GUIDANCE = ("none", "cfg", "autoguidance")
+# The decoder's widest layers hold a hundred times the latent: it takes this many images a device at once.
+DECODE_AT_ONCE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """Say how to sample; the fields of a config's `sample` group that decide the images.
+
+    Attributes:
+      solver, mode, num_steps, atol, rtol, timestep_shift: see `diffusion.sampling.SolverConfig`.
+      guidance: "none", "cfg" or "autoguidance".
+      guidance_scale: 1 is no guidance.
+      guidance_scale_semantic, guidance_scale_texture: AutoGuidance's scale of one group; negative for the
+        common one.
+      guidance_interval_start, guidance_interval_groups: a group ("tex", "sem" or "both") is guided once its
+        clock has reached the start; 0 for always.
+    """
+
+    solver: str = "dopri5"
+    mode: str = "staged"
+    num_steps: int = 100
+    atol: float = 1e-6
+    rtol: float = 1e-3
+    timestep_shift: float = 0.0
+    guidance: str = "none"
+    guidance_scale: float = 1.0
+    guidance_scale_semantic: float = -1.0
+    guidance_scale_texture: float = -1.0
+    guidance_interval_start: float = 0.0
+    guidance_interval_groups: str = "both"
+
+    def __post_init__(self):
+        if self.guidance not in GUIDANCE:
+            raise SfdError(f"unknown guidance '{self.guidance}'; {nearest(self.guidance, GUIDANCE)}")
+        if self.guidance == "cfg" and max(self.guidance_scale_semantic, self.guidance_scale_texture) >= 0:
+            raise SfdError("separate guidance scales belong to guidance 'autoguidance'; 'cfg' has one scale")
+        self.solver_config()
+
+    def solver_config(self) -> SolverConfig:
+        """Return the integrator's part; raises SfdError where a value is outside its range."""
+        return SolverConfig(
+            self.solver, self.mode, self.num_steps, self.atol, self.rtol, self.timestep_shift
+        )
+
+    @classmethod
+    def from_group(cls, group: Any) -> "SampleConfig":
+        """Take the fields from a config's `sample` group (a mapping), which may hold others too."""
+        return cls(**{field.name: group[field.name] for field in dataclasses.fields(cls)})
+
+
+class Sampler:
+    """Make images; `make_sampler` builds one.
+
+    Attributes:
+      num_classes, class_names: what labels may be; names are None where the checkpoint holds none.
+      image_size: side of the images, in pixels.
+      recipe: JSON-able description of all that decides the images but the labels.
+    """
+
+    def __init__(
+        self,
+        model: tuple[Network, dict],
+        texture_vae: tuple[Network, dict],
+        *,
+        layout: LatentLayout,
+        statistics: LatentStatistics,
+        clocks: Clocks,
+        config: SampleConfig = SampleConfig(),
+        weak: tuple[Network, dict] | None = None,
+        seed: int = 0,
+        class_names: list[str] | None = None,
+        recipe: dict | None = None,
+        mesh: Mesh | None = None,
+    ):
+        """Place parameters on the mesh.
+
+        Args:
+          model, texture_vae, weak: (network, params); `weak` is AutoGuidance's.
+          layout, statistics, clocks: those the model was trained with.
+          config: how to sample.
+          seed: of the noise.
+          class_names: what the classes are called.
+          recipe: entries for `self.recipe`.
+          mesh: the devices; all of them by default.
+
+        Raises:
+          SfdError: parts that do not fit each other.
+        """
+        self.mesh = make_mesh() if mesh is None else mesh
+        network, vae = model[0], texture_vae[0]
+        _check_fit(network, vae, weak and weak[0], layout, statistics, config)
+        self.num_classes, self.class_names = network.config.num_classes, class_names
+        self.image_size = network.config.input_size * vae.config.downsampling
+        self.recipe = recipe or {}
+        self._networks = {"model": network, "vae": vae} | ({"weak": weak[0]} if weak else {})
+        params = {"model": model[1], "vae": texture_vae[1]} | ({"weak": weak[1]} if weak else {})
+        self._params = jax.device_put(params, param_shardings(params, self.mesh))
+        self._layout, self._statistics, self._clocks = layout, statistics, clocks
+        self._config, self._seed = config, seed
+        # Every host gets all rows: the one that writes needs them, and images are small beside latents' work.
+        self._run = jax.jit(self._sample_and_decode, out_shardings=replicated(self.mesh))
+        self._run_latents = jax.jit(lambda *a: self._sample(*a)[0], out_shardings=replicated(self.mesh))
+
+    def __call__(
+        self, indices: np.ndarray, labels: np.ndarray, batch_size: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Make the samples of some indices.
+
+        Args:
+          indices: (n,) ints in [0, 2^32 - 1).
+          labels: (n,) ints in [0, num_classes).
+          batch_size: samples computed at once, over all devices; by default all n of them.
+
+        Returns:
+          images uint8 (n, H, W, 3), and the network calls that each sample needed, (n,) int32.
+
+        Raises:
+          SfdError: a sample is not finite, or labels do not fit.
+        """
+        indices, labels = np.asarray(indices), np.asarray(labels)
+        if indices.shape != labels.shape or indices.ndim != 1 or not len(indices):
+            raise SfdError(f"indices {indices.shape} and labels {labels.shape} must be (n,) both, n > 0")
+        if labels.min() < 0 or labels.max() >= self.num_classes:
+            raise SfdError(f"labels must lie in 0..{self.num_classes - 1}, got {labels.min()}..{labels.max()}")
+        images, nfe = [], []
+        for count, *batch in self._batches(indices, labels, batch_size):
+            made, calls, finite = (np.asarray(x)[:count] for x in self._run(self._params, *batch))
+            if not finite.all():
+                raise SfdError(
+                    f"sample {int(np.asarray(batch[0])[:count][~finite][0])} is not finite: the solver did not "
+                    "converge or the weights are damaged; try a smaller guidance scale or float32"
+                )
+            images.append(made)
+            nfe.append(calls)
+        return np.concatenate(images), np.concatenate(nfe)
+
+    def latents(self, indices: np.ndarray, labels: np.ndarray, batch_size: int | None = None) -> np.ndarray:
+        """Return the normalised composite latents (n, H, W, C) float32 that `__call__` would decode."""
+        batches = self._batches(np.asarray(indices), np.asarray(labels), batch_size)
+        return np.concatenate([np.asarray(self._run_latents(self._params, *batch))[:n] for n, *batch in batches])
+
+    def trajectory(
+        self, indices: np.ndarray, labels: np.ndarray, taus: Sequence[float]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Follow samples from noise to image.
+
+        Args:
+          indices, labels: (n,) each.
+          taus: T increasing global times in [0, tau_end].
+
+        Returns:
+          latents (T, n, H, W, C) float32, normalised, and what the texture VAE decodes them to, uint8
+          (T, n, H, W, 3).
+        """
+        count, *batch = next(self._batches(np.asarray(indices), np.asarray(labels), None))
+
+        def follow(params, indices, labels):
+            problem = self._problem(params, indices, labels)
+            latents = trajectory(problem.pop("velocity_fn"), problem.pop("noise"), taus, **problem)
+            return latents, jax.lax.map(lambda moment: self._decode(params["vae"], moment)[0], latents)
+
+        latents, images = jax.jit(follow, out_shardings=replicated(self.mesh))(self._params, *batch)
+        return np.asarray(latents)[:, :count], np.asarray(images)[:, :count]
+
+    def stream(self, labels: np.ndarray, batch_size: int = 64) -> Iterator[np.ndarray]:
+        """Yield uint8 (n, H, W, 3), n <= batch_size: sample i with labels[i], for all i in order."""
+        for start in range(0, len(labels), batch_size):
+            part = labels[start : start + batch_size]
+            yield self(np.arange(start, start + len(part)), part, batch_size)[0]
+
+    def _batches(self, indices, labels, batch_size):
+        """Yield (count, indices, labels) on the devices, each of one size; the last row fills up the last one."""
+        size = -(-(batch_size or len(indices)) // self.mesh.size) * self.mesh.size
+        for start in range(0, len(indices), size):
+            rows = slice(start, start + size)
+            count = len(indices[rows])
+            padded = (np.pad(x[rows], (0, size - count), mode="edge") for x in (indices, labels))
+            kinds = (np.uint32, np.int32)
+            yield count, *(
+                jax.device_put(x.astype(kind), batch_sharding(self.mesh))
+                for x, kind in zip(padded, kinds, strict=True)
+            )
+
+    def _sample_and_decode(self, params, indices, labels):
+        latents, stats = self._sample(params, indices, labels)
+        images, finite = self._decode(params["vae"], latents)
+        return images, jnp.sum(stats.sample_nfe, axis=1), finite & stats.converged
+
+    def _sample(self, params, indices, labels):
+        return sample(**self._problem(params, indices, labels))
+
+    def _problem(self, params, indices, labels) -> dict:
+        """Return the arguments of `sample`: what to integrate, from where, and how."""
+        size, config = self._networks["model"].config.input_size, self._config
+        jumps = () if config.guidance == "none" else guidance.jumps(
+            self._clocks,
+            interval_start=config.guidance_interval_start,
+            interval_groups=config.guidance_interval_groups,
+        )
+        return {
+            "velocity_fn": self._velocity_fn(params, labels),
+            "noise": sample_noise(self._seed, indices, (size, size, self._layout.channels)),
+            "layout": self._layout,
+            "clocks": self._clocks,
+            "solver": config.solver_config(),
+            "jumps": jumps,
+        }
+
+    def _velocity_fn(self, params, labels):
+        def network(name):
+            return lambda *args: self._networks[name].apply(params[name], *args)
+
+        config = self._config
+        interval = dict(
+            layout=self._layout,
+            interval_start=config.guidance_interval_start,
+            interval_groups=config.guidance_interval_groups,
+        )
+        if config.guidance == "cfg":
+            return guidance.classifier_free(
+                network("model"),
+                labels,
+                null_label=self.num_classes,
+                scale=config.guidance_scale,
+                **interval,
+            )
+        if config.guidance == "autoguidance":
+            own = (config.guidance_scale_semantic, config.guidance_scale_texture)
+            semantic, texture = (None if scale < 0 else scale for scale in own)
+            return guidance.autoguidance(
+                network("model"),
+                network("weak"),
+                labels,
+                scale=config.guidance_scale,
+                scale_semantic=semantic,
+                scale_texture=texture,
+                **interval,
+            )
+        return guidance.conditional(network("model"), labels)
+
+    def _decode(self, vae_params, latents):
+        """Return bytes (B, H, W, 3) and whether each image is finite, (B,)."""
+        vae, statistics, layout = self._networks["vae"], self._statistics, self._layout
+
+        def decode_one(params, one):
+            with jax.numpy_rank_promotion("allow"):  # per-channel statistics against (H, W, C)
+                raw = statistics.denormalise_texture(layout.split(one)[0])
+            pixels = vae.apply(params, raw[None], method="decode")[0]
+            return to_bytes(pixels), jnp.isfinite(pixels).all()
+
+        def on_device(params, latents):
+            return jax.lax.map(lambda one: decode_one(params, one), latents, batch_size=DECODE_AT_ONCE)
+
+        rows = PartitionSpec(self.mesh.axis_names)
+        return jax.shard_map(
+            on_device, mesh=self.mesh, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False
+        )(vae_params, latents)
+
+
+def sample_noise(seed: int, indices: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Return standard normal noise (B, *shape) float32, row by row a function of (seed, index) alone."""
+    key = jax.random.key(seed)
+    return jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(key, index), shape))(indices)
+
+
+def make_sampler(
+    model: Checkpoint,
+    texture_vae: Checkpoint,
+    config: SampleConfig = SampleConfig(),
+    *,
+    weak: Checkpoint | None = None,
+    seed: int = 0,
+    clocks: Clocks | None = None,
+    statistics: LatentStatistics | None = None,
+    compute_dtype: str | None = None,
+    mesh: Mesh | None = None,
+) -> Sampler:
+    """Build a sampler from checkpoints.
+
+    Args:
+      model, texture_vae: (params, metadata) as `load_params` returns.
+      config: how to sample.
+      weak: AutoGuidance's weaker model.
+      seed: of the noise.
+      clocks: instead of those the checkpoint tells of; where it tells of none, the published fixed offset.
+      statistics: instead of those in the checkpoint.
+      compute_dtype: "float32" or "bfloat16", instead of the checkpoint's.
+      mesh: the devices; all of them by default.
+
+    Raises:
+      SfdError: a checkpoint of another network, one without latent statistics, or parts that do not fit.
+    """
+    networks = {
+        "model": _open(model, "lightning_dit", compute_dtype),
+        "weak": weak and _open(weak, "lightning_dit", compute_dtype),
+        "texture_vae": _open(texture_vae, "texture_vae"),
+    }
+    metadata = model[1]
+    if statistics is None:
+        if not metadata.get("latent_statistics"):
+            raise SfdError(
+                f"checkpoint {metadata.get('source') or ''} holds no latent statistics, without which its latents "
+                "cannot be decoded; give those of its training latents with --latent_statistics (they are "
+                "never computed anew)"
+            )
+        statistics = LatentStatistics.from_dict(metadata["latent_statistics"])
+    layout = LatentLayout(len(statistics.texture_mean), len(statistics.semantic_mean))
+    if clocks is None:
+        clocks = _clocks_of(metadata, networks["model"])
+    recipe = {
+        "model": _describe(model),
+        "weak_model": _describe(weak) if weak else None,
+        "texture_vae": _describe(texture_vae),
+        "latent_statistics": statistics.hash(),
+        "clocks": {"name": type(clocks).__name__, "tau_end": clocks.tau_end, "breakpoints": clocks.breakpoints},
+        "sampler": dataclasses.asdict(config),
+        "dtype": networks["model"].config.compute_dtype,
+        "seed": seed,
+    }
+    return Sampler(
+        (networks["model"], model[0]),
+        (networks["texture_vae"], texture_vae[0]),
+        weak=weak and (networks["weak"], weak[0]),
+        layout=layout,
+        statistics=statistics,
+        clocks=clocks,
+        config=config,
+        seed=seed,
+        class_names=metadata.get("class_names"),
+        recipe=recipe,
+        mesh=mesh,
+    )
+
+
+def _open(checkpoint: Checkpoint, wanted: str, compute_dtype: str | None = None) -> Network:
+    metadata = checkpoint[1]
+    if metadata.get("network") != wanted:
+        raise SfdError(
+            f"checkpoint {metadata.get('source') or ''} holds '{metadata.get('network')}', expected '{wanted}'"
+        )
+    fields = dict(metadata["network_config"])
+    return Network(wanted, fields | ({"compute_dtype": compute_dtype} if compute_dtype else {}))
+
+
+def _clocks_of(metadata: dict, network: Network) -> Clocks:
+    if not network.config.two_clocks:
+        return make_clocks("synchronous")
+    told = (metadata.get("config") or {}).get("clocks")
+    return make_clocks(told["name"], delta_t=told["delta_t"]) if told else make_clocks("fixed_offset")
+
+
+def _describe(checkpoint: Checkpoint) -> dict:
+    params, metadata = checkpoint
+    kept = {name: metadata.get(name) for name in ("step", "source", "which")}
+    return {"hash": params_hash(params), **kept}
+
+
+def _check_fit(network, vae, weak, layout, statistics, config) -> None:
+    channels, texture = network.config.in_channels, vae.config.z_channels
+    if layout.channels != channels:
+        raise SfdError(
+            f"latent statistics have {layout.channels} channels ({layout.texture_channels} texture, "
+            f"{layout.semantic_channels} semantic), the model {channels}; they belong to another model"
+        )
+    if layout.texture_channels != texture or len(statistics.texture_mean) != texture:
+        raise SfdError(
+            f"the model's texture latents have {layout.texture_channels} channels, the texture VAE {texture}; give "
+            "the VAE that made them"
+        )
+    if config.guidance == "autoguidance":
+        if weak is None:
+            raise SfdError("guidance 'autoguidance' needs a weaker model; give one, or choose 'cfg' or 'none'")
+        for field in ("in_channels", "input_size", "num_classes", "two_clocks"):
+            ours, theirs = getattr(network.config, field), getattr(weak.config, field)
+            if ours != theirs:
+                raise SfdError(f"the weak model has {field} {theirs}, the model {ours}; it is of another system")
+    elif weak is not None:
+        raise SfdError(f"a weak model is used by guidance 'autoguidance' alone, but guidance is '{config.guidance}'")
+    if config.guidance == "cfg" and not network.config.null_label:
+        raise SfdError("guidance 'cfg' needs a model trained with label dropout; this one has no null label")

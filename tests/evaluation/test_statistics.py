@@ -1,0 +1,82 @@
+"""Streaming moments and the files they are kept in."""
+
+import numpy as np
+import pytest
+
+from sfd_jax.errors import SfdError
+from sfd_jax.evaluation.statistics import (
+    FeatureStatistics,
+    RunningMoments,
+    load_statistics,
+    save_statistics,
+)
+
+
+@pytest.mark.parametrize("piece", [1, 7, 64, 300])
+def test_moments_do_not_depend_on_the_pieces(piece):
+    # A mean far from zero shows an update that cancels (sum of squares less square of sums would lose 1e-6).
+    rows = np.random.default_rng(0).standard_normal((300, 11)).astype(np.float32) + 1000
+    moments = RunningMoments(11)
+    for start in range(0, 300, piece):
+        moments.add(rows[start : start + piece])
+    assert moments.count == 300
+    np.testing.assert_allclose(moments.mean, rows.mean(axis=0, dtype=np.float64), rtol=1e-12)
+    # 1e-9 is the issue's bound for float64 statistics of equal features.
+    np.testing.assert_allclose(moments.covariance, np.cov(rows.astype(np.float64), rowvar=False), rtol=1e-9, atol=1e-12)
+
+
+def test_merged_moments_are_those_of_all_rows():
+    rows = np.random.default_rng(1).standard_normal((101, 3))
+    parts = [RunningMoments(3) for _ in range(3)]
+    for part, chunk in zip(parts, (rows[:13], rows[13:13], rows[13:])):
+        part.add(chunk)
+    parts[1].merge(parts[2])
+    parts[0].merge(parts[1])
+    np.testing.assert_allclose(parts[0].covariance, np.cov(rows, rowvar=False), rtol=1e-12)
+
+
+def test_moments_refuse_nan_and_a_single_row():
+    moments = RunningMoments(2)
+    with pytest.raises(SfdError, match="not finite"):
+        moments.add(np.array([[1.0, np.nan]]))
+    moments.add(np.ones((1, 2)))
+    with pytest.raises(SfdError, match="at least 2"):
+        moments.covariance
+
+
+def test_statistics_survive_the_file_and_keep_their_extractor(tmp_path):
+    statistics = FeatureStatistics(
+        "inception", "abc", 5, {"features": (np.arange(2.0), np.eye(2)), "spatial": (np.ones(3), np.eye(3))}, "src"
+    )
+    save_statistics(tmp_path / "new" / "s.npz", statistics)
+    read = load_statistics(tmp_path / "new" / "s.npz")
+    assert (read.extractor, read.extractor_hash, read.count, read.source) == ("inception", "abc", 5, "src")
+    np.testing.assert_array_equal(read.gaussians["spatial"][1], np.eye(3))
+    read.check_extractor("inception", "abc", "s.npz")
+    with pytest.raises(SfdError, match="make the statistics again"):
+        read.check_extractor("inception", "abd", "s.npz")
+    with pytest.raises(SfdError, match="'inception'.*'dinov2'"):
+        read.check_extractor("dinov2", "abc", "s.npz")
+    assert list((tmp_path / "new").iterdir()) == [tmp_path / "new" / "s.npz"]
+
+
+def test_adm_statistics_are_inceptions(tmp_path):
+    np.savez(tmp_path / "adm.npz", mu=np.zeros(2), sigma=np.eye(2), mu_s=np.zeros(3), sigma_s=np.eye(3))
+    read = load_statistics(tmp_path / "adm.npz")
+    read.check_extractor("inception", "any hash", "adm.npz")  # the file does not tell of which weights
+    with pytest.raises(SfdError):
+        read.check_extractor("dinov2", "any hash", "adm.npz")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"mu": np.zeros(2)}, "expected arrays `mu`"),
+        ({"mu": np.zeros(2), "sigma": np.eye(3)}, "found \\(2,\\) and \\(3, 3\\)"),
+        ({"mu": np.zeros(2), "sigma": np.full((2, 2), np.nan)}, "not finite"),
+    ],
+)
+def test_damaged_statistics_are_refused(tmp_path, arrays, words):
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(SfdError, match=words):
+        load_statistics(tmp_path / "bad.npz")

@@ -1,0 +1,145 @@
+"""The job: exactly N, whatever kills it, and never two recipes in one folder."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sfd_jax.errors import SfdError
+from sfd_jax.generation import job
+from sfd_jax.generation.job import make_images
+from sfd_jax.generation.outputs import write_grid, write_pngs, write_samples_npz
+
+LABELS = np.arange(53, dtype=np.int32) % 5
+RECIPE = {"seed": 1, "model": {"hash": "abc", "step": 7}}
+
+
+def make(indices, labels):
+    """Stand in for a sampler: an image that tells its index and label."""
+    images = np.zeros((len(indices), 4, 6, 3), np.uint8)
+    images[..., 0], images[..., 1] = indices[:, None, None], labels[:, None, None]
+    return images, np.full(len(indices), 9)
+
+
+def run(folder, make=make, recipe=RECIPE, labels=LABELS, batch_size=7, chunk_size=20):
+    make_images(make, labels, folder, recipe=recipe, batch_size=batch_size, chunk_size=chunk_size, progress=False)
+
+
+def check_complete(folder):
+    with np.load(write_samples_npz(folder)) as file:
+        np.testing.assert_array_equal(file["arr_0"][:, 0, 0, 0], np.arange(53))
+        np.testing.assert_array_equal(file["arr_0"][:, 0, 0, 1], LABELS)
+        np.testing.assert_array_equal(file["arr_1"], LABELS)
+        assert file["arr_0"].dtype == np.uint8
+
+
+def test_exactly_n_in_order(tmp_path):
+    run(tmp_path)
+    check_complete(tmp_path)
+    recipe = json.loads((tmp_path / "recipe.json").read_text())
+    assert recipe["num_images"] == 53 and recipe["model"]["step"] == 7
+    assert recipe["network_calls"] == {"mean": 9.0, "min": 9, "max": 9}
+
+
+def test_an_interrupted_job_makes_only_what_is_missing(tmp_path):
+    asked = []
+
+    def failing(indices, labels):
+        asked.extend(indices.tolist())
+        if indices[0] >= 34:
+            raise KeyboardInterrupt
+        return make(indices, labels)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, failing)
+    assert max(asked) >= 34 and [f.name for f in job.chunk_files(tmp_path)] == ["chunk_00000000_00000019.npz"]
+    asked.clear()
+
+    def counting(indices, labels):
+        asked.extend(indices.tolist())
+        return make(indices, labels)
+
+    run(tmp_path, counting, batch_size=5, chunk_size=11)  # other sizes than before the kill
+    assert asked == list(range(20, 53))
+    check_complete(tmp_path)
+    asked.clear()
+    run(tmp_path, counting)
+    assert not asked  # done is done
+
+
+KILLED = """
+import sys, time, numpy as np
+sys.path[:0] = {paths!r}
+import test_job
+def slow(indices, labels):
+    time.sleep(0.05)
+    return test_job.make(indices, labels)
+test_job.run({folder!r}, slow, batch_size=2, chunk_size=4)
+"""
+
+
+def test_sigkill_leaves_only_whole_chunks(tmp_path, root):
+    paths = [str(root / "tests" / "generation"), str(root)]
+    code = KILLED.format(paths=paths, folder=str(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ})
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("chunks/chunk_*.npz"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert 2 <= len(job.chunk_files(tmp_path)) < 14
+    run(tmp_path)
+    check_complete(tmp_path)
+
+
+def test_a_half_written_chunk_is_made_anew(tmp_path):
+    (tmp_path / "chunks").mkdir()
+    (tmp_path / "chunks" / "chunk_00000000_00000019.tmp").write_bytes(b"half")
+    run(tmp_path)
+    check_complete(tmp_path)
+    assert not list(tmp_path.glob("chunks/*.tmp"))
+
+
+def test_another_recipe_is_refused_and_nothing_lost(tmp_path):
+    run(tmp_path)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    other = {"seed": 2, "model": {"hash": "abd", "step": 7}}
+    with pytest.raises(SfdError, match=r"model.hash: abc there, abd now\n  seed: 1 there, 2 now"):
+        run(tmp_path, recipe=other)
+    with pytest.raises(SfdError, match="num_images: 53 there, 5 now"):
+        run(tmp_path, labels=LABELS[:5])
+    assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+
+def test_damaged_and_foreign_chunks_are_named(tmp_path):
+    run(tmp_path)
+    chunk = job.chunk_files(tmp_path)[1]
+    whole = chunk.read_bytes()
+    chunk.write_bytes(whole[:300] + b"x" + whole[301:])
+    with pytest.raises(SfdError, match=f"{chunk.name} is damaged"):
+        run(tmp_path)
+    chunk.unlink()
+    run(tmp_path)  # the advice of the message works
+    check_complete(tmp_path)
+    with pytest.raises(SfdError, match="other labels"):
+        run(tmp_path, labels=LABELS[::-1].copy())
+    (tmp_path / "recipe.json").unlink()
+    with pytest.raises(SfdError, match="no recipe.json"):
+        run(tmp_path)
+
+
+def test_pngs_and_grid(tmp_path):
+    run(tmp_path)
+    folder = write_pngs(tmp_path)
+    files = sorted(folder.iterdir())
+    assert len(files) == 53
+    assert np.asarray(Image.open(files[52]))[0, 0].tolist() == [52, 2, 0]
+    grid = np.asarray(Image.open(write_grid(tmp_path, ["a", "b", "c", "d", "e"], columns=3)))
+    # Row 2 shows class 2, whose first samples are 2, 7 and 12, in this order.
+    shown = grid[2 * 5 + 2, :, 0][grid[2 * 5 + 2, :, 1] == 2]
+    assert [v for i, v in enumerate(shown) if i == 0 or v != shown[i - 1]] == [2, 7, 12]
