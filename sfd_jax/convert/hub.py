@@ -37,7 +37,7 @@ class Source:
         listing, so there it is the path itself.
       about: a line for the user.
       prefer: where the pattern fits several files, pick the last by name that fits this one too.
-      every: take all files that fit, not one.
+      count: how many files it is.
       converts: it is a checkpoint that `sfd convert` knows.
     """
 
@@ -45,16 +45,22 @@ class Source:
     files: str
     about: str
     prefer: str = "*"
-    every: bool = False
+    count: int = 1
     converts: bool = True
 
 
 CATALOGUE = {
     "sfd_xl": Source(
-        "SFD-Project/SFD", "model_weights/sfd_xl/*.pt", "LightningDiT-XL, 80 and 800 epochs"
+        "SFD-Project/SFD",
+        "model_weights/sfd_xl/*.pt",
+        "LightningDiT-XL, 80 epochs (0400000.pt) and 800 (4000000.pt)",
+        prefer="*4000000.pt",
     ),
     "sfd_1p0": Source(
-        "SFD-Project/SFD", "model_weights/sfd_1p0/*.pt", "LightningDiT-1p0B (XXL), 80 and 800 epochs"
+        "SFD-Project/SFD",
+        "model_weights/sfd_1p0/*.pt",
+        "LightningDiT-1p0B (XXL), 80 epochs (0400000.pt) and 800 (4000000.pt)",
+        prefer="*4000000.pt",
     ),
     "sfd_autoguidance_b": Source(
         "SFD-Project/SFD",
@@ -67,7 +73,7 @@ CATALOGUE = {
         "SFD-Project/SFD",
         "imagenet1k-latents/*stats.pt",
         "mean and std of texture and semantic latents",
-        every=True,
+        count=2,
         converts=False,
     ),
     "texture_vae": Source(
@@ -124,16 +130,21 @@ def fetch(name: str, file: str | None = None, report: Callable[[str], None] = pr
     source = CATALOGUE[name]
     folder = cache_dir() / "downloads" / name
     basename = PurePosixPath(source.files).name
-    here = [path for path in folder.glob(basename) if path.suffix != ".part"]
-    wanted = here and _choose(source, {path.name: path for path in here}, file, name, strict=False)
-    if wanted:
-        report(f"{name}: found {', '.join(map(str, wanted))}")
-        return wanted
+    here = {path.name: path for path in folder.glob(basename) if path.suffix != ".part"}
+    found = _choose(source, here, file)
+    if found and (file or source.count > 1 or fnmatch.fnmatch(found[0].name, source.prefer)):
+        report(f"{name}: found {', '.join(map(str, found))}")
+        return found
     try:
         remote = {item.name: item for item in _listing(source)}
-        chosen = _choose(source, remote, file, name, strict=True)
+        chosen = _choose(source, remote, file)
+        if not chosen:
+            raise SfdError(f"{name} has no file '{file}'; it has {', '.join(sorted(remote))}")
         return [_download(item, folder, report) for item in chosen]
     except _Unreachable as error:
+        if found:
+            report(f"{name}: {error}; taking {found[0]}")
+            return found
         address = _url(source, source.files)
         raise SfdError(
             f"{name}: {error}. Without a connection: fetch {address} on another machine, put "
@@ -141,20 +152,16 @@ def fetch(name: str, file: str | None = None, report: Callable[[str], None] = pr
         ) from error
 
 
-def _choose(source: Source, files: dict, wanted: str | None, name: str, strict: bool) -> list:
-    """Pick from files by name: the one asked for, or all, or the preferred, or the last."""
+def _choose(source: Source, files: dict, wanted: str | None) -> list:
+    """Pick from files by name: the one asked for, or all, or the preferred; [] where none fits."""
+    names = sorted(files)
     if wanted is not None:
-        fitting = [key for key in sorted(files) if wanted in key]
-        if not fitting and strict:
-            raise SfdError(f"{name} has no file '{wanted}'; it has {', '.join(sorted(files))}")
-    elif source.every:
-        return [files[key] for key in sorted(files)]
+        names = [name for name in names if wanted in name]
+    elif source.count > 1:
+        return [files[name] for name in names] if len(names) >= source.count else []
     else:
-        preferred = [key for key in sorted(files) if fnmatch.fnmatch(key, source.prefer)]
-        fitting = preferred or sorted(files)
-        if not preferred and not strict:
-            fitting = []
-    return [files[fitting[-1]]] if fitting else []
+        names = [name for name in names if fnmatch.fnmatch(name, source.prefer)] or names
+    return [files[names[-1]]] if names else []
 
 
 def _listing(source: Source) -> list[RemoteFile]:
@@ -187,6 +194,9 @@ def _listing(source: Source) -> list[RemoteFile]:
 def _download(remote: RemoteFile, folder: Path, report: Callable[[str], None]) -> Path:
     """Download one file, going on where an earlier attempt stopped, and check it."""
     target = folder / remote.name
+    if target.exists():
+        report(f"{target} is here")
+        return target
     # Part of the name: the rest of another version must not be appended to this one.
     part = folder / f"{remote.name}.{(remote.sha256 or str(remote.size))[:8]}.part"
     folder.mkdir(parents=True, exist_ok=True)
@@ -198,9 +208,7 @@ def _download(remote: RemoteFile, folder: Path, report: Callable[[str], None]) -
             if size is None or part.stat().st_size >= size:
                 break
             reason = f"the connection ended after {part.stat().st_size} of {size} bytes"
-        except (_Dropped, OSError) as error:
-            if isinstance(error, _Unreachable):
-                raise
+        except _Dropped as error:
             reason = str(error)
         if attempt == 3:
             raise SfdError(

@@ -1,0 +1,77 @@
+"""Download published weights, check them, convert them.
+
+  sfd fetch NAME [--file=PART_OF_A_NAME] [--no-convert]
+  sfd fetch --list
+
+Downloads over HTTPS into the cache (SFD_CACHE, by default ~/.cache/sfd_jax), goes on where an
+earlier attempt stopped, checks size and SHA-256 where they are known, converts, and prints where the
+result is. What is in the cache already is used as it is. Without a connection it says which file to
+put where by hand. HF_ENDPOINT and SFD_MIRROR name other servers.
+"""
+
+from pathlib import Path
+
+from sfd_jax.cli.flags import door_parser, parse_door
+from sfd_jax.errors import SfdError
+
+
+def main(argv: list[str]) -> int:
+    """Open the door: fetch one entry of the catalogue and convert it."""
+    from sfd_jax.convert.hub import CATALOGUE, cache_dir, fetch
+
+    parser = door_parser("fetch", __doc__)
+    parser.add_argument("name", nargs="?", help="what to fetch; see --list")
+    parser.add_argument("--list", action="store_true", help="print what can be fetched")
+    parser.add_argument("--file", help="which file, where there are several, e.g. 0400000.pt")
+    parser.add_argument("--no-convert", action="store_true", help="only download")
+    args = parse_door(parser, argv)
+    if args.list or args.name is None:
+        width = max(map(len, CATALOGUE))
+        for name, source in CATALOGUE.items():
+            print(f"{name:<{width}}  {source.about} ({source.where})")
+        return 0
+    paths = fetch(args.name, args.file)
+    if args.no_convert or not CATALOGUE[args.name].converts:
+        for path in paths:
+            print(path)
+        return 0
+    statistics = _statistics() if args.name.startswith("sfd_") else {}
+    print(_convert(paths[0], cache_dir() / args.name, statistics))
+    return 0
+
+
+def _statistics() -> dict[str, Path]:
+    """Return the released latent statistics, which a diffusion checkpoint needs to be sampled from."""
+    from sfd_jax.convert.hub import fetch
+
+    paths = fetch("latent_stats")
+    semantic = [path for path in paths if path.name == "latents_sv_stats.pt"]
+    texture = [path for path in paths if path.name == "latents_stats.pt"]
+    if not (semantic and texture):
+        found = ", ".join(path.name for path in paths)
+        raise SfdError(f"latent_stats: latents_stats.pt and latents_sv_stats.pt are needed, found {found}")
+    return {"texture_statistics": texture[0], "semantic_statistics": semantic[0]}
+
+
+def _convert(path: Path, out: Path, statistics: dict[str, Path]) -> Path:
+    from sfd_jax.convert.checkpoints import import_checkpoint
+    from sfd_jax.training.checkpoint import load_metadata, save_params
+
+    imported = import_checkpoint(path, **statistics)
+    target = out / str(imported.metadata["step"])
+    if target.exists():
+        if load_metadata(target)["source"] != imported.metadata["source"]:
+            raise SfdError(f"'{target}' holds another checkpoint; move it away, then run this again")
+        return target
+    save_params(out, imported.params, imported.metadata)
+    for note in imported.notes:
+        print(f"note: {note}")
+    return target
+
+
+if __name__ == "__main__":
+    import sys
+
+    from sfd_jax.cli.main import open_door
+
+    sys.exit(open_door(main, "fetch", sys.argv[1:]))

@@ -1,0 +1,57 @@
+"""What a comparison says: which number of which case, how far off, and how far it may be."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One comparison with the published answers.
+
+    Args:
+      case: name of the case.
+      quantity: what was compared.
+      error: how far off; see `relative_error`. NaN and infinity break every bound.
+      bound: the most that `error` may be.
+      note: what a reader of the table should know.
+    """
+
+    case: str
+    quantity: str
+    error: float
+    bound: float
+    note: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.error <= self.bound)
+
+    def __str__(self) -> str:
+        verdict = "ok" if self.ok else "BROKEN"
+        line = f"{self.case:<18} {self.quantity:<34} {self.error:9.2e} {self.bound:9.2e} {verdict:<6}"
+        return f"{line} {self.note}".rstrip()
+
+
+HEADER = f"{'case':<18} {'quantity':<34} {'error':>9} {'at most':>9}"
+
+
+def relative_error(ours: Any, published: Any) -> float:
+    """Return max|ours - published| / max|published|; infinity where shapes differ."""
+    ours, published = np.asarray(ours, np.float64), np.asarray(published, np.float64)
+    if ours.shape != published.shape:
+        return float("inf")
+    scale = np.abs(published).max(initial=0.0)
+    return float(np.abs(ours - published).max(initial=0.0) / (scale if scale > 0 else 1.0))
+
+
+def worst_of(ours: Mapping[str, Any], published: Mapping[str, Any]) -> tuple[float, str]:
+    """Return the largest relative error over arrays by name, and that name; the names must agree."""
+    if differing := set(ours) ^ set(published):
+        return float("inf"), f"{len(differing)} names differ: {', '.join(sorted(differing)[:3])}"
+    errors = {name: relative_error(ours[name], published[name]) for name in ours}
+    # NaN compares false with everything, so it is looked for by its own.
+    name = max(errors, key=lambda name: np.inf if np.isnan(errors[name]) else errors[name])
+    return errors[name], name

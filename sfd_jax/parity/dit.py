@@ -1,0 +1,175 @@
+"""LightningDiT: forward, REPA, guidance, and the published sizes in full."""
+
+import functools
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sfd_jax.convert import lightning_dit
+from sfd_jax.convert.table import import_params, key_shapes
+from sfd_jax.diffusion.clocks import FixedOffset, Synchronous
+from sfd_jax.diffusion.guidance import autoguidance, classifier_free
+from sfd_jax.errors import SfdError
+from sfd_jax.latents import LatentLayout
+from sfd_jax.models import DiTConfig, Network, dit_config
+from sfd_jax.parity.check import Check, relative_error
+from sfd_jax.parity.pack import Case
+
+# Rounding of bfloat16 matmuls, measured on CPU at about 1e-2, with room for other backends.
+FORWARD_BOUND = {"float32": 5e-6, "bfloat16": 5e-2}
+
+# The released config's names for ours.
+_FIELDS = {
+    "input_size": "input_size",
+    "patch_size": "patch_size",
+    "in_channels": "in_channels",
+    "hidden_size": "width",
+    "depth": "depth",
+    "num_heads": "num_heads",
+    "num_classes": "num_classes",
+    "learn_sigma": "learn_sigma",
+    "use_qknorm": "use_qknorm",
+    "use_swiglu": "use_swiglu",
+    "use_rope": "use_rope",
+    "use_rmsnorm": "use_rmsnorm",
+}
+
+
+def load_dit(
+    case: Case, dtype: str, config: str = "config", params: str = "params", seed: str = "seed"
+) -> tuple[Network, dict[str, Any]]:
+    """Bring a case's LightningDiT through the converter: its state dict drawn, its config read off.
+
+    Args:
+      case: the case.
+      dtype: compute_dtype of the network.
+      config, params, seed: the fields of the case that describe it.
+
+    Raises:
+      SfdError: the state dict does not fit, or what was read off its shapes is not the case's config.
+    """
+    told = _told(case.get(config), case.spec.get("model_type"))
+    expected = DiTConfig(**told)
+    state = case.weights(params, seed) | lightning_dit.TABLE.fixed(expected)
+    # Without q/k norm and rotary table nothing tells the heads, as with a real file.
+    silent = not (expected.use_qknorm or expected.use_rope)
+    given = {"num_heads": expected.num_heads} if silent else {}
+    fields, _ = lightning_dit.read_config(state, given, case.get(config))
+    if wrong := {k: fields.get(k) for k in told if fields.get(k, told[k]) != told[k]}:
+        raise SfdError(
+            f"parity case {case.name}: shapes read as {wrong}, the case's config says "
+            + str({k: told[k] for k in wrong})
+        )
+    network = Network("lightning_dit", fields | {"compute_dtype": dtype})
+    source = f"parity case {case.name}, {params}"
+    return network, import_params(
+        lightning_dit.TABLE, state, network, source=source, place=jax.device_put
+    )
+
+
+def layout_of(case: Case) -> LatentLayout:
+    """Return the case's latent layout; a network with one clock has texture alone."""
+    config = case.get("config")
+    semantic = config.get("semantic_chans", 0)
+    return LatentLayout(config["in_channels"] - semantic, semantic)
+
+
+def clocks_of(case: Case) -> FixedOffset | Synchronous:
+    """Return the case's pair of clocks."""
+    delta_t = case.get("config").get("semfirst_delta_t")
+    return FixedOffset(delta_t) if delta_t else Synchronous()
+
+
+def check_small(case: Case, dtype: str) -> Iterator[Check]:
+    """Compare a small LightningDiT with all its outputs and guidances."""
+    network, params = load_dit(case, dtype)
+    layout, clocks = layout_of(case), clocks_of(case)
+    latents, labels = case.images("in_x"), case.array("in_y").astype(np.int32)
+    single = "in_t" if case.has("in_t") else None
+    t_texture, t_semantic = case.array(single or "in_t_tex"), case.array(single or "in_t_sem")
+
+    def check(quantity: str, answer: str, ours) -> Check:
+        published = case.array(answer)
+        published = np.moveaxis(published, 1, -1) if published.ndim == 4 else published
+        return Check(case.name, quantity, relative_error(ours, published), FORWARD_BOUND[dtype])
+
+    apply = functools.partial(jax.jit(network.apply, static_argnames="return_repa"), params)
+    yield check("forward", "out_forward", apply(latents, t_semantic, t_texture, labels))
+    if network.config.repa_features:
+        _, repa = apply(latents, t_semantic, t_texture, labels, return_repa=True)
+        yield check("REPA features", "out_repa", repa)
+
+    for when, fraction in (("lo", 0.15), ("hi", 0.9)):
+        tau = jnp.full(len(latents), fraction * clocks.tau_end, jnp.float32)
+        times = clocks.times(tau)
+        for start, answer in ((0.0, f"out_cfg_{when}"), (case.get("interval_start"), f"out_cfg_interval_{when}")):
+            velocity_fn = classifier_free(
+                apply,
+                labels,
+                null_label=network.config.num_classes,
+                scale=case.get("cfg_scale"),
+                layout=layout,
+                interval_start=start,
+            )
+            # The released sampler carries every row twice, and both halves get the guided velocity.
+            guided = np.tile(velocity_fn(latents, *times), (2, 1, 1, 1))
+            yield check(f"guidance {when}" + (" with interval" if start else ""), answer, guided)
+
+    if "weak_config" in case.spec:
+        weak, weak_params = load_dit(case, dtype, "weak_config", "weak_params", "weak_seed")
+        weak_apply = functools.partial(jax.jit(weak.apply), weak_params)
+        for quantity, answer, scales in (
+            ("AutoGuidance", "out_autoguidance", dict(scale=AUTOGUIDANCE_SCALE)),
+            ("AutoGuidance, two scales", "out_autoguidance_split", AUTOGUIDANCE_SPLIT),
+        ):
+            velocity_fn = autoguidance(apply, weak_apply, labels, layout=layout, **scales)
+            yield check(quantity, answer, velocity_fn(latents, t_semantic, t_texture))
+
+
+# As the pack's README says; the JSON does not repeat them.
+AUTOGUIDANCE_SCALE = 1.5
+AUTOGUIDANCE_SPLIT = dict(scale_semantic=2.0, scale_texture=1.2)
+
+
+def check_full(case: Case, dtype: str) -> Iterator[Check]:
+    """Compare one forward pass of a published size, its keys, and its number of parameters."""
+    network, params = load_dit(case, dtype)
+    listed = {key: tuple(shape) for key, shape in case.get("state_dict").items()}
+    fixed = lightning_dit.TABLE.fixed(network.config)
+    ours = key_shapes(lightning_dit.TABLE, network) | {k: v.shape for k, v in fixed.items()}
+    yield Check(case.name, "released keys and shapes", float(ours != listed), 0.0)
+    # PyTorch counts the position table as a parameter.
+    counted = network.num_params() + fixed["pos_embed"].size
+    yield Check(case.name, "number of parameters", float(counted != case.get("num_params")), 0.0)
+
+    latents = case.images("in_x")
+    batch = len(latents)
+    times = [np.full(batch, case.get(name), np.float32) for name in ("t_sem", "t_tex")]
+    labels = np.full(batch, case.get("y"), np.int32)
+    velocity = jax.jit(network.apply)(params, latents, *times, labels)
+    error = relative_error(velocity, case.images("out_forward"))
+    yield Check(case.name, "forward", error, FORWARD_BOUND[dtype])
+    # A billion parameters are a nuisance to the next case.
+    del params, velocity
+    gc.collect()
+
+
+def _told(config: dict[str, Any], model_type: str | None) -> dict[str, Any]:
+    """Return what a released config tells of DiTConfig."""
+    told: dict[str, Any] = {}
+    if model_type:
+        size, _, patch = model_type.removeprefix("LightningDiT-").partition("/")
+        size_config = dit_config(size)
+        told = {name: getattr(size_config, name) for name in ("width", "depth", "num_heads")}
+        told["patch_size"] = int(patch)
+    told |= {ours: config[theirs] for theirs, ours in _FIELDS.items() if theirs in config}
+    told["two_clocks"] = "semfirst_delta_t" in config
+    told["use_shift"] = not config.get("wo_shift", False)
+    if config.get("use_repa"):
+        told["repa_depth"] = config["repa_depth"]
+        told["repa_width"] = config.get("repa_projector_dim", 2048)
+    return told

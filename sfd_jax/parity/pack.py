@@ -1,0 +1,150 @@
+"""The parity pack: cases of published answers, and weights that are drawn instead of stored.
+
+A case is NAME.json (configuration, keys and shapes of the weights, seed) and NAME.npz (`in_*`, and
+the answers `out_*`, `grad_*`, `after_*`, `ema_*`), in PyTorch's layout. Sizes and seeds are read
+from the JSON, so a pack of other sizes is read alike. A case remembers which answers were looked
+at: one that nobody compares would be a hole in the proof.
+"""
+
+import functools
+import json
+import os
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sfd_jax.convert.lazy_array import LazyArray
+from sfd_jax.errors import SfdError
+
+ANSWERS = ("out_", "grad_", "after_", "ema_")
+
+
+def case_names(directory: str | os.PathLike) -> list[str]:
+    """Return the names of a pack's cases, and of those half of which is missing, sorted.
+
+    Raises:
+      SfdError: there is no such folder, or no case in it.
+    """
+    directory = Path(directory)
+    names = {path.stem for path in [*directory.glob("*.json"), *directory.glob("*.npz")]}
+    if not names:
+        raise SfdError(f"no parity pack in '{directory}': it has no NAME.json with NAME.npz")
+    return sorted(names)
+
+
+class Case:
+    """One case of a pack.
+
+    Args:
+      directory: the pack.
+      name: the case.
+
+    Raises:
+      SfdError: a file is missing or damaged.
+    """
+
+    def __init__(self, directory: str | os.PathLike, name: str):
+        self.name = name
+        self._unread: set[str] = set()
+        path = Path(directory) / f"{name}.json"
+        try:
+            self.spec = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise SfdError(f"parity case {name}: '{path}' cannot be read ({error})") from error
+        if not isinstance(self.spec, dict):
+            raise SfdError(f"parity case {name}: '{path}' is no JSON object")
+        self._arrays_path = path.with_suffix(".npz")
+        if not self.is_key_list:
+            with self._arrays() as arrays:
+                self._names = set(arrays.files)
+            self._unread = {name for name in self._names if name.startswith(ANSWERS)}
+
+    @property
+    def is_key_list(self) -> bool:
+        """Tell whether this is only a list of released keys and shapes, without arrays."""
+        return self.name.endswith("_state_dict")
+
+    @property
+    def seed(self) -> int:
+        return self.get("seed")
+
+    def get(self, field: str) -> Any:
+        """Return a field of the JSON; raise SfdError where it is missing."""
+        if field not in self.spec:
+            raise SfdError(f"parity case {self.name}: its JSON lacks '{field}'")
+        return self.spec[field]
+
+    def has(self, array: str) -> bool:
+        return array in self._names
+
+    def array(self, name: str) -> np.ndarray:
+        """Return an input or an answer; an answer counts as compared from now on."""
+        if name not in self._names:
+            raise SfdError(f"parity case {self.name}: its npz lacks '{name}'")
+        self._unread.discard(name)
+        with self._arrays() as arrays:
+            return arrays[name]
+
+    def arrays(self, prefix: str) -> dict[str, np.ndarray]:
+        """Return all arrays whose names begin with `prefix`, by the rest of their names."""
+        names = sorted(name for name in self._names if name.startswith(prefix))
+        return {name.removeprefix(prefix): self.array(name) for name in names}
+
+    def images(self, name: str) -> np.ndarray:
+        """Return an array (B, C, H, W) as (B, H, W, C)."""
+        return np.ascontiguousarray(np.moveaxis(self.array(name), 1, -1))
+
+    def unread(self) -> list[str]:
+        """Return the answers that were not asked for."""
+        return sorted(self._unread)
+
+    def weights(self, params: str = "params", seed: str = "seed") -> dict[str, LazyArray]:
+        """Return the case's weights by their key, each drawn when it is loaded."""
+        gain = self.spec.get("conv_gain", 1.0)
+        return {
+            key: drawn_weight(key, shape, self.get(seed), gain if key.endswith(".conv.weight") else 1.0)
+            for key, shape in self.get(params).items()
+        }
+
+    def _arrays(self):
+        try:
+            return np.load(self._arrays_path, allow_pickle=False)
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise SfdError(
+                f"parity case {self.name}: '{self._arrays_path}' cannot be read ({error})"
+            ) from error
+
+
+def drawn_weight(key: str, shape, seed: int, gain: float = 1.0) -> LazyArray:
+    """Return the weight that the pack's rule draws for a key, shape and seed."""
+    shape = tuple(shape)
+    load = functools.partial(_draw, key, shape, seed, np.float32(gain))
+    return LazyArray(shape, np.dtype(np.float32), load)
+
+
+def _draw(key: str, shape: tuple[int, ...], seed: int, gain: np.float32) -> np.ndarray:
+    random = np.random.RandomState((zlib.crc32(key.encode()) + 7919 * seed) % 2**32)
+    n = random.standard_normal(shape).astype(np.float32)
+    last = key.rsplit(".", 1)[-1]
+    if last == "running_var":
+        n = 1 + 0.2 * np.abs(n)
+    elif last == "running_mean":
+        n *= 0.1
+    elif last == "gamma":
+        n = 0.3 + 0.05 * n
+    elif last == "weight" and len(shape) == 1:
+        n = 1 + 0.1 * n
+    elif len(shape) <= 1:
+        n *= 0.05
+    elif last in _TOKENS or "embedding_table" in key:
+        n *= 0.1
+    else:
+        n /= np.float32(np.sqrt(np.prod(shape[1:])))
+    return n * gain if gain != 1 else n
+
+
+_TOKENS = ("cls_token", "register_tokens", "mask_token", "pos_embed")
+

@@ -1,0 +1,82 @@
+"""Which comparison a case gets, and how a pack is gone through."""
+
+import fnmatch
+import os
+from collections.abc import Iterator
+
+import jax
+
+from sfd_jax.errors import SfdError
+from sfd_jax.parity.check import Check
+from sfd_jax.parity.dit import check_full, check_small
+from sfd_jax.parity.metrics import check_metrics
+from sfd_jax.parity.networks import (
+    check_dinov2,
+    check_inception,
+    check_keys,
+    check_semantic_vae,
+    check_texture_vae,
+)
+from sfd_jax.parity.pack import Case, case_names
+
+# Pattern of a case's name -> its comparison; the first that fits.
+COMPARISONS = {
+    "*_state_dict": check_keys,
+    "dit_*": check_small,
+    "full_*": check_full,
+    "semvae_*": check_semantic_vae,
+    "vae*": check_texture_vae,
+    "dinov2*": check_dinov2,
+    "inception*": check_inception,
+    "metrics*": check_metrics,
+}
+
+
+def run_case(directory: str | os.PathLike, name: str, dtype: str = "float32") -> Iterator[Check]:
+    """Compare one case of a pack, at highest matmul precision.
+
+    Args:
+      directory: the pack.
+      name: the case.
+      dtype: "float32", or "bfloat16" for networks that compute their matmuls in it.
+
+    Yields:
+      A Check for each number, as it is found. What is wrong with the case itself (unreadable, weights
+      that do not fit, an answer that nobody compared) is a Check whose bound is broken.
+    """
+
+    def broken(quantity: str, note: str) -> Check:
+        return Check(name, quantity, float("inf"), 0.0, note)
+
+    compare = next((c for pattern, c in COMPARISONS.items() if fnmatch.fnmatch(name, pattern)), None)
+    if compare is None:
+        yield broken("case", "no comparison is known for a case of this name")
+        return
+    try:
+        case = Case(directory, name)
+        with jax.default_matmul_precision("highest"):
+            yield from compare(case, dtype)
+        for answer in case.unread():
+            yield broken(answer, "an answer that nothing was compared with")
+    except SfdError as error:
+        yield broken("case", str(error))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        # A tampered case may be wrong in any way; it must fail, and leave the others their turn.
+        yield broken("case", f"cannot be compared: {type(error).__name__}: {error}")
+
+
+def run_pack(
+    directory: str | os.PathLike, dtype: str = "float32", only: list[str] | None = None
+) -> Iterator[Check]:
+    """Compare all cases of a pack, or those whose names fit one of the patterns `only`.
+
+    Raises:
+      SfdError: there is no pack, or no case fits.
+    """
+    names = case_names(directory)
+    if only:
+        names = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in only)]
+        if not names:
+            raise SfdError(f"no case of '{directory}' fits {', '.join(only)}")
+    for name in names:
+        yield from run_case(directory, name, dtype)

@@ -1,0 +1,212 @@
+"""Fetching, against a local server in the hub's layout."""
+
+import hashlib
+import http.server
+import json
+import re
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from sfd_jax.cli.fetch import main
+from sfd_jax.convert import FORMATS, hub
+from sfd_jax.convert.table import export_state
+from sfd_jax.errors import SfdError
+from sfd_jax.models import Network
+from sfd_jax.training.checkpoint import load_params
+
+
+class Hub:
+    """A hub in memory: files by (repository, path), a log of requests, and faults to be had."""
+
+    def __init__(self):
+        self.files: dict[str, dict[str, bytes]] = {}
+        self.requests: list[tuple[str, str | None]] = []
+        self.drop_after: int | None = None  # break the next download after so many bytes
+        self.spoil = False
+        self.ranges = True
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        store: Hub = self.server.store
+        wanted = self.headers.get("Range")
+        store.requests.append((self.path, wanted))
+        path = self.path.split("?")[0]
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/main/?(.*)", path):
+            return self._list(store.files.get(match[1]), match[2])
+        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/main/(.+)", path):
+            if match[2] not in store.files.get(match[1], {}):
+                return self.send_error(404)
+            # The hub sends large files from another address.
+            self.send_response(302)
+            self.send_header("Location", f"/cdn/{match[1]}/{match[2]}")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        match = re.fullmatch(r"/cdn/([^/]+/[^/]+)/(.+)", path)
+        data = store.files[match[1]][match[2]] if match else store.files.get("other", {}).get(path)
+        return self.send_error(404) if data is None else self._send(data, wanted)
+
+    def _list(self, files, folder):
+        if files is None:
+            return self.send_error(404)
+        entries = [
+            {"type": "file", "path": p, "size": len(d), "lfs": {"oid": hashlib.sha256(d).hexdigest(), "size": len(d)}}
+            for p, d in files.items()
+            if p.startswith(folder)
+        ]
+        body = json.dumps(entries + [{"type": "directory", "path": folder}]).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _send(self, data, wanted):
+        store: Hub = self.server.store
+        start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and store.ranges else 0
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(data) - start))
+        self.end_headers()
+        body = data[start:]
+        if store.spoil:
+            body = bytes(len(body))
+        if store.drop_after is not None:
+            body, store.drop_after = body[: store.drop_after], None
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A running hub; the cache is empty, and every address leads there."""
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd.store = Hub()
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{httpd.server_port}"
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    monkeypatch.setenv("SFD_MIRROR", address)
+    monkeypatch.setenv("SFD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    yield httpd.store
+    httpd.shutdown()
+    httpd.server_close()
+
+
+REPO = hub.CATALOGUE["sfd_xl"].where
+DATA = bytes(range(256)) * 3000
+
+
+def test_a_broken_download_goes_on_where_it_stopped(server, tmp_path):
+    server.files[REPO] = {"model_weights/sfd_xl/0400000.pt": DATA[::-1], "model_weights/sfd_xl/4000000.pt": DATA}
+    server.drop_after = 100_000
+    (path,) = hub.fetch("sfd_xl")
+    assert path == tmp_path / "cache" / "downloads" / "sfd_xl" / "4000000.pt"
+    assert path.read_bytes() == DATA
+    ranges = [wanted for url, wanted in server.requests if url.startswith("/cdn")]
+    assert ranges == [None, "bytes=100000-"]
+    # Once here, the server is not asked again; another file of the entry is another matter.
+    asked = len(server.requests)
+    assert hub.fetch("sfd_xl") == [path] and len(server.requests) == asked
+    assert hub.fetch("sfd_xl", "0400000")[0].read_bytes() == DATA[::-1]
+    assert not list(path.parent.glob("*.part"))
+
+
+def test_an_interrupted_command_goes_on_too(server):
+    server.files[REPO] = {"model_weights/sfd_xl/1.pt": DATA}
+    digest = hashlib.sha256(DATA).hexdigest()
+    part = hub.cache_dir() / "downloads" / "sfd_xl" / f"1.pt.{digest[:8]}.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(DATA[:5000])
+    assert hub.fetch("sfd_xl")[0].read_bytes() == DATA
+    assert server.requests[-1][1] == "bytes=5000-"
+
+
+def test_a_server_without_ranges_sends_all_again(server):
+    server.files[REPO] = {"model_weights/sfd_xl/1.pt": DATA}
+    server.drop_after, server.ranges = 1000, False
+    assert hub.fetch("sfd_xl")[0].read_bytes() == DATA
+
+
+def test_damage_on_the_way_is_noticed_and_nothing_is_kept(server):
+    server.files[REPO] = {"model_weights/sfd_xl/1.pt": DATA}
+    server.spoil = True
+    with pytest.raises(SfdError, match="SHA-256"):
+        hub.fetch("sfd_xl")
+    assert not [p for p in (hub.cache_dir() / "downloads").rglob("*") if p.is_file()]
+
+
+def test_the_sum_in_a_file_name_is_checked(server):
+    source = hub.CATALOGUE["inception"]
+    where = f"/mseitzer/pytorch-fid/releases/download/fid_weights/{source.files}"
+    server.files["other"] = {where: DATA}
+    with pytest.raises(SfdError, match="expected 6726825d"):
+        hub.fetch("inception")
+
+
+def test_a_file_outside_the_hub(server):
+    source = hub.CATALOGUE["adm_reference_256"]
+    where = "/diffusion/jul-2021/ref_batches/imagenet/256/" + source.files
+    server.files["other"] = {where: DATA}
+    assert hub.fetch("adm_reference_256")[0].read_bytes() == DATA
+
+
+def test_offline_says_what_to_put_where_and_takes_it_from_there(monkeypatch, tmp_path):
+    monkeypatch.setenv("SFD_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
+    with pytest.raises(SfdError) as error:
+        hub.fetch("texture_vae")
+    folder = tmp_path / "downloads" / "texture_vae"
+    message = str(error.value)
+    for part in ("cannot be reached", "resolve/main/ldm-imagenet256-f16d32-50ep.ckpt", str(folder)):
+        assert part in message
+    folder.mkdir(parents=True)
+    by_hand = folder / "ldm-imagenet256-f16d32-50ep.ckpt"
+    by_hand.write_bytes(DATA)
+    assert hub.fetch("texture_vae") == [by_hand]
+
+
+def test_unknown_names_and_files(server):
+    with pytest.raises(SfdError, match="did you mean 'sfd_xl'"):
+        hub.fetch("sfd_x")
+    with pytest.raises(SfdError, match="404"):
+        hub.fetch("semantic_vae")
+    server.files[REPO] = {"README.md": b"x"}
+    with pytest.raises(SfdError, match="holds no semantic_vae"):
+        hub.fetch("semantic_vae")
+    server.files[REPO] = {"model_weights/sfd_xl/1.pt": DATA}
+    with pytest.raises(SfdError, match=r"no file '9'; it has 1\.pt"):
+        hub.fetch("sfd_xl", "9")
+
+
+def test_the_door_fetches_converts_and_caches(server, torch_file, capsys):
+    """From the hub to a checkpoint with its statistics, twice: the second time from the cache."""
+    config = dict(width=16, depth=1, num_heads=2, input_size=2, in_channels=5, num_classes=3)
+    network = Network("lightning_dit", config)
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), network.abstract_params())
+    state = export_state(FORMATS["lightning_dit"].TABLE, params, network)
+
+    def statistics(channels):
+        arrays = {k: np.ones((1, channels, 1, 1), np.float32) for k in ("mean", "std")}
+        return torch_file(arrays).zip_bytes()
+
+    server.files[REPO] = {
+        "model_weights/sfd_autoguidance_b/0060000.pt": b"",
+        "model_weights/sfd_autoguidance_b/0070000.pt": torch_file({"ema": state}).zip_bytes(),
+        "model_weights/sfd_autoguidance_b/0120000.pt": b"",
+        "imagenet1k-latents/latents_stats.pt": statistics(3),
+        "imagenet1k-latents/latents_sv_stats.pt": statistics(2),
+    }
+    for _ in range(2):
+        assert main(["sfd_autoguidance_b"]) == 0
+        target = hub.cache_dir() / "sfd_autoguidance_b" / "70000"
+        assert capsys.readouterr().out.splitlines()[-1] == str(target)
+        asked = len(server.requests)
+    assert len(server.requests) == asked
+    loaded, metadata = load_params(target)
+    assert metadata["latent_statistics"]["semantic_mean"] == [1.0, 1.0]
+    np.testing.assert_array_equal(loaded["label_embed"]["embedding"], np.ones((4, 16)))
+    assert main(["--list"]) == 0 and "dinov2_vitb14_reg" in capsys.readouterr().out
