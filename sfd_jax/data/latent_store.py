@@ -19,6 +19,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -215,9 +216,10 @@ class LatentStoreWriter:
     def is_done(self, shard: int) -> bool:
         """Tell whether a shard is complete."""
         data, facts = self._paths(shard)
-        if not (data.exists() and facts.exists()):
+        try:
+            return data.stat().st_size == json.loads(facts.read_text())["bytes"]
+        except (OSError, ValueError, KeyError):  # missing, or facts that are damaged: it is redone
             return False
-        return data.stat().st_size == json.loads(facts.read_text())["bytes"]
 
     @contextmanager
     def open_shard(self, shard: int) -> Iterator["ShardWriter"]:
@@ -227,14 +229,14 @@ class LatentStoreWriter:
         writer = ShardWriter(partial, self.record_dtype)
         try:
             yield writer
+            # Facts first: a shard that has its name has its facts as well.
+            write_json(facts, writer.finish(data.name))
+            with _writing(data):
+                os.replace(partial, data)
+                sync(self.directory)
         except BaseException:
             writer.discard()
             raise
-        # Facts first: a shard that has its name has its facts as well.
-        write_json(facts, writer.finish(data.name))
-        with _writing(data):
-            os.replace(partial, data)
-            sync(self.directory)
 
     def finish(self, statistics: LatentStatistics | None = None) -> None:
         """Write the manifest from the facts of all shards.
@@ -271,6 +273,8 @@ class LatentStoreWriter:
             ],
         }
         write_json(self.directory / "manifest.json", manifest)
+        for leftover in self.directory.glob("*.partial"):  # of processes that were killed
+            leftover.unlink()
 
     def _paths(self, shard: int) -> tuple[Path, Path]:
         stem = self.directory / f"latents-{shard:05d}"
@@ -353,7 +357,8 @@ class ShardWriter:
     def discard(self) -> None:
         """Throw away what was written."""
         try:
-            self._writer.close()
+            if self._writer.is_open():
+                self._writer.close()
         except RuntimeError:  # it could not be written, which is why it is thrown away
             pass
         self.path.unlink(missing_ok=True)
@@ -432,7 +437,8 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
       SfdError: it cannot be written.
     """
-    partial = path.with_name(f"{path.name}.partial")
+    # Several hosts may write the same file at once, each under a name of its own.
+    partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
     with _writing(path):
         partial.write_text(json.dumps(value, indent=1) + "\n")
         sync(partial)

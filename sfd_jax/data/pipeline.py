@@ -18,7 +18,6 @@ from typing import Any
 import grain
 import numpy as np
 from absl import flags as absl_flags
-from grain.experimental import index_shuffle
 
 from sfd_jax.errors import SfdError
 
@@ -112,23 +111,29 @@ class TrainBatches:
 
     def order(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Map positions of the endless stream to (epoch, index in the source), int64 (B,) each."""
-        count = len(self.source)
-        epochs, indices = np.divmod(positions, count)
-        if self.shuffle:
-            indices = np.array(
-                [
-                    index_shuffle(
-                        int(i), max_index=count - 1, seed=epoch_seed(self.seed, int(e)), rounds=4
-                    )
-                    for e, i in zip(epochs, indices)
-                ]
-            )
+        epochs, places = np.divmod(positions, len(self.source))
+        if not self.shuffle:
+            return epochs, places
+        indices = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            indices[here] = epoch_order(self.seed, int(epoch), len(self.source))[places[here]]
         return epochs, indices
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """Return the order of one epoch, a permutation of `count` indices, int64.
+
+    RandomState's stream is frozen by numpy's compatibility policy, so a run may go on under another
+    version. ImageNet's takes 10 MB and a twentieth of a second an epoch.
+    """
+    return np.random.RandomState(epoch_seed(seed, epoch)).permutation(count)
 
 
 @functools.lru_cache(maxsize=16)
 def epoch_seed(seed: int, epoch: int) -> int:
-    """Return the 32-bit seed of one epoch's shuffling.
+    """Return the 32-bit seed of one epoch.
 
     `seed + epoch` would not do: run 0's second epoch would be run 1's first.
     """
@@ -295,30 +300,30 @@ def latent_transform(layout: Any, statistics: Any, *, repa: bool = False) -> Tra
 
 
 def _latent_batch(batch: Batch, flip: np.ndarray, *, layout, statistics, repa: bool) -> Batch:
-    texture = _oriented(batch, "texture", flip).astype(np.float32)
-    semantic = _oriented(batch, "semantic", flip).astype(np.float32)
+    texture, semantic = _oriented(batch, "texture", flip), _oriented(batch, "semantic", flip)
+    latents = np.empty((len(flip), *texture[0].shape[:-1], layout.channels), np.float32)
     # Filled through the views that `split` gives: `join` is JAX's, and would wake an accelerator in
-    # every loader process.
-    latents = np.empty((*texture.shape[:-1], layout.channels), np.float32)
+    # every loader process. Row by row, since one image fits in the processor's cache and a batch not.
     texture_latents, semantic_latents = layout.split(latents)
-    texture_latents[...] = statistics.normalise_texture(texture)
-    semantic_latents[...] = statistics.normalise_semantic(semantic)
+    for row in range(len(flip)):
+        texture_latents[row] = statistics.normalise_texture(texture[row].astype(np.float32))
+        semantic_latents[row] = statistics.normalise_semantic(semantic[row].astype(np.float32))
     result = {"latents": latents, "labels": batch["label"], "index": batch["index"]}
     if repa:
-        result["repa_features"] = _oriented(batch, "repa_features", flip)
+        result["repa_features"] = np.stack(_oriented(batch, "repa_features", flip))
     return result
 
 
-def _oriented(batch: Batch, name: str, flip: np.ndarray) -> np.ndarray:
-    """Pick the stored flipped version where `flip`; a latent cannot be mirrored after the fact."""
+def _oriented(batch: Batch, name: str, flip: np.ndarray) -> list[np.ndarray]:
+    """Pick each image's stored flipped version where `flip`; a latent cannot be mirrored afterwards."""
     if name not in batch:
         raise SfdError(f"the data hold no '{name}'; extract it (`sfd extract --help`)")
-    values = batch[name]
     if not flip.any():
-        return values
+        return list(batch[name])
     if f"{name}_flip" not in batch:
         raise SfdError(
             f"flips are asked for, but the data hold no '{name}_flip'; "
             "extract with flips, or train with --config.data.flips=False"
         )
-    return np.where(flip.reshape(-1, *[1] * (values.ndim - 1)), batch[f"{name}_flip"], values)
+    orientations = (batch[name], batch[f"{name}_flip"])
+    return [orientations[flipped][row] for row, flipped in enumerate(flip.astype(int))]
