@@ -16,14 +16,15 @@ from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from sfd_jax.distributed import is_host0, put_batch, replicated, say
+from sfd_jax.distributed import is_host0, put_batch, say
 from sfd_jax.distributed.hosts import preemption_watch
 from sfd_jax.errors import SfdError
 from sfd_jax.training.checkpoint import Checkpointer
 from sfd_jax.training.logging import MetricsLog
 from sfd_jax.training.optimizer import make_optimizer
+from sfd_jax.training.randomness import stream_key
 from sfd_jax.training.record import claim_workdir
-from sfd_jax.training.state import TrainState, abstract_state, init_state, state_from_params, stream_key
+from sfd_jax.training.state import TrainState, abstract_state, init_state, state_from_params
 from sfd_jax.training.step import TrainConfig, add_metrics, make_train_step, mean_metrics
 from sfd_jax.training.task import Task
 
@@ -93,7 +94,7 @@ def fit(
         state = state_from_params(params, optimizer, mesh)
     else:
         state = init_state(task, optimizer, mesh, seed)
-    key = jax.device_put(stream_key(seed, "loss"), replicated(mesh))
+    key = stream_key(seed, "loss", mesh)
 
     # --- Loop: step, log, evaluate, save, and only then draw the next batch ---------------------------------
     try:

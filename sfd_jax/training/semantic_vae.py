@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from sfd_jax.errors import SfdError
 from sfd_jax.models.network import Network
 from sfd_jax.models.posterior import sample_posterior
+from sfd_jax.training.randomness import row_normal
 from sfd_jax.training.task import Task
 from sfd_jax.training.terms import apply_head, cosine_distance, cross_entropy, gaussian_kl, hits, linear_head
 
@@ -75,7 +76,7 @@ def semantic_vae_task(network: Network, weights: SemanticVAELoss) -> Task:
         network_params = params["network"] if classifies else params
         features = batch["features"].astype(jnp.float32)
         mean, logvar = network.apply(network_params, features, method="encode")
-        latents = sample_posterior(mean, logvar, jax.random.normal(key, mean.shape))
+        latents = sample_posterior(mean, logvar, row_normal(key, batch["positions"], mean.shape[1:]))
         reconstruction = network.apply(network_params, latents, method="decode")
 
         error = reconstruction - features

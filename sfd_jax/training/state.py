@@ -1,14 +1,14 @@
 """The training state: everything a step changes, born sharded."""
 
 import dataclasses
-import zlib
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from sfd_jax.distributed import param_shardings, replicated, with_shardings
+from sfd_jax.distributed import param_shardings, with_shardings
+from sfd_jax.training.randomness import stream_key
 
 
 @jax.tree_util.register_dataclass
@@ -31,14 +31,6 @@ class TrainState:
     opt_state: optax.OptState
     bad_steps: jax.Array
     skipped: jax.Array
-
-
-def stream_key(seed: int, stream: str) -> jax.Array:
-    """Return the key of a stream of randomness: a function of (seed, stream name), never stored.
-
-    Fold the step in to get the draw of that step.
-    """
-    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(stream.encode()))
 
 
 def abstract_state(task, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -70,7 +62,7 @@ def init_state(task, optimizer: optax.GradientTransformation, mesh: Mesh, seed: 
     """
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(task, optimizer, mesh))
     init = jax.jit(lambda key: _first_state(task.init(key), optimizer), out_shardings=shardings)
-    return init(jax.device_put(stream_key(seed, "init"), replicated(mesh)))
+    return init(stream_key(seed, "init", mesh))
 
 
 def state_from_params(params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -77,6 +77,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: dict, key: jax.Array) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(key, state.step)
+        batch = {**batch, "positions": jnp.arange(size, dtype=jnp.int32)}
         loss, metrics, grads = _loss_and_grads(task.loss, state.params, batch, key, parts, mesh)
 
         grad_norm = optax.tree.norm(grads)
@@ -146,9 +147,8 @@ def _loss_and_grads(loss_fn, params, batch, key, parts: int, mesh: Mesh):
     cut = lambda x: jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
     batches = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(cut(x), sharding), batch)
 
-    def add_part(total, part):
-        index, rows = part
-        (loss, metrics), grads = value_and_grad(params, rows, jax.random.fold_in(key, index))
+    def add_part(total, rows):
+        (loss, metrics), grads = value_and_grad(params, rows, key)
         pairs = {name: _pair(value) for name, value in metrics.items()}
         return jax.tree.map(jnp.add, total, (loss, pairs, grads)), None
 
@@ -156,7 +156,7 @@ def _loss_and_grads(loss_fn, params, batch, key, parts: int, mesh: Mesh):
     (loss, metrics), grads = jax.eval_shape(value_and_grad, params, first, key)
     pairs = {name: (jnp.zeros(()), jnp.zeros(())) for name in metrics}
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (loss, grads))
-    total, _ = jax.lax.scan(add_part, (zeros[0], pairs, zeros[1]), (jnp.arange(parts), batches))
+    total, _ = jax.lax.scan(add_part, (zeros[0], pairs, zeros[1]), batches)
     loss, metrics, grads = total
     mean = lambda tree: jax.tree.map(lambda x: x / parts, tree)
     return mean(loss), metrics, mean(grads)

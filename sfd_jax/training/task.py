@@ -19,8 +19,10 @@ class Task:
       network: the Network behind it (None where there is none); its config goes into the checkpoint.
       init: key -> params, a nested dict with string keys of float32 arrays: the network's, or
         {"network": the network's, "heads": what is trained beside it and used by no one later}.
-      loss: (params, batch, key) -> (scalar loss, metrics). The loss is a mean over the batch's rows, so that
-        accumulated small batches equal a big one; a metric is a scalar, or a pair (sum, count).
+      loss: (params, batch, key) -> (scalar loss, metrics). To the arrays of the data's batch the step adds
+        `positions` (B,) int32, each row's place in the global batch: what a row draws is a function of it and
+        of the key (randomness.py). The loss is a mean over rows, so that accumulated small batches equal a
+        big one; a metric is a scalar, or a pair (sum, count).
     """
 
     name: str

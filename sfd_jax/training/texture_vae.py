@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from sfd_jax.models.network import Network
 from sfd_jax.models.posterior import sample_posterior
+from sfd_jax.training.randomness import row_normal
 from sfd_jax.training.task import Task
 from sfd_jax.training.terms import gaussian_kl
 
@@ -50,7 +51,7 @@ def texture_vae_task(
     def loss(params: dict, batch: dict, key: jax.Array):
         pixels = batch["pixels"]
         mean, logvar = network.apply(params, pixels, method="encode")
-        raw_latents = sample_posterior(mean, logvar, jax.random.normal(key, mean.shape))
+        raw_latents = sample_posterior(mean, logvar, row_normal(key, batch["positions"], mean.shape[1:]))
         reconstruction = network.apply(params, raw_latents, method="decode")
 
         error = reconstruction - pixels

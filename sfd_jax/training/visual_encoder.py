@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from sfd_jax.errors import SfdError
 from sfd_jax.models.dinov2 import preprocess
 from sfd_jax.models.network import Network
+from sfd_jax.training.randomness import row_keys
 from sfd_jax.training.task import Task
 from sfd_jax.training.terms import apply_head, cross_entropy, hits, linear_head
 
@@ -61,7 +62,7 @@ def visual_encoder_task(network: Network, settings: VisualEncoderLoss) -> Task:
     def loss(params: dict, batch: dict, key: jax.Array):
         pixels, labels = batch["pixels"], batch["labels"]
         if settings.shift or settings.scale:
-            pixels = shift_and_scale(key, pixels, settings.shift, settings.scale)
+            pixels = shift_and_scale(row_keys(key, batch["positions"]), pixels, settings.shift, settings.scale)
         output = network.apply(params["network"], preprocess(pixels, network.config.image_size))
         total, metrics = jnp.zeros(()), {}
         for name, read in _OUTPUTS.items():
@@ -74,11 +75,11 @@ def visual_encoder_task(network: Network, settings: VisualEncoderLoss) -> Task:
     return Task("visual_encoder", network, init, loss)
 
 
-def shift_and_scale(key: jax.Array, pixels: jax.Array, shift: float, scale: float) -> jax.Array:
+def shift_and_scale(keys: jax.Array, pixels: jax.Array, shift: float, scale: float) -> jax.Array:
     """Move and resize each image a little about its centre, bilinear; what comes into view is black.
 
     Args:
-      key: randomness of the batch.
+      keys: (B,), the randomness of each row.
       pixels: (B, H, W, 3) in [-1, 1].
       shift: greatest shift along each axis, in pixels.
       scale: greatest change of size, as a fraction.
@@ -86,16 +87,15 @@ def shift_and_scale(key: jax.Array, pixels: jax.Array, shift: float, scale: floa
     Returns:
       (B, H, W, 3) in [-1, 1].
     """
-    shift_key, scale_key = jax.random.split(key)
-    shifts = shift * jax.random.uniform(shift_key, (pixels.shape[0], 2), minval=-1.0)
-    factors = 1.0 + scale * jax.random.uniform(scale_key, (pixels.shape[0],), minval=-1.0)
     centre = jnp.array(pixels.shape[1:3]) / 2
 
-    def one(image, offset, factor):
-        translation = offset + (1.0 - factor) * centre
+    def one(key, image):
+        shift_key, scale_key = jax.random.split(key)
+        factor = 1.0 + scale * jax.random.uniform(scale_key, minval=-1.0)
+        translation = shift * jax.random.uniform(shift_key, (2,), minval=-1.0) + (1.0 - factor) * centre
         return jax.image.scale_and_translate(
             image, image.shape, (0, 1), jnp.stack([factor, factor]), translation, "linear", antialias=False
         )
 
     # Outside of the image the resampling reads 0, so black has to be 0 there.
-    return jax.vmap(one)(pixels + 1.0, shifts, factors) - 1.0
+    return jax.vmap(one)(keys, pixels + 1.0) - 1.0

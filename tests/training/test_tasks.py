@@ -9,6 +9,7 @@ from sfd_jax.distributed import make_mesh
 from sfd_jax.errors import SfdError
 from sfd_jax.models import DinoV2Config, Network, SemanticVAEConfig, TextureVAEConfig
 from sfd_jax.training import OptimizerConfig, TrainConfig, fit, load_params
+from sfd_jax.training.randomness import row_keys, row_normal
 from sfd_jax.training.semantic_vae import SemanticVAELoss, semantic_vae_task
 from sfd_jax.training.terms import cosine_distance, cross_entropy, gaussian_kl, hits
 from sfd_jax.training.texture_vae import TextureVAELoss, texture_vae_task
@@ -39,10 +40,10 @@ def test_semantic_vae_loss(axis):
     task = semantic_vae_task(network, weights)
     params, key = task.init(jax.random.key(1)), jax.random.key(2)
     features = np.random.default_rng(0).standard_normal((2, 5, 7)).astype(np.float32)
-    loss, metrics = task.loss(params, {"features": jnp.asarray(features)}, key)
+    loss, metrics = task.loss(params, {"features": jnp.asarray(features), "positions": jnp.arange(2)}, key)
 
     mean, logvar = (np.asarray(x) for x in network.apply(params, features, method="encode"))
-    latents = mean + np.exp(logvar / 2) * np.asarray(jax.random.normal(key, mean.shape))
+    latents = mean + np.exp(logvar / 2) * np.asarray(row_normal(key, jnp.arange(2), mean.shape[1:]))
     out = np.asarray(network.apply(params, jnp.asarray(latents), method="decode"))
     along = {"token": 1, "feature": 2}[axis]
     norms = np.linalg.norm(out, axis=along) * np.linalg.norm(features, axis=along)
@@ -59,7 +60,7 @@ def test_semantic_vae_without_posterior_and_with_classifier():
     task = semantic_vae_task(network, SemanticVAELoss(classification_weight=2.0, num_classes=4))
     params = task.init(jax.random.key(1))
     assert params.keys() == {"network", "heads"}
-    batch = {"features": jnp.ones((2, 5, 7)), "labels": jnp.array([0, 3])}
+    batch = {"features": jnp.ones((2, 5, 7)), "labels": jnp.array([0, 3]), "positions": jnp.arange(2)}
     loss, metrics = task.loss(params, batch, jax.random.key(0))
     assert "kl" not in metrics
     parts = metrics["mse"] + metrics["cosine_token"] + 2 * metrics["classification"]
@@ -77,9 +78,9 @@ def test_texture_vae_loss():
     task = texture_vae_task(network, weights, perceptual=lambda a, b: jnp.full(a.shape[0], 7.0))
     params, key = task.init(jax.random.key(1)), jax.random.key(2)
     pixels = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 6, 6, 3)).astype(np.float32))
-    loss, metrics = task.loss(params, {"pixels": pixels}, key)
+    loss, metrics = task.loss(params, {"pixels": pixels, "positions": jnp.arange(2)}, key)
 
-    noise = jax.random.normal(key, (2, 3, 3, 2))
+    noise = row_normal(key, jnp.arange(2), (3, 3, 2))
     out, mean, logvar = (np.asarray(x) for x in network.apply(params, pixels, noise))
     kl = (0.5 * (mean**2 + np.exp(logvar) - 1 - logvar)).sum((1, 2, 3)).mean()
     error = out - np.asarray(pixels)
@@ -88,18 +89,21 @@ def test_texture_vae_loss():
     assert metrics["perceptual"] == 7.0
 
 
+KEYS = row_keys(jax.random.key(0), jnp.arange(64))
+
+
 def test_shift_and_scale_moves_within_bounds():
     pixels = -np.ones((64, 11, 11, 3), np.float32)
     pixels[:, 5, 5] = 1.0
-    keep = shift_and_scale(jax.random.key(0), jnp.asarray(pixels), 0.0, 0.0)
+    keep = shift_and_scale(KEYS, jnp.asarray(pixels), 0.0, 0.0)
     np.testing.assert_allclose(keep, pixels, atol=1e-6)
-    moved = np.asarray(shift_and_scale(jax.random.key(0), jnp.asarray(pixels), 2.0, 0.0)) + 1
+    moved = np.asarray(shift_and_scale(KEYS, jnp.asarray(pixels), 2.0, 0.0)) + 1
     assert moved.min() > -1e-6 and moved.max() < 2 + 1e-6
     mass = moved[..., 0].sum((1, 2))
     rows = (moved[..., 0].sum(2) * np.arange(11)[None]).sum(1) / mass  # bilinear keeps the centre of mass
     assert rows.min() < 3.5 and rows.max() > 6.5 and np.abs(rows - 5).max() <= 2 + 1e-4
     pixels[:, 3:8, 3:8] = 1.0
-    larger = np.asarray(shift_and_scale(jax.random.key(0), jnp.asarray(pixels), 0.0, 0.5)) + 1
+    larger = np.asarray(shift_and_scale(KEYS, jnp.asarray(pixels), 0.0, 0.5)) + 1
     area = larger[..., 0].sum((1, 2)) / 2 / 25  # grows with the square of the size
     assert 0.2 < area.min() < 0.4 and 1.9 < area.max() < 2.4
 
@@ -121,7 +125,7 @@ def test_visual_encoder_learns_and_leaves_its_network_alone_in_the_checkpoint(tm
                         checkpoint_every=20, ema_decay=0.5)
     mesh = make_mesh(1, 1, devices=jax.devices()[:1])
     state = fit(task, batches, train, tmp_path, mesh=mesh, progress=False)
-    _, metrics = task.loss(state.ema_params, jax.tree.map(jnp.asarray, next(batches(99))), jax.random.key(0))
+    _, metrics = task.loss(state.ema_params, {**next(batches(99)), "positions": jnp.arange(8)}, jax.random.key(0))
     assert metrics["accuracy_cls"] == metrics["accuracy_patches"] == (8, 8)
 
     params, metadata = load_params(tmp_path)

@@ -1,0 +1,81 @@
+"""Train the two-clock diffusion transformer: the loss of `diffusion/losses.py` around a network.
+
+Batches: `latents` (B, H, W, C) normalised, `labels` (B,) int32, and with REPA `repa_features` (B, N, F).
+"""
+
+import jax
+
+from sfd_jax.diffusion.clocks import Clocks, Synchronous
+from sfd_jax.diffusion.losses import LossConfig, draw, loss_metrics, velocity_loss
+from sfd_jax.errors import SfdError
+from sfd_jax.latents import LatentLayout
+from sfd_jax.models.network import Network
+from sfd_jax.training.task import Task
+
+
+def diffusion_task(network: Network, layout: LatentLayout, clocks: Clocks, config: LossConfig) -> Task:
+    """Return the task for a "lightning_dit" network.
+
+    Args:
+      network: predicts the velocity, and projects features where `config.repa_weight` > 0.
+      layout: which channels are texture.
+      clocks: the pair of clocks that training times are mapped to.
+      config: of the loss.
+
+    Returns:
+      A Task whose metrics are the loss's terms, and the error of each group of channels by quarter of its
+      own clock.
+
+    Raises:
+      SfdError: network, layout, clocks and loss do not go together; both values are named.
+    """
+    check_parts(network, layout, clocks, config)
+    dit = network.config
+    repa = config.repa_weight > 0
+    null_label = dit.num_classes if dit.null_label else None
+
+    def loss(params: dict, batch: dict, key: jax.Array):
+        draws = draw(
+            key,
+            batch["latents"],
+            batch["labels"],
+            config=config,
+            null_label=null_label,
+            positions=batch["positions"],
+        )
+        terms = velocity_loss(
+            lambda *inputs: network.apply(params, *inputs, return_repa=repa),
+            batch["latents"],
+            draws,
+            layout=layout,
+            clocks=clocks,
+            config=config,
+            repa_features=batch["repa_features"] if repa else None,
+        )
+        return terms.total.mean(), loss_metrics(terms)
+
+    return Task("diffusion", network, network.init, loss)
+
+
+def check_parts(network: Network, layout: LatentLayout, clocks: Clocks, config: LossConfig) -> None:
+    """Raise SfdError where the parts of the method contradict each other; touches no device."""
+    dit = network.config
+    if layout.channels != dit.in_channels:
+        raise SfdError(
+            f"model.in_channels={dit.in_channels}, but the latents have {layout.texture_channels} texture and "
+            f"{layout.semantic_channels} semantic channels"
+        )
+    if config.repa_weight > 0 and not dit.repa_features:
+        raise SfdError(
+            f"loss.repa_weight={config.repa_weight} needs the projector that model.repa_features="
+            f"{dit.repa_features} leaves out; give the features' width, or set loss.repa_weight=0"
+        )
+    if config.label_dropout > 0 and not dit.null_label:
+        raise SfdError(
+            f"loss.label_dropout={config.label_dropout} needs a null label, but model.null_label={dit.null_label}"
+        )
+    if not dit.two_clocks and not isinstance(clocks, Synchronous):
+        raise SfdError(
+            f"model.two_clocks={dit.two_clocks} reads one clock, but clocks '{type(clocks).__name__}' are two; "
+            "set clocks.name=synchronous or model.two_clocks=True"
+        )
