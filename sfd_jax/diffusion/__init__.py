@@ -1,1 +1,39 @@
-"""(room under construction)"""
+"""The method of Semantic-First Diffusion as pure functions of arrays.
+
+Convention, here and everywhere: t = 0 is noise, t = 1 is data, velocity = data - noise. Global
+time tau runs from 0 to tau_end and a pair of clocks maps it to the time of each group of channels.
+
+  clocks    tau -> (t_semantic, t_texture), with breakpoints; used by the loss and the sampler
+  paths     from noise to data
+  losses    what training lowers
+  guidance  network and labels -> velocity function
+  solvers   integrators, each one compiled loop
+  sampling  velocity function and noise -> latents
+
+This room receives a velocity function and never imports `models`.
+"""
+
+from sfd_jax.diffusion.clocks import Clocks, FixedOffset, Sequential, Synchronous, make_clocks
+from sfd_jax.diffusion.losses import Draws, LossConfig, LossTerms, draw, loss_metrics, velocity_loss
+from sfd_jax.diffusion.paths import LinearPath, Path
+from sfd_jax.diffusion.sampling import SamplingStats, SolverConfig, sample, trajectory
+
+__all__ = [
+    "Clocks",
+    "Draws",
+    "FixedOffset",
+    "LinearPath",
+    "LossConfig",
+    "LossTerms",
+    "Path",
+    "SamplingStats",
+    "Sequential",
+    "SolverConfig",
+    "Synchronous",
+    "draw",
+    "loss_metrics",
+    "make_clocks",
+    "sample",
+    "trajectory",
+    "velocity_loss",
+]

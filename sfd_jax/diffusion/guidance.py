@@ -1,0 +1,196 @@
+"""Guidance: combine two velocities so that samples follow their condition more closely.
+
+Everything here turns `apply(latents (B,H,W,C), t_semantic (B,), t_texture (B,), labels (B,)) ->
+(B,H,W,C)`, a network with its parameters, into the velocity function that `sampling.sample` takes:
+
+    velocity = other + scale * (conditional - other)
+
+where `other` is the same network without a label (classifier-free guidance) or a weaker network
+with the same label (AutoGuidance). A group of channels whose clock is below `interval_start` takes
+the conditional velocity alone. What the formula would not use is not evaluated.
+
+Source: arXiv 2512.04926, section 4; released `models/lightningdit.py`, `forward_with_cfg` and
+`forward_with_autoguidance`.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from sfd_jax.diffusion.clocks import Clocks
+from sfd_jax.errors import SfdError, nearest
+from sfd_jax.latents import LatentLayout
+
+Apply = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+VelocityFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+INTERVAL_GROUPS = ("tex", "sem", "both")
+
+
+def conditional(apply: Apply, labels: jax.Array) -> VelocityFn:
+    """Return the velocity function without guidance, for labels (B,) int32."""
+    return lambda latents, t_semantic, t_texture: apply(latents, t_semantic, t_texture, labels)
+
+
+def classifier_free(
+    apply: Apply,
+    labels: jax.Array,
+    *,
+    null_label: int,
+    scale: float,
+    layout: LatentLayout,
+    interval_start: float = 0.0,
+    interval_groups: str = "both",
+) -> VelocityFn:
+    """Return the velocity function of classifier-free guidance.
+
+    Conditional and null rows go through the network in one batch of 2B.
+
+    Args:
+      apply: network with its parameters.
+      labels: (B,) int32 classes.
+      null_label: the label that was trained for "no label".
+      scale: 1 is no guidance, and then one call of B rows.
+      layout: which channels are texture.
+      interval_start: clock below which a group takes the conditional velocity alone; 0 for never.
+      interval_groups: which groups heed `interval_start`: "tex", "sem" or "both".
+
+    Raises:
+      SfdError: if `interval_groups` is unknown.
+
+    Source: released `forward_with_cfg`; it looks at the clock of the first row only, which in its
+    sampler is that of all rows. Here every row has its own.
+    """
+    _check_groups(interval_groups)
+    if scale == 1:
+        return conditional(apply, labels)
+    both_labels = jnp.stack([labels, jnp.full_like(labels, null_label)], axis=1).reshape(-1)
+
+    def both(latents, t_semantic, t_texture):
+        # Rows alternate, so that the two of a sample stay on the device that holds the sample.
+        doubled = [jnp.repeat(a, 2, axis=0) for a in (latents, t_semantic, t_texture)]
+        pairs = apply(*doubled, both_labels).reshape(len(latents), 2, *latents.shape[1:])
+        return pairs[:, 0], pairs[:, 1]
+
+    main = conditional(apply, labels)
+    return _guided(main, both, scale, scale, layout, interval_start, interval_groups)
+
+
+def autoguidance(
+    apply: Apply,
+    weak_apply: Apply,
+    labels: jax.Array,
+    *,
+    layout: LatentLayout,
+    scale: float = 1.0,
+    scale_semantic: float | None = None,
+    scale_texture: float | None = None,
+    interval_start: float = 0.0,
+    interval_groups: str = "both",
+) -> VelocityFn:
+    """Return the velocity function of AutoGuidance: away from a weaker model, with the same label.
+
+    Args:
+      apply: the network with its parameters.
+      weak_apply: the weaker network with its parameters.
+      labels: (B,) int32.
+      layout: which channels are texture.
+      scale: guidance scale of both groups; 1 is no guidance, and then the weak model is not called.
+      scale_semantic, scale_texture: scale of one group, where it differs.
+      interval_start, interval_groups: as for `classifier_free`.
+
+    Raises:
+      SfdError: if `interval_groups` is unknown.
+
+    Source: released `forward_with_autoguidance`; Karras et al., arXiv 2406.02507.
+    """
+    _check_groups(interval_groups)
+    scale_semantic = scale if scale_semantic is None else scale_semantic
+    scale_texture = scale if scale_texture is None else scale_texture
+    main, weak = conditional(apply, labels), conditional(weak_apply, labels)
+    if scale_semantic == 1 and scale_texture == 1:
+        return main
+
+    def both(*at):
+        return main(*at), weak(*at)
+
+    scales = scale_semantic, scale_texture
+    return _guided(main, both, *scales, layout, interval_start, interval_groups)
+
+
+def _guided(main, both, scale_semantic, scale_texture, layout, interval_start, interval_groups):
+    """Return the guided velocity function, from `both` -> (conditional, other)."""
+    scales = layout.per_channel(scale_texture, scale_semantic)
+
+    def always(latents, t_semantic, t_texture):
+        velocity, other = both(latents, t_semantic, t_texture)
+        return combine(velocity, other, scales.reshape((1,) * (latents.ndim - 1) + (-1,)))
+
+    if interval_start <= 0:
+        return always
+
+    def inside(latents, t_semantic, t_texture):
+        velocity, other = both(latents, t_semantic, t_texture)
+        semantic, texture = guided_groups(t_semantic, t_texture, interval_start, interval_groups)
+        # Scale 1 is the conditional velocity, bit for bit only by selection.
+        on = layout.per_channel(texture, semantic) > 0
+        on = on.reshape(len(latents), *(1,) * (latents.ndim - 2), -1)
+        guided = combine(velocity, other, scales.reshape((1,) * (latents.ndim - 1) + (-1,)))
+        return jnp.where(on, guided, velocity)
+
+    def velocity_fn(latents, t_semantic, t_texture):
+        # Before any group of any row is guided, the other velocity is not evaluated.
+        semantic, texture = guided_groups(t_semantic, t_texture, interval_start, interval_groups)
+        anywhere = jnp.any(semantic | texture)
+        return jax.lax.cond(anywhere, inside, main, latents, t_semantic, t_texture)
+
+    return velocity_fn
+
+
+def combine(velocity: jax.Array, other: jax.Array, scale: jax.Array | float) -> jax.Array:
+    """Return other + scale * (velocity - other): 1 gives `velocity`, more leads away from `other`.
+
+    Args:
+      velocity, other: (B,H,W,C).
+      scale: anything that broadcasts against them.
+    """
+    return other + scale * (velocity - other)
+
+
+def guided_groups(
+    t_semantic: jax.Array, t_texture: jax.Array, interval_start: float, interval_groups: str
+) -> tuple[jax.Array, jax.Array]:
+    """Say where each group is guided: (semantic, texture), (B,) bool each.
+
+    A group that does not heed the interval is guided always.
+    """
+    semantic, texture = t_semantic >= interval_start, t_texture >= interval_start
+    if interval_groups == "tex":
+        semantic = jnp.ones_like(semantic)
+    if interval_groups == "sem":
+        texture = jnp.ones_like(texture)
+    return semantic, texture
+
+
+def jumps(
+    clocks: Clocks, *, interval_start: float = 0.0, interval_groups: str = "both"
+) -> tuple[float, ...]:
+    """Return the global times at which the guided velocity jumps, for `sampling.sample`.
+
+    Guidance sets in at once when a group's clock passes `interval_start`. An integrator that is
+    not told wastes most of its calls there.
+    """
+    _check_groups(interval_groups)
+    if not 0 < interval_start < 1:
+        return ()
+    semantic, texture = clocks.tau_at(interval_start)
+    return {"sem": (semantic,), "tex": (texture,), "both": (semantic, texture)}[interval_groups]
+
+
+def _check_groups(interval_groups: str):
+    if interval_groups not in INTERVAL_GROUPS:
+        raise SfdError(
+            f"unknown guidance interval groups {interval_groups!r}: "
+            f"{nearest(interval_groups, INTERVAL_GROUPS)}"
+        )

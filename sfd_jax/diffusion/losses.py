@@ -1,0 +1,272 @@
+"""The training loss of SFD: a velocity loss with two clocks, a cosine term, and REPA.
+
+For data x1, noise x0 and drawn time t, each group of channels g stands at its own clock t_g on the
+path from x0 to x1 and has its own target u_g there. With v the predicted velocity, c channels:
+
+    velocity = mean over c and positions of weight_c (v - u)^2, weight = beta for semantics, else 1
+    cosine   = mean over positions of 1 - cos(v, u), over all channels together
+    repa     = distance of projected hidden states to DINOv2 patch features (cosine, mse or both)
+    total    = velocity + cosine_weight * cosine + repa_weight * repa
+
+All randomness comes from a key and the place of the sample in the global batch, so that neither
+sharding nor accumulation changes it.
+
+Source: arXiv 2512.04926, section 3; released `transport/transport.py`, `training_losses`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sfd_jax.diffusion.clocks import Clocks
+from sfd_jax.diffusion.paths import LinearPath, Path
+from sfd_jax.errors import SfdError, nearest
+from sfd_jax.latents import LatentLayout
+
+Predict = Callable[..., jax.Array | tuple[jax.Array, jax.Array]]
+
+REPA_KINDS = ("cos", "mse", "cos_mse")
+TIMES = ("logit_normal", "uniform")
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Weigh the terms of the loss; the defaults are the final recipe of the release.
+
+    Args:
+      semantic_weight: beta, the weight of the semantic channels' squared error.
+      cosine_weight: weight of the cosine term; 0 leaves it out.
+      repa_weight: weight of the REPA term (lambda); 0 leaves it out.
+      repa_kind: "cos", "mse", or "cos_mse" for the mean of both.
+      time: distribution of t: "logit_normal" (released code) or "uniform" (paper).
+      label_dropout: probability of the null label.
+
+    Raises:
+      SfdError: if a name is unknown or a number outside its range.
+    """
+
+    semantic_weight: float = 2.0
+    cosine_weight: float = 1.0
+    repa_weight: float = 1.0
+    repa_kind: str = "cos"
+    time: str = "logit_normal"
+    label_dropout: float = 0.1
+
+    def __post_init__(self):
+        for name, valid in (("repa_kind", REPA_KINDS), ("time", TIMES)):
+            if (value := getattr(self, name)) not in valid:
+                raise SfdError(f"unknown loss.{name} {value!r}: {nearest(value, valid)}")
+        for name in ("semantic_weight", "cosine_weight", "repa_weight"):
+            if getattr(self, name) < 0:
+                raise SfdError(f"loss.{name} = {getattr(self, name)} must not be negative")
+        if not 0 <= self.label_dropout <= 1:
+            raise SfdError(f"loss.label_dropout = {self.label_dropout} must lie in [0, 1]")
+
+
+class Draws(NamedTuple):
+    """What a training step draws for its samples.
+
+    noise: (B,H,W,C) float32. t: (B,) float32 in (0, 1). labels: (B,) int32, some dropped.
+    """
+
+    noise: jax.Array
+    t: jax.Array
+    labels: jax.Array
+
+
+class LossTerms(NamedTuple):
+    """The loss of each sample, (B,) float32 throughout.
+
+    velocity, cosine, repa: the terms, not yet weighted against each other; 0 where left out.
+    total: their weighted sum, whose mean over the batch is what training lowers.
+    error_semantic, error_texture: mean squared error of the velocity of each group, unweighted
+      (0 for a group without channels).
+    t_semantic, t_texture: where each group stood.
+    """
+
+    velocity: jax.Array
+    cosine: jax.Array
+    repa: jax.Array
+    total: jax.Array
+    error_semantic: jax.Array
+    error_texture: jax.Array
+    t_semantic: jax.Array
+    t_texture: jax.Array
+
+
+def draw(
+    key: jax.Array,
+    data: jax.Array,
+    labels: jax.Array,
+    *,
+    config: LossConfig,
+    null_label: int | None,
+    positions: jax.Array | None = None,
+) -> Draws:
+    """Draw noise, time and dropped labels for a batch.
+
+    Args:
+      key: the key of this step.
+      data: (B,H,W,C), for its shape.
+      labels: (B,) int32.
+      config: distribution of time, label dropout.
+      null_label: what a dropped label becomes; None for a network without one.
+      positions: (B,) int32 place of each sample in the global batch, by which its randomness goes;
+        0..B-1 by default. A part of a batch, given its positions, draws what it would in the whole.
+
+    Raises:
+      SfdError: if labels are to be dropped but there is no null label.
+    """
+    if config.label_dropout > 0 and null_label is None:
+        raise SfdError(
+            "loss.label_dropout is positive but the network has no null label: "
+            "set model.null_label=True or loss.label_dropout=0"
+        )
+    positions = jnp.arange(len(data)) if positions is None else positions
+
+    def draw_one(position):
+        noise_key, time_key, label_key = jax.random.split(jax.random.fold_in(key, position), 3)
+        return (
+            jax.random.normal(noise_key, data.shape[1:]),
+            sample_time(time_key, config.time),
+            jax.random.bernoulli(label_key, config.label_dropout),
+        )
+
+    noise, t, dropped = jax.vmap(draw_one)(positions)
+    if null_label is not None:
+        labels = jnp.where(dropped, null_label, labels)
+    return Draws(noise, t, labels)
+
+
+def sample_time(key: jax.Array, kind: str, shape: tuple[int, ...] = ()) -> jax.Array:
+    """Draw training times in (0, 1), before the clocks stretch them over [0, tau_end].
+
+    Source: "logit_normal" sigmoid(N(0, 1)) of the released code; "uniform" of the paper.
+    """
+    if kind == "logit_normal":
+        return jax.nn.sigmoid(jax.random.normal(key, shape))
+    if kind == "uniform":
+        return jax.random.uniform(key, shape)
+    raise SfdError(f"unknown loss.time {kind!r}: {nearest(kind, TIMES)}")
+
+
+def velocity_loss(
+    predict: Predict,
+    data: jax.Array,
+    draws: Draws,
+    *,
+    layout: LatentLayout,
+    clocks: Clocks,
+    config: LossConfig,
+    path: Path = LinearPath(),
+    repa_features: jax.Array | None = None,
+) -> LossTerms:
+    """Compute the loss of each sample; pure, float32.
+
+    Args:
+      predict: (latents, t_semantic, t_texture, labels) -> velocity (B,H,W,C), or with REPA
+        -> (velocity, projected features (B,N,F)).
+      data: (B,H,W,C) normalised latents.
+      draws: noise, time and labels (`draw`, or given ones).
+      layout: which channels are texture.
+      clocks: the pair of clocks.
+      config: weights.
+      path: from noise to data.
+      repa_features: (B,N,F) DINOv2 patch features; needed where `config.repa_weight` > 0.
+
+    Raises:
+      SfdError: if REPA is asked for without features.
+    """
+    if config.repa_weight > 0 and repa_features is None:
+        raise SfdError(
+            "loss.repa_weight is positive but the batch holds no `repa_features`: extract the "
+            "latents with REPA features, or set loss.repa_weight=0"
+        )
+    t_semantic, t_texture = clocks.training_times(draws.t)
+    t = layout.per_channel(t_texture, t_semantic)[:, None, None, :]
+    latents = path.interpolate(data, draws.noise, t)
+    target = path.velocity(data, draws.noise, t)
+    velocity = predict(latents, t_semantic, t_texture, draws.labels)
+    projected = None
+    if isinstance(velocity, tuple):
+        velocity, projected = velocity
+
+    error = (velocity.astype(jnp.float32) - target) ** 2
+    weight = layout.per_channel(1.0, config.semantic_weight)
+    error_texture, error_semantic = layout.split(error)
+    zero = jnp.zeros(len(data), jnp.float32)
+    velocity_term = _sample_mean(error * weight[None, None, None, :])
+    cosine = repa = zero
+    if config.cosine_weight > 0:
+        cosine = _sample_mean(1.0 - cosine_similarity(velocity, target))
+    if config.repa_weight > 0:
+        repa = repa_distance(projected, repa_features, config.repa_kind)
+    return LossTerms(
+        velocity=velocity_term,
+        cosine=cosine,
+        repa=repa,
+        total=velocity_term + config.cosine_weight * cosine + config.repa_weight * repa,
+        error_semantic=_sample_mean(error_semantic) if layout.semantic_channels else zero,
+        error_texture=_sample_mean(error_texture),
+        t_semantic=t_semantic,
+        t_texture=t_texture,
+    )
+
+
+def repa_distance(projected: jax.Array, features: jax.Array, kind: str) -> jax.Array:
+    """Return the distance of projected hidden states to features, (B,N,F) both, as (B,)."""
+    projected, features = projected.astype(jnp.float32), features.astype(jnp.float32)
+    cosine = _sample_mean(1.0 - cosine_similarity(projected, features))
+    squared = _sample_mean((projected - features) ** 2)
+    return {"cos": cosine, "mse": squared, "cos_mse": (cosine + squared) / 2}[kind]
+
+
+def cosine_similarity(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Return the cosine of the angle between vectors along the last axis, (..., C) -> (...).
+
+    Each norm is at least 1e-8, as in PyTorch's function of that name. A vector shorter than that
+    has no direction, so it gets no gradient either; PyTorch's would be 1e8 times the other vector.
+    A network whose last layer starts at zero meets that in its first step, and Adam's second
+    moment would remember it for tens of thousands of steps.
+    """
+    return jnp.sum(_direction(a) * _direction(b), axis=-1)
+
+
+def _direction(vectors: jax.Array) -> jax.Array:
+    vectors = vectors.astype(jnp.float32)
+    squared = jnp.sum(vectors**2, axis=-1, keepdims=True)
+    long = squared > _EPS**2
+    # The square root gets a harmless argument where it is not used: its gradient at 0 is infinite.
+    unit = vectors / jnp.sqrt(jnp.where(long, squared, 1.0))
+    return jnp.where(long, unit, jax.lax.stop_gradient(vectors / _EPS))
+
+
+_EPS = 1e-8
+
+
+def _sample_mean(values: jax.Array) -> jax.Array:
+    return jnp.mean(values, axis=tuple(range(1, values.ndim)))
+
+
+def loss_metrics(terms: LossTerms) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Return what to log, each as (sum, count), to be added over batches, hosts and steps.
+
+    Beside the terms: the squared error of each group, and the same by quarter of that group's own
+    clock ("error_texture_q1" for t_texture in [0, 1/4) to "q4" for [3/4, 1]).
+    """
+    count = jnp.float32(len(terms.total))
+    metrics = {
+        f"loss_{name}": (jnp.sum(getattr(terms, name)), count)
+        for name in ("total", "velocity", "cosine", "repa")
+    }
+    for group in ("semantic", "texture"):
+        error, clock = getattr(terms, f"error_{group}"), getattr(terms, f"t_{group}")
+        metrics[f"error_{group}"] = (jnp.sum(error), count)
+        quarter = jnp.clip(jnp.floor(clock * 4), 0, 3)
+        for q in range(4):
+            here = (quarter == q).astype(jnp.float32)
+            metrics[f"error_{group}_q{q + 1}"] = (jnp.sum(error * here), jnp.sum(here))
+    return metrics

@@ -1,0 +1,296 @@
+"""From noise to latents: global time tau from 0 to tau_end through a velocity function.
+
+Two modes. "staged" (the default) tells the integrator where the clocks have kinks: every stage is
+integrated on its own, and dopri5 controls the error of each sample separately, so that a sample
+does not depend on its batch. "published" does what the released sampler does: one grid or one
+step size for all, released masks (texture moves where tau >= delta_t, semantics where tau <= 1),
+whatever steps straddle the kinks.
+
+A velocity function maps (latents (B,H,W,C), t_semantic (B,), t_texture (B,)) to (B,H,W,C).
+
+Source: arXiv 2512.04926, section 3; released `transport/transport.py` and `integrators.py`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sfd_jax.diffusion import solvers
+from sfd_jax.diffusion.clocks import Clocks
+from sfd_jax.errors import SfdError, nearest
+from sfd_jax.latents import LatentLayout
+
+VelocityFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class SolverConfig:
+    """Choose how to integrate.
+
+    Args:
+      name: "dopri5", "euler", "heun", "midpoint", "rk4" or "ab2".
+      mode: "staged" or "published".
+      num_steps: points of the grid, ends included, so one more than the steps; dopri5 has none.
+      atol, rtol: tolerances of dopri5.
+      timestep_shift: s in s u / (1 + (s - 1) u) on the normalised grid; 0 or 1 leave it even,
+        below 1 the steps are denser near the data, above 1 near the noise.
+      max_calls: limit of network calls for dopri5.
+
+    Raises:
+      SfdError: if a name is unknown or a number outside its range.
+    """
+
+    name: str = "dopri5"
+    mode: str = "staged"
+    num_steps: int = 50
+    atol: float = 1e-6
+    rtol: float = 1e-3
+    timestep_shift: float = 0.0
+    max_calls: int = 10_000
+
+    def __post_init__(self):
+        if self.name not in solvers.METHODS:
+            raise SfdError(f"unknown solver {self.name!r}: {nearest(self.name, solvers.METHODS)}")
+        if self.mode not in MODES:
+            raise SfdError(f"unknown sampling mode {self.mode!r}: {nearest(self.mode, MODES)}")
+        for name, least in (("num_steps", 2), ("max_calls", 8)):
+            if getattr(self, name) < least:
+                raise SfdError(f"{name} = {getattr(self, name)}: give at least {least}")
+        if self.atol <= 0 or self.rtol <= 0:
+            raise SfdError(f"atol = {self.atol} and rtol = {self.rtol} must both be positive")
+        if self.timestep_shift < 0:
+            raise SfdError(f"timestep_shift = {self.timestep_shift}: give 0 (even) or more")
+
+
+MODES = ("staged", "published")
+
+
+class SamplingStats(NamedTuple):
+    """Say what an integration took; S stages, of which the clocks decide.
+
+    nfe: () int32, network calls over the whole batch.
+    nfe_by_stage: (S,) int32, the same by stage, as the slowest sample met them; sums to nfe.
+    sample_nfe: (B,S) int32, calls that each sample needed itself.
+    converged: (B,) bool; the latents of a sample that did not converge are NaN or infinite.
+    """
+
+    nfe: jax.Array
+    nfe_by_stage: jax.Array
+    sample_nfe: jax.Array
+    converged: jax.Array
+
+
+def sample(
+    velocity_fn: VelocityFn,
+    noise: jax.Array,
+    *,
+    layout: LatentLayout,
+    clocks: Clocks,
+    solver: SolverConfig = SolverConfig(),
+    jumps: Sequence[float] = (),
+) -> tuple[jax.Array, SamplingStats]:
+    """Carry noise to latents along the flow.
+
+    Pure and traceable: jit the function that calls it. The whole integration is one loop, in
+    which the network is traced once (dopri5 in published mode: three times).
+
+    Args:
+      velocity_fn: the velocity, guidance included.
+      noise: (B,H,W,C) float32, standard normal.
+      layout: which channels are texture.
+      clocks: the pair of clocks that the network was trained with.
+      solver: method, mode and tolerances.
+      jumps: values of tau in (0, tau_end) where the velocity itself jumps, as at the start of a
+        guidance interval (`guidance.jumps`). Staged mode cuts there too.
+
+    Returns:
+      latents: (B,H,W,C) float32 at tau_end.
+      stats: SamplingStats.
+    """
+    if solver.mode == "published":
+        return _published(velocity_fn, noise, layout, clocks, solver)
+    solution, stats = _staged(velocity_fn, noise, layout, clocks, solver, jumps, ())
+    return solution.final, stats
+
+
+def trajectory(
+    velocity_fn: VelocityFn,
+    noise: jax.Array,
+    taus: Sequence[float],
+    *,
+    layout: LatentLayout,
+    clocks: Clocks,
+    solver: SolverConfig = SolverConfig(),
+    jumps: Sequence[float] = (),
+) -> jax.Array:
+    """Return the latents at given global times on the way from noise to data.
+
+    The integration makes a point of each of them, so it takes a few more calls than `sample`, and
+    its end differs from that of `sample` within the tolerance.
+
+    Args:
+      taus: T increasing times in [0, tau_end].
+      velocity_fn, noise, layout, clocks, solver, jumps: as for `sample`.
+
+    Returns:
+      (T,B,H,W,C) float32.
+
+    Raises:
+      SfdError: in published mode, or if taus are not increasing inside [0, tau_end].
+    """
+    taus = [float(tau) for tau in taus]
+    if solver.mode != "staged":
+        raise SfdError("a trajectory is integrated in staged mode: set mode='staged'")
+    inside = taus and taus[0] >= 0 and taus[-1] <= clocks.tau_end + 1e-6
+    if not inside or any(a >= b for a, b in zip(taus[:-1], taus[1:], strict=True)):
+        raise SfdError(f"taus {taus} must increase inside [0, {clocks.tau_end:g}]")
+    solution, _ = _staged(velocity_fn, noise, layout, clocks, solver, jumps, taus)
+    states = jnp.concatenate([noise[None], solution.at_edges])
+    edges = np.asarray(_cut(clocks.edges, [*jumps, *taus]))
+    return states[np.asarray([np.abs(edges - tau).argmin() for tau in taus])]
+
+
+def _published(velocity_fn, noise, layout, clocks, solver):
+    """Integrate over [0, tau_end] at once, with the released masks."""
+
+    def velocity(y, tau, segment):
+        del segment
+        return velocity_fn(y, *clocks.times(tau))
+
+    def rate(tau, segment):
+        del segment
+        return _over_channels(layout, noise, clocks.published_rates(tau))
+
+    field = solvers.Field(velocity, rate)
+    if solver.name == "dopri5":
+        solution = solvers.dopri5_shared(field, noise, clocks.edges, **_tolerances(solver))
+        return solution.final, _stats(solution, range(len(clocks.edges) - 1))
+    grid = published_points(clocks.tau_end, solver.num_steps, solver.timestep_shift)
+    solution = solvers.integrate_grid(field, noise, [grid], method=solver.name)
+    # Without segments the calls are not told apart by stage: count them where steps start.
+    stages = len(clocks.edges) - 1
+    starts = np.searchsorted(np.asarray(clocks.breakpoints, np.float32), grid[:-1], side="right")
+    calls = np.bincount(starts, minlength=stages) * (int(solution.nfe) // (len(grid) - 1))
+    calls = jnp.asarray(calls, jnp.int32)
+    sample_nfe = jnp.broadcast_to(calls, (len(noise), stages))
+    return solution.final, SamplingStats(solution.nfe, calls, sample_nfe, solution.converged)
+
+
+def _staged(velocity_fn, noise, layout, clocks, solver, jumps, stops):
+    """Integrate every stage on its own, with the times in `stops` as further ends of steps."""
+    edges = _cut(clocks.edges, [*jumps, *stops])
+    jumps = [any(abs(edge - jump) < 1e-6 for jump in jumps) for edge in edges]
+    middles = (np.asarray(edges[:-1]) + np.asarray(edges[1:])) / 2
+    stage_of = np.searchsorted(np.asarray(clocks.breakpoints), middles).astype(np.int32)
+
+    def velocity(y, tau, segment):
+        del segment
+        return velocity_fn(y, *clocks.times(tau))
+
+    def rate(tau, segment):
+        return _over_channels(layout, noise, clocks.rates(tau, jnp.asarray(stage_of)[segment]))
+
+    field = solvers.Field(velocity, rate)
+    common = dict(jumps=jumps, keep_edges=bool(stops))
+    if solver.name == "dopri5":
+        solution = solvers.dopri5(field, noise, edges, **_tolerances(solver), **common)
+    else:
+        points = staged_points(edges, solver.num_steps, solver.timestep_shift)
+        solution = solvers.integrate_grid(field, noise, points, method=solver.name, **common)
+    return solution, _stats(solution, stage_of)
+
+
+def _tolerances(solver):
+    return dict(atol=solver.atol, rtol=solver.rtol, max_calls=solver.max_calls)
+
+
+def _over_channels(layout, noise, rates):
+    """Spread the rates (B,) of the groups over the channels, to broadcast against the latents."""
+    semantic, texture = rates
+    per_channel = layout.per_channel(texture, semantic)
+    return per_channel.reshape(len(noise), *(1,) * (noise.ndim - 2), layout.channels)
+
+
+def _cut(edges: Sequence[float], more: Sequence[float]) -> list[float]:
+    """Merge further edges into `edges`, leaving out those that are there already."""
+    merged = list(edges)
+    for tau in more:
+        if all(abs(tau - edge) > 1e-5 for edge in merged):
+            merged.append(float(tau))
+    return sorted(merged)
+
+
+def _stats(solution: solvers.Solution, stage_of: Sequence[int]) -> SamplingStats:
+    """Sum the calls of a solution's segments by stage."""
+    stages = int(max(stage_of)) + 1
+    of_stage = jnp.asarray(np.equal.outer(np.arange(stages), np.asarray(stage_of)))
+    sample_nfe = jnp.sum(solution.sample_nfe[:, None] * of_stage[None], axis=2)
+    slowest = jnp.argmax(jnp.sum(sample_nfe, axis=1))
+    return SamplingStats(solution.nfe, sample_nfe[slowest], sample_nfe, solution.converged)
+
+
+def published_points(tau_end: float, num_steps: int, timestep_shift: float = 0.0) -> np.ndarray:
+    """Return the released grid of `num_steps` points on [0, tau_end], float32.
+
+    Computed in float32 from both ends towards the middle, as torch.linspace does: where a point
+    falls on a kink of the clocks, its last bit decides which groups move there.
+
+    Source: released `transport/integrators.py`.
+    """
+    end, last = np.float32(tau_end), np.float32(num_steps - 1)
+    place = np.arange(num_steps, dtype=np.float32)
+    step = end / last
+    points = np.where(place < num_steps // 2, step * place, end - step * (last - place))
+    return points if timestep_shift == 0 else _shift(points / end, np.float32(timestep_shift)) * end
+
+
+def staged_points(
+    edges: Sequence[float], num_steps: int, timestep_shift: float = 0.0
+) -> list[np.ndarray]:
+    """Place `num_steps` points on [edges[0], edges[-1]] so that no step straddles an edge.
+
+    The rule: take the released grid of as many points. Each inner edge takes the place of the
+    nearest of its points (no two edges the same one), so every segment gets its share of the
+    steps, at least one; between two edges the points are then spread evenly. With a timestep
+    shift all of this happens before the shift.
+
+    Returns:
+      One increasing float32 array for each segment, its two edges included; together they have
+      num_steps - 1 steps.
+
+    Raises:
+      SfdError: if there are fewer steps than segments.
+    """
+    edges = np.asarray(edges, np.float64)
+    steps, segments = num_steps - 1, len(edges) - 1
+    if steps < segments:
+        raise SfdError(
+            f"num_steps = {num_steps} points make {steps} steps, but staged sampling needs one for "
+            f"each of its {segments} stretches: give num_steps of at least {segments + 1}"
+        )
+    even = _unshift(edges / edges[-1], timestep_shift)
+    index = np.floor(even * steps + 0.5).astype(int)
+    index[0], index[-1] = 0, steps
+    for i in range(1, segments):  # at least one step on the left, then on the right
+        index[i] = max(index[i], index[i - 1] + 1)
+    for i in range(segments - 1, 0, -1):
+        index[i] = min(index[i], index[i + 1] - 1)
+    points = []
+    for i in range(segments):
+        inner = np.linspace(even[i], even[i + 1], index[i + 1] - index[i] + 1)
+        inner = _shift(inner, timestep_shift) * edges[-1]
+        inner[0], inner[-1] = edges[i], edges[i + 1]
+        points.append(inner.astype(np.float32))
+    return points
+
+
+def _shift(u: np.ndarray, shift: float) -> np.ndarray:
+    return u if shift == 0 else shift * u / (1 + (shift - 1) * u)
+
+
+def _unshift(u: np.ndarray, shift: float) -> np.ndarray:
+    return u if shift == 0 else u / (shift - (shift - 1) * u)
