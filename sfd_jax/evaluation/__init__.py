@@ -16,7 +16,7 @@ from sfd_jax.evaluation.features import (
     extract_features,
     inception_extractor,
 )
-from sfd_jax.evaluation.image_sets import ImageSet, open_image_set
+from sfd_jax.evaluation.image_sets import ImageSet, image_set_of, open_image_set
 from sfd_jax.evaluation.metrics import (
     frechet_distance,
     inception_score,
@@ -47,6 +47,7 @@ __all__ = [
     "extract_features",
     "frechet_distance",
     "gather",
+    "image_set_of",
     "inception_extractor",
     "inception_score",
     "kernel_distance",

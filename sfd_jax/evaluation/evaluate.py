@@ -99,7 +99,7 @@ def compare(
       SfdError: as `evaluate`.
     """
     for comparison in comparisons:  # before an hour of sampling what would fail after it
-        _check(comparison)
+        _check(samples, comparison)
     options = dict(batch_size=batch_size, split_size=split_size, mesh=mesh, progress=progress)
     references = [_reference_statistics(comparison, options) for comparison in comparisons]
     gathered = gather(
@@ -115,8 +115,12 @@ def compare(
     ]
 
 
-def _check(comparison: Comparison) -> None:
+def _check(samples: ImageSet, comparison: Comparison) -> None:
     reference, extractor, metrics = comparison.reference, comparison.extractor, comparison.metrics
+    if reference.images is not None and None not in (samples.size, reference.images.size):
+        if samples.size != reference.images.size:
+            ours, theirs = ("x".join(map(str, size[::-1])) for size in (samples.size, reference.images.size))
+            raise SfdError(f"images of {samples.name} are {ours}, those of {reference.name} {theirs}: one size is needed")
     for metric in metrics:
         if metric not in METRICS:
             raise SfdError(f"unknown metric '{metric}'; {nearest(metric, METRICS)}")

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ class Extractor:
     apply: Callable[[dict, jax.Array], dict[str, jax.Array]]
     settings: str = ""
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """Return the hex digest that statistics remember this extractor by."""
         text = f"{self.name} {self.settings} {params_hash(self.params)}"

@@ -32,6 +32,7 @@ class ImageSet:
       pieces: call it with a number n for an iterator of uint8 arrays (<= n, H, W, 3), all images in order.
       hash: call it for a hex digest of the files read; None where there are none on disk.
       recipe: how the images were made, where a sampling job says so.
+      size: (H, W); None where that is not known before reading.
     """
 
     name: str
@@ -39,6 +40,14 @@ class ImageSet:
     pieces: Callable[[int], Iterator[np.ndarray]]
     hash: Callable[[], str] | None = None
     recipe: dict | None = None
+    size: tuple[int, int] | None = None
+
+
+def image_set_of(name: str, images: np.ndarray) -> ImageSet:
+    """Return the set of images in memory, uint8 (N, H, W, 3)."""
+    cut = lambda n: (images[start : start + n] for start in range(0, len(images), n))  # noqa: E731
+    digest = lambda: hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()  # noqa: E731
+    return ImageSet(name, len(images), cut, digest, size=images.shape[1:3])
 
 
 def open_image_set(path: str | Path, image_size: int | None = None) -> ImageSet:
@@ -78,6 +87,7 @@ def _open_npz(path: Path) -> ImageSet:
         lambda n: _stream_npy(path, "arr_0", n),
         lambda: hash_files([path]),
         read_recipe(path.parent) if path.name == JOB_NPZ else None,
+        shape[1:3],
     )
 
 
@@ -142,14 +152,19 @@ def _open_chunks(folder: Path, chunks: list[Path]) -> ImageSet:
     if (np.diff(indices) < 0).any():
         raise SfdError(f"{folder}: images are not in order in the chunks; the files were renamed")
 
+    size = _npy_header(chunks[0], "images")[0][1:3]
+
     def pieces(n):
         for chunk, expected in zip(chunks, found, strict=True):
             shape = _npy_header(chunk, "images")[0]
-            if shape[0] != len(expected):
-                raise SfdError(f"{chunk}: {shape[0]} images but {len(expected)} indices")
+            if shape[0] != len(expected) or shape[1:3] != size:
+                raise SfdError(
+                    f"{chunk} holds {shape[0]} images of {shape[2]}x{shape[1]}; expected {len(expected)} of "
+                    f"{size[1]}x{size[0]}"
+                )
             yield from _stream_npy(chunk, "images", n)
 
-    return ImageSet(str(folder), count, pieces, lambda: hash_files(chunks), recipe)
+    return ImageSet(str(folder), count, pieces, lambda: hash_files(chunks), recipe, size)
 
 
 def _check_indices(indices: np.ndarray, count: int, where: str) -> None:
@@ -214,6 +229,7 @@ def _open_folder(folder: Path, image_size: int | None) -> ImageSet:
         pieces,
         lambda: hash_files(files, folder),
         read_recipe(folder) or read_recipe(folder.parent),
+        read_image(files[0], image_size).shape[:2],
     )
 
 

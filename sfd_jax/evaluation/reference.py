@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from sfd_jax.errors import SfdError
+from sfd_jax.evaluation.features import Extractor
 from sfd_jax.evaluation.image_sets import ImageSet, hash_files, open_image_set
 from sfd_jax.evaluation.statistics import FeatureStatistics, load_statistics
 
@@ -25,6 +26,18 @@ class Reference:
     statistics: FeatureStatistics | None
     images: ImageSet | None
     hash: str
+
+    def for_extractor(self, extractor: Extractor) -> "Reference":
+        """Return what of this reference serves another extractor: its images, where statistics are not its own.
+
+        Raises:
+          SfdError: the statistics are of another extractor, and there are no images.
+        """
+        if self.statistics is None or self.statistics.extractor == extractor.name:
+            return self
+        if self.images is None:
+            self.statistics.check_extractor(extractor.name, extractor.hash, self.name)
+        return dataclasses.replace(self, statistics=None)
 
 
 def open_reference(path: str | Path, image_size: int | None = None) -> Reference:

@@ -1,0 +1,54 @@
+"""Make images from a checkpoint, on all devices of all hosts.
+
+  sfd sample --checkpoint=DIR --texture_vae=DIR --out=DIR [--num=50000] [--labels=balanced] [--png]
+  sfd sample --checkpoint=xl --weak=b --guidance_scale=1.5 --texture_vae=vae --out=samples_xl
+
+The folder given by --out gets chunks as they are finished and then samples.npz (arr_0 images, arr_1
+labels, as the ADM suite reads them), grid.png and recipe.json; with --png also images/000000.png and so
+on. Killed and started again with the same flags, it goes on with what is missing. Another recipe in the
+same folder is refused. Sample i is a function of --seed and i alone: --batch_size, the number of devices
+and of hosts change nothing but float rounding (in --mode=published dopri5 shares a step size among a
+batch, as released; there the batch size is part of the recipe).
+"""
+
+from sfd_jax.cli.flags import door_parser, parse_door
+from sfd_jax.cli.sampling_flags import add_sampling_flags, open_sampler
+
+
+def main(argv: list[str]) -> int:
+    """Run the job and write its outputs."""
+    parser = door_parser("sample", __doc__)
+    add_sampling_flags(parser, required=True)
+    outputs = parser.add_argument_group("what to write")
+    flag = outputs.add_argument
+    flag("--out", required=True, metavar="DIR", help="folder of the job")
+    flag("--chunk_size", type=int, default=None,
+         help="images in a chunk, the most that a kill can lose (default: about 1,000)")
+    flag("--png", action="store_true", help="also write every sample as a PNG")
+    flag("--no_npz", action="store_true", help="do not join the chunks to samples.npz")
+    args = parse_door(parser, argv)
+
+    from sfd_jax import distributed
+    from sfd_jax.generation import make_images, write_grid, write_pngs, write_samples_npz
+
+    distributed.start()
+    sampler, labels, recipe, batch_size = open_sampler(args)
+    make_images(
+        sampler, labels, args.out, recipe=recipe, batch_size=batch_size, chunk_size=args.chunk_size
+    )
+    if distributed.is_host0():
+        written = [write_grid(args.out, sampler.class_names)]
+        written += [] if args.no_npz else [write_samples_npz(args.out)]
+        written += [write_pngs(args.out)] if args.png else []
+        print(f"{len(labels)} images of {sampler.image_size} x {sampler.image_size}")
+        for path in written:
+            print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    import sys
+
+    from sfd_jax.cli.main import open_door
+
+    sys.exit(open_door(main, "sample", sys.argv[1:]))

@@ -1,0 +1,124 @@
+"""The flags by which `sfd sample` and `sfd evaluate --live` say what to sample, and what they open."""
+
+import argparse
+
+import numpy as np
+
+from sfd_jax.errors import SfdError
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser, required: bool) -> None:
+    """Add the flags; `required` makes checkpoint and texture VAE obligatory."""
+    which = parser.add_argument_group("what to sample from")
+    flag = which.add_argument
+    flag("--checkpoint", required=required, metavar="DIR",
+         help="a run's work folder, or a converted or trained checkpoint of the diffusion model")
+    flag("--texture_vae", required=required, metavar="DIR", help="checkpoint of the texture VAE that decodes")
+    flag("--weak", metavar="DIR", help="checkpoint of AutoGuidance's weaker model")
+    flag("--step", type=int, help="which step's checkpoint (default: the newest)")
+    flag("--weak_step", type=int, help="the same for --weak")
+    flag("--weights", choices=("ema", "raw"), default="ema",
+         help="averaged or raw parameters, where a checkpoint holds both (default: %(default)s)")
+    flag("--latent_store", metavar="DIR",
+         help="latent shards whose statistics to use where the checkpoint holds none")
+    flag("--dtype", choices=("float32", "bfloat16"),
+         help="of the diffusion model's matmuls (default: the checkpoint's)")
+
+    images = parser.add_argument_group("which images")
+    flag = images.add_argument
+    flag("--num", type=int, default=50_000 if required else None,
+         help="N, how many" + (" (default: %(default)s)" if required else " (default: all there are; live 50000)"))
+    flag("--labels", default="balanced",
+         help="balanced (N/classes each, shuffled by a fixed seed), random, or classes by number or name: "
+         "'207', '207,360', 'otter', or with ';' where names hold commas (default: %(default)s)")
+    flag("--seed", type=int, default=0, help="sample i is a function of this seed and i alone (default: %(default)s)")
+
+    how = parser.add_argument_group("how")
+    flag = how.add_argument
+    flag("--solver", default="dopri5", help="dopri5, euler, heun, midpoint, rk4 or ab2 (default: %(default)s)")
+    flag("--mode", default="staged",
+         help="staged: every stage of the clocks on its own; published: the released grid, masks and "
+         "controller (default: %(default)s)")
+    flag("--num_steps", type=int, default=100,
+         help="grid points of the other solvers than dopri5 (default: %(default)s)")
+    flag("--atol", type=float, default=1e-6, help="dopri5's absolute tolerance (default: %(default)s)")
+    flag("--rtol", type=float, default=1e-3, help="dopri5's relative tolerance (default: %(default)s)")
+    flag("--timestep_shift", type=float, default=0.0,
+         help="s of s u / (1 + (s - 1) u) on the normalised grid; 0 leaves it even (default: %(default)s)")
+    flag("--guidance", default=None,
+         help="none, cfg or autoguidance (default: autoguidance with --weak, else none)")
+    flag("--guidance_scale", type=float, default=1.0, help="1 is no guidance (default: %(default)s)")
+    flag("--guidance_scale_semantic", type=float, default=-1.0,
+         help="AutoGuidance's scale of the semantic channels; negative: the common one")
+    flag("--guidance_scale_texture", type=float, default=-1.0, help="the same of the texture channels")
+    flag("--guidance_interval_start", type=float, default=0.0,
+         help="guide a group of channels once its clock has reached this; 0: always (default: %(default)s)")
+    flag("--guidance_interval_groups", default="both",
+         help="which groups heed the start: tex, sem or both (default: %(default)s)")
+
+    where = parser.add_argument_group("on what")
+    flag = where.add_argument
+    flag("--batch_size", type=int, default=16, help="images per device at once (default: %(default)s)")
+    flag("--fsdp", type=int, default=1,
+         help="split the parameters over this many devices, where one cannot hold them (default: %(default)s)")
+
+
+def open_sampler(args: argparse.Namespace):
+    """Open what the flags name.
+
+    Returns:
+      (sampler, labels (N,) int32, recipe dict, batch size over all devices).
+
+    Raises:
+      SfdError: missing flags, checkpoints that do not fit, or values outside their ranges.
+    """
+    import dataclasses
+
+    from sfd_jax.distributed import make_mesh
+    from sfd_jax.generation import SampleConfig, make_labels, make_sampler
+    from sfd_jax.training import load_params
+
+    if not (args.checkpoint and args.texture_vae):
+        raise SfdError("sampling needs --checkpoint and --texture_vae")
+    if args.batch_size < 1:
+        raise SfdError(f"--batch_size={args.batch_size}: give at least 1 image per device")
+    guidance = args.guidance or ("autoguidance" if args.weak else "none")
+    values = vars(args) | {"guidance": guidance}
+    config = SampleConfig(**{field.name: values[field.name] for field in dataclasses.fields(SampleConfig)})
+    mesh = make_mesh(fsdp=args.fsdp)
+
+    def load(directory, step=None):
+        params, metadata = load_params(directory, step, args.weights)
+        return params, {**metadata, "which": args.weights}
+
+    sampler = make_sampler(
+        load(args.checkpoint, args.step),
+        load(args.texture_vae),
+        config,
+        weak=load(args.weak, args.weak_step) if args.weak else None,
+        seed=args.seed,
+        statistics=_statistics(args.latent_store),
+        compute_dtype=args.dtype,
+        mesh=mesh,
+    )
+    num = 50_000 if args.num is None else args.num
+    labels = make_labels(args.labels, num, sampler.num_classes, sampler.class_names, args.seed)
+    recipe = {**sampler.recipe, "labels": {"mode": args.labels, "hash": _hash(labels)}}
+    batch_size = args.batch_size * mesh.size
+    if config.mode == "published" and config.solver == "dopri5":
+        recipe["batch_size"] = batch_size  # one step size for all of a batch, as released
+    return sampler, labels, recipe, batch_size
+
+
+def _statistics(latent_store: str | None):
+    if latent_store is None:
+        return None
+    from sfd_jax.data.latent_store import LatentStore
+
+    return LatentStore(latent_store).statistics
+
+
+def _hash(labels: np.ndarray) -> str:
+    import hashlib
+
+    return hashlib.sha256(np.ascontiguousarray(labels, np.int32).tobytes()).hexdigest()

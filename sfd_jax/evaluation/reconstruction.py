@@ -1,0 +1,157 @@
+"""How well a texture VAE gives images back: rFID, PSNR, SSIM and LPIPS.
+
+Definitions are those under which the published texture VAE was measured (VA-VAE's `evaluate_tokenizer.py`):
+PSNR of bytes, SSIM with an 11 x 11 Gaussian window of sigma 1.5 on pixels in [-1, 1], LPIPS on VGG16, each
+the mean over images; rFID is the Frechet distance between the images and their reconstructions. There the
+latent is a posterior sample; so it is here, the noise of image i a function of (seed, i).
+"""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from sfd_jax.distributed import batch_sharding, is_host0, make_mesh, replicated
+from sfd_jax.errors import SfdError
+from sfd_jax.evaluation.evaluate import gather
+from sfd_jax.evaluation.features import Checkpoint, Extractor, regroup
+from sfd_jax.evaluation.image_sets import ImageSet
+from sfd_jax.evaluation.metrics import frechet_distance
+from sfd_jax.models import Network, to_bytes
+
+
+def evaluate_reconstruction(
+    images: ImageSet,
+    texture_vae: Checkpoint,
+    extractor: Extractor,
+    lpips: Checkpoint | None = None,
+    *,
+    seed: int = 0,
+    batch_size: int = 64,
+    mesh: Mesh | None = None,
+    progress: bool = False,
+) -> dict[str, float]:
+    """Encode, sample, decode and compare every image, once.
+
+    Args:
+      images: the images; sides must divide by the VAE's downsampling.
+      texture_vae: (params, metadata).
+      extractor: of rFID's features.
+      lpips: (params, metadata) of LPIPS; None leaves "lpips" out.
+      seed: of the posterior samples.
+      batch_size: images in a batch over all devices.
+      mesh: the devices; all of them by default.
+      progress: show bars on stderr.
+
+    Returns:
+      "rfid", "psnr" (dB), "ssim", and "lpips" where it was asked for.
+
+    Raises:
+      SfdError: checkpoints of other networks, or damaged images.
+    """
+    mesh = make_mesh() if mesh is None else mesh
+    batch_size = -(-batch_size // mesh.size) * mesh.size
+    compare = _comparison(texture_vae, lpips, seed, mesh)
+    sums: dict[str, float] = {}
+    count = 0
+
+    def reconstructed(_: int) -> Iterator[np.ndarray]:
+        nonlocal count
+        for batch in regroup(images.pieces(batch_size), batch_size):
+            size = len(batch)
+            padded = np.pad(batch, [(0, batch_size - size), (0, 0), (0, 0), (0, 0)], mode="edge")
+            indices = (count + np.arange(batch_size)).astype(np.uint32)
+            sharding = batch_sharding(mesh)
+            made, values = compare(jax.device_put(padded, sharding), jax.device_put(indices, sharding))
+            for name, rows in values.items():
+                rows = np.asarray(rows, np.float64)[:size]
+                if not np.isfinite(rows).all():
+                    raise SfdError(f"{images.name}: {name} of image {count + int(np.argmin(np.isfinite(rows)))} is not finite")
+                sums[name] = sums.get(name, 0.0) + float(rows.sum())
+            count += size
+            yield np.asarray(made)[:size]
+
+    options = dict(keep_features=[False], batch_size=batch_size, mesh=mesh, progress=progress)
+    [(real, _)] = gather(images, [extractor], label="images", **options)
+    copies = ImageSet(f"reconstructions of {images.name}", images.count, reconstructed, size=images.size)
+    [(made, _)] = gather(copies, [extractor], label="reconstructions", **options)
+    rfid = frechet_distance(*made.gaussians["features"], *real.gaussians["features"])
+    return {"rfid": rfid} | {name: total / count for name, total in sums.items()}
+
+
+def _comparison(texture_vae: Checkpoint, lpips: Checkpoint | None, seed: int, mesh: Mesh):
+    """Return a jitted function of (bytes, indices) to (reconstructed bytes, {metric: (B,)})."""
+    networks, params = {}, {}
+    for name, checkpoint in (("texture_vae", texture_vae), ("lpips", lpips)):
+        if checkpoint is not None:
+            networks[name] = _open(checkpoint, name)
+            params[name] = jax.device_put(checkpoint[0], replicated(mesh))
+
+    def noise_of(index, shape):
+        return jax.random.normal(jax.random.fold_in(jax.random.key(seed), index), shape)
+
+    def compare(params, images, indices):
+        pixels = images.astype(jnp.float32) / 127.5 - 1.0
+        vae = networks["texture_vae"]
+        mean, logvar = vae.apply(params["texture_vae"], pixels, method="encode")
+        noise = jax.vmap(lambda index: noise_of(index, mean.shape[1:]))(indices)
+        decoded = vae.apply(params["texture_vae"], mean + jnp.exp(0.5 * logvar) * noise, method="decode")
+        made = to_bytes(decoded)
+        values = {"psnr": psnr(images, made), "ssim": ssim(pixels, jnp.clip(decoded, -1.0, 1.0))}
+        if "lpips" in networks:
+            values["lpips"] = networks["lpips"].apply(params["lpips"], decoded, pixels)
+        return made, values
+
+    jitted = jax.jit(compare, out_shardings=replicated(mesh))
+    return lambda images, indices: jitted(params, images, indices)
+
+
+def psnr(images: jax.Array, others: jax.Array) -> jax.Array:
+    """Return the peak signal-to-noise ratio of each pair in dB, (B,), of bytes (B, H, W, 3).
+
+    Equal images have no noise; they count with the ratio of an error of one step in one value.
+    """
+    squares = (images.astype(jnp.float32) - others.astype(jnp.float32)) ** 2
+    least = 1.0 / squares[0].size
+    return 10.0 * jnp.log10(255.0**2 / jnp.maximum(squares.mean(axis=(1, 2, 3)), least))
+
+
+def ssim(images: jax.Array, others: jax.Array) -> jax.Array:
+    """Return the structural similarity of each pair, (B,), of pixels (B, H, W, 3) in [-1, 1].
+
+    Means and covariances are taken in windows that lie inside the image.
+
+    Source: Wang et al. 2004, with K1 = 0.01, K2 = 0.03 and range 2; `torchmetrics` computes the same.
+    """
+    window = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
+    window = jnp.asarray(window / window.sum(), jnp.float32)
+
+    def local_mean(x):
+        # Rows, then columns; each channel by itself.
+        for axis in (1, 2):
+            shifted = [
+                jax.lax.slice_in_dim(x, i, x.shape[axis] - 10 + i, axis=axis) for i in range(11)
+            ]
+            x = sum(weight * part for weight, part in zip(window, shifted, strict=True))
+        return x
+
+    if min(images.shape[1:3]) < 11:
+        raise SfdError(f"SSIM needs images of at least 11 x 11 pixels, these are {images.shape[1:3]}")
+    mean_a, mean_b = local_mean(images), local_mean(others)
+    variance_a = jnp.maximum(local_mean(images**2) - mean_a**2, 0.0)
+    variance_b = jnp.maximum(local_mean(others**2) - mean_b**2, 0.0)
+    covariance = local_mean(images * others) - mean_a * mean_b
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    similarity /= (mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2)
+    return similarity.mean(axis=(1, 2, 3))
+
+
+def _open(checkpoint: Checkpoint, wanted: str) -> Network:
+    found = checkpoint[1].get("network")
+    if found != wanted:
+        raise SfdError(f"expected a checkpoint of '{wanted}', this one holds '{found}'")
+    return Network(wanted, checkpoint[1]["network_config"])
