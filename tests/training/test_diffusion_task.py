@@ -1,0 +1,88 @@
+"""The diffusion task: its loss, and that neither mesh nor accumulation changes a step of the real network."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sfd_jax.diffusion.clocks import FixedOffset, Synchronous
+from sfd_jax.diffusion.losses import LossConfig
+from sfd_jax.distributed import make_mesh, put_batch
+from sfd_jax.errors import SfdError
+from sfd_jax.latents import LatentLayout
+from sfd_jax.models import DiTConfig, Network
+from sfd_jax.training import OptimizerConfig, TrainConfig, init_state, make_optimizer, make_train_step
+from sfd_jax.training.diffusion import diffusion_task
+from sfd_jax.training.randomness import stream_key
+
+DIT = DiTConfig(width=16, depth=2, num_heads=2, input_size=2, in_channels=5, num_classes=3, repa_features=7,
+                repa_depth=1, repa_width=8)
+LAYOUT = LatentLayout(3, 2)
+
+
+def make_task(dit=DIT, layout=LAYOUT, clocks=FixedOffset(0.3), **loss):
+    return diffusion_task(Network("lightning_dit", dit), layout, clocks, LossConfig(**loss))
+
+
+def make_batch(rows=16):
+    rng = np.random.default_rng(0)
+    return {
+        "latents": rng.standard_normal((rows, 2, 2, 5)).astype(np.float32),
+        "labels": rng.integers(0, 3, rows).astype(np.int32),
+        "repa_features": rng.standard_normal((rows, 4, 7)).astype(np.float16),
+    }
+
+
+def test_a_fresh_network_predicts_zero_so_the_loss_is_known():
+    """Velocity 0: the squared error is the target's own square, and the cosine term is 1."""
+    task = make_task(repa_weight=0.0)
+    batch = {**make_batch(4096), "positions": jnp.arange(4096)}
+    _, metrics = jax.jit(task.loss)(task.init(jax.random.key(0)), batch, jax.random.key(1))
+    mean = {name: float(value / count) for name, (value, count) in metrics.items() if count}
+    np.testing.assert_allclose(mean["loss_cosine"], 1.0, rtol=1e-6)
+    # data - noise has variance 2 in every channel; 4096 x 20 values give it to about half a percent.
+    np.testing.assert_allclose([mean["error_texture"], mean["error_semantic"]], 2.0, rtol=0.03)
+    np.testing.assert_allclose(mean["loss_velocity"], (3 * 2 + 2 * 2 * 2) / 5, rtol=0.03)
+    assert mean["loss_repa"] == 0
+    # t = sigmoid(N(0,1)) and tau = 1.3 t: texture waits at 0 below t = 0.23, semantics are done above 0.77.
+    counts = [float(metrics[f"error_{group}_q{q}"][1]) / 4096 for group in ("texture", "semantic") for q in (1, 4)]
+    below = lambda t: 0.5 * (1 + math.erf(np.log(t / (1 - t)) / 2**0.5))  # P(sigmoid(N(0, 1)) < t)
+    expected = [below(0.55 / 1.3), 1 - below(1.05 / 1.3), below(0.25 / 1.3), 1 - below(0.75 / 1.3)]
+    np.testing.assert_allclose(counts, expected, atol=0.03)  # four standard deviations of 4096 draws
+
+
+@pytest.mark.slow
+def test_mesh_and_accumulation_change_nothing(monkeypatch):
+    monkeypatch.setattr("sfd_jax.distributed.sharding.MIN_ELEMENTS", 1)
+    task = make_task()
+    config = TrainConfig(OptimizerConfig(learning_rate=0.01), steps=5, global_batch_size=16)
+    ends = []
+    for mesh, parts in ((make_mesh(1, 1, devices=jax.devices()[:1]), 1), (make_mesh(2, 4), 2)):
+        config = dataclasses.replace(config, accumulation=parts)
+        optimizer = make_optimizer(config.optimizer, config.steps)
+        step, key = make_train_step(task, optimizer, config, mesh), stream_key(5, "loss", mesh)
+        state = init_state(task, optimizer, mesh, seed=2)
+        for _ in range(3):  # the first steps only wake the zero-initialised layers
+            state, metrics = step(state, put_batch(make_batch(), mesh), key)
+        mean = {name: value / count for name, (value, count) in jax.device_get(metrics).items() if count}
+        ends.append((mean, jax.device_get(state.params)))
+    # Reductions in another order. Adam divides by the gradient's own size, so a parameter whose gradient is
+    # near zero moves by rounding: 1e-4 of three steps of 0.01.
+    close = lambda tolerance: lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+    jax.tree.map(close(1e-5), ends[0][0], ends[1][0])
+    jax.tree.map(close(1e-4), ends[0][1], ends[1][1])
+
+
+@pytest.mark.parametrize("parts, message", [
+    (dict(layout=LatentLayout(3, 1)), "model.in_channels=5, but the latents have 3 texture and 1 semantic"),
+    (dict(dit=dataclasses.replace(DIT, repa_features=0)), "loss.repa_weight=1.0 .* model.repa_features=0"),
+    (dict(dit=dataclasses.replace(DIT, null_label=False)), "loss.label_dropout=0.1 .* model.null_label=False"),
+    (dict(dit=dataclasses.replace(DIT, two_clocks=False)), "model.two_clocks=False .* 'FixedOffset'"),
+])
+def test_parts_that_contradict_each_other(parts, message):
+    with pytest.raises(SfdError, match=message):
+        make_task(**parts)
+    make_task(dit=dataclasses.replace(DIT, two_clocks=False), clocks=Synchronous())
