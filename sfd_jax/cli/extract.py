@@ -186,7 +186,7 @@ def _pca(args, source, encoder, params, sharding, whole) -> dict:
         features = jax.jit(lambda params, pixels: encoder.visual.features(params, to_float(pixels)))
 
         def parts():
-            for batch in tqdm(batches, desc="fit PCA", total=-(-len(indices) // args.batch_size)):
+            for batch in tqdm(batches, desc="fit PCA", total=-(-len(indices) // args.batch_size), disable=None):
                 tokens = features(params["visual"], jax.device_put(batch["pixels"], sharding))
                 yield np.asarray(tokens)[batch["mask"] & (batch["broken"] == "")]
 

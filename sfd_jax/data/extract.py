@@ -163,6 +163,9 @@ def _fill(
     writer = LatentStoreWriter(out_dir, plan)
     shards = [s for s in range(plan.num_shards) if s % host_count == host_index]
     pending = [s for s in shards if not writer.is_done(s)]
+    for shard in set(shards) - set(pending):
+        for fault in writer.facts(shard)["skipped"]:
+            broken.add(BrokenImage(fault["name"], fault["reason"]))
     if pending:
         (Path(out_dir) / "manifest.json").unlink(missing_ok=True)
         check_space(out_dir, sum(len(plan.span(s)) for s in pending) * _bytes_per_image(plan))

@@ -215,11 +215,15 @@ class LatentStoreWriter:
 
     def is_done(self, shard: int) -> bool:
         """Tell whether a shard is complete."""
-        data, facts = self._paths(shard)
+        data, _ = self._paths(shard)
         try:
-            return data.stat().st_size == json.loads(facts.read_text())["bytes"]
+            return data.stat().st_size == self.facts(shard)["bytes"]
         except (OSError, ValueError, KeyError):  # missing, or facts that are damaged: it is redone
             return False
+
+    def facts(self, shard: int) -> dict:
+        """Return what is known of a complete shard: count, bytes, sha256, moments, skipped images."""
+        return json.loads(self._paths(shard)[1].read_text())
 
     @contextmanager
     def open_shard(self, shard: int) -> Iterator["ShardWriter"]:
@@ -255,7 +259,7 @@ class LatentStoreWriter:
                 f"{self.directory} lacks {len(missing)} of {len(numbers)} shards (the first is "
                 f"{self._paths(missing[0])[0].name}); run the same command again"
             )
-        facts = [json.loads(self._paths(number)[1].read_text()) for number in numbers]
+        facts = [self.facts(number) for number in numbers]
         if not any(shard["count"] for shard in facts):
             raise SfdError(f"no image of {self.plan.total} could be read; {self.directory} is empty")
         measured = _statistics([shard["moments"] for shard in facts])

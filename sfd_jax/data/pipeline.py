@@ -259,8 +259,14 @@ def prefetch(
             absl_flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
         one_thread = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-        return iter(dataset.to_iter_dataset(one_thread).mp_prefetch(options))
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+        iterator = iter(dataset.to_iter_dataset(one_thread).mp_prefetch(options))
+    else:
+        two_threads = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+        iterator = iter(dataset.to_iter_dataset(two_threads))
+    try:
+        yield from iterator
+    finally:  # also when the generator is dropped: the processes and their shared memory go with it
+        iterator.close()
 
 
 def pixel_transform(batch: Batch, flip: np.ndarray) -> Batch:

@@ -178,10 +178,20 @@ def test_broken_images_are_skipped_counted_and_listed(tmp_path):
     assert [skipped["name"] for skipped in store.manifest["skipped"]] == ["noise/3.jpg", "noise/11.jpg"]
     indices = store.read(np.arange(len(store)))["index"]
     assert indices.tolist() == [i for i in range(COUNT) if i not in (3, 11)]
+    with pytest.raises(SfdError, match="2 broken images, more than the 1 allowed"):
+        run(tmp_path / "a", Noise(broken=(3, 11)), max_broken=1)  # those of finished shards count too
     with pytest.raises(SfdError, match="2 broken images, more than the 1 allowed") as caught:
         run(tmp_path / "b", Noise(broken=(3, 11)), max_broken=1)
     assert "noise/3.jpg: truncated" in str(caught.value)
     assert "noise/11.jpg: truncated" in str(caught.value)
+
+
+def test_a_shard_may_be_empty_but_not_a_store(tmp_path):
+    store = run(tmp_path / "a", Noise(broken=range(5, 10)), max_broken=5)  # the second shard's images
+    assert [shard["count"] for shard in store.shards] == [5, 0, 5, 5, 3]
+    assert store.read(np.array([4, 5]))["index"].tolist() == [4, 10]
+    with pytest.raises(SfdError, match="no image of 23 could be read"):
+        run(tmp_path / "b", Noise(broken=range(COUNT)), max_broken=COUNT)
 
 
 def test_latents_that_are_not_finite_are_refused(tmp_path):
