@@ -7,7 +7,7 @@ export; `torch_files.py` the only place that knows PyTorch's container (and, for
 To add a network: write its module, list it below.
 """
 
-from sfd_jax.convert import dinov2, inception, lightning_dit, semantic_vae, texture_vae
+from sfd_jax.convert import dinov2, inception, lightning_dit, lpips, semantic_vae, texture_vae
 
 # In the order in which they are asked whether a state dict is theirs.
 FORMATS = {
@@ -17,6 +17,7 @@ FORMATS = {
     "dinov2": dinov2.ORIGINAL,
     "dinov2_hf": dinov2.HUGGING_FACE,
     "inception": inception,
+    "lpips": lpips,
 }
 
 __all__ = ["FORMATS"]

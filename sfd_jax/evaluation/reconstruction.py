@@ -124,7 +124,8 @@ def ssim(images: jax.Array, others: jax.Array) -> jax.Array:
 
     Means and covariances are taken in windows that lie inside the image.
 
-    Source: Wang et al. 2004, with K1 = 0.01, K2 = 0.03 and range 2; `torchmetrics` computes the same.
+    Source: Wang et al. 2004, with K1 = 0.01, K2 = 0.03 and range 2; as `torchmetrics` up to 1.4, which later
+      began to average over reflected borders too.
     """
     window = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
     window = jnp.asarray(window / window.sum(), jnp.float32)

@@ -8,6 +8,7 @@ pair into `init` and `apply` on plain dict trees. To add one: write its file, li
 from sfd_jax.models.dinov2 import DINOV2_SIZES, DinoV2, DinoV2Config, dinov2_config, preprocess
 from sfd_jax.models.inception import Inception, InceptionConfig
 from sfd_jax.models.lightning_dit import SIZES, DiTConfig, LightningDiT, dit_config
+from sfd_jax.models.lpips import Lpips, LpipsConfig
 from sfd_jax.models.network import Network
 from sfd_jax.models.semantic_vae import SemanticVAE, SemanticVAEConfig
 from sfd_jax.models.texture_vae import TextureVAE, TextureVAEConfig, to_bytes
@@ -18,6 +19,7 @@ NETWORKS = {
     "texture_vae": (TextureVAEConfig, TextureVAE),
     "dinov2": (DinoV2Config, DinoV2),
     "inception": (InceptionConfig, Inception),
+    "lpips": (LpipsConfig, Lpips),
 }
 
 __all__ = [
@@ -30,6 +32,8 @@ __all__ = [
     "Inception",
     "InceptionConfig",
     "LightningDiT",
+    "Lpips",
+    "LpipsConfig",
     "Network",
     "SemanticVAE",
     "SemanticVAEConfig",

@@ -7,7 +7,7 @@ differences, weighted a channel, are averaged over positions; the five are summe
 Parameters (ours <- PyTorch key of the `lpips` package and of taming-transformers):
 
   slices/{i}/{j}/kernel (3,3,I,O), bias     net.slice{i+1}.{n}.{weight,bias}, n the layer's number in VGG16
-  weights/{i} (C,)                          lin{i}.model.1.weight (1,C,1,1), not negative
+  weights/{i} (1,1,C,1)                     lin{i}.model.1.weight (1,C,1,1), not negative
 
 Source: Zhang et al. 2018 (arXiv 1801.03924), version 0.1, `net="vgg"`; taming-transformers,
 taming/modules/losses/lpips.py.
@@ -56,7 +56,7 @@ class Lpips(nnx.Module):
             nnx.List(conv(before if i == 0 else after, after, 3, rngs=rngs) for i in range(depth))
             for before, after, depth in zip(inputs, config.channels, config.depths, strict=True)
         )
-        self.weights = nnx.List(nnx.Param(jnp.full((c,), 1.0 / c)) for c in config.channels)
+        self.weights = nnx.List(nnx.Param(jnp.full((1, 1, c, 1), 1.0 / c)) for c in config.channels)
 
     def __call__(self, pixels, others):
         """Return the distance of each pair, (B,) float32.
@@ -70,7 +70,7 @@ class Lpips(nnx.Module):
                 self.weights, self.features(pixels), self.features(others), strict=True
             ):
                 squares = (_unit(ours) - _unit(theirs)) ** 2
-                distance += jnp.sum(squares * weights[...][None, None, None], axis=3).mean(axis=(1, 2))
+                distance += (squares @ weights[0, 0]).mean(axis=(1, 2, 3))
             return distance
 
     def features(self, pixels):
