@@ -287,6 +287,23 @@ def pixel_transform(batch: Batch, flip: np.ndarray) -> Batch:
     }
 
 
+def feature_transform(batch: Batch, flip: np.ndarray) -> Batch:
+    """Turn stored visual features into a batch for the Semantic VAE.
+
+    Args:
+      batch: `repa_features` (B,N,F), with flips also `repa_features_flip`; `label`, `index`.
+      flip: bool (B,); the features of the mirrored image where True.
+
+    Returns:
+      `features` float32 (B,N,F), `labels` int32 (B,), `index` int64 (B,).
+
+    Raises:
+      SfdError: features or flips are asked of records that hold none.
+    """
+    features = np.stack(_oriented(batch, "repa_features", flip)).astype(np.float32)
+    return {"features": features, "labels": batch["label"], "index": batch["index"]}
+
+
 def latent_transform(layout: Any, statistics: Any, *, repa: bool = False) -> Transform:
     """Make the transform from stored latents to diffusion batches.
 

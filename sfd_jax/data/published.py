@@ -14,16 +14,45 @@ The images are numbered through the files in the order of their names.
 import os
 import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from sfd_jax.data.latent_store import LatentStore
 from sfd_jax.errors import SfdError
 from sfd_jax.latents import LatentStatistics
 
 _FILE = re.compile(r"latents_rank(\d+)_shard(\d+)\.safetensors")
+
+
+def open_latents(
+    directory: str | os.PathLike,
+    *,
+    repa: bool = False,
+    released_statistics: Callable[[Path], LatentStatistics] | None = None,
+) -> "LatentStore | PublishedLatents":
+    """Open latents to train on: our store, or released shards as they are.
+
+    Args:
+      directory: of either.
+      repa: the stored features are wanted. (A store of ours reads what it holds in any case.)
+      released_statistics: reads the `*_stats.pt` of a folder of released shards.
+
+    Returns:
+      A random-access source with `statistics` and `class_names`.
+
+    Raises:
+      SfdError: neither is there, or it is damaged.
+    """
+    if next(Path(directory).glob("latents_rank*_shard*.safetensors"), None) is None:
+        return LatentStore(directory)
+    source = PublishedLatents(directory, repa=repa)
+    if released_statistics is not None:
+        source.statistics = released_statistics(source.directory)
+    return source
 
 
 class PublishedLatents:
@@ -34,6 +63,8 @@ class PublishedLatents:
       repa: also read the stored features, which are twenty times larger than the latents.
 
     Attributes:
+      statistics: None until somebody sets them; released shards do not hold theirs.
+      class_names: None; released shards do not hold them.
       fields: name -> (dtype, shape) of a record's arrays, from the headers.
 
     Raises:
@@ -43,6 +74,8 @@ class PublishedLatents:
     def __init__(self, directory: str | os.PathLike, *, repa: bool = False):
         self.directory = Path(directory)
         self.repa = repa
+        self.statistics: LatentStatistics | None = None
+        self.class_names: list[str] | None = None
         found = [path for path in self.directory.glob("*.safetensors") if _FILE.fullmatch(path.name)]
         if not found:
             raise SfdError(f"no latents_rankRR_shardNNN.safetensors in {self.directory}")
@@ -94,10 +127,11 @@ class PublishedLatents:
             return self._open_files[number]
 
     def __getstate__(self):  # loader processes open their own files
-        return {"directory": self.directory, "repa": self.repa}
+        return {"directory": self.directory, "repa": self.repa, "statistics": self.statistics}
 
     def __setstate__(self, state):
         self.__init__(state["directory"], repa=state["repa"])
+        self.statistics = state["statistics"]
 
 
 def published_statistics(texture: dict[str, Any], semantic: dict[str, Any]) -> LatentStatistics:

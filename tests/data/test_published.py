@@ -1,12 +1,16 @@
 """The released shards: read as they are, and repacked; on made ones and on those of the parity pack."""
 
+import pickle
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from sfd_jax.data.extract import repack
-from sfd_jax.data.published import PublishedLatents, published_statistics
+from sfd_jax.data.pipeline import feature_transform, latent_transform, make_batches
+from sfd_jax.data.published import PublishedLatents, open_latents, published_statistics
 from sfd_jax.errors import SfdError
+from sfd_jax.latents import LatentLayout
 
 KINDS = {"latents": 3, "latents_sv": 2, "feats_dino": 7}  # channels
 
@@ -45,6 +49,25 @@ def test_records_are_the_arrays_channels_last(shards):
     np.testing.assert_array_equal(batch["label"], whole["labels"][[9, 0, 4]])
     assert source[4]["label"] == whole["labels"][4] and source[4]["index"] == 4
     assert "repa_features" not in PublishedLatents(folder)[0]
+
+
+def test_training_reads_released_shards_and_ours_alike(shards, tmp_path):
+    folder, _ = shards
+    repack(PublishedLatents(folder, repa=True), tmp_path / "ours", dtype="float32", shard_size=4)
+    ours = open_latents(tmp_path / "ours", repa=True)
+    released = open_latents(folder, repa=True, released_statistics=lambda path: ours.statistics)
+    batches = []
+    for source in (ours, pickle.loads(pickle.dumps(released))):
+        latents = latent_transform(LatentLayout(3, 2), source.statistics, repa=True)
+        settings = {"seed": 5, "global_batch_size": 4, "flips": True}
+        batch = make_batches(source, transform=latents, **settings).at(3)
+        batch |= make_batches(source, transform=feature_transform, **settings).at(3)
+        batches.append(batch)
+    assert set(batches[0]) == {"latents", "labels", "index", "repa_features", "features"}
+    for name, values in batches[0].items():
+        np.testing.assert_array_equal(values, batches[1][name])
+    with pytest.raises(SfdError, match="no latents in"):
+        open_latents(tmp_path)
 
 
 def test_repacking_keeps_every_record(shards, tmp_path):
