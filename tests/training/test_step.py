@@ -1,6 +1,7 @@
 """The step: known answers, and what may not change it (mesh, accumulation, a bad batch)."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,19 @@ from sfd_jax.training.optimizer import OptimizerConfig, make_schedule
 from sfd_jax.training.randomness import stream_key
 
 
-def run(task, config, mesh, batches, steps=3):
+TOY = toy_task()
+ALONE = make_mesh(1, 1, devices=jax.devices()[:1])
+
+
+@functools.lru_cache  # compiling is what these tests spend their time on
+def compiled(task, config, mesh):
     optimizer = make_optimizer(config.optimizer, config.steps)
+    return make_train_step(task, optimizer, config, mesh), optimizer
+
+
+def run(task, config, mesh, batches, steps=3):
+    step, optimizer = compiled(task, config, mesh)
     state = init_state(task, optimizer, mesh, seed=7)
-    step = make_train_step(task, optimizer, config, mesh)
     key = stream_key(7, "loss", mesh)
     iterator, history = batches(0), []
     for _ in range(steps):
@@ -26,11 +36,7 @@ def run(task, config, mesh, batches, steps=3):
         batch.pop("index", None)
         state, metrics = step(state, put_batch(batch, mesh), key)
         history.append(jax.device_get(metrics))
-    return state, history, step
-
-
-def single(**kwargs):
-    return make_mesh(1, 1, devices=jax.devices()[:1], **kwargs)
+    return state, history
 
 
 def test_adamw_ema_and_clipping_by_hand():
@@ -42,7 +48,7 @@ def test_adamw_ema_and_clipping_by_hand():
     task = Task("line", None, lambda key: {"w": jnp.asarray(w, jnp.float32)},
                 lambda params, batch, key: (jnp.sum(params["w"][None] * batch["g"], axis=-1).mean(), {}))
     batches = lambda start: ({"g": np.stack([g, g]).astype(np.float32)} for g in slopes)
-    state, history, _ = run(task, config, single(), batches, steps=2)
+    state, history = run(task, config, ALONE, batches, steps=2)
 
     ema, m, v = w.copy(), 0.0, 0.0
     for t, g in enumerate(slopes, 1):
@@ -59,7 +65,7 @@ def test_adamw_ema_and_clipping_by_hand():
 
 
 def test_ema_starts_as_the_parameters():
-    state = init_state(toy_task(), make_optimizer(OptimizerConfig(), 1), single(), seed=3)
+    state = init_state(TOY, make_optimizer(OptimizerConfig(), 1), ALONE, seed=3)
     jax.tree.map(np.testing.assert_array_equal, state.params, state.ema_params)
 
 
@@ -85,11 +91,11 @@ def test_mesh_changes_nothing_and_one_trace_suffices(shape, monkeypatch):
     # The toy's arrays are small; a rule that splits everything exercises the shardings.
     monkeypatch.setattr("sfd_jax.distributed.sharding.MIN_ELEMENTS", 1)
     traces = []
-    task = toy_task()
+    task = TOY
     counted = dataclasses.replace(task, loss=lambda *args: (traces.append(1), task.loss(*args))[1])
     config = toy_config()
-    alone, history, _ = run(task, config, single(), toy_batches())
-    state, spread_history, _ = run(counted, config, make_mesh(*shape), toy_batches())
+    alone, history = run(task, config, ALONE, toy_batches())
+    state, spread_history = run(counted, config, make_mesh(*shape), toy_batches())
     # Reductions run in another order: a few float32 roundings over three steps.
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     jax.tree.map(close, jax.device_get(alone), jax.device_get(state))
@@ -103,7 +109,7 @@ def test_state_is_born_sharded(monkeypatch):
     """Parameters, EMA and both moments come out of one jitted init in eighths, no two the same."""
     monkeypatch.setattr("sfd_jax.distributed.sharding.MIN_ELEMENTS", 1)
     mesh = make_mesh(1, 8)
-    state = init_state(toy_task(), make_optimizer(OptimizerConfig(), 1), mesh, seed=1)
+    state = init_state(TOY, make_optimizer(OptimizerConfig(), 1), mesh, seed=1)
     for tree in (state.params, state.ema_params, state.opt_state[0].mu, state.opt_state[0].nu):
         kernel = tree["hidden"]["kernel"]
         assert {shard.data.shape for shard in kernel.addressable_shards} == {(5, 2)}
@@ -111,9 +117,9 @@ def test_state_is_born_sharded(monkeypatch):
 
 
 def test_accumulation_equals_one_big_batch():
-    task = toy_task()  # its noise goes by the rows' places, so it is cut along
-    whole, history, _ = run(task, toy_config(), single(), toy_batches())
-    parts, part_history, _ = run(task, toy_config(accumulation=4), single(), toy_batches())
+    task = TOY  # its noise goes by the rows' places, so it is cut along
+    whole, history = run(task, toy_config(), ALONE, toy_batches())
+    parts, part_history = run(task, toy_config(accumulation=4), ALONE, toy_batches())
     # The mean of four means is rounded differently from one mean.
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     jax.tree.map(close, jax.device_get(whole), jax.device_get(parts))
@@ -123,8 +129,8 @@ def test_accumulation_equals_one_big_batch():
 
 
 def test_a_bad_step_changes_only_the_counters():
-    good, _, _ = run(toy_task(), toy_config(), single(), toy_batches(), steps=2)
-    state, history, _ = run(toy_task(), toy_config(), single(), toy_batches(bad_steps=(3,)), steps=3)
+    good, _ = run(TOY, toy_config(), ALONE, toy_batches(), steps=2)
+    state, history = run(TOY, toy_config(), ALONE, toy_batches(bad_steps=(3,)), steps=3)
     same = lambda a, b: np.testing.assert_array_equal(jax.device_get(a), jax.device_get(b))
     for name in ("params", "ema_params", "opt_state"):
         jax.tree.map(same, getattr(good, name), getattr(state, name))
@@ -132,14 +138,14 @@ def test_a_bad_step_changes_only_the_counters():
     assert history[2]["loss"] == (0.0, 0.0) and history[2]["skipped"] == (1.0, 1.0)
 
     # The next good step clears the row but not the total.
-    state, _, _ = run(toy_task(), toy_config(), single(), toy_batches(bad_steps=(2,)), steps=3)
+    state, _ = run(TOY, toy_config(), ALONE, toy_batches(bad_steps=(2,)), steps=3)
     assert (int(state.bad_steps), int(state.skipped)) == (0, 1)
 
 
 def test_too_many_bad_steps_freeze_the_state():
     """So that the loop, which looks only at log steps, cannot miss them."""
     config = toy_config(max_bad_steps=2)
-    state, _, _ = run(toy_task(), config, single(), toy_batches(bad_steps=(2, 3)), steps=5)
+    state, _ = run(TOY, config, ALONE, toy_batches(bad_steps=(2, 3)), steps=5)
     assert (int(state.bad_steps), int(state.skipped)) == (4, 4)
 
 
@@ -147,7 +153,7 @@ def test_noise_depends_on_the_step():
     """Two steps with the same batch and frozen parameters see different losses."""
     same = lambda start: iter([next(toy_batches()(0)) for _ in range(2)])
     config = toy_config(optimizer=OptimizerConfig(learning_rate=0.0))
-    _, history, _ = run(toy_task(), dataclasses.replace(config), single(), same, steps=2)
+    _, history = run(TOY, dataclasses.replace(config), ALONE, same, steps=2)
     assert history[0]["loss"] != history[1]["loss"]
 
 
@@ -155,4 +161,4 @@ def test_batch_that_does_not_divide_is_refused():
     config = toy_config(global_batch_size=12, accumulation=2)
     optimizer = make_optimizer(config.optimizer, config.steps)
     with pytest.raises(SfdError, match="global_batch_size=12 .* 8 devices .*accumulation=2"):
-        make_train_step(toy_task(), optimizer, config, make_mesh(8, 1))
+        make_train_step(TOY, optimizer, config, make_mesh(8, 1))
