@@ -46,6 +46,21 @@ class TrainConfig:
     keep_every: int = 0
     max_bad_steps: int = 20
 
+    def __post_init__(self):
+        positive = ("steps", "global_batch_size", "accumulation", "log_every", "checkpoint_every", "keep_last",
+                    "max_bad_steps")  # fmt: skip
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise SfdError(f"train.{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.ema_decay < 1:
+            raise SfdError(f"train.ema_decay={self.ema_decay} must lie in [0, 1)")
+        if self.global_batch_size % self.accumulation:
+            raise SfdError(
+                f"train.global_batch_size={self.global_batch_size} does not divide by "
+                f"train.accumulation={self.accumulation}"
+            )
+        make_schedule(self.optimizer, self.steps)
+
 
 def make_train_step(
     task, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh

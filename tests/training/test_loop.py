@@ -1,5 +1,6 @@
 """The loop: resume to the bit, kills, one folder one run, and what it writes."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from toy_training import toy_batches, toy_config, toy_task
 
 from sfd_jax.distributed import make_mesh
 from sfd_jax.errors import SfdError
-from sfd_jax.training import EXIT_PREEMPTED, Preempted, fit, load_params
+from sfd_jax.training import EXIT_PREEMPTED, OptimizerConfig, Preempted, fit, load_params
 from sfd_jax.training.logging import read_metrics
 
 
@@ -105,6 +106,16 @@ def test_resume_on_another_mesh(whole, tmp_path):
     jax.tree.map(close, whole[0], jax.device_get(state))
 
 
+def test_given_parameters_are_where_a_fresh_run_starts(whole, tmp_path):
+    state, folder = whole
+    params, _ = load_params(folder, which="raw")
+    still = dataclasses.replace(toy_config(steps=1), optimizer=OptimizerConfig(learning_rate=0.0))
+    started = train(tmp_path, still, params=params)
+    assert_same(state.params, started.params)
+    assert_same(state.params, started.ema_params)
+    assert_same(started, train(tmp_path, still, params=jax.tree.map(lambda x: 0 * x, params)))  # a checkpoint wins
+
+
 def test_too_many_bad_steps_stop_the_run_and_name_the_step(tmp_path):
     with pytest.raises(SfdError, match="not finite in 2 steps in a row, from step 4 on.*checkpoint is of step 4"):
         train(tmp_path, toy_config(max_bad_steps=2, log_every=6, steps=9), toy_batches(bad_steps=(4, 5)))
@@ -129,8 +140,6 @@ def test_another_run_may_not_use_the_folder(whole):
 
 
 def test_steps_may_change_only_where_the_schedule_does_not_hang_on_them(tmp_path):
-    import dataclasses
-
     config = toy_config(steps=2)
     falling = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, schedule="cosine"))
     train(tmp_path, falling)

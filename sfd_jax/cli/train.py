@@ -1,0 +1,200 @@
+"""Train the two-clock diffusion transformer on latent shards.
+
+  sfd train --config=configs/sfd.py:xl --workdir=runs/xl --config.data.path=latents/train
+  sfd train --config=configs/sfd.py:b,weak --workdir=runs/b --config.data.path=latents/train
+      the weaker model for AutoGuidance
+  sfd train ... --init=CKPT
+      start from the weights of another run, or from converted ones
+  sfd train ... --check
+      look for faults before a long job, and train nothing
+
+The latents are those of `sfd extract`, or a folder of released shards. The work folder gets checkpoints/
+(weights, EMA, optimizer and all that sampling needs), metrics.jsonl, tensorboard/ and run.json. Started again
+with the same flags the run goes on from its newest checkpoint, bit for bit as if it had not stopped; a folder
+of another run is refused. After SIGTERM it saves and exits with status 75: start it again later. On several
+hosts, start the same command on all of them.
+"""
+
+from pathlib import Path
+
+from sfd_jax.cli.flags import door_parser, parse_door
+from sfd_jax.errors import SfdError
+
+REPA_SOURCES = ("stored",)
+
+
+def main(argv: list[str]) -> int:
+    """Open the door: check everything that can be checked without a device, then train."""
+    parser = door_parser("train", __doc__)
+    parser.add_argument("--workdir", required=True, help="folder of the run")
+    parser.add_argument("--init", metavar="CKPT", help="checkpoint whose weights to start from")
+    parser.add_argument("--check", action="store_true", help="only look for faults")
+    args = parse_door(parser, argv, config="configs/sfd.py:xl")
+    config = args.config
+
+    from sfd_jax.cli.build import layout_from_config, mesh_from_config, task_from_config, train_config
+    from sfd_jax.data.pipeline import latent_transform
+
+    # --- What the config says, before any device is touched --------------------------------------------------
+    task, layout, train = task_from_config(config), layout_from_config(config), train_config(config)
+    repa = config.loss.repa_weight > 0
+    if config.data.repa_source not in REPA_SOURCES:
+        raise SfdError(
+            f"data.repa_source='{config.data.repa_source}' is not available; use one of: {', '.join(REPA_SOURCES)}"
+        )
+    source = open_source(config.data.path, repa=repa)
+    check_channels(layout, source.statistics)
+    if args.check:
+        return _check(args, config, source, task, repa)
+
+    # --- Devices and data ------------------------------------------------------------------------------------
+    import jax
+
+    from sfd_jax.data.pipeline import make_batches
+    from sfd_jax.distributed import say, start
+    from sfd_jax.training import fit, load_params
+
+    start()
+    mesh = mesh_from_config(config)
+    batches = make_batches(
+        source,
+        seed=config.seed,
+        global_batch_size=train.global_batch_size,
+        host_index=jax.process_index(),
+        host_count=jax.process_count(),
+        transform=latent_transform(layout, source.statistics, repa=repa),
+        workers=config.data.workers,
+        flips=config.data.flips,
+    )
+    check_batch(task, batches.at(0))
+
+    say(describe(task, train, source, mesh, args.workdir))
+    fit(
+        task,
+        batches,
+        train,
+        args.workdir,
+        mesh=mesh,
+        seed=config.seed,
+        metadata=metadata(config, source),
+        params=load_params(args.init, abstract=task.network.abstract_params())[0] if args.init else None,
+    )
+    say(f"{args.workdir}: {train.steps:,} steps done")
+    return 0
+
+
+def open_source(path: str, *, repa: bool):
+    """Open the latents to train on, with their statistics.
+
+    Raises:
+      SfdError: no path, no latents there, or released shards without their statistics.
+    """
+    from sfd_jax.convert.torch_files import read_torch_file
+    from sfd_jax.data.published import open_latents, published_statistics
+
+    if not path:
+        raise SfdError("say where the latents are: --config.data.path=FOLDER, made by `sfd extract`")
+
+    def released_statistics(folder: Path):
+        semantic = [folder / f"latents_{name}_stats.pt" for name in ("sv", "dino")]
+        files = [folder / "latents_stats.pt", *[file for file in semantic if file.exists()]]
+        if len(files) < 2 or not files[0].exists():
+            raise SfdError(f"{folder} lacks latents_stats.pt and latents_sv_stats.pt, which belong to its shards")
+        return published_statistics(*map(read_torch_file, files[:2]))
+
+    return open_latents(path, repa=repa, released_statistics=released_statistics)
+
+
+def check_channels(layout, statistics) -> None:
+    """Raise SfdError where the stored latents have other channels than the config says."""
+    stored = (statistics.texture_mean.size, statistics.semantic_mean.size)
+    if stored != (layout.texture_channels, layout.semantic_channels):
+        raise SfdError(
+            f"the latents have {stored[0]} texture and {stored[1]} semantic channels, but "
+            f"latents.texture_channels={layout.texture_channels} and "
+            f"latents.semantic_channels={layout.semantic_channels}"
+        )
+
+
+def check_batch(task, batch: dict) -> None:
+    """Trace the loss on the shapes of a batch, so that data and network disagree now and not after a compile.
+
+    Raises:
+      SfdError: what the network says of a batch that does not fit it; or labels outside its classes.
+    """
+    import jax
+    import numpy as np
+
+    labels, classes = batch["labels"], getattr(task.network.config, "num_classes", None)
+    if classes is not None and not (0 <= labels.min() and labels.max() < classes):
+        raise SfdError(f"labels reach from {labels.min()} to {labels.max()}, but model.num_classes={classes}")
+    shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in batch.items() if name != "index"}
+    shapes["positions"] = jax.ShapeDtypeStruct((len(labels),), np.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    try:
+        jax.eval_shape(task.loss, jax.eval_shape(task.init, key), shapes, key)
+    except (TypeError, ValueError) as error:
+        listed = ", ".join(f"{name} {array.shape}" for name, array in shapes.items())
+        raise SfdError(f"the data do not fit the network: {str(error).splitlines()[0]} (batch: {listed})") from error
+
+
+def metadata(config, source) -> dict:
+    """Return what a checkpoint must carry for its latents to be sampled and named."""
+    return {
+        "config": config.to_dict(),
+        "latent_statistics": source.statistics.to_dict(),
+        "class_names": source.class_names,
+    }
+
+
+def describe(task, train, source, mesh, workdir) -> str:
+    """Return what the run is about to do: parameters, data, devices and lengths."""
+    from clu import parameter_overview
+
+    overview = parameter_overview.get_parameter_overview(task.network.abstract_params(), include_stats=False)
+    epochs = train.steps * train.global_batch_size / len(source)
+    shape = " x ".join(f"{size} {axis}" for axis, size in mesh.shape.items())
+    parts = f" in {train.accumulation} parts" if train.accumulation > 1 else ""
+    return (
+        f"{overview}\n"
+        f"{task.name}: {task.network.num_params():,} parameters on {mesh.size} devices ({shape})\n"
+        f"{len(source):,} images, {train.global_batch_size} a step{parts}, {train.steps:,} steps = {epochs:,.1f} epochs\n"
+        f"work folder {workdir}: a checkpoint every {train.checkpoint_every:,} steps"
+    )
+
+
+def _check(args, config, source, task, repa: bool) -> int:
+    from sfd_jax.cli.build import layout_from_config
+    from sfd_jax.data.checks import check_store, check_writable
+    from sfd_jax.data.latent_store import LatentStore
+    from sfd_jax.data.pipeline import latent_transform, make_batches
+
+    faults = []
+    if isinstance(source, LatentStore):
+        classes = config.model.num_classes
+        faults += check_store(config.data.path, num_classes=classes, flips=config.data.flips, repa=repa)
+    # Parameters, EMA and two moments in float32, for each checkpoint kept at the same time.
+    kept = config.train.keep_last + 1
+    if config.train.keep_every:
+        kept += config.train.steps // config.train.keep_every
+    needed = 16 * task.network.num_params() * kept
+    faults += check_writable(args.workdir, needed)
+    transform = latent_transform(layout_from_config(config), source.statistics, repa=repa)
+    try:
+        batches = make_batches(source, seed=config.seed, global_batch_size=8, transform=transform, flips=config.data.flips)
+        check_batch(task, batches.at(0))
+    except SfdError as error:
+        faults.append(str(error))
+    print(f"{len(source):,} images; {task.network.num_params():,} parameters; checkpoints take {needed / 1e9:.1f} GB")
+    if faults:
+        raise SfdError(f"{len(faults)} faults:\n" + "\n".join(f"  {fault}" for fault in faults))
+    print("no faults found")
+    return 0
+
+
+if __name__ == "__main__":
+    import sys
+
+    from sfd_jax.cli.main import open_door
+
+    sys.exit(open_door(main, "train", sys.argv[1:]))

@@ -1,0 +1,80 @@
+"""`sfd train` with the tiny form of the shipped recipe, on a store made here."""
+
+import numpy as np
+import pytest
+
+from sfd_jax.cli.main import open_door
+from sfd_jax.cli.train import main
+from sfd_jax.data.latent_store import LatentStoreWriter, Plan, latent_fields
+from sfd_jax.training import load_params
+from sfd_jax.training.logging import read_metrics
+
+TINY = "--config=configs/sfd.py:xl,tiny"
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    """Twenty images of the tiny recipe's shapes."""
+    folder = tmp_path_factory.mktemp("latents")
+    fields = latent_fields((4, 4, 8), (4, 4, 4), dtype="float32", flips=True, repa_shape=(16, 24))
+    writer = LatentStoreWriter(folder, Plan(20, 16, fields, {}, {}, [f"class {i}" for i in range(10)]))
+    rng = np.random.default_rng(0)
+    for shard in range(2):
+        with writer.open_shard(shard) as records:
+            for index in writer.plan.span(shard):
+                arrays = {name: rng.standard_normal(field["shape"]) for name, field in fields.items()}
+                records.add({**arrays, "label": index % 10, "index": index})
+    writer.finish()
+    return folder
+
+
+def train(workdir, latents, *flags):
+    return open_door(main, "train", [TINY, f"--workdir={workdir}", f"--config.data.path={latents}", *flags])
+
+
+@pytest.mark.slow
+def test_the_shipped_recipe_trains_and_goes_on(latents, tmp_path, capsys):
+    run = tmp_path / "run"
+    small = ("--config.model.depth=2", "--config.model.remat=none")  # quicker to compile
+    assert train(run, latents, "--config.train.steps=2", *small) == 0
+    assert train(run, latents, *small) == 0
+    out = capsys.readouterr()
+    assert "20 images, 8 a step, 4 steps" in out.out and "goes on from step 2 of 4" in out.out
+    assert "blocks/attention/qkv/kernel" in out.out  # the overview of parameters
+    rows = read_metrics(run)
+    assert [row["step"] for row in rows] == [2, 4]
+    names = {f"error_{group}_q{q}" for group in ("semantic", "texture") for q in range(1, 5)}
+    assert names & rows[0].keys() and {"loss", "loss_repa", "grad_norm", "learning_rate"} <= rows[0].keys()
+    _, metadata = load_params(run)
+    assert metadata["latent_statistics"]["texture_mean"] and metadata["class_names"][3] == "class 3"
+    assert metadata["config"]["clocks"] == {"name": "fixed_offset", "delta_t": 0.3}
+
+    assert train(run, latents, "--config.clocks.delta_t=0.5", *small) == 2
+    assert "config.clocks.delta_t: there 0.3, here 0.5" in capsys.readouterr().err
+
+
+def test_check_names_faults_without_training(latents, tmp_path, capsys):
+    assert train(tmp_path / "run", latents, "--check") == 0
+    assert "no faults found" in capsys.readouterr().out and not (tmp_path / "run").exists()
+    assert train(tmp_path / "run", latents, "--check", "--config.model.num_classes=7") == 2
+    assert "model.num_classes=7" in capsys.readouterr().err
+    assert train(tmp_path / "run", latents, "--check", "--config.model.input_size=8") == 2
+    assert "8, 8, 12" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag, message", [
+    ("--config.data.path=", "say where the latents are"),
+    ("--config.data.path=nowhere", "nowhere"),
+    ("--config.model.repa_features=0", "loss.repa_weight=1.0 needs the projector"),
+    ("--config.latents.semantic_channels=5", "8 texture and 4 semantic channels, but latents.texture_channels=8 and"),
+    ("--config.model.two_clocks=False", "model.two_clocks=False reads one clock"),
+    ("--config.optimizer.schedule=cosin", "did you mean 'cosine'"),
+    ("--config.train.accumulation=3", "global_batch_size=8 does not divide by train.accumulation=3"),
+    ("--config.train.ema_decay=1.0", "train.ema_decay=1.0 must lie in"),
+    ("--config.data.repa_source=web", "data.repa_source='web'"),
+    ("--config.data.flip=False", "did you mean 'flips'"),
+])
+def test_faults_of_the_config_are_told_before_training(flag, message, latents, tmp_path, capsys):
+    assert train(tmp_path / "run", latents, flag) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
