@@ -1,0 +1,56 @@
+"""From real handwritten digits to new ones, on a laptop's processor, with nothing downloaded.
+
+Trains every part of Semantic-First Diffusion on the 1,437 training digits that ship inside scikit-learn:
+texture VAE, visual encoder, Semantic VAE, the two-clock diffusion model and a weaker one for
+AutoGuidance; then makes 1,000 new digits and judges them. The work folder then holds samples.npz,
+samples.png, stages.png, losses.png, metrics.json and report.md. Killed and started again, it goes on
+from the last finished work and ends with the same samples.
+"""
+
+import os
+
+from sfd_jax.cli.flags import door_parser, parse_door
+
+
+def main(argv: list[str]) -> int:
+    """Run the demo's stages that are not done yet."""
+    parser = door_parser("demo", __doc__)
+    parser.add_argument("--workdir", default="demo_out", help="folder of the run (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="of everything drawn (default: the config's, 0)")
+    args = parse_door(parser, argv, config="configs/digits.py")
+    if args.seed is not None:
+        args.config.seed = args.seed
+    # Digits are small: the demo is for the processor, and gives there what README.md shows.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+    from pathlib import Path
+
+    from sfd_jax.cli.demo import results, stages
+    from sfd_jax.cli.demo.record import DemoRecord
+
+    workdir = Path(args.workdir)
+    demo = stages.Demo(args.config, workdir)
+    record = DemoRecord(workdir, args.config.to_dict())
+    record.run("texture_vae", "texture VAE: 32x32 pixels to 4x4 latents", lambda: stages.train_texture_vae(demo))
+    record.run("encoder", "visual encoder, a small ViT with registers", lambda: stages.train_encoder(demo))
+    record.run("semantic_vae", "Semantic VAE on the encoder's patch features", lambda: stages.train_semantic_vae(demo))
+    record.run("latents", "training digits to latent shards with statistics", lambda: stages.extract_latents(demo))
+    record.run("diffusion", "two-clock diffusion model", lambda: stages.train_diffusion(demo, "diffusion"))
+    record.run("weak", "weaker model for AutoGuidance", lambda: stages.train_diffusion(demo, "weak"))
+    record.run("sample", "new digits", lambda: results.make_samples(demo))
+    record.run("metrics", "judge them beside real ones", lambda: results.measure(demo))
+    record.run("pictures", "samples.png, stages.png, losses.png", lambda: results.draw_pictures(demo))
+    results.write_report(demo, record.stages)
+    _print_summary(workdir, record.stages)
+    return 0
+
+
+def _print_summary(workdir, stages: dict[str, dict]) -> None:
+    print()
+    for name, values in (("samples", stages["metrics"]["samples"]), ("real training digits", stages["metrics"]["real"])):
+        print(
+            f"{name:<21} read as their label {values['read_as_label']:.1%}, Frechet distance "
+            f"{values['frechet_distance']:.2f}, precision {values['precision']:.3f}, recall {values['recall']:.3f}"
+        )
+    seconds = sum(stage["seconds"] for stage in stages.values())
+    print(f"\n{seconds:.0f} s in all. Look at {workdir / 'samples.png'}, then read {workdir / 'report.md'}.")
