@@ -7,7 +7,8 @@ time tau runs from 0 to tau_end and a pair of clocks maps it to the time of each
   paths     from noise to data
   losses    what training lowers
   guidance  network and labels -> velocity function
-  solvers   integrators, each one compiled loop
+  solvers   integrators of fixed steps, each one compiled loop
+  dopri5    the adaptive ones
   sampling  velocity function and noise -> latents
 
 This room receives a velocity function and never imports `models`.

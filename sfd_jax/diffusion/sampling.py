@@ -21,6 +21,7 @@ import numpy as np
 
 from sfd_jax.diffusion import solvers
 from sfd_jax.diffusion.clocks import Clocks
+from sfd_jax.diffusion.dopri5 import dopri5, dopri5_shared
 from sfd_jax.errors import SfdError, nearest
 from sfd_jax.latents import LatentLayout
 
@@ -67,6 +68,7 @@ class SolverConfig:
 
 
 MODES = ("staged", "published")
+_SAME = 1e-5  # global times closer than this are one
 
 
 class SamplingStats(NamedTuple):
@@ -167,7 +169,7 @@ def _published(velocity_fn, noise, layout, clocks, solver):
 
     field = solvers.Field(velocity, rate)
     if solver.name == "dopri5":
-        solution = solvers.dopri5_shared(field, noise, clocks.edges, **_tolerances(solver))
+        solution = dopri5_shared(field, noise, clocks.edges, **_tolerances(solver))
         return solution.final, _stats(solution, range(len(clocks.edges) - 1))
     grid = published_points(clocks.tau_end, solver.num_steps, solver.timestep_shift)
     solution = solvers.integrate_grid(field, noise, [grid], method=solver.name)
@@ -183,7 +185,7 @@ def _published(velocity_fn, noise, layout, clocks, solver):
 def _staged(velocity_fn, noise, layout, clocks, solver, jumps, stops):
     """Integrate every stage on its own, with the times in `stops` as further ends of steps."""
     edges = _cut(clocks.edges, [*jumps, *stops])
-    jumps = [any(abs(edge - jump) < 1e-6 for jump in jumps) for edge in edges]
+    jumps = [any(abs(edge - jump) < _SAME for jump in jumps) for edge in edges]
     middles = (np.asarray(edges[:-1]) + np.asarray(edges[1:])) / 2
     stage_of = np.searchsorted(np.asarray(clocks.breakpoints), middles).astype(np.int32)
 
@@ -197,7 +199,7 @@ def _staged(velocity_fn, noise, layout, clocks, solver, jumps, stops):
     field = solvers.Field(velocity, rate)
     common = dict(jumps=jumps, keep_edges=bool(stops))
     if solver.name == "dopri5":
-        solution = solvers.dopri5(field, noise, edges, **_tolerances(solver), **common)
+        solution = dopri5(field, noise, edges, **_tolerances(solver), **common)
     else:
         points = staged_points(edges, solver.num_steps, solver.timestep_shift)
         solution = solvers.integrate_grid(field, noise, points, method=solver.name, **common)
@@ -219,7 +221,7 @@ def _cut(edges: Sequence[float], more: Sequence[float]) -> list[float]:
     """Merge further edges into `edges`, leaving out those that are there already."""
     merged = list(edges)
     for tau in more:
-        if all(abs(tau - edge) > 1e-5 for edge in merged):
+        if all(abs(tau - edge) >= _SAME for edge in merged):
             merged.append(float(tau))
     return sorted(merged)
 

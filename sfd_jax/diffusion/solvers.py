@@ -1,16 +1,12 @@
-"""Integrators of dy/dtau = rate(tau, segment) * velocity(y, tau, segment), each one `lax` loop.
+"""What the integrators solve, and those of fixed steps; the adaptive ones are in `dopri5.py`.
 
-The velocity is the network's answer, the rate says how fast the clock of each group runs there
-(0 where a group is frozen). Both depend on the segment: the interval [0, tau_end] is cut at
-`edges` into segments inside which the field is smooth, and no step of `integrate_grid` or
-`dopri5` straddles an edge. In the loops one iteration is one network call, so that the network
-is traced and compiled once whatever the method.
+The equation is dy/dtau = rate(tau, segment) * velocity(y, tau, segment). The velocity is the
+network's answer, the rate says how fast the clock of each group runs there (0 where a group is
+frozen). Both depend on the segment: the interval [0, tau_end] is cut at edges into segments inside
+which the field is smooth. Each integrator is one `lax` loop, of which an iteration is one network
+call, so that the network is traced and compiled once whatever the method.
 
-  integrate_grid  euler, heun, midpoint, rk4, ab2 on given points
-  dopri5          adaptive, every sample with its own step size, stopping at every edge
-  dopri5_shared   adaptive as torchdiffeq does it: one step size for the batch, edges unknown
-
-Axis letters: B samples, S segments, N slopes of a Runge-Kutta step.
+Axis letters: B samples, S segments, N slopes of a step.
 """
 
 import dataclasses
@@ -76,50 +72,6 @@ TABLEAUS = {
 }
 METHODS = (*TABLEAUS, "ab2", "dopri5")
 
-# Dormand and Prince (1980), the pair of orders 5 and 4. The last row is the solution itself, so
-# the last slope of a step is the first of the next.
-_NODES = np.array([0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1], np.float32)
-_ROWS = np.zeros((7, 7), np.float32)
-_ROWS[1, :1] = [1 / 5]
-_ROWS[2, :2] = [3 / 40, 9 / 40]
-_ROWS[3, :3] = [44 / 45, -56 / 15, 32 / 9]
-_ROWS[4, :4] = [19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729]
-_ROWS[5, :5] = [9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656]
-_ROWS[6, :6] = [35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84]
-# Fifth order minus Shampine's fourth-order companion, the one torchdiffeq carries.
-_ERROR = np.array(
-    [
-        35 / 384 - 1951 / 21600,
-        0,
-        500 / 1113 - 22642 / 50085,
-        125 / 192 - 451 / 720,
-        -2187 / 6784 + 12231 / 42400,
-        11 / 84 - 649 / 6300,
-        -1 / 60,
-    ],
-    np.float32,
-)
-# Shampine (1986): the solution at the middle of a step, for interpolation.
-_MIDDLE = np.array(
-    [
-        6025192743 / 30085553152 / 2,
-        0,
-        51252292925 / 65400821598 / 2,
-        -2691868925 / 45128329728 / 2,
-        187940372067 / 1594534317056 / 2,
-        -1776094331 / 19743644256 / 2,
-        11237099 / 235043384 / 2,
-    ],
-    np.float32,
-)
-_SAFETY, _SHRINK, _GROW = 0.9, 0.2, 10.0
-# What a step of `dopri5` may use of the tolerance, which is meant for the answer: the errors of
-# all steps add up and grow on the way. Measured at rtol = 1e-3 on 8 random networks of the parity
-# pack's kind with 24 samples each: error at most 8e-5 of the largest value for 33 to 39 calls a
-# sample. With a share of 1 it would be 7e-3 for 27 calls, beyond the tolerance.
-STEP_SHARE = 0.05
-_MIN_STEP = 1e-6  # a rejection cannot shrink a step below this, times being float32
-
 
 def integrate_grid(
     field: Field,
@@ -154,16 +106,16 @@ def integrate_grid(
         raise SfdError(f"unknown fixed-step solver {method!r}: {nearest(method, METHODS)}")
     batch, segments = y0.shape[0], len(points)
     calls = _ab2_calls(points) if method == "ab2" else _runge_kutta_calls(points, TABLEAUS[method])
-    low, high = _readable([p[0] for p in points] + [points[-1][-1]], jumps)
+    low, high = readable([p[0] for p in points] + [points[-1][-1]], jumps)
     calls["tau"] = np.clip(calls["tau"], low[calls["segment"]], high[calls["segment"]])
 
     def one_call(carry, call):
         y, slopes, kept = carry  # slopes: (N,B,...), the newest first
         tau, segment = jnp.full((batch,), call["tau"]), jnp.full((batch,), call["segment"])
-        velocity = field.velocity(y + _combine(call["read"], slopes), tau, segment)
+        velocity = field.velocity(y + combine(call["read"], slopes), tau, segment)
         slope = field.rate(tau, segment) * velocity
         slopes = jnp.concatenate([slope[None], slopes[:-1]])
-        y = y + _combine(call["add"], slopes)
+        y = y + combine(call["add"], slopes)
         if keep_edges:
             kept = kept.at[call["segment"]].set(y)  # the last call of a segment has the last word
         return (y, slopes, kept), None
@@ -227,7 +179,7 @@ def _columns(rows: list[tuple]) -> dict[str, np.ndarray]:
     }
 
 
-def _combine(weights: jax.Array, slopes: jax.Array) -> jax.Array:
+def combine(weights: jax.Array, slopes: jax.Array) -> jax.Array:
     """Sum slopes (N,B,...) with weights (N,) or (N,B), in float32 and in this order.
 
     Not a dot product: on a TPU that would round to bfloat16.
@@ -239,295 +191,10 @@ def _combine(weights: jax.Array, slopes: jax.Array) -> jax.Array:
     return total
 
 
-def _readable(
+def readable(
     edges: Sequence[float], jumps: Sequence[bool] | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the lowest and highest time (S,) at which each segment may read the velocity."""
     edges = np.asarray(edges, np.float32)
     inset = MARGIN * np.asarray(np.zeros(len(edges)) if jumps is None else jumps, np.float32)
     return edges[:-1] + inset[:-1], edges[1:] - inset[1:]
-
-
-class _Walk(NamedTuple):
-    """The state of `dopri5`: each sample walks through its segments on its own."""
-
-    y: jax.Array  # (B,...) at tau
-    tau: jax.Array  # (B,)
-    segment: jax.Array  # (B,) int32; S once arrived
-    node: jax.Array  # (B,) int32, the slope that the next call reads; 7 tries a first step
-    slopes: jax.Array  # (7,B,...)
-    step: jax.Array  # (B,) the step being tried
-    wish: jax.Array  # (B,) the step that the error allows, whatever the edges say; 0 while unknown
-    broken: jax.Array  # (B,) bool
-    nfe: jax.Array  # ()
-    sample_nfe: jax.Array  # (B,S)
-    kept: jax.Array | None  # (S,B,...)
-
-
-_START, _LAST, _TRIAL = 0, 6, 7
-
-
-def dopri5(
-    field: Field,
-    y0: jax.Array,
-    edges: Sequence[float],
-    *,
-    atol: float,
-    rtol: float,
-    max_calls: int,
-    jumps: Sequence[bool] | None = None,
-    keep_edges: bool = False,
-) -> Solution:
-    """Integrate with Dormand-Prince 5(4), every sample under its own error control.
-
-    A sample has its own time, segment, step size and place within the step, so its answer does
-    not depend on its companions, and one that is done or ahead never waits: the number of calls
-    is that of the slowest sample. Steps end on the edges. What is saved against one solver run a
-    segment: the clocks are continuous, so the velocity at an edge serves both sides (only its
-    rates change), and the step size carries over; a first step is tried once, at tau = 0.
-
-    Args:
-      field: the right-hand side.
-      y0: (B,...) float32.
-      edges: S+1 increasing times.
-      atol, rtol: tolerance of the answer; a step is accepted where the root mean square, over the
-        values that move, of its error / (atol + rtol |y|) is at most `STEP_SHARE`.
-      max_calls: limit of network calls; samples not done by then are given up.
-      jumps: (S+1,) whether the velocity itself jumps at an edge; then it is read again.
-      keep_edges: whether to return the solution at every edge.
-
-    Source: the controller is that of Hairer, Norsett and Wanner I, sections II.4-5.
-    """
-    batch, segments = y0.shape[0], len(edges) - 1
-    low, high = (jnp.asarray(bound) for bound in _readable(edges, jumps))
-    edges = jnp.asarray(edges, jnp.float32)
-    jumps = jnp.zeros(segments + 1, bool) if jumps is None else jnp.asarray(jumps, bool)
-    # The trial of a first step is one Euler step along the first slope.
-    nodes = jnp.asarray(np.append(_NODES, np.float32(1)))
-    rows = jnp.asarray(np.vstack([_ROWS, np.eye(1, 7, dtype=np.float32)]))
-
-    def per_sample(values, like):
-        return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
-
-    def one_call(walk: _Walk) -> _Walk:
-        active = walk.segment < segments
-        segment = jnp.minimum(walk.segment, segments - 1)
-        end = edges[segment + 1]
-        y, step = walk.y, walk.step
-
-        # The call: node 0 reads the slope at y itself, node 6 at the new solution.
-        tau_read = jnp.clip(walk.tau + nodes[walk.node] * step, low[segment], high[segment])
-        y_read = y + _combine(rows[walk.node].T * step[None], walk.slopes)
-        velocity = field.velocity(y_read, tau_read, segment)
-        rate = field.rate(tau_read, segment)
-        slope = rate * velocity
-        is_node = jnp.arange(7)[:, None] == walk.node[None]
-        slopes = jnp.where(per_sample(is_node, walk.slopes), slope[None], walk.slopes)
-
-        # Frozen values have no error; averaging over them would loosen the tolerance.
-        moves = jnp.broadcast_to(rate != 0, y.shape)
-        axes = tuple(range(1, y.ndim))
-
-        def norm(values):
-            total = jnp.sum(jnp.where(moves, values, 0.0) ** 2, axis=axes)
-            return jnp.sqrt(total / jnp.maximum(jnp.sum(moves, axis=axes), 1))
-
-        # A first step, from the size of y, of its slope, and of the slope's change in the trial.
-        scale = atol + rtol * jnp.abs(y)
-        size, speed = norm(y / scale), norm(slopes[0] / scale)
-        trial = jnp.where((size < 1e-5) | (speed < 1e-5), _MIN_STEP, 0.01 * size / speed)
-        bend = norm((slope - slopes[0]) / scale) / jnp.where(step > 0, step, 1.0)
-        first = jnp.minimum(100 * step, (0.01 / jnp.maximum(speed, bend)) ** 0.2)
-
-        # The verdict on a step.
-        finished = active & (walk.node == _LAST)
-        error = per_sample(step, y) * _combine(jnp.asarray(_ERROR), slopes)
-        scale = atol + rtol * jnp.maximum(jnp.abs(y), jnp.abs(y_read))
-        ratio = norm(error / (STEP_SHARE * scale))
-        sound = jnp.isfinite(ratio)
-        least = step <= _MIN_STEP
-        accepted = finished & sound & ((ratio <= 1) | least)
-        broken = walk.broken | (finished & ~sound & least)
-        arrived = accepted & (step >= end - walk.tau)
-
-        factor = jnp.where(sound, jnp.clip(_SAFETY * ratio**-0.2, _SHRINK, _GROW), _SHRINK)
-        # A step cut short by an edge may grow no more than tenfold, yet a longer one was allowed.
-        regrown = jnp.where(factor < _GROW, step * factor, jnp.maximum(walk.wish, step * factor))
-        wish = jnp.where(walk.node == _TRIAL, first, jnp.where(finished, regrown, walk.wish))
-
-        tau = jnp.where(arrived, end, walk.tau + jnp.where(accepted, step, 0.0))
-        new_segment = jnp.where(broken, segments, walk.segment + arrived)
-        ahead = jnp.minimum(new_segment, segments - 1)
-        y = jnp.where(per_sample(accepted, y), y_read, y)
-        # The last slope of a step is the first of the next, across an edge with the new rates.
-        next_slope = field.rate(tau, ahead) * velocity
-        slopes = slopes.at[0].set(jnp.where(per_sample(accepted, y), next_slope, slopes[0]))
-
-        stepping = jnp.where(walk.node < _LAST, walk.node + 1, 1)
-        node = jnp.where(
-            walk.node == _START,
-            jnp.where(wish == 0, _TRIAL, 1),
-            jnp.where(arrived & jumps[ahead], _START, stepping),
-        )
-        step = jnp.where(
-            node == _TRIAL, trial, jnp.where(node == 1, _fit(wish, edges[ahead + 1] - tau), step)
-        )
-        # What the next steps have not read yet must be 0, lest a NaN of a rejected step lives on.
-        unread = jnp.arange(7)[:, None] >= node[None]
-        slopes = jnp.where(per_sample(unread, slopes), 0.0, slopes)
-        kept = walk.kept
-        if keep_edges:
-            here = (jnp.arange(segments)[:, None] == segment[None]) & arrived[None]
-            kept = jnp.where(per_sample(here, kept), y[None], kept)
-        spent = (jnp.arange(segments)[None] == segment[:, None]) & active[:, None]
-        return _Walk(
-            y, tau, new_segment, node, slopes, step, wish, broken, walk.nfe + 1,
-            walk.sample_nfe + spent, kept,
-        )  # fmt: skip
-
-    zeros = jnp.zeros(batch, jnp.float32)
-    walk = _Walk(
-        y=y0,
-        tau=zeros + edges[0],
-        segment=jnp.zeros(batch, jnp.int32),
-        node=jnp.full(batch, _START, jnp.int32),
-        slopes=jnp.zeros((7, *y0.shape), y0.dtype),
-        step=zeros,
-        wish=zeros,
-        broken=jnp.zeros(batch, bool),
-        nfe=jnp.int32(0),
-        sample_nfe=jnp.zeros((batch, segments), jnp.int32),
-        kept=jnp.full((segments, *y0.shape), jnp.nan, y0.dtype) if keep_edges else None,
-    )
-    walk = jax.lax.while_loop(
-        lambda walk: jnp.any(walk.segment < segments) & (walk.nfe < max_calls), one_call, walk
-    )
-    converged = (walk.segment == segments) & ~walk.broken
-    return Solution(
-        final=jnp.where(per_sample(converged, walk.y), walk.y, jnp.nan),
-        at_edges=walk.kept,
-        nfe=walk.nfe,
-        sample_nfe=walk.sample_nfe,
-        converged=converged,
-    )
-
-
-def _fit(wish: jax.Array, remaining: jax.Array) -> jax.Array:
-    """Fit a step before the next edge: one step if it reaches, two halves if two would."""
-    halved = jnp.where(2 * wish > remaining, remaining / 2, wish)
-    return jnp.where(1.01 * wish >= remaining, remaining, halved)
-
-
-class _March(NamedTuple):
-    """The state of `dopri5_shared`: all samples march together."""
-
-    y: jax.Array  # (B,...) at tau
-    slope: jax.Array  # (B,...) at tau
-    tau: jax.Array  # ()
-    step: jax.Array  # ()
-    nfe: jax.Array  # (S,)
-    failed: jax.Array  # ()
-
-
-def dopri5_shared(
-    field: Field,
-    y0: jax.Array,
-    edges: Sequence[float],
-    *,
-    atol: float,
-    rtol: float,
-    max_calls: int,
-) -> Solution:
-    """Integrate with Dormand-Prince 5(4) as the released sampler does through torchdiffeq.
-
-    One step size serves the whole batch, the edges are not told to the error control, frozen
-    values count in its norm, an accepted step never shrinks the next, and the last step runs past
-    the end and is interpolated back. The field's segment is always 0.
-
-    Args:
-      field: the right-hand side; read a little past the last edge too.
-      y0: (B,...) float32.
-      edges: the first and last are the interval; those between only sort the count of calls.
-      atol, rtol: a step is accepted where the root mean square, over the batch, of its
-        error / (atol + rtol |y|) is at most 1.
-      max_calls: limit of network calls.
-
-    Source: torchdiffeq 0.2.5 `rk_common.py`, `misc.py`, `interp.py`.
-    """
-    batch = y0.shape[0]
-    begin, end = jnp.float32(edges[0]), jnp.float32(edges[-1])
-    inner = jnp.asarray(edges[1:-1], jnp.float32)
-
-    def read(y, tau):
-        tau, segment = jnp.full((batch,), tau), jnp.zeros(batch, jnp.int32)
-        return field.rate(tau, segment) * field.velocity(y, tau, segment)
-
-    def count(nfe, tau):
-        return nfe.at[jnp.searchsorted(inner, tau, side="right")].add(1)
-
-    def norm(values):
-        return jnp.sqrt(jnp.mean(values**2))
-
-    def one_step(march: _March) -> _March:
-        y, tau, step = march.y, march.tau, march.step
-
-        def one_call(node, state):
-            slopes, _, nfe = state
-            y_read = y + _combine(jnp.asarray(_ROWS)[node] * step, slopes)
-            tau_read = tau + jnp.asarray(_NODES)[node] * step
-            # At the end of a step torchdiffeq reads one float earlier, lest the field jump there.
-            tau_read = jnp.where(node >= 5, jnp.nextafter(tau_read, -jnp.inf), tau_read)
-            return slopes.at[node].set(read(y_read, tau_read)), y_read, count(nfe, tau_read)
-
-        slopes = jnp.zeros((7, *y.shape), y.dtype).at[0].set(march.slope)
-        slopes, y_new, nfe = jax.lax.fori_loop(1, 7, one_call, (slopes, y, march.nfe))
-        error = step * _combine(jnp.asarray(_ERROR), slopes)
-        ratio = norm(error / (atol + rtol * jnp.maximum(jnp.abs(y), jnp.abs(y_new))))
-        accepted = ratio <= 1
-        past = accepted & (tau + step >= end)
-
-        middle = y + _combine(jnp.asarray(_MIDDLE) * step, slopes)
-        y_end = _interpolate(
-            y, middle, y_new, step * slopes[0], step * slopes[-1], (end - tau) / step
-        )
-        factor = jnp.clip(_SAFETY * ratio**-0.2, jnp.where(ratio < 1, 1.0, _SHRINK), _GROW)
-        return _March(
-            y=jnp.where(past, y_end, jnp.where(accepted, y_new, y)),
-            slope=jnp.where(accepted, slopes[-1], march.slope),
-            tau=jnp.where(accepted, tau + step, tau),
-            step=step * factor,
-            nfe=nfe,
-            failed=~jnp.isfinite(ratio) | (tau + step == tau),
-        )
-
-    # The first step: Hairer, Norsett and Wanner I, section II.4.
-    nfe = count(jnp.zeros(len(edges) - 1, jnp.int32), begin)
-    slope = read(y0, begin)
-    scale = atol + rtol * jnp.abs(y0)
-    size, speed = norm(y0 / scale), norm(slope / scale)
-    trial = jnp.where((size < 1e-5) | (speed < 1e-5), 1e-6, 0.01 * size / speed)
-    bend = norm((read(y0 + trial * slope, begin + trial) - slope) / scale) / trial
-    nfe = count(nfe, begin + trial)
-    first = jnp.minimum(100 * trial, (0.01 / jnp.maximum(speed, bend)) ** 0.2)
-
-    march = jax.lax.while_loop(
-        lambda march: (march.tau < end) & (march.nfe.sum() < max_calls) & ~march.failed,
-        one_step,
-        _March(y0, slope, begin, first, nfe, jnp.bool_(False)),
-    )
-    converged = jnp.broadcast_to((march.tau >= end) & ~march.failed, (batch,))
-    return Solution(
-        final=jnp.where(converged.reshape((batch,) + (1,) * (y0.ndim - 1)), march.y, jnp.nan),
-        at_edges=None,
-        nfe=march.nfe.sum(),
-        sample_nfe=jnp.broadcast_to(march.nfe, (batch, len(edges) - 1)),
-        converged=converged,
-    )
-
-
-def _interpolate(y0, y_middle, y1, dy0, dy1, x):
-    """Evaluate at x in [0, 1] the quartic through y0, y_middle, y1 with end slopes dy0, dy1."""
-    a = 2 * (dy1 - dy0) - 8 * (y1 + y0) + 16 * y_middle
-    b = 5 * dy0 - 3 * dy1 + 18 * y0 + 14 * y1 - 32 * y_middle
-    c = dy1 - 4 * dy0 - 11 * y0 - 5 * y1 + 16 * y_middle
-    return y0 + x * (dy0 + x * (c + x * (b + x * a)))

@@ -1,0 +1,104 @@
+"""Guidance: scale 1 is none, intervals go by group, and nothing is evaluated in vain."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sfd_jax.diffusion import guidance
+from sfd_jax.diffusion.clocks import FixedOffset
+from sfd_jax.errors import SfdError
+from sfd_jax.latents import LatentLayout
+
+LAYOUT = LatentLayout(3, 2)
+LABELS = jnp.int32([0, 4, 2])
+NULL = 7
+
+
+def network(gain, rows=None):
+    """A network whose answer tells latents, clocks and label apart; notes the rows it is given."""
+
+    def apply(latents, t_semantic, t_texture, labels):
+        if rows is not None:
+            jax.debug.callback(lambda x: rows.append(len(x)), labels)
+        per_row = gain * (labels + 1.0) + 10 * t_semantic + 100 * t_texture
+        return latents * per_row[:, None, None, None]
+
+    return apply
+
+
+def inputs(t_semantic=(0.2, 0.6, 1.0), t_texture=(0.0, 0.3, 0.7)):
+    latents = jax.random.normal(jax.random.key(0), (3, 2, 2, 5))
+    return latents, jnp.float32(t_semantic), jnp.float32(t_texture)
+
+
+def velocities(gain=1.0, labels=LABELS):
+    return network(gain)(*inputs(), labels)
+
+
+def test_scale_1_is_no_guidance_in_half_the_rows():
+    rows = []
+    guided = guidance.classifier_free(network(1, rows), LABELS, null_label=NULL, scale=1.0, layout=LAYOUT)
+    np.testing.assert_array_equal(guided(*inputs()), velocities())
+    never = lambda *_: pytest.fail("the weak model was called")
+    alone = guidance.autoguidance(network(1, rows), never, LABELS, layout=LAYOUT, scale=1.0)
+    np.testing.assert_array_equal(alone(*inputs()), velocities())
+    jax.effects_barrier()
+    assert rows == [3, 3]
+
+
+def test_classifier_free_guidance_in_one_batch():
+    rows = []
+    guided = guidance.classifier_free(network(1, rows), LABELS, null_label=NULL, scale=2.5, layout=LAYOUT)
+    null = velocities(labels=jnp.full_like(LABELS, NULL))
+    # 1e-5: float32, after a subtraction
+    np.testing.assert_allclose(guided(*inputs()), null + 2.5 * (velocities() - null), rtol=1e-5)
+    jax.effects_barrier()
+    assert rows == [6]
+
+
+def test_autoguidance_with_a_scale_for_each_group():
+    guided = guidance.autoguidance(
+        network(2), network(1), LABELS, layout=LAYOUT, scale=9.0, scale_semantic=2.0, scale_texture=1.2
+    )
+    strong, weak = velocities(2), velocities(1)
+    scale = np.float32([1.2, 1.2, 1.2, 2, 2])
+    np.testing.assert_allclose(guided(*inputs()), weak + scale[None, None, None] * (strong - weak), rtol=1e-5)
+
+
+@pytest.mark.parametrize("groups", guidance.INTERVAL_GROUPS)
+def test_intervals_go_by_the_clock_of_each_group_and_row(groups):
+    make = lambda start: guidance.classifier_free(
+        network(1), LABELS, null_label=NULL, scale=3.0, layout=LAYOUT, interval_start=start, interval_groups=groups
+    )
+    out, always, plain = make(0.6)(*inputs()), make(0.0)(*inputs()), velocities()
+    texture_on = np.array([False, False, True]) if groups != "sem" else np.ones(3, bool)
+    semantic_on = np.array([False, True, True]) if groups != "tex" else np.ones(3, bool)
+    on = np.where(np.arange(5) < 3, texture_on[:, None], semantic_on[:, None])[:, None, None]
+    np.testing.assert_allclose(out, np.where(on, always, plain), rtol=1e-6)
+
+
+def test_what_the_interval_discards_is_not_evaluated():
+    rows = []
+    guided = jax.jit(
+        guidance.classifier_free(
+            network(1, rows), LABELS, null_label=NULL, scale=3.0, layout=LAYOUT, interval_start=0.5
+        )
+    )
+    early = inputs((0.1, 0.2, 0.3), (0, 0, 0))
+    np.testing.assert_allclose(guided(*early), network(1)(*early, LABELS), rtol=1e-6)
+    jax.block_until_ready(guided(*inputs()))
+    jax.effects_barrier()
+    assert rows == [3, 6]
+
+
+def test_jumps_are_where_the_clocks_pass_the_start():
+    at = lambda groups, start=0.1: guidance.jumps(
+        FixedOffset(0.3), interval_start=start, interval_groups=groups
+    )
+    np.testing.assert_allclose(at("both"), (0.1, 0.4), atol=1e-6)
+    np.testing.assert_allclose(at("tex"), (0.4,), atol=1e-6)
+    np.testing.assert_allclose(at("sem"), (0.1,), atol=1e-6)
+    assert at("both", 0.0) == ()
+    with pytest.raises(SfdError, match="did you mean 'both'"):
+        at("boths")

@@ -1,0 +1,191 @@
+"""The loss: known answers, gradients at awkward places, and randomness by place in the batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sfd_jax.diffusion.clocks import FixedOffset
+from sfd_jax.diffusion.losses import (
+    Draws,
+    LossConfig,
+    cosine_similarity,
+    draw,
+    loss_metrics,
+    sample_time,
+    velocity_loss,
+)
+from sfd_jax.diffusion.paths import LinearPath
+from sfd_jax.errors import SfdError
+from sfd_jax.latents import LatentLayout
+
+LAYOUT = LatentLayout(3, 2)
+CLOCKS = FixedOffset(0.3)
+PLAIN = LossConfig(cosine_weight=0.0, repa_weight=0.0)
+
+
+def batch(size=4, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 2)
+    data, noise = (jax.random.normal(key, (size, 2, 7, 5)) for key in keys)
+    t = jnp.linspace(0.05, 0.95, size)
+    return data, Draws(noise, t, jnp.arange(size))
+
+
+def loss(predict, config, **kwargs):
+    data, draws = batch()
+    return velocity_loss(predict, data, draws, layout=LAYOUT, clocks=CLOCKS, config=config, **kwargs)
+
+
+def truth(latents, t_semantic, t_texture, labels):
+    data, draws = batch()
+    return data - draws.noise
+
+
+def test_path_ends_at_noise_and_data():
+    data, draws = batch()
+    path, like = LinearPath(), jnp.ones((4, 1, 1, 1))
+    np.testing.assert_array_equal(path.interpolate(data, draws.noise, 0 * like), draws.noise)
+    np.testing.assert_array_equal(path.interpolate(data, draws.noise, like), data)
+    np.testing.assert_array_equal(path.velocity(data, draws.noise, like), data - draws.noise)
+
+
+def test_the_network_sees_each_group_at_its_own_clock():
+    data, draws = batch()
+    seen = []
+    loss(lambda *args: seen.append(args) or truth(*args), PLAIN)
+    latents, t_semantic, t_texture, labels = seen[0]
+    np.testing.assert_allclose(t_semantic, np.minimum(1.3 * draws.t, 1), rtol=1e-6)
+    np.testing.assert_allclose(t_texture, np.maximum(1.3 * draws.t - 0.3, 0), atol=1e-7)
+    np.testing.assert_array_equal(labels, draws.labels)
+    t = np.where(np.arange(5) < 3, t_texture[:, None], t_semantic[:, None])[:, None, None]
+    np.testing.assert_allclose(latents, t * data + (1 - t) * draws.noise, atol=1e-6)
+
+
+def test_a_perfect_prediction_costs_nothing():
+    terms = loss(truth, LossConfig(repa_weight=0.0))
+    np.testing.assert_array_equal(terms.velocity, np.zeros(4))
+    np.testing.assert_allclose(terms.cosine, np.zeros(4), atol=2e-7)  # float32 near 1
+    np.testing.assert_array_equal(terms.total, terms.velocity + terms.cosine)
+
+
+def test_terms_by_hand():
+    features = jax.random.normal(jax.random.key(5), (4, 14, 11))
+    config = LossConfig(semantic_weight=3.0, cosine_weight=0.5, repa_weight=0.25, repa_kind="cos_mse")
+    # Off by 1 in texture, by 2 in semantics; the projection is the opposite of the features.
+    off = LAYOUT.per_channel(1.0, 2.0)[None, None, None, :]
+    terms = loss(lambda *args: (truth(*args) + off, -features), config, repa_features=features)
+    np.testing.assert_allclose(terms.velocity, np.full(4, (3 * 1 + 2 * 3 * 4) / 5), rtol=1e-5)
+    np.testing.assert_allclose(terms.error_texture, np.ones(4), rtol=1e-5)
+    np.testing.assert_allclose(terms.error_semantic, np.full(4, 4.0), rtol=1e-5)
+    target = np.asarray(truth(*[None] * 4), np.float64)
+    predicted = target + np.asarray(off)
+    norms = np.linalg.norm(predicted, axis=-1) * np.linalg.norm(target, axis=-1)
+    cosine = 1 - (predicted * target).sum(-1) / norms
+    np.testing.assert_allclose(terms.cosine, cosine.mean((1, 2)), rtol=1e-5)
+    repa = (2 + 4 * np.mean(np.square(features), (1, 2))) / 2
+    np.testing.assert_allclose(terms.repa, repa, rtol=1e-5)
+    total = terms.velocity + 0.5 * terms.cosine + 0.25 * terms.repa
+    np.testing.assert_allclose(terms.total, total, rtol=1e-6)
+
+
+def test_another_path_plugs_in():
+    class Circle:
+        def interpolate(self, data, noise, t):
+            return jnp.sin(t * jnp.pi / 2) * data + jnp.cos(t * jnp.pi / 2) * noise
+
+        def velocity(self, data, noise, t):
+            return jnp.pi / 2 * (jnp.cos(t * jnp.pi / 2) * data - jnp.sin(t * jnp.pi / 2) * noise)
+
+    data, draws = batch()
+
+    def predict(latents, t_semantic, t_texture, labels):
+        t = LAYOUT.per_channel(t_texture, t_semantic)[:, None, None, :]
+        return Circle().velocity(data, draws.noise, t)
+
+    np.testing.assert_array_equal(loss(predict, PLAIN, path=Circle()).total, np.zeros(4))
+    assert (loss(predict, PLAIN).total > 0.1).all()
+
+
+def test_cosine_has_a_tame_gradient_where_the_network_answers_zero():
+    target = jax.random.normal(jax.random.key(0), (3, 5))
+    grad = jax.grad(lambda x: cosine_similarity(x, target).sum())
+    np.testing.assert_array_equal(grad(jnp.zeros((3, 5))), np.zeros((3, 5)))
+    np.testing.assert_array_equal(cosine_similarity(jnp.zeros((3, 5)), target), np.zeros(3))
+    # Elsewhere the gradient is the true one: orthogonal to the vector, of length sin / |x|.
+    x = jax.random.normal(jax.random.key(1), (3, 5))
+    slope = grad(x)
+    np.testing.assert_allclose(jnp.sum(slope * x, -1), np.zeros(3), atol=1e-6)
+    sine = jnp.sqrt(1 - cosine_similarity(x, target) ** 2)
+    length = jnp.linalg.norm(slope, axis=-1) * jnp.linalg.norm(x, axis=-1)
+    np.testing.assert_allclose(length, sine, rtol=1e-4)
+
+
+def test_cosine_agrees_with_pytorch():
+    torch = pytest.importorskip("torch", reason="needs the extra `torch`")
+    a, b = (np.array(jax.random.normal(jax.random.key(i), (3, 5))) for i in (0, 1))
+    a[0] *= 1e-9  # shorter than eps: both divide by eps
+    theirs = torch.nn.functional.cosine_similarity(torch.from_numpy(a), torch.from_numpy(b), dim=-1)
+    np.testing.assert_allclose(cosine_similarity(a, b), theirs, atol=1e-6)
+
+
+def test_a_part_of_the_batch_draws_what_the_whole_does():
+    data = jnp.zeros((6, 2, 3, 5))
+    labels = jnp.arange(6)
+    make = lambda part, **kwargs: draw(
+        jax.random.key(3), data[part], labels[part], config=LossConfig(label_dropout=0.5), null_label=9, **kwargs
+    )
+    whole, part = make(slice(None)), make(slice(4, 6), positions=jnp.arange(4, 6))
+    for a, b in zip(whole, part, strict=True):
+        np.testing.assert_array_equal(a[4:], b)
+    assert len(np.unique(whole.noise)) == whole.noise.size  # no two samples share their noise
+
+
+def test_sharding_does_not_change_the_draws():
+    if jax.device_count() < 8:
+        pytest.skip("needs 8 devices: XLA_FLAGS=--xla_force_host_platform_device_count=8")
+    data, labels = jnp.zeros((16, 2, 3, 5)), jnp.arange(16)
+    make = jax.jit(lambda x, y: draw(jax.random.key(3), x, y, config=LossConfig(), null_label=99))
+    rows = NamedSharding(Mesh(np.array(jax.devices()[:8]), "data"), PartitionSpec("data"))
+    for a, b in zip(make(data, labels), make(*jax.device_put((data, labels), rows)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_label_dropout_and_times_have_their_distributions():
+    size = 4000
+    draws = draw(
+        jax.random.key(0), jnp.zeros((size, 1, 1, 1)), jnp.zeros(size, int), config=LossConfig(), null_label=9
+    )
+    assert set(np.unique(draws.labels)) == {0, 9}
+    # A tenth, within 5 standard deviations of a binomial.
+    assert abs(np.mean(draws.labels == 9) - 0.1) < 5 * np.sqrt(0.09 / size)
+    # sigmoid(N(0,1)) has quartiles sigmoid(-0.674), 1/2, sigmoid(0.674); 0.02 is 4 deviations.
+    quartiles = np.quantile(draws.t, (0.25, 0.5, 0.75))
+    np.testing.assert_allclose(quartiles, (0.3376, 0.5, 0.6624), atol=0.02)
+    uniform = sample_time(jax.random.key(1), "uniform", (size,))
+    np.testing.assert_allclose(np.quantile(uniform, (0.25, 0.5, 0.75)), (0.25, 0.5, 0.75), atol=0.03)
+
+
+def test_metrics_by_quarter_of_each_clock_add_up():
+    terms = loss(lambda *args: jnp.zeros_like(truth(*args)), PLAIN)
+    metrics = loss_metrics(terms)
+    for group in ("semantic", "texture"):
+        quarters = [metrics[f"error_{group}_q{q}"] for q in (1, 2, 3, 4)]
+        for i in (0, 1):
+            np.testing.assert_allclose(sum(q[i] for q in quarters), metrics[f"error_{group}"][i], rtol=1e-6)
+    # t = .05 .35 .65 .95: semantic clock .065 .455 .845 1, texture clock 0 .155 .545 .935
+    assert [metrics[f"error_semantic_q{q}"][1] for q in (1, 2, 3, 4)] == [1, 1, 0, 2]
+    assert [metrics[f"error_texture_q{q}"][1] for q in (1, 2, 3, 4)] == [2, 0, 1, 1]
+
+
+def test_impossible_settings_are_refused():
+    with pytest.raises(SfdError, match="did you mean 'cos_mse'"):
+        LossConfig(repa_kind="cosmse")
+    with pytest.raises(SfdError, match="loss.time"):
+        LossConfig(time="normal")
+    with pytest.raises(SfdError, match="label_dropout = 1.5"):
+        LossConfig(label_dropout=1.5)
+    with pytest.raises(SfdError, match="repa_features"):
+        loss(truth, LossConfig())
+    with pytest.raises(SfdError, match="null label"):
+        draw(jax.random.key(0), jnp.zeros((1, 1)), jnp.zeros(1), config=LossConfig(), null_label=None)

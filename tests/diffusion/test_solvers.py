@@ -1,0 +1,225 @@
+"""The integrators on equations with known answers."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sfd_jax.diffusion import dopri5 as tableau
+from sfd_jax.diffusion.dopri5 import dopri5, dopri5_shared
+from sfd_jax.diffusion.solvers import METHODS, TABLEAUS, Field, Tableau, integrate_grid
+from sfd_jax.errors import SfdError
+
+TIGHT = dict(atol=1e-6, rtol=1e-3, max_calls=2000)
+ADAPTIVE = {"dopri5": dopri5, "dopri5_shared": dopri5_shared}
+
+
+def field(slope):
+    """A field from slope(y, tau), with tau spread over y (B,N)."""
+    return Field(
+        velocity=lambda y, tau, segment: slope(y, tau[:, None]),
+        rate=lambda tau, segment: jnp.ones((len(tau), 1)),
+    )
+
+
+def grid(*edges, steps=8):
+    """Even points in each segment."""
+    return [np.linspace(a, b, steps + 1, dtype=np.float32) for a, b in zip(edges[:-1], edges[1:])]
+
+
+DECAY = field(lambda y, tau: -y)
+ONES = jnp.ones((2, 3))
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "dopri5"])
+def test_decay_and_measured_order(method):
+    errors = []
+    for steps in (4, 8):
+        solution = integrate_grid(DECAY, ONES, grid(0, 1, steps=steps), method=method)
+        errors.append(float(jnp.abs(solution.final - math.exp(-1)).max()))
+    order = {"euler": 1, "heun": 2, "midpoint": 2, "ab2": 2, "rk4": 4}[method]
+    # The order shows itself to a third at such few steps; float32 forbids more for rk4.
+    assert abs(math.log2(errors[0] / errors[1]) - order) < 0.34
+    calls = 8 + 1 if method == "ab2" else 8 * len(TABLEAUS[method].nodes)
+    assert solution.nfe == calls and (solution.sample_nfe == calls).all()
+
+
+def test_the_tableau_of_dopri5_is_of_order_5(monkeypatch):
+    table = Tableau(
+        tuple(tableau.NODES[:6]), tuple(tableau.ROWS[i, :i] for i in range(6)), tableau.ROWS[6, :6]
+    )
+    monkeypatch.setitem(TABLEAUS, "dopri5 at fixed steps", table)
+    errors = [
+        float(jnp.abs(solution.final - math.exp(-2)).max())
+        for steps in (3, 6)
+        for solution in [
+            integrate_grid(DECAY, ONES, grid(0, 2, steps=steps), method="dopri5 at fixed steps")
+        ]
+    ]
+    assert abs(math.log2(errors[0] / errors[1]) - 5) < 1  # more steps are lost in float32
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_adaptive_decay_stays_within_the_tolerance(name):
+    solution = ADAPTIVE[name](DECAY, ONES, [0, 1], **TIGHT)
+    assert solution.converged.all()
+    # `dopri5` bounds the answer, the published controller each step.
+    np.testing.assert_allclose(solution.final, math.exp(-1), rtol=1e-4 if name == "dopri5" else 1e-3)
+    # One call at the start, one for the first step, six a step.
+    assert int(solution.nfe) % 6 == 2 and int(solution.nfe) < 40
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_constant_velocity_is_integrated_exactly(method):
+    constant = field(lambda y, tau: jnp.full_like(y, 2.5))
+    if method == "dopri5":
+        solution = dopri5(constant, ONES, [0, 0.3, 1.3], **TIGHT)
+    else:
+        solution = integrate_grid(constant, ONES, grid(0, 0.3, 1.3, steps=3), method=method)
+    np.testing.assert_allclose(solution.final, 1 + 2.5 * 1.3, rtol=1e-6)  # float32 sums
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_step_straddles_an_edge(method):
+    """A slope that jumps at the edges is harmless to a method that stops there."""
+    edges, taus = [0, 0.37, 1.0, 1.3], []
+    jumping = Field(
+        velocity=lambda y, tau, segment: jax.debug.callback(lambda t: taus.append(t.copy()), tau)
+        or jnp.ones_like(y),
+        rate=lambda tau, segment: jnp.asarray([3.0, -5.0, 7.0])[segment][:, None],
+    )
+    if method == "dopri5":
+        solution = dopri5(jumping, ONES, edges, **TIGHT, keep_edges=True)
+    else:
+        solution = integrate_grid(
+            jumping, ONES, grid(*edges, steps=3), method=method, keep_edges=True
+        )
+    levels = 1 + np.cumsum([3 * 0.37, -5 * 0.63, 7 * 0.3])
+    np.testing.assert_allclose(solution.at_edges[:, 0, 0], levels, rtol=1e-5)
+    np.testing.assert_allclose(solution.final[1], levels[-1], rtol=1e-5)
+    jax.effects_barrier()
+    # Within a step the times read never pass its end: sorted by segment, they are sorted.
+    calls = np.repeat(np.arange(3), np.asarray(solution.sample_nfe)[0])
+    read = np.asarray(taus)[:, 0]
+    assert len(read) == len(calls)
+    assert all(edges[s] <= t + 1e-6 and t <= edges[s + 1] + 1e-6 for s, t in zip(calls, read, strict=True))
+
+
+def test_steps_of_dopri5_end_on_the_edges_without_reading_twice():
+    """On a smooth field further edges cost at most the steps they end, and no call of their own."""
+    one = dopri5(DECAY, ONES, [0, 3], **TIGHT)
+    three = dopri5(DECAY, ONES, [0, 1, 2, 3], **TIGHT, keep_edges=True)
+    assert int(three.nfe) % 6 == 2 and int(three.nfe) <= int(one.nfe) + 12
+    np.testing.assert_allclose(three.at_edges[:, 0, 0], np.exp([-1.0, -2.0, -3.0]), rtol=1e-4)
+    np.testing.assert_array_equal(three.sample_nfe.sum(1), np.full(2, int(three.nfe)))
+
+
+STIFFNESS = jnp.asarray([1.0, 8.0, 30.0])
+
+
+def oscillator(speed):
+    """y'' = -speed^2 y as a pair, one speed for each sample."""
+    return field(lambda y, tau: speed[:, None] * jnp.stack([y[:, 1], -y[:, 0]], axis=1))
+
+
+def test_a_sample_does_not_depend_on_its_companions():
+    start = jnp.tile(jnp.asarray([[1.0, 0.0]]), (3, 1))
+    run = jax.jit(lambda y, speed: dopri5(oscillator(speed), y, [0, 0.3, 1.0, 1.3], **TIGHT))
+    together = run(start, STIFFNESS)
+    for i in range(3):
+        alone = run(start[i : i + 1], STIFFNESS[i : i + 1])
+        np.testing.assert_array_equal(alone.sample_nfe[0], together.sample_nfe[i])
+        # The same operations on the same numbers; only XLA's choice of fusion may differ.
+        np.testing.assert_allclose(alone.final[0], together.final[i], atol=1e-6)
+        angle = 1.3 * float(STIFFNESS[i])
+        exact = [math.cos(angle), -math.sin(angle)]
+        np.testing.assert_allclose(together.final[i], exact, atol=2e-3)
+    own = np.asarray(together.sample_nfe).sum(1)
+    assert own[0] < own[1] < own[2] == int(together.nfe)  # nobody waits for anybody
+
+
+def test_a_jump_of_the_velocity_is_read_on_both_sides():
+    """The network itself jumps at 0.4: told, the solver stays exact; untold, it pays with calls."""
+    jumping = field(lambda y, tau: jnp.where(tau < 0.4, 1.0, -2.0) + 0 * y)
+    told = dopri5(jumping, ONES, [0, 0.4, 1], **TIGHT, jumps=[False, True, False])
+    np.testing.assert_allclose(told.final, 1 + 0.4 - 1.2, atol=1e-5)  # a margin of 1e-6 times 3
+    untold = dopri5(jumping, ONES, [0, 1], **TIGHT)
+    assert int(told.nfe) < 0.5 * int(untold.nfe)
+    fixed = integrate_grid(jumping, ONES, grid(0, 0.4, 1), method="heun", jumps=[False, True, False])
+    np.testing.assert_allclose(fixed.final, 1 + 0.4 - 1.2, atol=1e-5)
+
+
+def test_samples_that_cannot_converge_say_so_and_leave_the_others_alone():
+    # The second sample reaches a pole at tau = 1/2, the third is NaN from the start.
+    start = jnp.asarray([[0.1], [2.0], [jnp.nan]])
+    solution = dopri5(field(lambda y, tau: y**2), start, [0, 1], **TIGHT)
+    np.testing.assert_array_equal(solution.converged, [True, False, False])
+    np.testing.assert_allclose(solution.final[0], 1 / 9, rtol=1e-3)
+    assert jnp.isnan(solution.final[1:]).all() and int(solution.nfe) < TIGHT["max_calls"]
+    limited = dopri5(oscillator(STIFFNESS), jnp.ones((3, 2)), [0, 9], **TIGHT | dict(max_calls=50))
+    assert int(limited.nfe) == 50 and not limited.converged[2]
+    assert not dopri5_shared(DECAY, start, [0, 1], **TIGHT).converged.any()
+
+
+def test_a_step_rejected_for_overflow_leaves_no_trace():
+    # The first step, tried far out, overflows to NaN; the shrunk one must not inherit it.
+    cliff = field(lambda y, tau: jnp.where(tau > 0.5, jnp.nan, 0.0) + 1e-3 + 0 * y)
+    assert not dopri5(cliff, ONES, [0, 1], **TIGHT).converged.any()
+    np.testing.assert_allclose(dopri5(cliff, ONES, [0, 0.5], **TIGHT).final, 1.0005, rtol=1e-6)
+    once = field(lambda y, tau: jnp.where(y > 40, jnp.nan, y))
+    solution = dopri5(once, ONES, [0, 3.5], atol=1e-6, rtol=1.0, max_calls=500)
+    assert solution.converged.all()
+    np.testing.assert_allclose(solution.final, math.exp(3.5), rtol=0.05)
+
+
+@pytest.mark.parametrize("name", [*METHODS, "dopri5_shared"])
+def test_the_network_is_traced_once(name):
+    traces = []
+    counting = field(lambda y, tau: traces.append(1) or -y)
+    if name in ADAPTIVE:
+        run = functools.partial(ADAPTIVE[name], counting, edges=[0, 0.3, 1, 1.3], **TIGHT)
+    else:
+        run = functools.partial(integrate_grid, counting, points=grid(0, 0.3, 1, 1.3), method=name)
+    compiled = jax.jit(lambda y: run(y0=y).final)
+    compiled(ONES), compiled(2 * ONES)
+    assert len(traces) == (3 if name == "dopri5_shared" else 1)
+
+
+TORCHDIFFEQ = {"euler": "euler", "heun": "heun2", "midpoint": "midpoint", "rk4": "rk4"}
+
+
+@pytest.mark.parametrize("name", [*TORCHDIFFEQ, "dopri5", "dopri5 with a kink"])
+def test_agrees_with_torchdiffeq(name):
+    torch = pytest.importorskip("torch", reason="needs the extra `torch`")
+    torchdiffeq = pytest.importorskip("torchdiffeq", reason="needs the extra `dev`")
+    matrix = np.float32([[0, 3, 0], [-3, 0, 1], [0.5, 0, -1]])
+    kink = 0.6 if "kink" in name else -1.0
+    calls = [0]
+
+    def theirs(t, y):
+        calls[0] += 1
+        return y @ torch.from_numpy(matrix) + torch.where(t < kink, 0.0, 4.0) * torch.sin(7 * t)
+
+    ours = field(lambda y, tau: y @ matrix + jnp.where(tau < kink, 0.0, 4.0) * jnp.sin(7 * tau))
+    start = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    times = torch.linspace(0, 1.3, 14)
+    tolerances = dict(method=TORCHDIFFEQ.get(name, "dopri5"), atol=1e-6, rtol=1e-3)
+    reference = torchdiffeq.odeint(theirs, torch.from_numpy(start), times, **tolerances)[-1].numpy()
+    if name in TORCHDIFFEQ:
+        solution = integrate_grid(ours, jnp.asarray(start), [times.numpy()], method=name)
+        tolerance = 2e-6  # float32 sums in another order
+    else:
+        solution = dopri5_shared(ours, jnp.asarray(start), [0, 1.3], **TIGHT)
+        # Behind a kink the controller chooses steps from rounding noise: torchdiffeq's own answers
+        # in float32 and float64 are 2e-3 apart there.
+        tolerance = 5e-3 if "kink" in name else 2e-5
+    np.testing.assert_allclose(solution.final, reference, atol=tolerance)
+    assert int(solution.nfe) == calls[0]
+
+
+def test_unknown_methods_are_named():
+    with pytest.raises(SfdError, match="did you mean 'euler'"):
+        integrate_grid(DECAY, ONES, grid(0, 1), method="euller")
