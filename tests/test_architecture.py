@@ -19,8 +19,9 @@ MAY_IMPORT = {
     "generation": {"latents", "models", "diffusion", "data", "distributed", "training"},
     "evaluation": {"models", "distributed", "data"},
     "convert": {"latents", "models"},
+    "parity": {"latents", "models", "diffusion", "distributed", "training", "evaluation", "convert"},
     "cli": {"latents", "models", "diffusion", "data", "distributed", "training", "generation",
-            "evaluation", "convert"},
+            "evaluation", "convert", "parity"},
 }
 HEAVY = ("torch", "tensorflow", "matplotlib", "sklearn", "tensorflow_datasets", "clu.metric_writers")
 

@@ -1,9 +1,10 @@
 """What a comparison says: which number of which case, how far off, and how far it may be."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 
@@ -55,3 +56,17 @@ def worst_of(ours: Mapping[str, Any], published: Mapping[str, Any]) -> tuple[flo
     # NaN compares false with everything, so it is looked for by its own.
     name = max(errors, key=lambda name: np.inf if np.isnan(errors[name]) else errors[name])
     return errors[name], name
+
+
+def close_by(tree: Any, count: int) -> Iterator[Any]:
+    """Yield a tree of float32 arrays, then copies whose every number is a neighbour of the original.
+
+    For answers that amplify rounding: what such a copy gives is as good as what the original gives.
+    """
+    yield tree
+    random = np.random.default_rng(0)
+    directions = np.array([-np.inf, np.inf], np.float32)
+    for _ in range(count - 1):
+        yield jax.tree.map(
+            lambda x: np.nextafter(np.asarray(x), random.choice(directions, np.shape(x))), tree
+        )

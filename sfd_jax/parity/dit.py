@@ -19,8 +19,8 @@ from sfd_jax.models import DiTConfig, Network, dit_config
 from sfd_jax.parity.check import Check, relative_error
 from sfd_jax.parity.pack import Case
 
-# Rounding of bfloat16 matmuls, measured on CPU at about 1e-2, with room for other backends.
-FORWARD_BOUND = {"float32": 5e-6, "bfloat16": 5e-2}
+# bfloat16, measured on CPU at up to 7e-3; room for other backends.
+FORWARD_BOUND = {"float32": 5e-6, "bfloat16": 3e-2}
 
 # The released config's names for ours.
 _FIELDS = {

@@ -9,6 +9,7 @@ import jax
 from sfd_jax.errors import SfdError
 from sfd_jax.parity.check import Check
 from sfd_jax.parity.dit import check_full, check_small
+from sfd_jax.parity.losses import check_loss, check_train
 from sfd_jax.parity.metrics import check_metrics
 from sfd_jax.parity.networks import (
     check_dinov2,
@@ -18,12 +19,16 @@ from sfd_jax.parity.networks import (
     check_texture_vae,
 )
 from sfd_jax.parity.pack import Case, case_names
+from sfd_jax.parity.sampling import check_ode
 
 # Pattern of a case's name -> its comparison; the first that fits.
 COMPARISONS = {
     "*_state_dict": check_keys,
     "dit_*": check_small,
     "full_*": check_full,
+    "loss*": check_loss,
+    "train*": check_train,
+    "ode*": check_ode,
     "semvae_*": check_semantic_vae,
     "vae*": check_texture_vae,
     "dinov2*": check_dinov2,
