@@ -48,7 +48,7 @@ class Checkpointer:
         Raises:
           SfdError: the folder cannot be made or written to.
         """
-        self.directory = epath.Path(directory)
+        self.directory = _folder(directory)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=max(1, keep_last), keep_period=keep_every or None, cleanup_tmp_directories=True
         )
@@ -117,7 +117,7 @@ def save_params(directory, params: dict, metadata: dict) -> None:
       SfdError: the folder holds that step already, or cannot be written.
     """
     step = int(metadata.get("step", 0))
-    target = epath.Path(directory) / str(step)
+    target = _folder(directory) / str(step)
     if target.exists():
         raise SfdError(f"{target} exists already; nothing was written. Remove it or choose another folder")
     items = ocp.args.Composite(
@@ -171,7 +171,7 @@ def find_checkpoint(directory, step: int | None = None) -> epath.Path:
     Raises:
       SfdError: there is none; the message lists the steps there are.
     """
-    root = epath.Path(directory)
+    root = _folder(directory)
     if not root.exists():
         raise SfdError(f"no checkpoint folder {root}")
     if (root / "params").exists() and (root / "metadata").exists():
@@ -184,6 +184,12 @@ def find_checkpoint(directory, step: int | None = None) -> epath.Path:
     if step is not None and step not in steps:
         raise SfdError(f"{root} holds no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
     return root / str(steps[-1] if step is None else step)
+
+
+def _folder(directory) -> epath.Path:
+    """Return a folder as Orbax wants it: local ones absolute, gs:// ones as they are."""
+    text = os.fspath(directory)
+    return epath.Path(text if "://" in text else os.path.abspath(text))
 
 
 def _to_items(state: TrainState) -> dict:
