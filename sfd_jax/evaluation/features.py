@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import cache, cached_property, lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,11 @@ def inception_extractor(checkpoint: Checkpoint) -> Extractor:
       SfdError: the checkpoint is of another network.
     """
     params, network = _open(checkpoint, "inception")
+    return Extractor("inception", params, _inception_features(network))
 
+
+@cache  # one function for one network, so that what was compiled for it is found again
+def _inception_features(network: Network):
     def apply(params, images):
         answers = network.apply(params, images)
         return {
@@ -69,7 +73,7 @@ def inception_extractor(checkpoint: Checkpoint) -> Extractor:
             "probabilities": jax.nn.softmax(answers["logits_unbiased"], axis=-1),
         }
 
-    return Extractor("inception", params, apply)
+    return apply
 
 
 def dinov2_extractor(checkpoint: Checkpoint, image_size: int = 224) -> Extractor:
@@ -86,6 +90,7 @@ def dinov2_extractor(checkpoint: Checkpoint, image_size: int = 224) -> Extractor
     return Extractor("dinov2", params, class_token(network, image_size), settings=f"size {image_size}")
 
 
+@cache
 def class_token(network: Network, image_size: int) -> Callable[[dict, jax.Array], dict[str, jax.Array]]:
     """Return an extractor's `apply` that takes the class token of a vision transformer."""
 
@@ -137,13 +142,8 @@ def extract_features(
     """
     mesh = make_mesh() if mesh is None else mesh
     batch_size = -(-batch_size // mesh.size) * mesh.size
-    params = jax.device_put([extractor.params for extractor in extractors], replicated(mesh))
-
-    @partial(jax.jit, out_shardings=replicated(mesh))
-    def run(params, images):
-        images = images.astype(jnp.float32)
-        return tuple(e.apply(p, images) for e, p in zip(extractors, params, strict=True))
-
+    params = jax.device_put(tuple(extractor.params for extractor in extractors), replicated(mesh))
+    run = _compiled(tuple(extractor.apply for extractor in extractors), mesh)
     done = 0
     under_way = deque()  # one batch computes while the next one is read and sent
     for images in regroup(pieces, batch_size):
@@ -155,6 +155,15 @@ def extract_features(
             done += count
     for count, answers in under_way:
         yield _to_host(extractors, answers, count, done)
+
+
+@lru_cache(maxsize=8)  # samples go through what was compiled for the reference
+def _compiled(applies, mesh: Mesh):
+    def run(params, images):
+        images = images.astype(jnp.float32)
+        return tuple(apply(p, images) for apply, p in zip(applies, params, strict=True))
+
+    return jax.jit(run, out_shardings=replicated(mesh))
 
 
 def _to_host(extractors, answers, count: int, first: int) -> tuple[dict[str, np.ndarray], ...]:

@@ -1,0 +1,140 @@
+"""The doors `sample` and `evaluate` from checkpoints on disk to files, with a small network for Inception."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from sfd_jax.cli import evaluate as evaluate_door
+from sfd_jax.cli import sample as sample_door
+from sfd_jax.cli.main import open_door
+from sfd_jax.evaluation import Extractor
+from sfd_jax.latents import LatentStatistics
+from sfd_jax.models import Network
+from sfd_jax.training import save_params
+
+DIT = dict(width=8, depth=1, num_heads=2, input_size=4, in_channels=5, num_classes=5)
+VAE = dict(ch=4, ch_mult=(1, 2), num_res_blocks=1, z_channels=3, norm_groups=2, attention_levels=())
+
+
+def save_random(folder, name, config, seed, **metadata):
+    network = Network(name, config)
+    leaves, tree = jax.tree.flatten(network.abstract_params())
+    generator = np.random.default_rng(seed)
+    leaves = [(generator.standard_normal(x.shape) / np.sqrt(max(1, np.prod(x.shape[:-1])))).astype(np.float32) for x in leaves]
+    metadata = {"network": name, "network_config": network.config_dict(), "source": "drawn"} | metadata
+    save_params(folder, jax.tree.unflatten(tree, leaves), metadata)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    """Flags of a job of 21 images from a drawn model, and the folders they name."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    statistics = LatentStatistics(np.zeros(3), np.ones(3), np.zeros(2), np.ones(2)).to_dict()
+    names = ["zero", "one", "two", "three", "five"]
+    model = save_random(folder / "model", "lightning_dit", DIT, 0, latent_statistics=statistics, class_names=names)
+    bare = save_random(folder / "bare", "lightning_dit", DIT, 0)
+    vae = save_random(folder / "vae", "texture_vae", VAE, 1)
+    common = [f"--texture_vae={vae}", "--num=21", "--solver=euler", "--num_steps=4", "--batch_size=1"]
+    return {"model": [f"--checkpoint={model}", *common], "bare": [f"--checkpoint={bare}", *common]}
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """A random projection in the place of Inception."""
+    weights = np.random.default_rng(2).standard_normal((8 * 8 * 3, 4)).astype(np.float32) / 100
+
+    def apply(params, images):
+        features = images.reshape(len(images), -1) @ params["w"]
+        return {"features": features, "spatial": features[:, :2], "probabilities": jax.nn.softmax(features, axis=-1)}
+
+    extractor = Extractor("inception", {"w": weights}, apply)
+    monkeypatch.setattr(evaluate_door, "_extractor", lambda name, directory: extractor)
+
+
+def reference(tmp_path):
+    images = np.random.default_rng(3).integers(0, 256, (30, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "reference.npz", arr_0=images)
+    return f"--reference={tmp_path / 'reference.npz'}"
+
+
+def test_from_checkpoint_to_scores(flags, stand_in, tmp_path, capsys):
+    out = tmp_path / "samples"
+    sample = [*flags["model"], f"--out={out}", "--png", "--chunk_size=8"]
+    assert open_door(sample_door.main, "sample", sample) == 0
+    with np.load(out / "samples.npz") as file:
+        images, labels = file["arr_0"], file["arr_1"]
+    assert images.shape == (21, 8, 8, 3) and images.dtype == np.uint8
+    assert sorted(np.bincount(labels)) == [4, 4, 4, 4, 5]
+    assert len(list((out / "images").glob("*.png"))) == 21 and (out / "grid.png").stat().st_size > 0
+    recipe = json.loads((out / "recipe.json").read_text())
+    assert recipe["sampler"]["solver"] == "euler" and recipe["network_calls"]["mean"] == 3.0
+    assert recipe["model"]["source"] == "drawn" and recipe["labels"]["mode"] == "balanced"
+
+    # Whatever form the samples are in, and with none on disk at all, the scores are the same.
+    common = [reference(tmp_path), "--inception=stand-in", "--metrics=fid,sfid,is,precision,recall,kid"]
+    reports = {}
+    for name, samples in {
+        "npz": [f"--samples={out / 'samples.npz'}"],
+        "chunks": [f"--samples={out}"],
+        "png": [f"--samples={out / 'images'}"],
+        "live": ["--live", *flags["model"]],
+    }.items():
+        file = tmp_path / f"{name}.json"
+        assert open_door(evaluate_door.main, "evaluate", [*samples, *common, f"--out={file}"]) == 0
+        reports[name] = json.loads(file.read_text())
+        assert reports[name]["scores"] == reports["npz"]["scores"]
+        told = reports[name]["recipe"]["sampling"]
+        assert {key: told[key] for key in ("seed", "model", "labels", "network_calls")} == {
+            key: recipe[key] for key in ("seed", "model", "labels", "network_calls")
+        }
+        assert reports[name]["recipe"]["num_images"] == 21
+    assert "precision" in capsys.readouterr().out
+
+    # Nothing is overwritten, and a folder belongs to one recipe.
+    again = [f"--samples={out}", *common, f"--out={tmp_path / 'npz.json'}"]
+    assert open_door(evaluate_door.main, "evaluate", again) == 2
+    assert open_door(sample_door.main, "sample", [*sample, "--seed=1"]) == 2
+    assert "npz.json exists already" in (err := capsys.readouterr().err) and "seed: 0 there, 1 now" in err
+
+
+def test_saved_statistics_serve_as_reference(stand_in, tmp_path):
+    given = [reference(tmp_path), "--inception=stand-in"]
+    statistics = tmp_path / "statistics.npz"
+    assert open_door(evaluate_door.main, "evaluate", [*given, f"--save_statistics={statistics}"]) == 0
+    samples = f"--samples={tmp_path / 'reference.npz'}"
+    for number, source in enumerate((given[0], f"--reference={statistics}")):
+        out = f"--out={tmp_path / f'{number}.json'}"
+        assert open_door(evaluate_door.main, "evaluate", [samples, source, given[1], out]) == 0
+    first, second = (json.loads((tmp_path / f"{number}.json").read_text())["scores"] for number in range(2))
+    assert first == second and first["precision"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("door", "arguments", "words"),
+    [
+        ("sample", ["bare"], "holds no latent statistics"),
+        ("sample", ["model", "--labels=fife"], "no class is called 'fife'; did you mean 'five'"),
+        ("sample", ["model", "--num=0"], "at least 1"),
+        ("sample", ["model", "--guidance=autoguidance"], "needs a weaker model"),
+        ("sample", ["model", "--solvr=euler"], "did you mean '--solver'"),
+        ("evaluate", ["--samples={tmp}/reference.npz", "--num=31"], "holds 30 images, but --num=31"),
+        ("evaluate", ["--samples={tmp}/nowhere.npz"], "no images at"),
+        ("evaluate", ["--samples={tmp}/reference.npz", "--metrics=fid,isc"], "unknown metric 'isc'"),
+        ("evaluate", [], "nothing to judge"),
+    ],
+)
+def test_bad_input_is_a_sentence_and_status_two(flags, stand_in, tmp_path, capsys, door, arguments, words):
+    given = [reference(tmp_path), "--inception=stand-in", f"--out={tmp_path / 'out.json'}"]
+    if door == "sample":
+        given, arguments = [f"--out={tmp_path / 'out'}"], [*flags[arguments[0]], *arguments[1:]]
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    main = {"sample": sample_door, "evaluate": evaluate_door}[door].main
+    assert open_door(main, door, [*given, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"sfd {door}: ") and "Traceback" not in error
+    assert re.search(words, error), error
+    assert not (tmp_path / "out.json").exists() and not list(tmp_path.glob("out/chunks/*.npz"))
