@@ -28,7 +28,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1))
 
     config.texture_vae = _stage(
-        steps=700,
+        steps=600,
         batch=32,
         learning_rate=3e-3,
         model=dict(ch=8, ch_mult=(1, 2, 4, 4), num_res_blocks=1, z_channels=8, norm_groups=8, variant="ldm"),
@@ -36,13 +36,13 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     )
     config.encoder = _stage(
         steps=400,
-        batch=64,
+        batch=128,
         learning_rate=1e-3,
         model=dict(image_size=32, patch_size=8, width=128, depth=4, num_heads=4, num_registers=4),
         loss=dict(num_classes=10, label_smoothing=0.1, shift=2),
     )
     config.semantic_vae = _stage(
-        steps=400,
+        steps=300,
         batch=64,
         learning_rate=1e-3,
         model=dict(arch="transformer", input_dim=128, bottleneck_dim=8, hidden_dim=128, transformer_blocks=2, transformer_heads=4),
@@ -117,9 +117,9 @@ def _diffusion(*, width, depth, num_heads, repa_depth, steps) -> ml_collections.
         )
     )
     config.latents.update(dict(texture_channels=8, semantic_channels=8))
-    config.optimizer.update(dict(learning_rate=1e-3, schedule="cosine", warmup_steps=50, clip_norm=1.0))
+    config.optimizer.update(dict(learning_rate=2e-3, schedule="cosine", warmup_steps=50, clip_norm=1.0))
     config.train.update(
-        dict(steps=steps, global_batch_size=64, ema_decay=0.995, log_every=50, checkpoint_every=100, keep_last=1, keep_every=0)
+        dict(steps=steps, global_batch_size=64, ema_decay=0.99, log_every=50, checkpoint_every=100, keep_last=1, keep_every=0)
     )
     return config
 

@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     from sfd_jax.cli.demo import results, stages
     from sfd_jax.cli.demo.record import DemoRecord
 
-    workdir = Path(args.workdir)
+    workdir = Path(args.workdir).absolute()
     demo = stages.Demo(args.config, workdir)
     record = DemoRecord(workdir, args.config.to_dict())
     record.run("texture_vae", "texture VAE: 32x32 pixels to 4x4 latents", lambda: stages.train_texture_vae(demo))

@@ -1,0 +1,80 @@
+"""The Semantic VAE of SFD: DINOv2 ViT-B/14 patch features (256 x 768) to 16 channels a token.
+
+Paper:    arXiv 2512.04926, section 3; optimisation as released.
+Hardware: published on GPUs.
+Expected: the paper gives no reconstruction score; on the digits a held-out cosine similarity above 0.9.
+Command:  sfd train_semvae --workdir=runs/semvae --config.data.path=latents/train
+
+The argument is "" or "tiny", the same recipe shrunk until a step takes a moment on a laptop.
+"""
+
+import ml_collections
+
+
+def get_config(argument: str = "") -> ml_collections.ConfigDict:
+    """Return the configuration; `argument` is "" or "tiny"."""
+    if argument not in ("", "tiny"):
+        raise ValueError(f"unknown variant '{argument}'; the only one is 'tiny'")
+    group = ml_collections.ConfigDict
+    config = group(dict(seed=0))
+    config.model = group(
+        dict(
+            arch="transformer",  # linear | mlp | resnet | transformer
+            input_dim=768,
+            bottleneck_dim=16,
+            hidden_dim=768,
+            num_layers=2,
+            num_res_blocks=2,
+            transformer_heads=6,
+            transformer_blocks=4,
+            variational=True,
+            compute_dtype="bfloat16",
+        )
+    )
+    config.loss = group(
+        dict(
+            mse_weight=1.0,
+            l1_weight=0.0,
+            cosine_weight=1.0,
+            cosine_axis="token",  # token (released training) | feature (released evaluation)
+            kl_weight=1e-7,
+            classification_weight=0.0,
+            num_classes=0,
+        )
+    )
+    config.optimizer = group(
+        dict(
+            learning_rate=5e-5,
+            b1=0.9,
+            b2=0.999,
+            eps=1e-8,
+            weight_decay=0.01,
+            schedule="constant_cosine",
+            warmup_steps=500,
+            warmup_fraction=0.01,
+            constant_steps=800_000,
+            final_fraction=0.1,
+            clip_norm=0.0,
+        )
+    )
+    config.train = group(
+        dict(
+            steps=1_000_000,
+            global_batch_size=64,
+            accumulation=1,
+            ema_decay=0.0,  # released without an average: the EMA is the parameters
+            log_every=100,
+            checkpoint_every=2_000,  # held-out numbers come with each
+            keep_last=2,
+            keep_every=100_000,
+            max_bad_steps=20,
+        )
+    )
+    config.mesh = group(dict(data=-1, fsdp=1))
+    config.data = group(dict(path="", held_out_path="", workers=8, flips=False))
+    if argument == "tiny":
+        config.model.update(dict(input_dim=24, hidden_dim=24, bottleneck_dim=4, transformer_blocks=1))
+        config.optimizer.update(dict(warmup_steps=1, constant_steps=3))
+        config.train.update(dict(steps=4, global_batch_size=8, log_every=2, checkpoint_every=2))
+        config.data.workers = 0
+    return config.lock()

@@ -1,0 +1,112 @@
+"""The whole demo at tiny size: it ends with what it promises, and kills do not change its samples."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.slow
+
+PROMISED = ("samples.npz", "samples.png", "stages.png", "losses.png", "metrics.json", "report.md", "recipe.json")
+
+
+def command(workdir, *flags):
+    return [sys.executable, "-m", "sfd_jax.cli.demo", "--config=configs/digits.py:tiny", f"--workdir={workdir}", *flags]
+
+
+@pytest.fixture(scope="module")
+def surroundings(root, tmp_path_factory):
+    """One device, as on a laptop, and a compilation cache that the runs of this file share."""
+    cache = tmp_path_factory.mktemp("compiled")
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
+    return {"cwd": root, "env": environment, "text": True}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(surroundings, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("demo") / "uninterrupted"
+    done = subprocess.run(command(workdir), capture_output=True, **surroundings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return workdir, done.stdout
+
+
+def test_ends_with_what_it_promises(uninterrupted):
+    workdir, printed = uninterrupted
+    assert not [name for name in PROMISED if not (workdir / name).exists()]
+    with np.load(workdir / "samples.npz") as file:
+        images, labels = file["arr_0"], file["arr_1"]
+    assert images.shape == (40, 32, 32, 3) and images.dtype == np.uint8
+    assert np.bincount(labels).tolist() == [4] * 10
+    assert labels.tolist() != sorted(labels.tolist())
+    metrics = json.loads((workdir / "metrics.json").read_text())
+    # Real digits are read by the judge, whatever four training steps gave.
+    assert metrics["real training digits"]["read_as_label"] > 0.98
+    assert "read as their label" in printed
+
+
+def test_the_same_command_again_changes_nothing(uninterrupted, surroundings):
+    workdir, _ = uninterrupted
+    before = (workdir / "samples.npz").read_bytes()
+    done = subprocess.run(command(workdir), capture_output=True, **surroundings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("done before") == 9
+    assert (workdir / "samples.npz").read_bytes() == before
+
+
+def test_another_seed_in_the_same_folder_is_refused(uninterrupted, surroundings):
+    workdir, _ = uninterrupted
+    done = subprocess.run(command(workdir, "--seed=7"), capture_output=True, **surroundings)
+    assert done.returncode == 2
+    assert "seed: there 0, here 7" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_samples(uninterrupted, surroundings, tmp_path):
+    reference, _ = uninterrupted
+    workdir, moments = tmp_path / "killed", random.Random(0)
+    log = tmp_path / "log"
+    for attempt in range(40):
+        with open(log, "w") as out:
+            process = subprocess.Popen(command(workdir), stdout=out, stderr=subprocess.STDOUT, **surroundings)
+            # Later attempts live longer, so that every stage is hit and the run still ends.
+            deadline = time.monotonic() + moments.uniform(4, 8 + attempt)
+            while process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+        if process.wait() == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, log.read_text()[-3000:]
+    assert process.returncode == 0 and attempt > 0
+    with np.load(reference / "samples.npz") as ours, np.load(workdir / "samples.npz") as killed:
+        assert np.array_equal(ours["arr_1"], killed["arr_1"])
+        assert np.array_equal(ours["arr_0"], killed["arr_0"])
+
+
+def test_damaged_shard_is_named(uninterrupted, surroundings, tmp_path):
+    import shutil
+
+    workdir = tmp_path / "damaged"
+    shutil.copytree(uninterrupted[0], workdir)
+    record = json.loads((workdir / "demo.json").read_text())
+    for stage in ("diffusion", "weak", "sample", "metrics", "pictures"):
+        record["stages"].pop(stage)
+        shutil.rmtree(workdir / stage, ignore_errors=True)
+    (workdir / "demo.json").write_text(json.dumps(record))
+    shard = sorted((workdir / "latents").glob("*.ar"))[0]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    shard.write_bytes(content)
+    done = subprocess.run(command(workdir), capture_output=True, **surroundings)
+    assert done.returncode == 2, done.stdout[-2000:] + done.stderr[-2000:]
+    assert shard.name in done.stderr and "Traceback" not in done.stderr
