@@ -65,3 +65,25 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+def put_same(tree, shardings):
+    """Make global arrays from arrays that every host holds whole and alike, e.g. parameters read from disk.
+
+    `jax.device_put` would do, but first sends everything between the hosts to check that they agree.
+
+    Args:
+      tree: arrays.
+      shardings: a sharding for each of them, or one for all.
+
+    Returns:
+      The tree of global arrays.
+    """
+
+    def put(array, sharding):
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    if isinstance(shardings, NamedSharding):
+        return jax.tree.map(lambda array: put(array, shardings), tree)
+    return jax.tree.map(put, tree, shardings)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sfd_jax.distributed import batch_sharding, make_mesh, replicated
+from sfd_jax.distributed import batch_sharding, make_mesh, put_same, replicated
 from sfd_jax.errors import SfdError
 from sfd_jax.models import Network
 from sfd_jax.models.fingerprint import params_hash
@@ -142,13 +142,13 @@ def extract_features(
     """
     mesh = make_mesh() if mesh is None else mesh
     batch_size = -(-batch_size // mesh.size) * mesh.size
-    params = jax.device_put(tuple(extractor.params for extractor in extractors), replicated(mesh))
+    params = put_same(tuple(extractor.params for extractor in extractors), replicated(mesh))
     run = _compiled(tuple(extractor.apply for extractor in extractors), mesh)
     done = 0
     under_way = deque()  # one batch computes while the next one is read and sent
     for images in regroup(pieces, batch_size):
         padded = np.pad(images, [(0, batch_size - len(images)), (0, 0), (0, 0), (0, 0)], mode="edge")
-        under_way.append((len(images), run(params, jax.device_put(padded, batch_sharding(mesh)))))
+        under_way.append((len(images), run(params, put_same(padded, batch_sharding(mesh)))))
         if len(under_way) > 1:
             count, answers = under_way.popleft()
             yield _to_host(extractors, answers, count, done)

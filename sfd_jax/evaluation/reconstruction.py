@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
-from sfd_jax.distributed import batch_sharding, is_host0, make_mesh, replicated
+from sfd_jax.distributed import batch_sharding, make_mesh, put_same, replicated
 from sfd_jax.errors import SfdError
 from sfd_jax.evaluation.evaluate import gather
 from sfd_jax.evaluation.features import Checkpoint, Extractor, regroup
@@ -64,8 +63,7 @@ def evaluate_reconstruction(
             size = len(batch)
             padded = np.pad(batch, [(0, batch_size - size), (0, 0), (0, 0), (0, 0)], mode="edge")
             indices = (count + np.arange(batch_size)).astype(np.uint32)
-            sharding = batch_sharding(mesh)
-            made, values = compare(jax.device_put(padded, sharding), jax.device_put(indices, sharding))
+            made, values = compare(*put_same((padded, indices), batch_sharding(mesh)))
             for name, rows in values.items():
                 rows = np.asarray(rows, np.float64)[:size]
                 if not np.isfinite(rows).all():
@@ -88,7 +86,7 @@ def _comparison(texture_vae: Checkpoint, lpips: Checkpoint | None, seed: int, me
     for name, checkpoint in (("texture_vae", texture_vae), ("lpips", lpips)):
         if checkpoint is not None:
             networks[name] = _open(checkpoint, name)
-            params[name] = jax.device_put(checkpoint[0], replicated(mesh))
+            params[name] = put_same(checkpoint[0], replicated(mesh))
 
     def noise_of(index, shape):
         return jax.random.normal(jax.random.fold_in(jax.random.key(seed), index), shape)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from sfd_jax.diffusion import guidance
 from sfd_jax.diffusion.clocks import Clocks, make_clocks
 from sfd_jax.diffusion.sampling import SolverConfig, sample, trajectory
-from sfd_jax.distributed import batch_sharding, make_mesh, param_shardings, replicated
+from sfd_jax.distributed import batch_sharding, make_mesh, param_shardings, put_same, replicated
 from sfd_jax.errors import SfdError, nearest
 from sfd_jax.latents import LatentLayout, LatentStatistics
 from sfd_jax.models import Network
@@ -123,7 +123,7 @@ class Sampler:
         self.recipe = recipe or {}
         self._networks = {"model": network, "vae": vae} | ({"weak": weak[0]} if weak else {})
         params = {"model": model[1], "vae": texture_vae[1]} | ({"weak": weak[1]} if weak else {})
-        self._params = jax.device_put(params, param_shardings(params, self.mesh))
+        self._params = put_same(params, param_shardings(params, self.mesh))
         self._layout, self._statistics, self._clocks = layout, statistics, clocks
         self._config, self._seed = config, seed
         # Every host gets all rows: the one that writes needs them, and images are small beside latents' work.
@@ -206,7 +206,7 @@ class Sampler:
             padded = (np.pad(x[rows], (0, size - count), mode="edge") for x in (indices, labels))
             kinds = (np.uint32, np.int32)
             yield count, *(
-                jax.device_put(x.astype(kind), batch_sharding(self.mesh))
+                put_same(x.astype(kind), batch_sharding(self.mesh))
                 for x, kind in zip(padded, kinds, strict=True)
             )
 
@@ -272,8 +272,7 @@ class Sampler:
         vae, statistics, layout = self._networks["vae"], self._statistics, self._layout
 
         def decode_one(params, one):
-            with jax.numpy_rank_promotion("allow"):  # per-channel statistics against (H, W, C)
-                raw = statistics.denormalise_texture(layout.split(one)[0])
+            raw = statistics.denormalise_texture(layout.split(one)[0])
             pixels = vae.apply(params, raw[None], method="decode")[0]
             return to_bytes(pixels), jnp.isfinite(pixels).all()
 
