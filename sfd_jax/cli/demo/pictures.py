@@ -136,7 +136,7 @@ def draw_losses(path: Path, curves: dict[str, dict[str, tuple[np.ndarray, np.nda
         axis.set_yscale("log" if positive else "linear")
         axis.set_title(stage, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
-        axis.tick_params(labelsize=7)
+        axis.tick_params(which="both", labelsize=7)
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
     figure.tight_layout()
