@@ -19,6 +19,7 @@ import jax
 from jax._src import distributed  # the key-value store of the coordinator has no public name
 from jax.experimental import multihost_utils
 
+from sfd_jax.distributed.rendezvous import meet
 from sfd_jax.errors import SfdError
 
 _rounds: dict[str, Iterator[int]] = defaultdict(itertools.count)
@@ -39,24 +40,24 @@ def start(timeout: float = 300.0) -> None:
     given = {name: os.environ[name] for name in variables if os.environ.get(name)}
     if jax.distributed.is_initialized() or not (given or os.environ.get("SFD_MULTIHOST") == "1"):
         return
-    arguments = {}
-    if given:
-        missing = [name for name in variables if name not in given]
-        if missing:
-            raise SfdError(f"{', '.join(given)} set but not {', '.join(missing)}: set all three or none")
-        try:
-            arguments = {
-                "coordinator_address": given[variables[0]],
-                "num_processes": int(given[variables[1]]),
-                "process_id": int(given[variables[2]]),
-            }
-        except ValueError:
-            raise SfdError(f"JAX_NUM_PROCESSES and JAX_PROCESS_ID must be integers: {given}") from None
+    arguments = _arguments(given, variables, timeout) if given else {}
     try:
         jax.distributed.initialize(**arguments, initialization_timeout=int(timeout))
     except (RuntimeError, ValueError) as error:
         raise SfdError(f"this process could not join the job's others within {timeout:.0f} s: {error}") from error
     _store().key_value_set(f"sfd/host/{jax.process_index()}", socket.gethostname())
+
+
+def _arguments(given: dict[str, str], variables: tuple[str, ...], timeout: float) -> dict:
+    """Return the arguments of jax.distributed.initialize, once all processes have met."""
+    missing = [name for name in variables if name not in given]
+    if missing:
+        raise SfdError(f"{', '.join(given)} set but not {', '.join(missing)}: set all three or none")
+    address, count, index = (given[name] for name in variables)
+    if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
+        raise SfdError(f"JAX_PROCESS_ID={index} must be a number below JAX_NUM_PROCESSES={count}")
+    meet(address, int(count), int(index), {"host": socket.gethostname()}, timeout)
+    return {"coordinator_address": address, "num_processes": int(count), "process_id": int(index)}
 
 
 def is_host0() -> bool:
