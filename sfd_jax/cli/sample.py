@@ -11,6 +11,8 @@ and of hosts change nothing but float rounding (in --mode=published dopri5 share
 batch, as released; there the batch size is part of the recipe).
 """
 
+from functools import partial
+
 from sfd_jax.cli.flags import door_parser, parse_door
 from sfd_jax.cli.sampling_flags import add_sampling_flags, open_sampler
 
@@ -34,7 +36,12 @@ def main(argv: list[str]) -> int:
     distributed.start()
     sampler, labels, recipe, batch_size = open_sampler(args)
     make_images(
-        sampler, labels, args.out, recipe=recipe, batch_size=batch_size, chunk_size=args.chunk_size
+        partial(sampler, batch_size=batch_size),  # the last batch is padded to it, so one compilation serves all
+        labels,
+        args.out,
+        recipe=recipe,
+        batch_size=batch_size,
+        chunk_size=args.chunk_size,
     )
     if distributed.is_host0():
         written = [write_grid(args.out, sampler.class_names)]

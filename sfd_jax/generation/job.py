@@ -45,7 +45,7 @@ def make_images(
     With several hosts all of them call this; host 0 reads and writes the folder.
 
     Args:
-      make: makes images; a `Sampler` is one.
+      make: makes images; `partial(sampler, batch_size=batch_size)` is one, which pads what is smaller.
       labels: (N,) int32.
       folder: the job's folder.
       recipe: JSON-able description of everything that decides the images; `num_images` is added.
