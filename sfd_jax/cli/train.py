@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     args = parse_door(parser, argv, config="configs/sfd.py:xl")
     config = args.config
 
-    from sfd_jax.cli.build import layout_from_config, mesh_from_config, task_from_config, train_config
+    from sfd_jax.cli.build import layout_from_config, task_from_config, train_config
     from sfd_jax.data.pipeline import latent_transform
 
     # --- What the config says, before any device is touched --------------------------------------------------
@@ -47,40 +47,81 @@ def main(argv: list[str]) -> int:
     if args.check:
         return _check(args, config, source, task, repa)
 
-    # --- Devices and data ------------------------------------------------------------------------------------
+    # --- Devices, data, training -----------------------------------------------------------------------------
+    from sfd_jax.training import load_params
+
+    run(
+        task,
+        train,
+        config,
+        args.workdir,
+        source=source,
+        transform=latent_transform(layout, source.statistics, repa=repa),
+        metadata={"latent_statistics": source.statistics.to_dict(), "class_names": source.class_names},
+        params=load_params(args.init, abstract=task.network.abstract_params())[0] if args.init else None,
+    )
+    return 0
+
+
+def run(task, train, config, workdir, *, source, transform, metadata, params=None, held_out=None) -> None:
+    """Train a task on a source of records: what all training doors do once they have read their flags.
+
+    Args:
+      task: what is trained.
+      train: its TrainConfig.
+      config: `seed`, `mesh`, `data.workers` and `data.flips` are read; all of it goes into the checkpoints.
+      workdir: folder of the run.
+      source: random access to records.
+      transform: from stacked records to batches.
+      metadata: what the checkpoints shall carry beside the config.
+      params: weights to start from.
+      held_out: (measure, source) to log on at each checkpoint.
+
+    Raises:
+      SfdError: data and network do not fit; and whatever `fit` says.
+    """
     import jax
 
-    from sfd_jax.data.pipeline import make_batches
+    from sfd_jax.cli.build import mesh_from_config
+    from sfd_jax.data.pipeline import make_batches, make_eval_batches
     from sfd_jax.distributed import say, start
-    from sfd_jax.training import fit, load_params
+    from sfd_jax.training import fit
+    from sfd_jax.training.held_out import held_out_metrics
 
     start()
     mesh = mesh_from_config(config)
+    host = {"host_index": jax.process_index(), "host_count": jax.process_count(), "workers": config.data.workers}
     batches = make_batches(
         source,
         seed=config.seed,
         global_batch_size=train.global_batch_size,
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
-        transform=latent_transform(layout, source.statistics, repa=repa),
-        workers=config.data.workers,
+        transform=transform,
         flips=config.data.flips,
+        **host,
     )
     check_batch(task, batches.at(0))
-
-    say(describe(task, train, source, mesh, args.workdir))
+    evaluate = None
+    if held_out:
+        measure, held_out_source = held_out
+        per_host = train.global_batch_size // jax.process_count()
+        evaluate = held_out_metrics(
+            measure,
+            lambda: make_eval_batches(held_out_source, batch_size=per_host, transform=transform, **host),
+            mesh,
+        )
+    say(describe(task, train, source, mesh, workdir))
     fit(
         task,
         batches,
         train,
-        args.workdir,
+        workdir,
         mesh=mesh,
         seed=config.seed,
-        metadata=metadata(config, source),
-        params=load_params(args.init, abstract=task.network.abstract_params())[0] if args.init else None,
+        metadata={"config": config.to_dict(), **metadata},
+        params=params,
+        evaluate=evaluate,
     )
-    say(f"{args.workdir}: {train.steps:,} steps done")
-    return 0
+    say(f"{workdir}: {train.steps:,} steps done")
 
 
 def open_source(path: str, *, repa: bool):
@@ -126,7 +167,7 @@ def check_batch(task, batch: dict) -> None:
     import numpy as np
 
     labels, classes = batch["labels"], getattr(task.network.config, "num_classes", None)
-    if classes is not None and not (0 <= labels.min() and labels.max() < classes):
+    if classes and not (0 <= labels.min() and labels.max() < classes):
         raise SfdError(f"labels reach from {labels.min()} to {labels.max()}, but model.num_classes={classes}")
     shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in batch.items() if name != "index"}
     shapes["positions"] = jax.ShapeDtypeStruct((len(labels),), np.int32)
@@ -136,15 +177,6 @@ def check_batch(task, batch: dict) -> None:
     except (TypeError, ValueError) as error:
         listed = ", ".join(f"{name} {array.shape}" for name, array in shapes.items())
         raise SfdError(f"the data do not fit the network: {str(error).splitlines()[0]} (batch: {listed})") from error
-
-
-def metadata(config, source) -> dict:
-    """Return what a checkpoint must carry for its latents to be sampled and named."""
-    return {
-        "config": config.to_dict(),
-        "latent_statistics": source.statistics.to_dict(),
-        "class_names": source.class_names,
-    }
 
 
 def describe(task, train, source, mesh, workdir) -> str:

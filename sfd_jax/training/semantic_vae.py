@@ -96,3 +96,28 @@ def semantic_vae_task(network: Network, weights: SemanticVAELoss) -> Task:
         return total, metrics
 
     return Task("semantic_vae", network, init, loss)
+
+
+def measure_semantic_vae(network: Network, params: dict, batch: dict) -> dict[str, jax.Array]:
+    """Return how features come back through the mean latent, one number a row.
+
+    Args:
+      network: the "semantic_vae".
+      params: the task's.
+      batch: `features` (B, N, F).
+
+    Returns:
+      "mse", "l1", "cosine" (similarity along features, as the released evaluation has it) and, where the
+      network has a posterior, "kl": (B,) each.
+    """
+    params = params.get("network", params)
+    features = batch["features"].astype(jnp.float32)
+    mean, logvar = network.apply(params, features, method="encode")
+    reconstruction = network.apply(params, mean, method="decode")
+    error = reconstruction - features
+    measures = {
+        "mse": jnp.square(error).mean(axis=(1, 2)),
+        "l1": jnp.abs(error).mean(axis=(1, 2)),
+        "cosine": 1.0 - cosine_distance(reconstruction, features, COSINE_AXES["feature"]),
+    }
+    return measures if logvar is None else measures | {"kl": gaussian_kl(mean, logvar)}

@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 
+from sfd_jax.cli.build import train_config
+from sfd_jax.cli.flags import load_config
 from sfd_jax.cli.main import open_door
 from sfd_jax.cli.train import main
-from sfd_jax.data.latent_store import LatentStoreWriter, Plan, latent_fields
+from sfd_jax.data.latent_store import LatentStore, LatentStoreWriter, Plan, latent_fields
+from sfd_jax.models import Network
 from sfd_jax.training import load_params
 from sfd_jax.training.logging import read_metrics
 
@@ -78,3 +81,40 @@ def test_faults_of_the_config_are_told_before_training(flag, message, latents, t
     assert train(tmp_path / "run", latents, flag) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_train_semvae_from_stored_features(latents, tmp_path):
+    from sfd_jax.cli.train_semvae import main
+
+    flags = ["--config=configs/semantic_vae.py:tiny", f"--workdir={tmp_path}", f"--config.data.path={latents}",
+             f"--config.data.held_out_path={latents}"]
+    assert open_door(main, "train_semvae", flags) == 0
+    last = read_metrics(tmp_path)[-1]
+    assert {"mse", "cosine_token", "kl", "held_out_cosine", "held_out_mse"} <= last.keys()
+    params, metadata = load_params(tmp_path)
+    network = Network(metadata["network"], metadata["network_config"])
+    # The held-out numbers count each of the 20 rows once, although batches of 8 are filled up to 24.
+    features = LatentStore(latents).read(np.arange(20))["repa_features"].astype(np.float32)
+    mean, _ = network.apply(params, features, method="encode")
+    error = np.square(np.asarray(network.apply(params, mean, method="decode")) - features)
+    np.testing.assert_allclose(last["held_out_mse"], error.mean(), rtol=1e-2)  # bfloat16
+
+
+@pytest.mark.slow
+def test_train_texture_vae_on_digits(tmp_path):
+    from sfd_jax.cli.train_texture_vae import main
+
+    flags = ["--config=configs/texture_vae.py:tiny", f"--workdir={tmp_path}"]
+    assert open_door(main, "train_texture_vae", flags) == 0
+    last = read_metrics(tmp_path)[-1]
+    assert {"l1", "kl", "held_out_psnr"} <= last.keys() and 0 < last["held_out_psnr"] < 60
+    assert load_params(tmp_path)[1]["class_names"] == [str(digit) for digit in range(10)]
+
+
+@pytest.mark.parametrize("config", ["configs/semantic_vae.py", "configs/texture_vae.py"])
+def test_full_recipes_resolve(config):
+    config = load_config(config)
+    name = "semantic_vae" if "arch" in config.model else "texture_vae"
+    assert Network(name, config.model.to_dict()).num_params() > 1e7
+    assert train_config(config).steps >= 400_000
