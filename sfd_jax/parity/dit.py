@@ -103,11 +103,9 @@ def check_small(case: Case, dtype: str) -> Iterator[Check]:
         _, repa = apply(latents, t_semantic, t_texture, labels, return_repa=True)
         yield check("REPA features", "out_repa", repa)
 
-    for when, fraction in (("lo", 0.15), ("hi", 0.9)):
-        tau = jnp.full(len(latents), fraction * clocks.tau_end, jnp.float32)
-        times = clocks.times(tau)
-        for start, answer in ((0.0, f"out_cfg_{when}"), (case.get("interval_start"), f"out_cfg_interval_{when}")):
-            velocity_fn = classifier_free(
+    for start, answer in ((0.0, "out_cfg_"), (case.get("interval_start"), "out_cfg_interval_")):
+        velocity_fn = jax.jit(
+            classifier_free(
                 apply,
                 labels,
                 null_label=network.config.num_classes,
@@ -115,9 +113,13 @@ def check_small(case: Case, dtype: str) -> Iterator[Check]:
                 layout=layout,
                 interval_start=start,
             )
+        )
+        for when, fraction in (("lo", 0.15), ("hi", 0.9)):
+            tau = jnp.full(len(latents), fraction * clocks.tau_end, jnp.float32)
             # The released sampler carries every row twice, and both halves get the guided velocity.
-            guided = np.tile(velocity_fn(latents, *times), (2, 1, 1, 1))
-            yield check(f"guidance {when}" + (" with interval" if start else ""), answer, guided)
+            guided = np.tile(velocity_fn(latents, *clocks.times(tau)), (2, 1, 1, 1))
+            quantity = f"guidance {when}" + (" with interval" if start else "")
+            yield check(quantity, answer + when, guided)
 
     if "weak_config" in case.spec:
         weak, weak_params = load_dit(case, dtype, "weak_config", "weak_params", "weak_seed")

@@ -1,9 +1,11 @@
 """The evaluation's numbers: Frechet distance, inception score, precision and recall."""
 
+import re
 from collections.abc import Iterator
 
 import numpy as np
 
+from sfd_jax.errors import SfdError
 from sfd_jax.evaluation.metrics import frechet_distance, inception_score, precision_recall
 from sfd_jax.parity.check import Check, relative_error
 from sfd_jax.parity.pack import Case
@@ -15,9 +17,9 @@ def check_metrics(case: Case, dtype: str) -> Iterator[Check]:
     """Compare the metrics on given features; they are float64 on the host whatever `dtype` says."""
     reference, sample = case.array("in_reference"), case.array("in_sample")
     low_reference, low_sample = case.array("in_low_reference"), case.array("in_low_sample")
-    precision, recall = precision_recall(reference, sample, k=3)
-    # The pack's score is over splits of 500; its JSON says so in words.
-    score = inception_score(case.array("in_probs"), split_size=500)
+    precision, recall = precision_recall(reference, sample, k=_told(case, r"k=(\d+)"))
+    split_size = _told(case, r"splits of (\d+)")
+    score = inception_score(case.array("in_probs"), split_size=split_size)
     for quantity, answer, ours in (
         ("FID", "out_fid", _frechet(reference, sample)),
         ("FID, fewer images than features", "out_fid_low_rank", _frechet(low_reference, low_sample)),
@@ -26,6 +28,14 @@ def check_metrics(case: Case, dtype: str) -> Iterator[Check]:
         ("inception score", "out_inception_score", score),
     ):
         yield Check(case.name, quantity, relative_error(ours, case.array(answer)), BOUND)
+
+
+def _told(case: Case, pattern: str) -> int:
+    """Return a setting that the JSON tells in words."""
+    match = re.search(pattern, case.get("note"))
+    if match is None:
+        raise SfdError(f"parity case {case.name}: its note does not say '{pattern}'")
+    return int(match[1])
 
 
 def _frechet(reference: np.ndarray, sample: np.ndarray) -> float:

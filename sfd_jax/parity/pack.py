@@ -112,7 +112,7 @@ class Case:
     def _arrays(self):
         try:
             return np.load(self._arrays_path, allow_pickle=False)
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
             raise SfdError(
                 f"parity case {self.name}: '{self._arrays_path}' cannot be read ({error})"
             ) from error
