@@ -2,7 +2,7 @@
 
   sfd convert --inspect FILE
       say what a file holds, without converting
-  sfd convert FILE --out=DIR [--statistics=latents_stats.pt --semantic-statistics=latents_sv_stats.pt]
+  sfd convert FILE --out=DIR [--statistics=latents_stats.pt --semantic_statistics=latents_sv_stats.pt]
       read .pt, .pth, .ckpt or .safetensors and write our checkpoint
   sfd convert DIR --export=FILE
       write our checkpoint as their file: .pt as the original code loads it (needs the extra
@@ -34,9 +34,9 @@ def main(argv: list[str]) -> int:
         help="averaged or raw weights (default: the average where there is one)",
     )
     parser.add_argument("--statistics", help="latents_stats.pt, mean and std of texture latents")
-    parser.add_argument("--semantic-statistics", help="latents_sv_stats.pt, of semantic latents")
+    parser.add_argument("--semantic_statistics", help="latents_sv_stats.pt, of semantic latents")
     parser.add_argument(
-        "--semantic-channels", type=int, help="semantic channels, where nothing else tells"
+        "--semantic_channels", type=int, help="semantic channels, where nothing else tells"
     )
     parser.add_argument(
         "--set",

@@ -1,7 +1,7 @@
 """Images to latent shards with statistics; or released shards to ours.
 
   sfd extract --images=folder --path=IMAGENET --split=train --out=DIR
-      --texture-vae=CKPT --visual=CKPT --semantic-vae=CKPT
+      --texture_vae=CKPT --visual=CKPT --semantic_vae=CKPT
       encode every image: texture latents, semantic latents, and both of the mirrored image
   sfd extract ... --pca=8
       semantic latents from principal components instead of a Semantic VAE; fitted first
@@ -31,11 +31,11 @@ def main(argv: list[str]) -> int:
     if args.repack:
         return _check_repack(args) if args.check else _repack(args)
     if not (args.images and args.texture_vae):
-        raise SfdError("say what to encode and with what: --images and --texture-vae (or --repack)")
+        raise SfdError("say what to encode and with what: --images and --texture_vae (or --repack)")
     if args.semantic_vae and args.pca:
-        raise SfdError("--semantic-vae and --pca both make the semantic latents: give one of them")
+        raise SfdError("--semantic_vae and --pca both make the semantic latents: give one of them")
     if args.visual and not (args.semantic_vae or args.pca):
-        raise SfdError("--visual needs --semantic-vae=CKPT or --pca=CHANNELS to compress its features")
+        raise SfdError("--visual needs --semantic_vae=CKPT or --pca=CHANNELS to compress its features")
     if (args.semantic_vae or args.pca or args.repa) and not args.visual:
         raise SfdError("semantic latents and REPA features need --visual=CKPT")
     return _extract(args)
@@ -50,24 +50,24 @@ def _parse(argv: list[str]):
     flag("--images", help="folder, tar, tfds or digits")
     flag("--path", default="", help="the folder, the tar, or the name of the TFDS data set")
     flag("--split", default="train", help="(default: %(default)s)")
-    flag("--image-size", type=int, default=256, help="pixels a side (default: %(default)s)")
-    flag("--texture-vae", metavar="CKPT", help="checkpoint of the texture VAE")
+    flag("--image_size", type=int, default=256, help="pixels a side (default: %(default)s)")
+    flag("--texture_vae", metavar="CKPT", help="checkpoint of the texture VAE")
     flag("--visual", metavar="CKPT", help="checkpoint of the visual encoder (DINOv2)")
-    flag("--semantic-vae", metavar="CKPT", help="checkpoint of the Semantic VAE")
+    flag("--semantic_vae", metavar="CKPT", help="checkpoint of the Semantic VAE")
     flag("--pca", type=int, default=0, metavar="CHANNELS", help="principal components instead of it")
-    flag("--pca-images", type=int, default=50_000, help="images to fit them on (default: %(default)s)")
+    flag("--pca_images", type=int, default=50_000, help="images to fit them on (default: %(default)s)")
     flag("--weights", choices=("ema", "raw"), default="ema", help="of checkpoints that hold both")
-    flag("--tile-size", type=int, default=256, help="pixels a side that the visual encoder sees at once")
-    flag("--texture-posterior", choices=("sample", "mean"), default="sample")
-    flag("--semantic-posterior", choices=("sample", "mean"), default="sample")
+    flag("--tile_size", type=int, default=256, help="pixels a side that the visual encoder sees at once")
+    flag("--texture_posterior", choices=("sample", "mean"), default="sample")
+    flag("--semantic_posterior", choices=("sample", "mean"), default="sample")
     flag("--flips", action=argparse.BooleanOptionalAction, default=True, help="mirrored images too")
     flag("--repa", action="store_true", help="store the visual features as well (large: see README)")
     flag("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the stored latents")
-    flag("--batch-size", type=int, default=64, help="images a host encodes at once (default: 64)")
-    flag("--shard-size", type=int, default=4096, help="images a shard (default: %(default)s)")
+    flag("--batch_size", type=int, default=64, help="images a host encodes at once (default: 64)")
+    flag("--shard_size", type=int, default=4096, help="images a shard (default: %(default)s)")
     flag("--workers", type=int, default=0, help="processes that read images (default: threads)")
-    flag("--max-broken", type=int, default=0, help="broken images to go on with (default: 0)")
-    flag("--expect-count", type=int, help="with --check: images there must be (ImageNet's are known)")
+    flag("--max_broken", type=int, default=0, help="broken images to go on with (default: 0)")
+    flag("--expect_count", type=int, help="with --check: images there must be (ImageNet's are known)")
     flag("--seed", type=int, default=0, help="of the posterior samples (default: %(default)s)")
     flag("--repack", metavar="FOLDER", help="folder of released shards, instead of images")
     flag("--statistics", choices=("released", "measured"), default="released",
@@ -157,7 +157,7 @@ def _shardings(batch_size: int):
 
     devices = jax.local_devices()
     if batch_size % len(devices):
-        raise SfdError(f"--batch-size={batch_size} must be a multiple of this host's {len(devices)} devices")
+        raise SfdError(f"--batch_size={batch_size} must be a multiple of this host's {len(devices)} devices")
     mesh = make_mesh(devices=devices)
     return batch_sharding(mesh), replicated(mesh)
 

@@ -1,6 +1,6 @@
 """Download published weights, check them, convert them.
 
-  sfd fetch NAME [--file=PART_OF_A_NAME] [--no-convert]
+  sfd fetch NAME [--file=PART_OF_A_NAME] [--no_convert]
   sfd fetch --list
 
 Downloads over HTTPS into the cache (SFD_CACHE, by default ~/.cache/sfd_jax), goes on where an
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("name", nargs="?", help="what to fetch; see --list")
     parser.add_argument("--list", action="store_true", help="print what can be fetched")
     parser.add_argument("--file", help="which file, where there are several, e.g. 0400000.pt")
-    parser.add_argument("--no-convert", action="store_true", help="only download")
+    parser.add_argument("--no_convert", action="store_true", help="only download")
     args = parse_door(parser, argv)
     if args.list or args.name is None:
         width = max(map(len, CATALOGUE))

@@ -61,7 +61,7 @@ def parse_door(
             help="config file, with an optional argument after a colon (default: %(default)s); "
             "--config.path.to.key=value overrides one of its values",
         )
-    known, rest = parser.parse_known_args(argv)
+    known, rest = parser.parse_known_args([_underscored(argument) for argument in argv])
     overrides = [flag for flag in rest if config is not None and re.match(r"--?config\.", flag)]
     unknown = [flag for flag in rest if flag not in overrides]
     if unknown:
@@ -72,6 +72,14 @@ def parse_door(
         known.config_name = known.config
         known.config = load_config(known.config, overrides)
     return known
+
+
+def _underscored(argument: str) -> str:
+    """Spell `--batch_size=3` as the doors do, `--batch_size=3`; values are left alone."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
 
 
 def find_config(path: str) -> Path:

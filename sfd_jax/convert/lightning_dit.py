@@ -170,7 +170,7 @@ def read_system(
             )
         semantic_channels = found[1]
     else:
-        notes.append("no latent statistics: sampling needs them, give --statistics (and --semantic-statistics)")
+        notes.append("no latent statistics: sampling needs them, give --statistics (and --semantic_statistics)")
     if semantic_channels is None:
         semantic_channels = stored.get("semantic_chans") if config.two_clocks else 0
     if semantic_channels is None and channels == 48:
@@ -183,7 +183,7 @@ def read_system(
     if semantic_channels is None:
         notes.append(
             f"which of the {channels} channels are semantic is not told; sampling needs it: give "
-            "--statistics and --semantic-statistics, or --semantic-channels NUMBER"
+            "--statistics and --semantic_statistics, or --semantic_channels NUMBER"
         )
         return {"clocks": clocks}, notes
     if not 0 <= semantic_channels < channels:

@@ -67,3 +67,9 @@ def test_every_door_explains_itself(door, capsys):
         main([door, "--help"])
     assert stop.value.code == 0
     assert f"usage: sfd {door}" in capsys.readouterr().out
+
+
+def test_dashes_and_underscores_are_one():
+    parser = door_parser("train", "a door")
+    parser.add_argument("--batch_size", type=int)
+    assert parse_door(parser, ["--batch_size=3"]).batch_size == 3

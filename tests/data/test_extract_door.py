@@ -50,20 +50,20 @@ def work(tmp_path_factory):
 
 def flags(work, out, *more):
     return [
-        "extract", "--images=folder", f"--path={work / 'images'}", f"--out={out}", "--image-size=16",
-        "--tile-size=8", f"--texture-vae={work / 'texture_vae'}", f"--visual={work / 'dinov2'}",
-        "--batch-size=8", "--shard-size=4", *more,
+        "extract", "--images=folder", f"--path={work / 'images'}", f"--out={out}", "--image_size=16",
+        "--tile_size=8", f"--texture_vae={work / 'texture_vae'}", f"--visual={work / 'dinov2'}",
+        "--batch_size=8", "--shard_size=4", *more,
     ]  # fmt: skip
 
 
 def test_images_to_shards(work, capsys):
-    out, semantic = work / "latents", f"--semantic-vae={work / 'semantic_vae'}"
+    out, semantic = work / "latents", f"--semantic_vae={work / 'semantic_vae'}"
     assert main(flags(work, out, semantic)) == 2  # one broken image is one too many
     assert "dog/03.jpg" in capsys.readouterr().err
-    assert main(flags(work, out, semantic, "--max-broken=1", "--repa")) == 2  # another run's folder
+    assert main(flags(work, out, semantic, "--max_broken=1", "--repa")) == 2  # another run's folder
     refusal = capsys.readouterr().err
     assert "belongs to another run" in refusal and "config.repa was false, now true" in refusal
-    assert main(flags(work, out, semantic, "--max-broken=1")) == 0
+    assert main(flags(work, out, semantic, "--max_broken=1")) == 0
     assert "10 images in 3 shards" in capsys.readouterr().out
     store = LatentStore(out)
     assert len(store) == COUNT - 1 and store.class_names == ["cat", "dog"]
@@ -75,13 +75,13 @@ def test_images_to_shards(work, capsys):
     assert "texture_flip" in record and record["texture"].dtype.name == "bfloat16"
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     (out / "latents-00001.ar").unlink()
-    assert main(flags(work, out, semantic, "--max-broken=1")) == 0
+    assert main(flags(work, out, semantic, "--max_broken=1")) == 0
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_pca_is_fitted_by_the_same_door(work, capsys):
     out = work / "pca"
-    assert main(flags(work, out, "--pca=2", "--no-flips", "--max-broken=1", "--dtype=float32")) == 0
+    assert main(flags(work, out, "--pca=2", "--no_flips", "--max_broken=1", "--dtype=float32")) == 0
     assert "2 channels keep" in capsys.readouterr().out
     store = LatentStore(out)
     semantic = store.read(np.arange(len(store)))["semantic"].reshape(-1, 2)
@@ -95,8 +95,8 @@ def test_pca_is_fitted_by_the_same_door(work, capsys):
 
 def test_check_names_each_fault_and_writes_nothing(work, capsys):
     out = work / "checked"
-    semantic = f"--semantic-vae={work / 'semantic_vae'}"
-    assert main(flags(work, out, semantic, "--check", "--expect-count=12")) == 2
+    semantic = f"--semantic_vae={work / 'semantic_vae'}"
+    assert main(flags(work, out, semantic, "--check", "--expect_count=12")) == 2
     errors = capsys.readouterr().err
     assert "2 faults" in errors and "not the expected 12" in errors and "dog/03.jpg" in errors
     assert not out.exists()
@@ -111,7 +111,7 @@ def test_check_store_names_each_fault(work, tmp_path):
     arrays = {"latents": np.random.default_rng(0).standard_normal((6, 3, 2, 2)).astype(np.float32)}
     arrays |= {"latents_sv": arrays["latents"] + 1, "labels": np.array([0, 1, 2, 0, 1, 7])}
     save_file(arrays, released / "latents_rank00_shard000.safetensors")
-    repack = ["extract", f"--repack={released}", f"--out={tmp_path / 'ours'}", "--shard-size=2"]
+    repack = ["extract", f"--repack={released}", f"--out={tmp_path / 'ours'}", "--shard_size=2"]
     assert main(repack) == 2  # no statistics beside the shards
     assert main([*repack, "--statistics=measured"]) == 0
     assert check_store(tmp_path / "ours") == []
@@ -141,9 +141,9 @@ def test_released_statistics_come_along(parity_dir, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--out=x"], "--images and --texture-vae"),
-        (["--out=x", "--images=digits", "--texture-vae=a", "--visual=b"], "--pca"),
-        (["--out=x", "--images=digits", "--texture-vae=a", "--repa"], "--visual"),
+        (["--out=x"], "--images and --texture_vae"),
+        (["--out=x", "--images=digits", "--texture_vae=a", "--visual=b"], "--pca"),
+        (["--out=x", "--images=digits", "--texture_vae=a", "--repa"], "--visual"),
     ],
 )
 def test_impossible_flags_are_answered(arguments, message, capsys):
