@@ -75,7 +75,7 @@ def test_through_the_door_and_back(released, tmp_path, capsys):
     for name, channels in (("tex", 3), ("sem", 2)):
         arrays = {k: np.full((1, channels, 1, 1), v, np.float32) for k, v in (("mean", 0.5), ("std", 2.0))}
         safetensors.numpy.save_file(arrays, tmp_path / f"{name}.safetensors")
-    flags = [f"--statistics={tmp_path}/tex.safetensors", f"--semantic-statistics={tmp_path}/sem.safetensors"]
+    flags = [f"--statistics={tmp_path}/tex.safetensors", f"--semantic_statistics={tmp_path}/sem.safetensors"]
     assert main([path, f"--out={out}", *flags]) == 0
     assert main([str(out), f"--export={exported}"]) == 0
     assert same_bytes(safetensors.numpy.load_file(exported), ema)
