@@ -122,10 +122,11 @@ def fit(
                 values["steps_per_second"] = (step - logged) / seconds
                 total, logged = None, step
                 bar.set_postfix_str(" ".join(f"{k} {values[k]:.4g}" for k in ("loss", "grad_norm") if k in values))
-                if save_now:
-                    values |= evaluate(state, step) if evaluate else {}
-                    checkpointer.save(step, state, metadata)
+                if save_now and evaluate:
+                    values |= evaluate(state, step)
                 log.write(step, values)
+                if save_now:  # after the row: a run that goes on from here will not write it again
+                    checkpointer.save(step, state, metadata)
                 if leave:
                     checkpointer.wait()
                     say(f"{task.name}: told to leave; step {step} is saved, the same command goes on from it")

@@ -91,6 +91,12 @@ def test_converted_params_are_read_like_trained_ones_and_never_overwritten(tmp_p
         save_params(tmp_path / "other", params, {"array": np.ones(2)})
 
 
+def test_folders_named_from_where_one_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_params("converted", {"w": np.ones(3, np.float32)}, {})
+    assert load_params("converted")[1] == {"step": 0} and load_metadata("converted/0") == {"step": 0}
+
+
 def test_absent_and_damaged_checkpoints(tmp_path, state):
     with pytest.raises(SfdError, match="no checkpoint folder"):
         load_params(tmp_path / "absent")
