@@ -11,7 +11,7 @@ from sfd_jax.cli.demo.stages import Demo
 from sfd_jax.data.digits import digits_8x8
 from sfd_jax.evaluation.evaluate import evaluate
 from sfd_jax.evaluation.features import Extractor, class_token
-from sfd_jax.evaluation.image_sets import ImageSet
+from sfd_jax.evaluation.image_sets import image_set_of
 from sfd_jax.evaluation.reference import Reference
 from sfd_jax.generation.job import make_images
 from sfd_jax.generation.labels import balanced_labels
@@ -68,11 +68,11 @@ def measure(demo: Demo) -> dict:
 
     network, params = demo.load("encoder")
     extractor = Extractor("digits encoder", params, class_token(network, demo.config.data.image_size))
-    reference = Reference("held-out digits", None, _image_set("held-out digits", held_out), "")
+    reference = Reference("held-out digits", None, image_set_of("held-out digits", held_out), "")
 
     def compare(name: str, images: np.ndarray) -> dict:
         values = evaluate(
-            _image_set(name, images), reference, extractor, metrics=("fid", "precision", "recall"), batch_size=120
+            image_set_of(name, images), reference, extractor, metrics=("fid", "precision", "recall"), batch_size=120
         )
         return {
             "frechet_distance": round(values["fid"], 4),
@@ -95,14 +95,6 @@ def measure(demo: Demo) -> dict:
     }
     write_text(demo.workdir / "metrics.json", json.dumps(metrics, indent=1))
     return {"samples": metrics["samples"], "real": metrics["real training digits"]}
-
-
-def _image_set(name: str, images: np.ndarray) -> ImageSet:
-    def pieces(size: int):
-        for start in range(0, len(images), size):
-            yield images[start : start + size]
-
-    return ImageSet(name, len(images), pieces)
 
 
 def draw_pictures(demo: Demo) -> dict:
