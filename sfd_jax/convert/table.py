@@ -141,7 +141,11 @@ def export_state(
 
     Returns:
       Arrays in row-major order by their key.
+
+    Raises:
+      SfdError: `params` are not this network's; names every missing, extra and misshapen array.
     """
+    _check_ours(params, network)
     kept = kept or {}
     dtypes, tables = kept.get("dtypes", {}), kept.get("fixed", {})
     state = {}
@@ -243,6 +247,23 @@ def _check_strictly(table, state, network, slots, source) -> None:
         )
 
 
+def _check_ours(params, network: Network) -> None:
+    expected = _our_shapes(network)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    found = {_path(path): tuple(leaf.shape) for path, leaf in leaves}
+    faults = [f"  missing   {path} {expected[path]}" for path in expected if path not in found]
+    faults += [f"  extra     {path} {found[path]}" for path in found if path not in expected]
+    faults += [
+        f"  misshapen {path} is {found[path]}, expected {shape}"
+        for path, shape in expected.items()
+        if found.get(path, shape) != shape
+    ]
+    if faults:
+        raise SfdError(
+            f"these parameters are not of {network.name} ({_described(network)}):\n" + "\n".join(faults)
+        )
+
+
 def _described(network: Network) -> str:
     return ", ".join(f"{key} {value}" for key, value in network.config_dict().items())
 
@@ -299,10 +320,12 @@ def _grouped(slots) -> Iterator[tuple[str, list[_Slot]]]:
 
 
 def _our_shapes(network: Network) -> dict[str, tuple[int, ...]]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(network.abstract_params())
-    }
+    leaves = jax.tree_util.tree_leaves_with_path(network.abstract_params())
+    return {_path(path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _path(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _put(tree: dict, path: str, value) -> None:

@@ -166,6 +166,21 @@ def test_every_missing_extra_and_misshapen_array_is_named_at_once():
         assert line in message
 
 
+def test_export_is_as_strict():
+    _, module, network = make("semvae_mlp")
+    params = random_params(network)
+    params["encoder"]["layers"]["1"]["gate"]["bias_"] = params["encoder"]["layers"]["1"]["gate"].pop("bias")
+    params["decoder"]["layers"]["0"]["up"]["kernel"] = np.zeros((3, 9), np.float32)
+    with pytest.raises(SfdError) as error:
+        export_state(module.TABLE, params, network)
+    for line in (
+        "missing   encoder/layers/1/gate/bias (10,)",
+        "extra     encoder/layers/1/gate/bias_ (10,)",
+        "misshapen decoder/layers/0/up/kernel is (3, 9), expected (3, 10)",
+    ):
+        assert line in str(error.value)
+
+
 @pytest.mark.parametrize("key", ["blocks.0.norm1.weight", "blocks.2.attn.q_norm.weight", "x_embedder.proj.bias"])
 @pytest.mark.parametrize("change", ["rename", "reshape"])
 def test_one_changed_key_is_the_one_that_is_named(key, change):
