@@ -205,6 +205,7 @@ def gather(
       SfdError: damaged images, or another number of them than the set says.
     """
     collected = [_Collected(split_size, keep) for keep in keep_features]
+    batch_size = min(batch_size, images.count)  # a small set need not be padded to a large batch
     count = 0
     bar = tqdm(total=images.count, desc=label, unit="img", disable=not (progress and is_host0()))
     with bar:

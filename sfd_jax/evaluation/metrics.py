@@ -60,9 +60,13 @@ def frechet_distance(
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
-    """Return R (D, D) with R R' = covariance; eigenvalues below zero are rounding and count as zero."""
+    """Return R (D, rank) with R R' = covariance.
+
+    Eigenvalues within the rounding of the largest one are zeros (or below) of a singular covariance.
+    """
     values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
-    return vectors * np.sqrt(np.maximum(values, 0.0))
+    kept = values > values[-1] * len(values) * np.finfo(np.float64).eps
+    return vectors[:, kept] * np.sqrt(values[kept])
 
 
 # --- Inception score --------------------------------------------------------------------------------
