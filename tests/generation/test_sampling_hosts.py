@@ -19,10 +19,10 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 from sfd_jax import distributed
 distributed.start()
 import numpy as np
-import test_sampler, test_hosts
+import test_sampler, test_sampling_hosts
 from sfd_jax.evaluation import gather, image_set_of
 assert jax.process_count() == 2 and jax.device_count() == 4
-test_hosts.job(sys.argv[1])
+test_sampling_hosts.job(sys.argv[1])
 images = np.random.default_rng(0).integers(0, 256, (13, 5, 3, 3), dtype=np.uint8)
 import test_evaluate
 [(statistics, _)] = gather(image_set_of("images", images), [test_evaluate.stand_in()], keep_features=[True])
