@@ -1,0 +1,56 @@
+"""Every config that ships resolves, for each of its arguments, to networks and settings that fit together."""
+
+import jax
+import numpy as np
+import pytest
+
+from sfd_jax.cli.build import task_from_config, train_config
+from sfd_jax.cli.demo.pictures import semantic_colours
+from sfd_jax.cli.flags import load_config
+from sfd_jax.generation import SampleConfig
+from sfd_jax.models import Network
+
+SIZES = ("s", "b", "l", "xl", "1p0b", "1p6b")
+VARIANTS = ("", ",tiny", ",lr2e4", ",weak", ",lr2e4,tiny")
+
+
+@pytest.mark.parametrize("argument", [size + variant for size in SIZES for variant in VARIANTS])
+def test_imagenet_recipe_resolves(argument):
+    config = load_config(f"configs/sfd.py:{argument}")
+    task, train = task_from_config(config), train_config(config)
+    SampleConfig.from_group(config.sample)
+    assert train.optimizer.learning_rate == (2e-4 if "lr2e4" in argument else 1e-4)
+    if "tiny" in argument:
+        params = jax.eval_shape(task.init, jax.random.key(0))
+        assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(params)) < 1e6
+
+
+def test_released_recipe_is_that_of_the_facts():
+    config = load_config("configs/sfd.py:xl")
+    task = task_from_config(config)
+    assert config.clocks.delta_t == 0.3 and config.loss.semantic_weight == 2.0
+    assert (config.train.global_batch_size, config.train.ema_decay) == (256, 0.9999)
+    # 682.8M of the paper's table, which counts the fixed 256 x 1152 position table too.
+    assert task.network.num_params() + 256 * 1152 == 682_765_424
+
+
+@pytest.mark.parametrize("argument", ["", ":tiny"])
+def test_digits_resolve(argument):
+    config = load_config(f"configs/digits.py{argument}")
+    for stage in ("diffusion", "weak"):
+        task_from_config(config[stage])
+    for stage, network in (("texture_vae", "texture_vae"), ("encoder", "dinov2"), ("semantic_vae", "semantic_vae")):
+        train_config(config[stage])
+        assert Network(network, config[stage].model.to_dict()).num_params() < 3e6
+    SampleConfig.from_group(config.sample)
+
+
+def test_semantic_colours_mean_the_same_whatever_is_shown():
+    random = np.random.default_rng(0)
+    reference = random.standard_normal((50, 4, 4, 5)) * np.array([9, 5, 3, 0.1, 0.1])
+    shown = reference[:7]
+    colours = semantic_colours(shown, reference)
+    assert colours.shape == (7, 4, 4, 3) and colours.min() >= 0 and colours.max() <= 1
+    assert np.array_equal(semantic_colours(shown[:2], reference), colours[:2])
+    # The widest axis of the reference is the first colour, up to its sign.
+    assert abs(np.corrcoef(colours[..., 0].ravel(), shown[..., 0].ravel())[0, 1]) > 0.95
