@@ -71,7 +71,18 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
         )
     )
     config.mesh = group(dict(data=-1, fsdp=1))
-    config.data = group(dict(path="", held_out_path="", workers=8, flips=False))
+    config.data = group(
+        dict(
+            path="",  # stored features: `sfd extract --repa`, or released shards
+            held_out_path="",
+            # Instead of stored features: a checkpoint of DINOv2 (S, B, L: any width), and images to make them from.
+            visual_encoder="",
+            view_size=224,  # pixels a side at which it sees an image
+            images=group(dict(kind="folder", path="", split="train", held_out_split="", image_size=256)),
+            workers=8,
+            flips=False,
+        )
+    )
     if argument == "tiny":
         config.model.update(dict(input_dim=24, hidden_dim=24, bottleneck_dim=4, transformer_blocks=1))
         config.optimizer.update(dict(warmup_steps=1, constant_steps=3))

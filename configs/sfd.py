@@ -101,7 +101,12 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
             path="",  # folder of latent shards, written by `sfd extract`
             workers=8,
             flips=True,
-            repa_source="stored",  # stored | semvae | online: where REPA's targets come from
+            repa_source="stored",  # stored | semvae | online: where REPA's targets come from (docs/repa.md)
+            semantic_vae="",  # checkpoint, for semvae
+            visual_encoder="",  # checkpoint of DINOv2, for online
+            tile_grid=16,  # latent pixels a side that both see at once: 256 px; 512 px are four such tiles
+            # For online: the images that the latents were made from.
+            images=dict(kind="folder", path="", split="train", image_size=256),
         )
     )
 
@@ -148,4 +153,5 @@ def _shrink(config: ml_collections.ConfigDict) -> None:
         config.latents.update(dict(texture_channels=8, semantic_channels=4))
         config.train.update(dict(steps=4, global_batch_size=8, log_every=2, checkpoint_every=2))
         config.data.workers = 0
+        config.data.images.image_size = 32
         config.sample.update(dict(num=8, batch_size=4, num_steps=5))

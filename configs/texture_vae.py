@@ -29,7 +29,8 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
             compute_dtype="bfloat16",
         )
     )
-    config.loss = group(dict(l1_weight=1.0, mse_weight=0.0, kl_weight=1e-6))
+    config.loss = group(dict(l1_weight=1.0, mse_weight=0.0, kl_weight=1e-6, perceptual_weight=1.0))
+    config.lpips = ""  # checkpoint of LPIPS (`sfd convert`), the perceptual distance; none without
     config.optimizer = group(
         dict(
             learning_rate=1e-4,

@@ -15,15 +15,17 @@ from sfd_jax.latents import LatentLayout
 from sfd_jax.models import Network, dit_config
 from sfd_jax.training import OptimizerConfig, Task, TrainConfig
 from sfd_jax.training.diffusion import diffusion_task
+from sfd_jax.training.frozen_features import FrozenFeatures
 
 
-def task_from_config(config: Any) -> Task:
-    """Return the diffusion task of a config.
+def task_from_config(config: Any, targets: FrozenFeatures | None = None) -> Task:
+    """Return the diffusion task of a config; `targets` as `diffusion_task` has them.
 
     Raises:
       SfdError: a value is unknown, or two values contradict each other; both are named.
     """
-    return diffusion_task(network_from_config(config), layout_from_config(config), **diffusion_settings(config))
+    settings = diffusion_settings(config)
+    return diffusion_task(network_from_config(config), layout_from_config(config), targets=targets, **settings)
 
 
 def network_from_config(config: Any) -> Network:

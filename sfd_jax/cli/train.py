@@ -3,6 +3,8 @@
   sfd train --config=configs/sfd.py:xl --workdir=runs/xl --config.data.path=latents/train
   sfd train --config=configs/sfd.py:b,weak --workdir=runs/b --config.data.path=latents/train
       the weaker model for AutoGuidance
+  sfd train ... --config.data.repa_source=semvae --config.data.semantic_vae=CKPT
+      REPA without stored features; or `online` from the images: see docs/repa.md
   sfd train ... --init=CKPT
       start from the weights of another run, or from converted ones
   sfd train ... --check
@@ -20,8 +22,6 @@ from pathlib import Path
 from sfd_jax.cli.flags import door_parser, parse_door
 from sfd_jax.errors import SfdError
 
-REPA_SOURCES = ("stored",)
-
 
 def main(argv: list[str]) -> int:
     """Open the door: check everything that can be checked without a device, then train."""
@@ -33,17 +33,16 @@ def main(argv: list[str]) -> int:
     config = args.config
 
     from sfd_jax.cli.build import layout_from_config, task_from_config, train_config
+    from sfd_jax.cli.repa import check_repa_source, open_targets
     from sfd_jax.data.pipeline import latent_transform
 
     # --- What the config says, before any device is touched --------------------------------------------------
     task, layout, train = task_from_config(config), layout_from_config(config), train_config(config)
-    repa = config.loss.repa_weight > 0
-    if config.data.repa_source not in REPA_SOURCES:
-        raise SfdError(
-            f"data.repa_source='{config.data.repa_source}' is not available; use one of: {', '.join(REPA_SOURCES)}"
-        )
+    repa = check_repa_source(config) == "stored"
     source = open_source(config.data.path, repa=repa)
     check_channels(layout, source.statistics)
+    source, targets = open_targets(config, layout, source)
+    task = task_from_config(config, targets)
     if args.check:
         return _check(args, config, source, task, repa)
 
@@ -87,6 +86,7 @@ def run(task, train, config, workdir, *, source, transform, metadata, params=Non
     from sfd_jax.distributed import say, start
     from sfd_jax.training import fit
     from sfd_jax.training.held_out import held_out_metrics
+    from sfd_jax.training.step import put_frozen
 
     start()
     mesh = mesh_from_config(config)
@@ -108,6 +108,7 @@ def run(task, train, config, workdir, *, source, transform, metadata, params=Non
             measure,
             lambda: make_eval_batches(held_out_source, batch_size=per_host, transform=transform, **host),
             mesh,
+            put_frozen(task, mesh),
         )
     say(describe(task, train, source, mesh, workdir))
     fit(
@@ -173,7 +174,8 @@ def check_batch(task, batch: dict) -> None:
     shapes["positions"] = jax.ShapeDtypeStruct((len(labels),), np.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     try:
-        jax.eval_shape(task.loss, jax.eval_shape(task.init, key), shapes, key)
+        frozen = () if task.frozen is None else (task.frozen,)
+        jax.eval_shape(task.loss, jax.eval_shape(task.init, key), shapes, key, *frozen)
     except (TypeError, ValueError) as error:
         listed = ", ".join(f"{name} {array.shape}" for name, array in shapes.items())
         raise SfdError(f"the data do not fit the network: {str(error).splitlines()[0]} (batch: {listed})") from error
@@ -202,7 +204,7 @@ def _check(args, config, source, task, repa: bool) -> int:
     from sfd_jax.data.pipeline import latent_transform, make_batches
 
     faults = []
-    if isinstance(source, LatentStore):
+    if isinstance(getattr(source, "latents", source), LatentStore):
         classes = config.model.num_classes
         faults += check_store(config.data.path, num_classes=classes, flips=config.data.flips, repa=repa)
     # Parameters, EMA and two moments in float32, for each checkpoint kept at the same time.

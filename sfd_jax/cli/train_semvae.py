@@ -3,9 +3,11 @@
   sfd train_semvae --config=configs/semantic_vae.py --workdir=runs/semvae --config.data.path=latents/train
   sfd train_semvae ... --config.data.held_out_path=latents/val
       log MSE, L1, cosine similarity and KL of held-out features at each checkpoint
+  sfd train_semvae ... --config.data.visual_encoder=CKPT --config.data.images.path=IMAGENET
+      make the features from images inside the step, so that none need be stored
 
 The features are those that `sfd extract --repa` stored, or those of released shards. The checkpoint goes
-into `sfd extract --semantic-vae=runs/semvae`. Work folder, resuming and SIGTERM are as with `sfd train`.
+into `sfd extract --semantic_vae=runs/semvae`. Work folder, resuming and SIGTERM are as with `sfd train`.
 """
 
 import functools
@@ -23,30 +25,57 @@ def main(argv: list[str]) -> int:
 
     from sfd_jax.cli.build import from_group, train_config
     from sfd_jax.cli.train import run
-    from sfd_jax.data.pipeline import feature_transform
+    from sfd_jax.data.pipeline import feature_transform, pixel_transform
     from sfd_jax.data.published import open_latents
     from sfd_jax.models import Network
     from sfd_jax.training.semantic_vae import SemanticVAELoss, measure_semantic_vae, semantic_vae_task
 
     network = Network("semantic_vae", config.model.to_dict())
-    task = semantic_vae_task(network, from_group(SemanticVAELoss, "loss", config.loss))
-    if not config.data.path:
-        raise SfdError("say where the features are: --config.data.path=FOLDER, made by `sfd extract --repa`")
-    held_out = None
-    if config.data.held_out_path:
-        measure = functools.partial(measure_semantic_vae, network)
-        held_out = measure, open_latents(config.data.held_out_path, repa=True)
+    loss, data = from_group(SemanticVAELoss, "loss", config.loss), config.data
+    maker, transform = None, feature_transform
+    if data.visual_encoder:
+        source, held_out_source, maker = _open_images(config)
+        transform = pixel_transform
+    elif data.path:
+        source = open_latents(data.path, repa=True)
+        held_out_source = open_latents(data.held_out_path, repa=True) if data.held_out_path else None
+    else:
+        raise SfdError(
+            "say where the features are: --config.data.path=FOLDER, made by `sfd extract --repa`; or what to make "
+            "them from: --config.data.visual_encoder=CKPT --config.data.images.path=IMAGES"
+        )
+    measure = functools.partial(measure_semantic_vae, network, source=maker)
     run(
-        task,
+        semantic_vae_task(network, loss, maker),
         train_config(config),
         config,
         args.workdir,
-        source=open_latents(config.data.path, repa=True),
-        transform=feature_transform,
+        source=source,
+        transform=transform,
         metadata={},
-        held_out=held_out,
+        held_out=(measure, held_out_source) if held_out_source else None,
     )
     return 0
+
+
+def _open_images(config):
+    """Return images to train on, held-out ones or None, and what makes features of them."""
+    from sfd_jax.cli.repa import open_frozen
+    from sfd_jax.data.images import open_images
+    from sfd_jax.models.latent_encoder import VisualEncoder
+    from sfd_jax.training.frozen_features import online_features
+
+    images = config.data.images
+    network, params = open_frozen(config.data.visual_encoder, "dinov2", config.model.compute_dtype)
+    if network.config.width != config.model.input_dim:
+        raise SfdError(
+            f"model.input_dim={config.model.input_dim}, but data.visual_encoder={config.data.visual_encoder} "
+            f"makes features of {network.config.width}"
+        )
+    encoder = VisualEncoder(network, view_size=config.data.view_size, tile_size=images.image_size)
+    split = lambda name: open_images(images.kind, images.path, name, images.image_size)
+    held_out = split(images.held_out_split) if images.held_out_split else None
+    return split(images.split), held_out, online_features(encoder, params)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
   sfd train_texture_vae --config=configs/texture_vae.py --workdir=runs/vae --config.data.path=IMAGENET
   sfd train_texture_vae --config=configs/texture_vae.py:digits --workdir=runs/digits_vae
 
-Reconstruction and KL loss, without discriminator: enough for small data. For ImageNet take the published
+Reconstruction and KL loss, with --config.lpips=CKPT also LPIPS, without discriminator: enough for small data. For ImageNet take the published
 one (`sfd fetch`). PSNR, L1 and MSE of the held-out split are logged at each checkpoint. Work folder, resuming
 and SIGTERM are as with `sfd train`.
 """
@@ -28,13 +28,19 @@ def main(argv: list[str]) -> int:
     from sfd_jax.training.texture_vae import TextureVAELoss, measure_texture_vae, texture_vae_task
 
     network = Network("texture_vae", config.model.to_dict())
+    perceptual = frozen = None
+    if config.lpips:
+        from sfd_jax.cli.repa import open_frozen
+
+        lpips, frozen = open_frozen(config.lpips, "lpips", config.model.compute_dtype)
+        perceptual = lambda ours, theirs, params: lpips.apply(params, ours, theirs)
     source = open_images(data.kind, data.path, data.split, data.image_size)
     held_out = None
     if data.held_out_split:
         measure = functools.partial(measure_texture_vae, network)
         held_out = measure, open_images(data.kind, data.path, data.held_out_split, data.image_size)
     run(
-        texture_vae_task(network, from_group(TextureVAELoss, "loss", config.loss)),
+        texture_vae_task(network, from_group(TextureVAELoss, "loss", config.loss), perceptual, frozen),
         train_config(config),
         config,
         args.workdir,

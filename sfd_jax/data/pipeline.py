@@ -279,9 +279,8 @@ def pixel_transform(batch: Batch, flip: np.ndarray) -> Batch:
     Returns:
       `pixels` float32 (B,H,W,3) in [-1,1], `labels` int32 (B,), `index` int64 (B,).
     """
-    pixels = np.where(flip[:, None, None, None], batch["pixels"][:, :, ::-1], batch["pixels"])
     return {
-        "pixels": pixels.astype(np.float32) / np.float32(127.5) - np.float32(1),
+        "pixels": _mirrored(batch["pixels"], flip).astype(np.float32) / np.float32(127.5) - np.float32(1),
         "labels": batch["label"],
         "index": batch["index"],
     }
@@ -314,7 +313,8 @@ def latent_transform(layout: Any, statistics: Any, *, repa: bool = False) -> Tra
 
     Returns:
       A transform to `latents` float32 (B,H,W,C), normalised; `labels` int32 (B,); `index` int64
-      (B,); with repa `repa_features` (B,N,F) in the dtype they are stored in.
+      (B,); with repa `repa_features` (B,N,F) in the dtype they are stored in; where the records hold
+      `pixels` uint8 (B,H,W,3) (see paired.py), these too, still as bytes: a quarter to move.
 
     Raises:
       SfdError (when called): a flip or features are asked of records that hold none.
@@ -334,7 +334,14 @@ def _latent_batch(batch: Batch, flip: np.ndarray, *, layout, statistics, repa: b
     result = {"latents": latents, "labels": batch["label"], "index": batch["index"]}
     if repa:
         result["repa_features"] = np.stack(_oriented(batch, "repa_features", flip))
+    if "pixels" in batch:
+        result["pixels"] = _mirrored(batch["pixels"], flip)
     return result
+
+
+def _mirrored(pixels: np.ndarray, flip: np.ndarray) -> np.ndarray:
+    """Mirror images (B,H,W,3) left to right where `flip` (B,)."""
+    return np.where(flip[:, None, None, None], pixels[:, :, ::-1], pixels)
 
 
 def _oriented(batch: Batch, name: str, flip: np.ndarray) -> list[np.ndarray]:

@@ -169,6 +169,30 @@ class LatentEncoder:
         return sample_posterior(mean, logvar, jax.vmap(draw)(index))
 
 
+def decode_features(network: Network, params: Any, semantic_latents: jax.Array, tile_grid: int) -> jax.Array:
+    """Return the features that raw semantic latents stand for.
+
+    Args:
+      network: a "semantic_vae".
+      params: its parameters.
+      semantic_latents: (B,h,w,C) raw, h = w.
+      tile_grid: latent pixels a side of the tiles that were compressed one by one; smaller grids are one tile.
+
+    Returns:
+      (B,h*w,F) float32, row by row, as `VisualEncoder.features` has them.
+
+    Raises:
+      SfdError: the grid is no whole number of tiles.
+    """
+    b, h, _, channels = semantic_latents.shape
+    if h > tile_grid and h % tile_grid:
+        raise SfdError(f"a grid of {h} semantic latents is no multiple of the {tile_grid} of a tile")
+    tiles = max(1, h // tile_grid)
+    tokens = split_tiles(semantic_latents, tiles).reshape(b * tiles**2, -1, channels)
+    features = network.apply(params, tokens, method="decode")
+    return join_tiles(_as_grid(features), tiles).reshape(b, -1, features.shape[-1])
+
+
 def split_tiles(images: jax.Array, tiles: int) -> jax.Array:
     """Cut (B,H,W,C) into tiles x tiles parts: (B*T, H/tiles, W/tiles, C), row by row."""
     b, h, w, c = images.shape

@@ -1,6 +1,7 @@
 """Train the two-clock diffusion transformer: the loss of `diffusion/losses.py` around a network.
 
-Batches: `latents` (B, H, W, C) normalised, `labels` (B,) int32, and with REPA `repa_features` (B, N, F).
+Batches: `latents` (B, H, W, C) normalised, `labels` (B,) int32, and with REPA `repa_features` (B, N, F),
+or what the targets are made from (frozen_features.py).
 """
 
 import jax
@@ -10,10 +11,17 @@ from sfd_jax.diffusion.losses import LossConfig, draw, loss_metrics, velocity_lo
 from sfd_jax.errors import SfdError
 from sfd_jax.latents import LatentLayout
 from sfd_jax.models.network import Network
+from sfd_jax.training.frozen_features import FrozenFeatures
 from sfd_jax.training.task import Task
 
 
-def diffusion_task(network: Network, layout: LatentLayout, clocks: Clocks, config: LossConfig) -> Task:
+def diffusion_task(
+    network: Network,
+    layout: LatentLayout,
+    clocks: Clocks,
+    config: LossConfig,
+    targets: FrozenFeatures | None = None,
+) -> Task:
     """Return the task for a "lightning_dit" network.
 
     Args:
@@ -21,6 +29,7 @@ def diffusion_task(network: Network, layout: LatentLayout, clocks: Clocks, confi
       layout: which channels are texture.
       clocks: the pair of clocks that training times are mapped to.
       config: of the loss.
+      targets: what makes REPA's targets inside the step; None takes those of the batch.
 
     Returns:
       A Task whose metrics are the loss's terms, and the error of each group of channels by quarter of its
@@ -34,7 +43,12 @@ def diffusion_task(network: Network, layout: LatentLayout, clocks: Clocks, confi
     repa = config.repa_weight > 0
     null_label = dit.num_classes if dit.null_label else None
 
-    def loss(params: dict, batch: dict, key: jax.Array):
+    targets = targets if repa else None
+
+    def loss(params: dict, batch: dict, key: jax.Array, *frozen: dict):
+        features = None
+        if repa:
+            features = targets.compute(*frozen, batch) if targets else batch["repa_features"]
         draws = draw(
             key,
             batch["latents"],
@@ -50,11 +64,11 @@ def diffusion_task(network: Network, layout: LatentLayout, clocks: Clocks, confi
             layout=layout,
             clocks=clocks,
             config=config,
-            repa_features=batch["repa_features"] if repa else None,
+            repa_features=features,
         )
         return terms.total.mean(), loss_metrics(terms)
 
-    return Task("diffusion", network, network.init, loss)
+    return Task("diffusion", network, network.init, loss, frozen=targets.params if targets else None)
 
 
 def check_parts(network: Network, layout: LatentLayout, clocks: Clocks, config: LossConfig) -> None:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from sfd_jax.distributed import is_host0, put_batch, say
 from sfd_jax.distributed.hosts import preemption_watch
 from sfd_jax.errors import SfdError
+from sfd_jax.models.fingerprint import params_hash
 from sfd_jax.training.checkpoint import Checkpointer
 from sfd_jax.training.logging import MetricsLog
 from sfd_jax.training.optimizer import make_optimizer
@@ -78,7 +79,8 @@ def fit(
     # --- Work folder: one folder, one run -----------------------------------------------------------------
     workdir = epath.Path(workdir)
     metadata = _complete(metadata or {}, task, seed)
-    record = {name: metadata.get(name) for name in ("task", "seed", "network_config", "config", "latent_statistics")}
+    names = ("task", "seed", "network_config", "config", "latent_statistics", "frozen")
+    record = {name: metadata[name] for name in names if name in metadata}
     record["fit"] = dataclasses.asdict(config)
     claim_workdir(workdir, record, may_extend=config.optimizer.schedule == "constant")
 
@@ -140,6 +142,8 @@ def fit(
 def _complete(metadata: dict, task: Task, seed: int) -> dict:
     network = task.network
     known = {"network": network.name, "network_config": network.config_dict()} if network is not None else {}
+    if task.frozen is not None:
+        known["frozen"] = params_hash(task.frozen)
     return {"source": "trained by sfd_jax", **known, **metadata, "task": task.name, "seed": seed}
 
 

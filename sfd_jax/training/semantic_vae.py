@@ -1,6 +1,7 @@
 """Train the Semantic VAE: reconstruct a visual encoder's features from a few channels a token.
 
-Batches: `features` (B, N, F), `labels` (B,) where the latent is also classified.
+Batches: `features` (B, N, F), or `pixels` (B, H, W, 3) to make them from; `labels` (B,) where the latent is
+also classified.
 
 Source: SFD paper, section 3 (Semantic VAE), and the released training script.
 """
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from sfd_jax.errors import SfdError
 from sfd_jax.models.network import Network
 from sfd_jax.models.posterior import sample_posterior
+from sfd_jax.training.frozen_features import FrozenFeatures
 from sfd_jax.training.randomness import row_normal
 from sfd_jax.training.task import Task
 from sfd_jax.training.terms import apply_head, cosine_distance, cross_entropy, gaussian_kl, hits, linear_head
@@ -53,12 +55,13 @@ class SemanticVAELoss:
             )
 
 
-def semantic_vae_task(network: Network, weights: SemanticVAELoss) -> Task:
+def semantic_vae_task(network: Network, weights: SemanticVAELoss, source: FrozenFeatures | None = None) -> Task:
     """Return the task for a "semantic_vae" network.
 
     Args:
       network: variational or plain; the plain one has no KL term.
       weights: of the loss.
+      source: what makes the features inside the step; None takes those of the batch.
 
     Returns:
       A Task whose params are the network's, or {"network", "heads"} with a classifier.
@@ -72,9 +75,9 @@ def semantic_vae_task(network: Network, weights: SemanticVAELoss) -> Task:
         head = linear_head(head_key, network.config.bottleneck_dim, weights.num_classes)
         return {"network": network.init(network_key), "heads": {"latent": head}}
 
-    def loss(params: dict, batch: dict, key: jax.Array):
+    def loss(params: dict, batch: dict, key: jax.Array, *frozen: dict):
         network_params = params["network"] if classifies else params
-        features = batch["features"].astype(jnp.float32)
+        features = _features(source, batch, frozen)
         mean, logvar = network.apply(network_params, features, method="encode")
         latents = sample_posterior(mean, logvar, row_normal(key, batch["positions"], mean.shape[1:]))
         reconstruction = network.apply(network_params, latents, method="decode")
@@ -95,23 +98,26 @@ def semantic_vae_task(network: Network, weights: SemanticVAELoss) -> Task:
             total += weights.classification_weight * metrics["classification"]
         return total, metrics
 
-    return Task("semantic_vae", network, init, loss)
+    return Task("semantic_vae", network, init, loss, frozen=source.params if source else None)
 
 
-def measure_semantic_vae(network: Network, params: dict, batch: dict) -> dict[str, jax.Array]:
+def measure_semantic_vae(
+    network: Network, params: dict, batch: dict, *frozen: dict, source: FrozenFeatures | None = None
+) -> dict[str, jax.Array]:
     """Return how features come back through the mean latent, one number a row.
 
     Args:
       network: the "semantic_vae".
       params: the task's.
-      batch: `features` (B, N, F).
+      batch: `features` (B, N, F), or what `source` makes them from.
+      frozen, source: as in the task.
 
     Returns:
       "mse", "l1", "cosine" (similarity along features, as the released evaluation has it) and, where the
       network has a posterior, "kl": (B,) each.
     """
     params = params.get("network", params)
-    features = batch["features"].astype(jnp.float32)
+    features = _features(source, batch, frozen)
     mean, logvar = network.apply(params, features, method="encode")
     reconstruction = network.apply(params, mean, method="decode")
     error = reconstruction - features
@@ -121,3 +127,8 @@ def measure_semantic_vae(network: Network, params: dict, batch: dict) -> dict[st
         "cosine": 1.0 - cosine_distance(reconstruction, features, COSINE_AXES["feature"]),
     }
     return measures if logvar is None else measures | {"kl": gaussian_kl(mean, logvar)}
+
+
+def _features(source: FrozenFeatures | None, batch: dict, frozen: tuple) -> jax.Array:
+    features = source.compute(*frozen, batch) if source else batch["features"]
+    return features.astype(jnp.float32)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sfd_jax.distributed import batch_sharding, replicated
+from sfd_jax.distributed import batch_sharding, param_shardings, put_same, replicated
 from sfd_jax.distributed.mesh import AXES
 from sfd_jax.errors import SfdError
 from sfd_jax.training.optimizer import OptimizerConfig, make_schedule
@@ -90,10 +90,11 @@ def make_train_step(
         )
     schedule = make_schedule(config.optimizer, config.steps)
 
-    def step(state: TrainState, batch: dict, key: jax.Array) -> tuple[TrainState, dict]:
+    def step(state: TrainState, batch: dict, key: jax.Array, frozen: tuple) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(key, state.step)
         batch = {**batch, "positions": jnp.arange(size, dtype=jnp.int32)}
-        loss, metrics, grads = _loss_and_grads(task.loss, state.params, batch, key, parts, mesh)
+        loss_fn = lambda params, rows, key: task.loss(params, rows, key, *frozen)
+        loss, metrics, grads = _loss_and_grads(loss_fn, state.params, batch, key, parts, mesh)
 
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -126,12 +127,20 @@ def make_train_step(
         return new_state, metrics
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(task, optimizer, mesh))
-    return jax.jit(
+    frozen = put_frozen(task, mesh)
+    frozen_shardings = jax.tree.map(lambda x: x.sharding, frozen)
+    compiled = jax.jit(
         step,
-        in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
+        in_shardings=(shardings, batch_sharding(mesh), replicated(mesh), frozen_shardings),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
+    return lambda state, batch, key: compiled(state, batch, key, frozen)
+
+
+def put_frozen(task, mesh: Mesh) -> tuple:
+    """Put a task's frozen parameters on the mesh, split as trained ones are: the loss's arguments after the key."""
+    return () if task.frozen is None else (put_same(task.frozen, param_shardings(task.frozen, mesh)),)
 
 
 def add_metrics(total: dict | None, metrics: dict) -> dict:

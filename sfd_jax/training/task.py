@@ -23,9 +23,13 @@ class Task:
         `positions` (B,) int32, each row's place in the global batch: what a row draws is a function of it and
         of the key (randomness.py). The loss is a mean over rows, so that accumulated small batches equal a
         big one; a metric is a scalar, or a pair (sum, count).
+      frozen: parameters that the loss reads and nobody trains, e.g. of a network that makes targets. They lie on
+        the mesh once and are inputs of the compiled step, not constants in it; the loss gets them as a fourth
+        argument. Checkpoints hold their hash, not them.
     """
 
     name: str
     network: Any
     init: Callable[[jax.Array], dict]
-    loss: Callable[[dict, dict[str, jax.Array], jax.Array], tuple[jax.Array, Metrics]]
+    loss: Callable[..., tuple[jax.Array, Metrics]]
+    frozen: dict | None = None

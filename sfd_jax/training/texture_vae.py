@@ -38,17 +38,19 @@ class TextureVAELoss:
 def texture_vae_task(
     network: Network,
     weights: TextureVAELoss,
-    perceptual: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    perceptual: Callable[..., jax.Array] | None = None,
+    frozen: dict | None = None,
 ) -> Task:
     """Return the task for a "texture_vae" network.
 
     Args:
       network: the network.
       weights: of the loss.
-      perceptual: (reconstruction, pixels), both (B, H, W, 3) in [-1, 1] -> distances (B,).
+      perceptual: (reconstruction, pixels), both (B, H, W, 3) in [-1, 1] -> distances (B,); e.g. LPIPS.
+      frozen: its parameters, where it has any: handed to it as third argument.
     """
 
-    def loss(params: dict, batch: dict, key: jax.Array):
+    def loss(params: dict, batch: dict, key: jax.Array, *frozen: dict):
         pixels = batch["pixels"]
         mean, logvar = network.apply(params, pixels, method="encode")
         raw_latents = sample_posterior(mean, logvar, row_normal(key, batch["positions"], mean.shape[1:]))
@@ -62,11 +64,11 @@ def texture_vae_task(
         }
         total = sum(getattr(weights, f"{name}_weight") * value for name, value in metrics.items())
         if perceptual is not None:
-            metrics["perceptual"] = perceptual(reconstruction, pixels).mean()
+            metrics["perceptual"] = perceptual(reconstruction, pixels, *frozen).mean()
             total += weights.perceptual_weight * metrics["perceptual"]
         return total, metrics
 
-    return Task("texture_vae", network, network.init, loss)
+    return Task("texture_vae", network, network.init, loss, frozen=frozen)
 
 
 def measure_texture_vae(network: Network, params: dict, batch: dict) -> dict[str, jax.Array]:

@@ -1,0 +1,48 @@
+"""Latents together with the pixels they were made from, for what is computed from pixels in the step."""
+
+from typing import Any
+
+import numpy as np
+
+from sfd_jax.data.pipeline import read_records
+from sfd_jax.errors import SfdError
+
+
+class WithPixels:
+    """Add to each record of latents the pixels of its image, by the record's `index` in the image source.
+
+    Args:
+      latents: a source of records with `index` and `label`: a latent store, or released shards.
+      images: the `ImageSource` they were made from.
+
+    Raises:
+      SfdError (when read): an image is missing, broken, or has another label than its latents: then
+        these are not the images that the latents were made from.
+    """
+
+    def __init__(self, latents: Any, images: Any):
+        self.latents, self.images = latents, images
+        self.statistics, self.class_names = latents.statistics, latents.class_names
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, index: int) -> dict:
+        return {name: values[0] for name, values in self.read(np.array([index])).items()}
+
+    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the records stacked, with `pixels` uint8 (B,H,W,3)."""
+        batch = read_records(self.latents, indices)
+        if batch["index"].max() >= len(self.images):
+            raise SfdError(
+                f"latents of image {batch['index'].max()}, but there are {len(self.images)} images: "
+                "data.images names other ones than the latents were made from"
+            )
+        records = [self.images[int(index)] for index in batch["index"]]
+        for record, label in zip(records, batch["label"]):
+            if record["label"] != label:
+                raise SfdError(
+                    f"image {record['index']} has label {record['label']}, but its latents {label}: "
+                    "data.images names other ones than the latents were made from"
+                )
+        return {**batch, "pixels": np.stack([record["pixels"] for record in records])}

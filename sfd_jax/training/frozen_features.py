@@ -1,0 +1,61 @@
+"""Visual features made inside the training step by a network that is not trained, so that none are on disk.
+
+    online   DINOv2 on the batch's pixels: the features that would be stored
+    semvae   the Semantic VAE's decoder on the batch's clean semantic latents: the features up to what the
+             Semantic VAE loses, from latents alone
+
+REPA takes its targets from them, and the Semantic VAE can be trained on the first kind.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from sfd_jax.latents import LatentLayout, LatentStatistics
+from sfd_jax.models.latent_encoder import VisualEncoder, decode_features, to_float
+from sfd_jax.models.network import Network
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenFeatures:
+    """Features as a function of a batch.
+
+    Attributes:
+      params: of the network, float32; goes into `Task.frozen`.
+      compute: (params, batch) -> features (B, N, F).
+    """
+
+    params: dict
+    compute: Callable[[dict, dict[str, jax.Array]], jax.Array]
+
+
+def online_features(encoder: VisualEncoder, params: dict) -> FrozenFeatures:
+    """Make features from `pixels` (B, H, W, 3), uint8 or float32 in [-1, 1]."""
+
+    def compute(params: dict, batch: dict) -> jax.Array:
+        pixels = batch["pixels"]
+        return encoder.features(params, to_float(pixels) if pixels.dtype == jnp.uint8 else pixels)
+
+    return FrozenFeatures(params, compute)
+
+
+def semvae_features(
+    network: Network, params: dict, layout: LatentLayout, statistics: LatentStatistics, tile_grid: int
+) -> FrozenFeatures:
+    """Make features from the semantic group of `latents` (B, H, W, C), normalised and clean.
+
+    Args:
+      network: a "semantic_vae".
+      params: its parameters.
+      layout: which channels are semantic.
+      statistics: what the latents were normalised with.
+      tile_grid: latent pixels a side that the Semantic VAE saw at once (16 published; 512 px are four such tiles).
+    """
+
+    def compute(params: dict, batch: dict) -> jax.Array:
+        _, semantic_latents = layout.split(batch["latents"])
+        return decode_features(network, params, statistics.denormalise_semantic(semantic_latents), tile_grid)
+
+    return FrozenFeatures(params, compute)
