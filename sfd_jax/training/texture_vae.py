@@ -71,17 +71,19 @@ def texture_vae_task(
     return Task("texture_vae", network, network.init, loss, frozen=frozen)
 
 
-def measure_texture_vae(network: Network, params: dict, batch: dict) -> dict[str, jax.Array]:
+def measure_texture_vae(network: Network, params: dict, batch: dict, *frozen: dict) -> dict[str, jax.Array]:
     """Return how images come back through the mean latent, one number a row.
 
     Args:
       network: the "texture_vae".
       params: its parameters.
       batch: `pixels` (B, H, W, 3) in [-1, 1].
+      frozen: the perceptual distance's, which is not measured here.
 
     Returns:
       "l1", "mse", "psnr" (in decibels, of the clipped reconstruction) and "kl": (B,) each.
     """
+    del frozen
     pixels = batch["pixels"]
     mean, logvar = network.apply(params, pixels, method="encode")
     reconstruction = network.apply(params, mean, method="decode")
