@@ -68,7 +68,7 @@ CATALOGUE = {
         "weaker models for AutoGuidance: 70k steps for XL, 60k and 120k for 1p0B",
         prefer="*0070000.pt",
     ),
-    "semantic_vae": Source("SFD-Project/SFD", "semantic_vae/*.pt", "Semantic VAE, 768 to 16 channels"),
+    "semantic_vae": Source("SFD-Project/SFD", "semantic_vae/*.pt*", "Semantic VAE, 768 to 16 channels"),
     "latent_stats": Source(
         "SFD-Project/SFD",
         "imagenet1k-latents/*stats.pt",

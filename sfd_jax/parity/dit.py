@@ -169,7 +169,6 @@ def _told(config: dict[str, Any], model_type: str | None) -> dict[str, Any]:
         told = {name: getattr(size_config, name) for name in ("width", "depth", "num_heads")}
         told["patch_size"] = int(patch)
     told |= {ours: config[theirs] for theirs, ours in _FIELDS.items() if theirs in config}
-    told["two_clocks"] = "semfirst_delta_t" in config
     told["use_shift"] = not config.get("wo_shift", False)
     if config.get("use_repa"):
         told["repa_depth"] = config["repa_depth"]
