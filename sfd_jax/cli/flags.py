@@ -61,7 +61,7 @@ def parse_door(
             help="config file, with an optional argument after a colon (default: %(default)s); "
             "--config.path.to.key=value overrides one of its values",
         )
-    known, rest = parser.parse_known_args([_underscored(argument) for argument in argv])
+    known, rest = parser.parse_known_args([_respelled(parser, argument) for argument in argv])
     overrides = [flag for flag in rest if config is not None and re.match(r"--?config\.", flag)]
     unknown = [flag for flag in rest if flag not in overrides]
     if unknown:
@@ -74,12 +74,14 @@ def parse_door(
     return known
 
 
-def _underscored(argument: str) -> str:
-    """Spell `--batch_size=3` as the doors do, `--batch_size=3`; values are left alone."""
-    if not argument.startswith("--"):
-        return argument
+def _respelled(parser: argparse.ArgumentParser, argument: str) -> str:
+    """Take dashes for underscores in a flag's name, and the reverse; values are left alone."""
     name, equals, value = argument.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
+    known = parser._option_string_actions
+    for spelling in (name, "--" + name[2:].replace("-", "_"), re.sub("^--no_", "--no-", name)):
+        if name.startswith("--") and spelling in known:
+            return spelling + equals + value
+    return argument
 
 
 def find_config(path: str) -> Path:

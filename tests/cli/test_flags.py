@@ -1,5 +1,7 @@
 """Flags of the doors: overrides apply, and each kind of mistake names the nearest valid thing."""
 
+import argparse
+
 import pytest
 
 from sfd_jax.cli.flags import door_parser, load_config, parse_door

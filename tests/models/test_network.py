@@ -15,6 +15,7 @@ SMALL = {
     "texture_vae": dict(z_channels=2, ch=4, ch_mult=[1, 2], num_res_blocks=1, norm_groups=2),
     "dinov2": dict(width=8, depth=2, num_heads=2, image_size=6, patch_size=2),
     "inception": {},
+    "lpips": {},
 }
 
 
