@@ -53,8 +53,8 @@ MIDDLE = np.array(
 )
 _SAFETY, _SHRINK, _GROW = 0.9, 0.2, 10.0
 # Of `dopri5`, found by trial on 10 small random networks of the parity pack's kind, each with and
-# without AutoGuidance, and on a small network trained on digits. The tolerance is meant for the answer, and
-# the errors of all steps add up and grow on the way: a step may use this share of it.
+# without AutoGuidance, and on a small network trained on digits. The tolerance is meant for the
+# answer, and the errors of all steps add up and grow on the way: a step may use this share of it.
 STEP_SHARE = 0.3
 # The first step, and the longest. The estimate of a longer one is not to be trusted: without this
 # bound, smooth fields were crossed in single steps that erred ten times more than they claimed.

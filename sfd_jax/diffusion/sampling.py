@@ -38,7 +38,7 @@ class SolverConfig:
       num_steps: points of the grid, ends included, so one more than the steps; dopri5 has none.
       atol, rtol: tolerances of dopri5.
       timestep_shift: s in s u / (1 + (s - 1) u) on the normalised grid; 0 or 1 leave it even,
-        below 1 the steps are denser near the data, above 1 near the noise.
+        below 1 the steps are finer near the noise, above 1 near the data.
       max_calls: limit of network calls for dopri5.
 
     Raises:
