@@ -1,7 +1,7 @@
 """Semantic-First Diffusion on ImageNet 256x256: the released recipe.
 
 Paper:    arXiv 2512.04926 (CVPR 2026), final runs: 80 epochs = 400k steps, 800 epochs = 4M steps.
-Hardware: published on GPUs; here a TPU slice or a GPU. Memory per chip: `sfd compile_pod`, where built.
+Hardware: published on GPUs; here a TPU slice or a GPU (memory per chip not yet measured).
 Expected: FID-50k, balanced labels, published numbers (not ours), without guidance / with AutoGuidance
           xl    80 epochs 3.43 / 1.30 (weak model b at  70k steps, scale 1.6)
           xl   800 epochs 2.54 / 1.06 (weak model b at  70k steps, scale 1.5)
