@@ -4,6 +4,7 @@ Each answers `dataset[i] -> (bytes, label)`, for `images.ImageSource` to decode.
 class names in sorted order, which for ImageNet's folders (n01440764, ...) gives the usual labels.
 """
 
+import contextlib
 import os
 import tarfile
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from sfd_jax.errors import SfdError
+from sfd_jax.files import appearing
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -175,13 +177,9 @@ def _load_index(path: Path, stamp: np.ndarray) -> dict[str, np.ndarray] | None:
 
 
 def _save_index(path: Path, index: dict[str, np.ndarray]) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            np.savez(file, **index)
-        os.replace(partial, path)
-    except OSError:  # a read-only disk: the next opening reads the headers again
-        partial.unlink(missing_ok=True)
+    # A read-only disk is no fault: the next opening reads the headers again.
+    with contextlib.suppress(OSError), appearing(path, shared=True) as part, open(part, "wb") as file:
+        np.savez(file, **index)
 
 
 class TfdsImages:

@@ -19,7 +19,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -33,6 +32,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from sfd_jax.data.moments import Moments
 from sfd_jax.errors import SfdError
+from sfd_jax.files import PART, differences, sync, write_json
 from sfd_jax.latents import LatentStatistics
 
 FORMAT = "sfd_jax latents 1"
@@ -211,7 +211,8 @@ class LatentStoreWriter:
         elif any(self.directory.glob("latents-*")) or (self.directory / "manifest.json").exists():
             raise SfdError(f"{self.directory} holds shards without a plan.json; use another folder")
         else:
-            write_json(path, plan.to_dict())
+            with _writing(path):  # every host writes it
+                write_json(path, plan.to_dict(), shared=True)
 
     def is_done(self, shard: int) -> bool:
         """Tell whether a shard is complete."""
@@ -229,13 +230,14 @@ class LatentStoreWriter:
     def open_shard(self, shard: int) -> Iterator["ShardWriter"]:
         """Open a shard for writing; it appears when the block ends without an exception."""
         data, facts = self._paths(shard)
-        partial = data.with_name(f"{data.name}.partial")
+        partial = data.with_name(f"{data.name}{PART}")
         writer = ShardWriter(partial, self.record_dtype)
         try:
             yield writer
             # Facts first: a shard that has its name has its facts as well.
-            write_json(facts, writer.finish(data.name))
+            known = writer.finish(data.name)
             with _writing(data):
+                write_json(facts, known)
                 os.replace(partial, data)
                 sync(self.directory)
         except BaseException:
@@ -276,8 +278,9 @@ class LatentStoreWriter:
                 {key: shard[key] for key in ("name", "count", "bytes", "sha256")} for shard in facts
             ],
         }
-        write_json(self.directory / "manifest.json", manifest)
-        for leftover in self.directory.glob("*.partial"):  # of processes that were killed
+        with _writing(self.directory / "manifest.json"):
+            write_json(self.directory / "manifest.json", manifest)
+        for leftover in self.directory.glob(f"*{PART}"):  # of processes that were killed
             leftover.unlink()
 
     def _paths(self, shard: int) -> tuple[Path, Path]:
@@ -435,30 +438,6 @@ def file_sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file so that it appears whole or not at all.
-
-    Raises:
-      SfdError: it cannot be written.
-    """
-    # Several hosts may write the same file at once, each under a name of its own.
-    partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
-    with _writing(path):
-        partial.write_text(json.dumps(value, indent=1) + "\n")
-        sync(partial)
-        os.replace(partial, path)
-        sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or a folder's list of names is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
     try:
@@ -490,22 +469,8 @@ def _refuse_other_plan(path: Path, plan: dict) -> None:
         found = json.loads(path.read_text())
     except ValueError as error:
         raise SfdError(f"{path} is damaged ({error}); use another folder") from error
-    differences = list(_differences(found, plan, ""))
-    if differences:
+    if differing := list(differences(found, plan).values()):
         raise SfdError(
-            f"{path.parent} belongs to another run: {'; '.join(differences[:5])}. "
+            f"{path.parent} belongs to another run: {'; '.join(differing[:5])}. "
             "Use another folder, or repeat that run's settings"
         )
-
-
-def _differences(found: Any, wanted: Any, name: str) -> Iterator[str]:
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in {**found, **wanted}:
-            yield from _differences(found.get(key), wanted.get(key), f"{name}.{key}".lstrip("."))
-    elif found != wanted:
-        yield f"{name} was {_short(found)}, now {_short(wanted)}"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

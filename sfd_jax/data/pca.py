@@ -2,11 +2,11 @@
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 
 from sfd_jax.errors import SfdError
+from sfd_jax.files import appearing
 
 
 def fit_pca(features: Iterable[np.ndarray], channels: int) -> dict[str, np.ndarray]:
@@ -48,10 +48,8 @@ def fit_pca(features: Iterable[np.ndarray], channels: int) -> dict[str, np.ndarr
 
 def save_pca(path: str | os.PathLike, pca: dict[str, np.ndarray]) -> None:
     """Write a fit so that it appears whole or not at all."""
-    partial = Path(path).with_suffix(".partial")
-    with open(partial, "wb") as file:
+    with appearing(path) as part, open(part, "wb") as file:
         np.savez(file, **pca)
-    os.replace(partial, path)
 
 
 def load_pca(path: str | os.PathLike) -> dict[str, np.ndarray]:

@@ -5,14 +5,13 @@ so each file names the extractor that made it by a hash of its weights, and is r
 """
 
 import dataclasses
-import os
-import tempfile
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from sfd_jax.errors import SfdError
+from sfd_jax.files import appearing
 
 # Names of mean and covariance in a file, by feature: those of the ADM reference batches.
 FILE_NAMES = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
@@ -121,9 +120,8 @@ def save_statistics(path: str | Path, statistics: FeatureStatistics) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+        with appearing(path) as part, open(part, "wb") as file:
             np.savez(file, **arrays)
-        os.replace(file.name, path)
     except OSError as error:
         raise SfdError(f"cannot write statistics {path}: {error}") from error
 

@@ -12,7 +12,6 @@ sample i depends on the recipe and i alone, batch and chunk sizes and devices ma
 """
 
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 from sfd_jax.distributed import is_host0
 from sfd_jax.errors import SfdError
+from sfd_jax.files import PART, appearing, differences, write_json
 
 # make(indices (n,), labels (n,)) -> (images uint8 (n,H,W,3), network calls (n,))
 Make = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -112,7 +112,7 @@ def _prepare(folder: Path, recipe: dict, labels: np.ndarray) -> np.ndarray:
     path = folder / "recipe.json"
     try:
         chunks.mkdir(parents=True, exist_ok=True)
-        for leftover in chunks.glob("*.tmp"):  # a chunk that was being written when the job was killed
+        for leftover in chunks.glob(f"*{PART}"):  # a chunk that was being written when the job was killed
             leftover.unlink()
     except OSError as error:
         raise SfdError(f"cannot write to {folder}: {error}") from error
@@ -121,7 +121,7 @@ def _prepare(folder: Path, recipe: dict, labels: np.ndarray) -> np.ndarray:
     else:
         if present := [file for file in (folder / "samples.npz", *chunks.glob("*.npz")) if file.exists()]:
             raise SfdError(f"{folder} holds {present[0].name} but no recipe.json; choose an empty folder")
-        _write_json(path, recipe)
+        _write_recipe(path, recipe)
     missing = np.ones(len(labels), bool)
     for file in sorted(chunks.glob("chunk_*.npz")):
         indices = _check_chunk(file, labels)
@@ -136,20 +136,11 @@ def _check_same_recipe(path: Path, recipe: dict) -> None:
         old = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise SfdError(f"cannot read {path}: {error}; choose another folder") from error
-    wanted = _flat(json.loads(json.dumps(recipe)))
-    found = {key: value for key, value in _flat(old).items() if key.split(".")[0] in recipe}
-    different = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
-    if different:
-        lines = "\n".join(f"  {key}: {found.get(key)} there, {wanted.get(key)} now" for key in different)
-        raise SfdError(f"{path.parent} holds samples of another recipe; choose another folder:\n{lines}")
-
-
-def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """Return a nested dict as one level with dotted keys, for messages that name what differs."""
-    flat = {}
-    for key, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
+    # A finished job's file also holds what came out of it.
+    differing = differences({key: value for key, value in old.items() if key in recipe}, recipe)
+    if differing:
+        lines = "\n  ".join(differing.values())
+        raise SfdError(f"{path.parent} holds samples of another recipe; choose another folder:\n  {lines}")
 
 
 def _check_chunk(file: Path, labels: np.ndarray) -> np.ndarray:
@@ -184,7 +175,7 @@ def _finish_recipe(folder: Path, recipe: dict) -> None:
             nfe.append(chunk["nfe"])
     nfe = np.concatenate(nfe)
     calls = {"mean": float(nfe.mean()), "min": int(nfe.min()), "max": int(nfe.max())}
-    _write_json(folder / "recipe.json", {**recipe, "network_calls": calls, "complete": True})
+    _write_recipe(folder / "recipe.json", {**recipe, "network_calls": calls, "complete": True})
 
 
 def chunk_files(folder: Path) -> list[Path]:
@@ -198,22 +189,15 @@ def write_npz(path: Path, **arrays: np.ndarray) -> None:
     Raises:
       SfdError: it cannot be written; nothing is left behind under its name.
     """
-    temporary = path.with_suffix(".tmp")
     try:
-        with open(temporary, "wb") as file:
+        with appearing(path) as part, open(part, "wb") as file:
             np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise SfdError(f"cannot write {path}: {error}; what is finished stays, run again to go on") from error
 
 
-def _write_json(path: Path, content: dict) -> None:
-    temporary = path.with_suffix(".tmp")
+def _write_recipe(path: Path, recipe: dict) -> None:
     try:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-        os.replace(temporary, path)
+        write_json(path, recipe)
     except OSError as error:
         raise SfdError(f"cannot write {path}: {error}") from error

@@ -1,6 +1,5 @@
 """What a finished sampling job can be turned into: one npz, PNGs, a labelled grid."""
 
-import os
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sfd_jax.errors import SfdError
+from sfd_jax.files import appearing
 from sfd_jax.generation.job import chunk_files
 
 
@@ -20,7 +20,7 @@ def write_samples_npz(folder: str | Path) -> Path:
       Its path. A file that is there already is left alone: it appeared when it was complete.
     """
     folder = Path(folder)
-    path, temporary = folder / "samples.npz", folder / "samples.tmp"
+    path = folder / "samples.npz"
     if path.exists():
         return path
     count, size, labels = 0, None, []
@@ -28,7 +28,7 @@ def write_samples_npz(folder: str | Path) -> Path:
         count, size = count + len(images), images.shape[1:]
         labels.append(chunk_labels)
     try:
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        with appearing(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as file:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (count, *size)}
                 np.lib.format.write_array_header_2_0(file, header)
@@ -36,9 +36,7 @@ def write_samples_npz(folder: str | Path) -> Path:
                     file.write(np.ascontiguousarray(images).data)
             with archive.open("arr_1.npy", "w") as file:
                 np.lib.format.write_array(file, np.concatenate(labels).astype(np.int32))
-        os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise SfdError(f"cannot write {path}: {error}; the chunks stay, make room and run again") from error
     return path
 
@@ -52,10 +50,10 @@ def write_pngs(folder: str | Path) -> Path:
     target = Path(folder) / "images"
 
     def write(index: int, image: np.ndarray) -> None:
-        path, temporary = target / f"{index:06d}.png", target / f"{index:06d}.tmp"
+        path = target / f"{index:06d}.png"
         if not path.exists():
-            Image.fromarray(image).save(temporary, format="PNG")
-            os.replace(temporary, path)
+            with appearing(path) as part:
+                Image.fromarray(image).save(part, format="PNG")
 
     try:
         target.mkdir(exist_ok=True)
@@ -92,11 +90,11 @@ def write_grid(
             found[label].extend(images[chunk_labels == label][:room])
         if all(len(samples) == columns for samples in found.values()):
             break
-    path, temporary = folder / "grid.png", folder / "grid.tmp"
+    path = folder / "grid.png"
     names = [class_names[label] if class_names else str(label) for label in shown]
     try:
-        draw_grid(list(found.values()), names).save(temporary, format="PNG")
-        os.replace(temporary, path)
+        with appearing(path) as part:
+            draw_grid(list(found.values()), names).save(part, format="PNG")
     except OSError as error:
         raise SfdError(f"cannot write {path}: {error}") from error
     return path

@@ -6,6 +6,7 @@ from etils import epath
 
 from sfd_jax.distributed import is_host0
 from sfd_jax.errors import SfdError
+from sfd_jax.files import differences
 
 # What may differ when a run goes on: how often it speaks and saves, where it runs, what is done afterwards.
 FREE_KEYS = ("log_every", "checkpoint_every", "keep_last", "keep_every", "max_bad_steps", "workers")
@@ -24,13 +25,12 @@ def claim_workdir(workdir, record: dict, may_extend: bool) -> None:
       SfdError: the folder is another run's (each differing key is named), or cannot be written.
     """
     path = epath.Path(workdir) / "run.json"
-    record = json.loads(json.dumps(record))
     try:
         if path.exists():
             _compare(path, json.loads(path.read_text()), record, may_extend)
         elif is_host0():
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name("run.json.part")
+            part = path.with_name("run.json.part")  # `files.appearing` knows local disks alone, this may be gs://
             part.write_text(json.dumps(record, indent=1, sort_keys=True))
             part.replace(path)
     except (OSError, json.JSONDecodeError) as error:
@@ -39,20 +39,13 @@ def claim_workdir(workdir, record: dict, may_extend: bool) -> None:
 
 def _compare(path: epath.Path, old: dict, new: dict, may_extend: bool) -> None:
     free = (*FREE_KEYS, "steps") if may_extend else FREE_KEYS
-    old, new = _flatten(old), _flatten(new)
     differing = [
-        f"{'.'.join(key)}: there {old.get(key, 'absent')!r}, here {new.get(key, 'absent')!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key[-1] not in free and not set(key) & set(FREE_GROUPS)
+        line
+        for key, line in differences(old, new).items()
+        if key[-1] not in free and not set(key) & set(FREE_GROUPS)
     ]
     if differing:
         raise SfdError(
             f"work folder {path.parent} belongs to another run ({path} differs); nothing was changed. Take "
             "another --workdir, or set these back:\n  " + "\n  ".join(differing)
         )
-
-
-def _flatten(tree, path=()) -> dict[tuple[str, ...], object]:
-    if not isinstance(tree, dict):
-        return {path: tree}
-    return {key: leaf for name, child in tree.items() for key, leaf in _flatten(child, (*path, name)).items()}

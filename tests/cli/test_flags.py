@@ -74,4 +74,7 @@ def test_every_door_explains_itself(door, capsys):
 def test_dashes_and_underscores_are_one():
     parser = door_parser("train", "a door")
     parser.add_argument("--batch_size", type=int)
-    assert parse_door(parser, ["--batch_size=3"]).batch_size == 3
+    parser.add_argument("--flips", action=argparse.BooleanOptionalAction, default=True)
+    for batch, flips in ("--batch-size=3", "--no-flips"), ("--batch_size=3", "--no_flips"):
+        args = parse_door(parser, [batch, flips])
+        assert args.batch_size == 3 and args.flips is False

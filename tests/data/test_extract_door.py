@@ -62,7 +62,7 @@ def test_images_to_shards(work, capsys):
     assert "dog/03.jpg" in capsys.readouterr().err
     assert main(flags(work, out, semantic, "--max_broken=1", "--repa")) == 2  # another run's folder
     refusal = capsys.readouterr().err
-    assert "belongs to another run" in refusal and "config.repa was false, now true" in refusal
+    assert "belongs to another run" in refusal and "config.repa: there false, here true" in refusal
     assert main(flags(work, out, semantic, "--max_broken=1")) == 0
     assert "10 images in 3 shards" in capsys.readouterr().out
     store = LatentStore(out)

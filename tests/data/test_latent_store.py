@@ -132,7 +132,7 @@ def test_a_killed_extraction_goes_on(tmp_path):
     done = {path.name: path.stat().st_mtime_ns for path in killed.glob("*.ar")}
     assert done
     # What a SIGKILL leaves: half a shard under its temporary name, and facts without a shard.
-    (killed / "latents-00003.ar.partial").write_bytes(b"half")
+    (killed / "latents-00003.ar.part").write_bytes(b"half")
     (killed / "latents-00004.json").write_text((killed / "latents-00000.json").read_text())
     run(killed)
     assert contents(tmp_path / "whole") == contents(killed)
@@ -165,7 +165,7 @@ def test_damage_names_the_shard_and_can_be_repaired(tmp_path):
 def test_another_run_is_refused(tmp_path):
     run(tmp_path)
     before = contents(tmp_path)
-    with pytest.raises(SfdError, match="config.seed was 0, now 1"):
+    with pytest.raises(SfdError, match="config.seed: there 0, here 1"):
         run(tmp_path, config={"seed": 1})
     with pytest.raises(SfdError, match="weights.vae"):
         run(tmp_path, weights={"vae": "def"})
@@ -226,7 +226,7 @@ def test_imagenet_with_flips_fits_in_70_gb(tmp_path):
 
 
 def test_manifest_is_plain_json(tmp_path):
-    store = run(tmp_path)
+    run(tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["count"] == COUNT == sum(shard["count"] for shard in manifest["shards"])
     assert LatentStoreWriter(tmp_path, store_plan(tmp_path)).is_done(4)

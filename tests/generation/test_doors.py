@@ -98,7 +98,7 @@ def test_from_checkpoint_to_scores(flags, stand_in, tmp_path, capsys):
     again = [f"--samples={out}", *common, f"--out={tmp_path / 'npz.json'}"]
     assert open_door(evaluate_door.main, "evaluate", again) == 2
     assert open_door(sample_door.main, "sample", [*sample, "--seed=1"]) == 2
-    assert "npz.json exists already" in (err := capsys.readouterr().err) and "seed: 0 there, 1 now" in err
+    assert "npz.json exists already" in (err := capsys.readouterr().err) and "seed: there 0, here 1" in err
 
 
 def test_saved_statistics_serve_as_reference(stand_in, tmp_path):

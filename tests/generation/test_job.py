@@ -99,19 +99,19 @@ def test_sigkill_leaves_only_whole_chunks(tmp_path, root):
 
 def test_a_half_written_chunk_is_made_anew(tmp_path):
     (tmp_path / "chunks").mkdir()
-    (tmp_path / "chunks" / "chunk_00000000_00000019.tmp").write_bytes(b"half")
+    (tmp_path / "chunks" / "chunk_00000000_00000019.npz.part").write_bytes(b"half")
     run(tmp_path)
     check_complete(tmp_path)
-    assert not list(tmp_path.glob("chunks/*.tmp"))
+    assert not list(tmp_path.glob("chunks/*.part"))
 
 
 def test_another_recipe_is_refused_and_nothing_lost(tmp_path):
     run(tmp_path)
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     other = {"seed": 2, "model": {"hash": "abd", "step": 7}}
-    with pytest.raises(SfdError, match=r"model.hash: abc there, abd now\n  seed: 1 there, 2 now"):
+    with pytest.raises(SfdError, match=r'model.hash: there "abc", here "abd"\n  seed: there 1, here 2'):
         run(tmp_path, recipe=other)
-    with pytest.raises(SfdError, match="num_images: 53 there, 5 now"):
+    with pytest.raises(SfdError, match="num_images: there 53, here 5"):
         run(tmp_path, labels=LABELS[:5])
     assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
 

@@ -164,7 +164,7 @@ def test_metadata_evaluation_and_tensorboard(tmp_path):
     assert read_metrics(tmp_path)[-1]["held_out"] == 20.0
     _, stored = load_params(tmp_path)
     assert stored["class_names"] == ["a", "b"] and stored["task"] == "toy" and stored["step"] == 2
-    with pytest.raises(SfdError, match="config.model.size: there 'S', here 'B'"):
+    with pytest.raises(SfdError, match='config.model.size: there "S", here "B"'):
         train(tmp_path, metadata={**metadata, "config": {"model": {"size": "B"}}})
 
     events = tensorboard_scalars(tmp_path / "tensorboard")

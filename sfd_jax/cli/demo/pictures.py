@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from sfd_jax.files import appearing
+
 
 def _pyplot():
     import matplotlib
@@ -18,11 +20,9 @@ def _pyplot():
 
 
 def _save(figure, path: Path) -> None:
-    """Write the figure under another name first: a picture is whole or absent."""
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=100, facecolor="white")
+    with appearing(path) as part:
+        figure.savefig(part, format="png", dpi=100, facecolor="white")
     _pyplot().close(figure)
-    partial.replace(path)
 
 
 def draw_samples(

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import resource
 import sys
 import time
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sfd_jax.errors import SfdError
+from sfd_jax.files import differences, write_json
 
 
 class DemoRecord:
@@ -31,7 +31,6 @@ class DemoRecord:
         """
         self.workdir = workdir
         self._path = workdir / "demo.json"
-        config = json.loads(json.dumps(config))
         self._content = {"config": config, "stages": {}}
         with writing(workdir):
             workdir.mkdir(parents=True, exist_ok=True)
@@ -39,7 +38,7 @@ class DemoRecord:
             if found is None:
                 self._write()
         if found is not None:
-            differing = sorted(_differences(found["config"], config))
+            differing = differences(found["config"], config).values()
             if differing:
                 raise SfdError(
                     f"{workdir} holds the demo of another configuration; nothing was changed. Choose another "
@@ -69,17 +68,7 @@ class DemoRecord:
         print(f"[{name}] {seconds:.0f} s{', ' + facts if facts else ''}", flush=True)
 
     def _write(self) -> None:
-        write_text(self._path, json.dumps(self._content, indent=1))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is whole or not there, also after a power cut."""
-    part = path.with_name(f".{path.name}.part")
-    with open(part, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+        write_json(self._path, self._content)
 
 
 @contextlib.contextmanager
@@ -101,10 +90,3 @@ def peak_memory_gib() -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
-
-def _differences(old, new, path="") -> Iterator[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in old.keys() | new.keys():
-            yield from _differences(old.get(key, "absent"), new.get(key, "absent"), f"{path}.{key}" if path else key)
-    elif old != new:
-        yield f"{path}: there {old!r}, here {new!r}"

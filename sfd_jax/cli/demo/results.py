@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from sfd_jax.cli.demo import judge, pictures
-from sfd_jax.cli.demo.record import write_text
 from sfd_jax.cli.demo.stages import Demo
 from sfd_jax.data.digits import digits_8x8
 from sfd_jax.evaluation.evaluate import evaluate
 from sfd_jax.evaluation.features import Extractor, class_token
 from sfd_jax.evaluation.image_sets import image_set_of
 from sfd_jax.evaluation.reference import Reference
+from sfd_jax.files import write_json, write_text
 from sfd_jax.generation.job import make_images
 from sfd_jax.generation.labels import balanced_labels
 from sfd_jax.generation.outputs import write_samples_npz
@@ -93,7 +93,7 @@ def measure(demo: Demo) -> dict:
             "images": len(samples),
         },
     }
-    write_text(demo.workdir / "metrics.json", json.dumps(metrics, indent=1))
+    write_json(demo.workdir / "metrics.json", metrics)
     return {"samples": metrics["samples"], "real": metrics["real training digits"]}
 
 

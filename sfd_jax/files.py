@@ -1,0 +1,87 @@
+"""Files that are whole or not there, and the records by which a folder knows its own run."""
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+PART = ".part"  # what a file is called while it is being written
+
+
+@contextlib.contextmanager
+def appearing(path: str | os.PathLike, *, shared: bool = False) -> Iterator[Path]:
+    """Give a name to write under; the file takes its own when the block ends, and is on the disk by then.
+
+    A block that fails leaves nothing behind, and the file that was there before as it was. A killed
+    process leaves NAME.part, which the next writer of the file overwrites.
+
+    Args:
+      path: local file to be made or replaced; its folder exists.
+      shared: several hosts may write the file at once, so each does under a name of its own.
+
+    Raises:
+      OSError: as the block or the disk raises it.
+    """
+    path = Path(path)
+    owner = f".{socket.gethostname()}-{os.getpid()}" if shared else ""
+    part = path.with_name(f"{path.name}{owner}{PART}")
+    try:
+        yield part
+        sync(part)
+        os.replace(part, path)
+        sync(path.parent)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: str | os.PathLike, text: str, *, shared: bool = False) -> None:
+    """Write a text file that is whole or not there; see `appearing`."""
+    with appearing(path, shared=shared) as part:
+        part.write_text(text)
+
+
+def write_json(path: str | os.PathLike, value: Any, *, shared: bool = False) -> None:
+    """Write a JSON file, its keys in their order, that is whole or not there; see `appearing`."""
+    write_text(path, json.dumps(value, indent=1) + "\n", shared=shared)
+
+
+def differences(found: Any, wanted: Any) -> dict[tuple[str, ...], str]:
+    """Compare two JSON-able records.
+
+    Args:
+      found: nested dicts, e.g. read from a folder.
+      wanted: nested dicts, e.g. of this run.
+
+    Returns:
+      Path of keys -> "a.b: there 1, here 2", for each leaf that differs, in order.
+    """
+    found, wanted = _leaves(json.loads(json.dumps(found))), _leaves(json.loads(json.dumps(wanted)))
+    return {
+        path: f"{'.'.join(path)}: there {_short(found, path)}, here {_short(wanted, path)}"
+        for path in sorted(found.keys() | wanted.keys())
+        if path not in found or path not in wanted or found[path] != wanted[path]
+    }
+
+
+def _leaves(tree: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    if not isinstance(tree, dict):
+        return {path: tree}
+    return {key: leaf for name, child in tree.items() for key, leaf in _leaves(child, (*path, name)).items()}
+
+
+def _short(leaves: dict, path: tuple[str, ...]) -> str:
+    text = json.dumps(leaves[path]) if path in leaves else "absent"
+    return text if len(text) <= 60 else text[:57] + "..."
