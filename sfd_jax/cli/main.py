@@ -1,6 +1,7 @@
 """`sfd <door> ...`: find the door, open it, and turn errors meant for the user into exit status 2."""
 
 import importlib
+import os
 import sys
 
 from sfd_jax.errors import SfdError, nearest
@@ -45,15 +46,21 @@ def main(argv: list[str]) -> int:
 
 
 def open_door(door_main, name: str, arguments: list[str]) -> int:
-    """Run one door; an SfdError becomes one message on stderr and status 2, Ctrl-C status 130."""
+    """Run one door; an SfdError becomes one message on stderr and status 2, Ctrl-C status 130, a closed pipe 0."""
     try:
-        return door_main(arguments) or 0
+        status = door_main(arguments) or 0
+        sys.stdout.flush()
+        return status
     except SfdError as error:
         print(f"sfd {name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"sfd {name}: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # `sfd ... | head` has seen enough; Python's own flush at exit must not complain of it either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def entry_point() -> None:

@@ -1,6 +1,9 @@
 """Flags of the doors: overrides apply, and each kind of mistake names the nearest valid thing."""
 
 import argparse
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -78,3 +81,13 @@ def test_dashes_and_underscores_are_one():
     for batch, flips in ("--batch-size=3", "--no-flips"), ("--batch_size=3", "--no_flips"):
         args = parse_door(parser, [batch, flips])
         assert args.batch_size == 3 and args.flips is False
+
+
+def test_a_reader_that_has_seen_enough_is_no_fault(root):
+    reading, writing = os.pipe()
+    os.close(reading)  # as `| head` does once it has its lines
+    done = subprocess.run(
+        [sys.executable, "-m", "sfd_jax.cli.fetch", "--list"], cwd=root, stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert done.returncode == 0 and done.stderr == ""
