@@ -58,6 +58,26 @@ def write_json(path: str | os.PathLike, value: Any, *, shared: bool = False) -> 
     write_text(path, json.dumps(value, indent=1) + "\n", shared=shared)
 
 
+def write_anywhere(path: Any, text: str) -> None:
+    """Write a text file that is whole or not there, on a local disk or in a bucket (gs://).
+
+    Args:
+      path: its folder is made where needed.
+      text: what it shall hold.
+
+    Raises:
+      OSError: as the disk or the bucket raises it.
+    """
+    from etils import epath
+
+    path = epath.Path(path)
+    if "://" in str(path):
+        path.write_text(text)  # an object appears when it is complete
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+
+
 def differences(found: Any, wanted: Any) -> dict[tuple[str, ...], str]:
     """Compare two JSON-able records.
 

@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+from pathlib import Path
 
 from sfd_jax.errors import SfdError, nearest
 
@@ -19,6 +20,9 @@ DOORS = {
     "fetch": "download published weights, check them, convert them",
     "verify": "compare this machine's arithmetic with a parity pack",
 }
+
+# Those that start on all hosts of a job.
+HOST_DOORS = ("extract", "train", "train_semvae", "train_texture_vae", "sample", "evaluate")
 
 
 def usage() -> str:
@@ -46,21 +50,61 @@ def main(argv: list[str]) -> int:
 
 
 def open_door(door_main, name: str, arguments: list[str]) -> int:
-    """Run one door; an SfdError becomes one message on stderr and status 2, Ctrl-C status 130, a closed pipe 0."""
+    """Run one door and return its exit status.
+
+    An SfdError becomes one message on stderr and its own status (2: mend it, 75: start again), Ctrl-C 130, a closed
+    pipe 0. The other hosts of a job learn of each end that is none of theirs (see distributed/hosts.py).
+    """
+    keep_compilations()
     try:
         status = door_main(arguments) or 0
         sys.stdout.flush()
+        tell_hosts(name, status)
         return status
     except SfdError as error:
-        print(f"sfd {name}: {error}", file=sys.stderr)
-        return 2
+        print(f"sfd {name}: {error}", file=sys.stderr, flush=True)
+        tell_hosts(name, error.status, str(error))
+        return error.status
     except KeyboardInterrupt:
-        print(f"sfd {name}: interrupted; run the same command again to go on", file=sys.stderr)
+        print(f"sfd {name}: interrupted; run the same command again to go on", file=sys.stderr, flush=True)
+        tell_hosts(name, 130, "interrupted")
         return 130
     except BrokenPipeError:
         # `sfd ... | head` has seen enough; Python's own flush at exit must not complain of it either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except SystemExit:  # `--help`, or a SIGTERM that all hosts have heeded
+        tell_hosts(name, 0)
+        raise
+    except Exception as error:
+        if _joins_hosts(name):
+            from sfd_jax.distributed import hosts
+
+            hosts.broke(error)
+        raise
+
+
+def keep_compilations() -> None:
+    """Let JAX keep what it compiles for the next start: in JAX_COMPILATION_CACHE_DIR, or where `sfd fetch` keeps files."""
+    home = Path(os.environ.get("SFD_CACHE") or Path.home() / ".cache" / "sfd_jax")
+    # By environment, since JAX reads it when a door imports it, which most do late or not at all.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(home / "compilations"))
+
+
+def tell_hosts(name: str, status: int, why: str = "") -> None:
+    """Leave the job of several hosts that a door may have joined; see `distributed.hosts.end`."""
+    if _joins_hosts(name):
+        from sfd_jax.distributed import hosts
+
+        hosts.end(status, why)
+
+
+def _joins_hosts(name: str) -> bool:
+    """Return whether the door has started hosts, or is one that would have, in a job of several."""
+    if "sfd_jax.distributed.hosts" in sys.modules:
+        return True
+    several = os.environ.get("JAX_COORDINATOR_ADDRESS") or os.environ.get("SFD_MULTIHOST") == "1"
+    return bool(several) and name in HOST_DOORS
 
 
 def entry_point() -> None:

@@ -14,7 +14,7 @@ The latents are those of `sfd extract`, or a folder of released shards. The work
 (weights, EMA, optimizer and all that sampling needs), metrics.jsonl, tensorboard/ and run.json. Started again
 with the same flags the run goes on from its newest checkpoint, bit for bit as if it had not stopped; a folder
 of another run is refused. After SIGTERM it saves and exits with status 75: start it again later. On several
-hosts, start the same command on all of them.
+hosts, start the same command on all of them, with one work folder for all: a disk they share, or gs://.
 """
 
 from pathlib import Path
@@ -47,8 +47,11 @@ def main(argv: list[str]) -> int:
         return _check(args, config, source, task, repa)
 
     # --- Devices, data, training -----------------------------------------------------------------------------
+    from sfd_jax.distributed import start
     from sfd_jax.training import load_params
 
+    if args.init:
+        start()  # Orbax asks JAX for its devices
     run(
         task,
         train,
@@ -77,18 +80,19 @@ def run(task, train, config, workdir, *, source, transform, metadata, params=Non
       held_out: (measure, source) to log on at each checkpoint.
 
     Raises:
-      SfdError: data and network do not fit; and whatever `fit` says.
+      SfdError: the hosts of the job do not go together; data and network do not fit; and whatever `fit` says.
     """
     import jax
 
     from sfd_jax.cli.build import mesh_from_config
     from sfd_jax.data.pipeline import make_batches, make_eval_batches
     from sfd_jax.distributed import say, start
+    from sfd_jax.distributed.preflight import Job
     from sfd_jax.training import fit
     from sfd_jax.training.held_out import held_out_metrics
     from sfd_jax.training.step import put_frozen
 
-    start()
+    start(Job({"config": config.to_dict(), "images": len(source)}, folder=workdir))
     mesh = mesh_from_config(config)
     host = {"host_index": jax.process_index(), "host_count": jax.process_count(), "workers": config.data.workers}
     batches = make_batches(

@@ -1,8 +1,8 @@
 """The training loop: one function, every side effect in order.
 
-A run's folder holds `run.json` (what run it is), `checkpoints/`, `metrics.jsonl` and `tensorboard/`. Started
-again with the same folder the run goes on from its newest complete checkpoint and ends with the numbers of an
-uninterrupted one, since batches, noise and dropout are functions of (seed, step).
+A run's folder holds `run.json` (what run it is), `checkpoints/`, `metrics.jsonl`, `tensorboard/` and `heartbeats/`.
+Started again with the same folder the run goes on from its newest complete checkpoint and ends with the numbers of
+an uninterrupted one, since batches, noise and dropout are functions of (seed, step).
 """
 
 import dataclasses
@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from sfd_jax.distributed import is_host0, put_batch, say
+from sfd_jax.distributed.heartbeat import Heartbeat
 from sfd_jax.distributed.hosts import preemption_watch
-from sfd_jax.errors import SfdError
+from sfd_jax.errors import SfdError, TryAgain
 from sfd_jax.models.fingerprint import params_hash
 from sfd_jax.training.checkpoint import Checkpointer
 from sfd_jax.training.logging import MetricsLog
@@ -29,8 +30,7 @@ from sfd_jax.training.state import TrainState, abstract_state, init_state, state
 from sfd_jax.training.step import TrainConfig, add_metrics, make_train_step, mean_metrics
 from sfd_jax.training.task import Task
 
-# EX_TEMPFAIL of sysexits.h: "try again later". The launch scripts start such a run again.
-EXIT_PREEMPTED = 75
+EXIT_PREEMPTED = TryAgain.status
 
 
 class Preempted(SystemExit):
@@ -74,7 +74,8 @@ def fit(
     Raises:
       SfdError: the folder is another run's or cannot be written, a batch has the wrong size, or
         `config.max_bad_steps` steps in a row were not finite.
-      Preempted: SIGTERM came; the state is saved.
+      Preempted: SIGTERM came; the state is saved. One that comes before the first step is done ends the process at
+        once, with the same status.
     """
     # --- Work folder: one folder, one run -----------------------------------------------------------------
     workdir = epath.Path(workdir)
@@ -101,16 +102,22 @@ def fit(
     # --- Loop: step, log, evaluate, save, and only then draw the next batch ---------------------------------
     try:
         with (
+            Heartbeat(workdir, "train") as heartbeat,
             MetricsLog(workdir, first) as log,
             preemption_watch() as told_to_leave,
             _bar(task.name, first, config.steps, progress) as bar,
         ):
             iterator, total, logged, clock = batches(first), None, first, time.monotonic()
+            metrics = None
             for step in range(first + 1, config.steps + 1):
                 batch = put_batch(_checked(next(iterator), config), mesh)
+                before = metrics
                 with jax.transfer_guard("disallow"):  # an accidental copy to the host would stall every step
                     state, metrics = train_step(state, batch, key)
                     total = add_metrics(total, metrics)
+                # One step ahead of the devices and no more, else a SIGTERM would find dozens of steps still to be done.
+                jax.block_until_ready(before)
+                heartbeat.at(step - 1)
                 bar.update()
 
                 leave = told_to_leave(step)
@@ -124,8 +131,11 @@ def fit(
                 values["steps_per_second"] = (step - logged) / seconds
                 total, logged = None, step
                 bar.set_postfix_str(" ".join(f"{k} {values[k]:.4g}" for k in ("loss", "grad_norm") if k in values))
-                if save_now and evaluate:
+                # A checkpoint out of turn is in a hurry, and an uninterrupted run would not evaluate here.
+                if evaluate and (step == config.steps or step % config.checkpoint_every == 0):
+                    heartbeat.phase = "evaluate"
                     values |= evaluate(state, step)
+                    heartbeat.phase = "train"
                 log.write(step, values)
                 if save_now:  # after the row: a run that goes on from here will not write it again
                     checkpointer.save(step, state, metadata)
@@ -133,7 +143,8 @@ def fit(
                     checkpointer.wait()
                     say(f"{task.name}: told to leave; step {step} is saved, the same command goes on from it")
                     raise Preempted()
-        checkpointer.wait()
+            heartbeat.at(config.steps)
+            checkpointer.wait()  # while SIGTERM is still heard, and others that die are noticed
     finally:
         checkpointer.close()
     return state

@@ -1,0 +1,80 @@
+"""A small file for each process in the job's folder, which tells from outside how far it is and that it lives.
+
+`<folder>/heartbeats/process_00000.json` holds `process`, `processes`, `host`, `pid`, `time` (of writing, unix
+seconds), `phase`, `step` (the last one done), `step_time` and `status` (null, and the exit status at the end). An
+old `time` says that the process is dead or stopped, an old `step_time` under a young `time` that it is busy with
+something else than steps: compiling, evaluating, or waiting for another host.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+
+import jax
+from etils import epath
+
+from sfd_jax.files import write_anywhere
+
+PERIOD = 10.0  # seconds between two beats
+
+
+class Heartbeat:
+    """Write the file now, every ten seconds, and at the end of the `with`; failing to is not the job's failure."""
+
+    current: "Heartbeat | None" = None
+
+    def __init__(self, folder, phase: str):
+        """Prepare the file of this process.
+
+        Args:
+          folder: the job's, local or gs://.
+          phase: what the process does, e.g. "train"; set the attribute `phase` when that changes.
+        """
+        index = jax.process_index()
+        self.path = epath.Path(folder) / "heartbeats" / f"process_{index:05d}.json"
+        self.phase = phase
+        self._step: int | None = None
+        self._step_time: float | None = None
+        self._status: int | None = None
+        self._who = {"process": index, "processes": jax.process_count(), "host": socket.gethostname()}
+        self._end = threading.Event()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def at(self, step: int) -> None:
+        """Note that a step, or an image, is done."""
+        self._step, self._step_time = step, time.time()
+
+    def end(self, status: int) -> None:
+        """Write the last beat; nothing is written after it."""
+        with self._lock:
+            if not self._end.is_set():
+                self._status, self.phase = status, "end"
+                self._write()
+                self._end.set()
+
+    def __enter__(self) -> "Heartbeat":
+        self._write()
+        self._thread.start()
+        Heartbeat.current = self
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        Heartbeat.current = None
+        code = getattr(error, "code", getattr(error, "status", 1))  # of a SystemExit, of an SfdError
+        self.end(0 if error is None else code if isinstance(code, int) else 1)
+
+    def _beat(self) -> None:
+        while not self._end.wait(PERIOD):
+            with self._lock:
+                if not self._end.is_set():
+                    self._write()
+
+    def _write(self) -> None:
+        beat = {**self._who, "pid": os.getpid(), "time": round(time.time(), 3), "phase": self.phase, "step": self._step,
+                "step_time": self._step_time and round(self._step_time, 3), "status": self._status}  # fmt: skip
+        with contextlib.suppress(Exception):
+            write_anywhere(self.path, json.dumps(beat) + "\n")
