@@ -156,6 +156,41 @@ class LatentStatistics:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
+def normalised_composite(
+    layout: LatentLayout, statistics: LatentStatistics, texture: np.ndarray, semantic: np.ndarray
+) -> np.ndarray:
+    """Normalise both groups of raw latents and join them, in numpy.
+
+    Made for the loader: JAX would wake an accelerator in every loader process. Each image is finished while
+    it lies in the processor's cache, by statistics spread over a whole image: rows as short as a group's
+    channels cost three times the arithmetic.
+
+    Args:
+      layout: which channels are whose.
+      statistics: of both groups.
+      texture, semantic: raw latents (B,H,W,C of the group), any floating dtype.
+
+    Returns:
+      float32 (B,H,W,C), the same numbers as `join(normalise_texture(...), normalise_semantic(...))`.
+    """
+    latents = np.empty((*texture.shape[:-1], layout.channels), np.float32)
+    mean, std = np.empty((2, *latents.shape[1:]), np.float32)
+    for spread, group_values in (
+        (mean, (statistics.texture_mean, statistics.semantic_mean)),
+        (std, (statistics.texture_std, statistics.semantic_std)),
+    ):
+        for group, values in zip(layout.split(spread), group_values):
+            group[...] = values
+    texture_latents, semantic_latents = layout.split(latents)
+    for row, image in enumerate(latents):
+        texture_latents[row] = texture[row]
+        semantic_latents[row] = semantic[row]
+        image -= mean
+        image /= std
+        image *= np.float32(statistics.multiplier)
+    return latents
+
+
 def _normalise(raw_latents: Array, mean: np.ndarray, std: np.ndarray, multiplier: float) -> Array:
     leading = (1,) * (raw_latents.ndim - 1)  # spelt out: broadcasting over ranks may be forbidden
     return (raw_latents - mean.reshape(*leading, -1)) / std.reshape(*leading, -1) * multiplier

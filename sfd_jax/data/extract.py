@@ -22,6 +22,7 @@ from sfd_jax.data.latent_store import (
     LatentStoreWriter,
     Plan,
     latent_fields,
+    orientations,
     record_dtype,
 )
 from sfd_jax.data.pipeline import make_eval_batches
@@ -127,7 +128,7 @@ def repack(
         shapes["texture"],
         shapes["semantic"],
         dtype=dtype,
-        flips="texture_flip" in shapes,
+        flips=source.flips,
         repa_shape=shapes.get("repa_features"),
     )
     config = {
@@ -222,14 +223,31 @@ def _plan(source, encode, batch_size, config, weights, dtype, shard_size, class_
 
 
 def _bytes_per_image(plan: Plan) -> int:
-    return int(record_dtype(plan.fields).itemsize * 1.02) + 512  # what ArrayRecord adds
+    record = int(record_dtype(plan.fields).itemsize * 1.02) + 512  # what ArrayRecord adds
+    return record * orientations(plan.fields)
 
 
 def _records(source: PublishedLatents, indices: np.ndarray, workers: int) -> Iterator[tuple[int, dict]]:
-    for batch in make_eval_batches(source, batch_size=64, indices=indices, workers=workers):
+    both = _BothOrientations(source) if source.flips else source
+    for batch in make_eval_batches(both, batch_size=64, indices=indices, workers=workers):
         mask = batch.pop("mask")
         for row in np.flatnonzero(mask):
             yield int(batch["index"][row]), {name: values[row] for name, values in batch.items()}
+
+
+class _BothOrientations:
+    """Read images of latents together with their mirror images, under the names that a shard is written by."""
+
+    def __init__(self, source: PublishedLatents):
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, indices: np.ndarray, flip: np.ndarray) -> dict[str, np.ndarray]:
+        batch = self.source.read(indices, flip)
+        mirror = self.source.read(indices, ~flip)
+        return batch | {f"{name}_flip": mirror[name] for name in self.source.names}
 
 
 def _encoded(

@@ -5,11 +5,12 @@
     latents-00003.ar         the images that `Plan.span(3)` names, in order
     latents-00003.json       count, checksum and moments of that shard, skipped images
 
-A record is one image: the raw little-endian bytes of its fields, without any header, in the order
-and with the dtypes and shapes that the manifest lists. So a batch of records is one numpy structured
-array. Fields: `texture` (H,W,C), `semantic` (H,W,C), `label` int32, `index` int64 (its number in the
-image source) and, where extracted, `texture_flip`, `semantic_flip`, `repa_features` (N,F) and
-`repa_features_flip`. All latents are raw, that is not normalised.
+A record is one image, or its mirror image: the raw little-endian bytes of its fields, without any
+header, in the order and with the dtypes and shapes that the manifest lists. So a batch of records is one
+numpy structured array. Fields: `texture` (H,W,C), `semantic` (H,W,C), where extracted `repa_features`
+(N,F), `label` int32 and `index` int64 (its number in the image source). Where the manifest lists
+`texture_flip` and so on, each image is followed by its mirror image, a record with the same names: the
+loader draws one of the two and reads no byte of the other. All latents are raw, that is not normalised.
 
 A shard gets its name only when it is complete and on the disk. Riegeli, the layer below ArrayRecord,
 keeps a hash of every record and checks it on every read.
@@ -35,7 +36,9 @@ from sfd_jax.errors import SfdError
 from sfd_jax.files import PART, differences, sync, write_json
 from sfd_jax.latents import LatentStatistics
 
-FORMAT = "sfd_jax latents 1"
+FORMAT = "sfd_jax latents 2"
+FLIPS = ("", "_flip")  # what the fields of an image and of its mirror image end in
+PER_IMAGE = ("label", "index")  # the same for both
 DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float32": np.dtype("<f4"),
@@ -65,6 +68,7 @@ class LatentStore:
         self.directory = Path(directory)
         self.manifest = _read_manifest(self.directory)
         self.record_dtype = record_dtype(self.manifest["fields"])
+        self.orientations = orientations(self.manifest["fields"])
         self.statistics = LatentStatistics.from_dict(self.manifest["statistics"])
         self.class_names = self.manifest["class_names"]
         self.shards = self.manifest["shards"]
@@ -82,21 +86,37 @@ class LatentStore:
         return self.manifest["count"]
 
     def __getitem__(self, index: int) -> dict:
-        """Return the fields of one image; `label` and `index` as ints."""
-        record = self._raw(np.array([index]))[0]
-        fields = {name: record[name] for name in self.record_dtype.names}
+        """Return the fields of one image as it is, not mirrored; `label` and `index` as ints."""
+        fields = {name: values[0] for name, values in self.read(np.array([index])).items()}
         return {**fields, "label": int(fields["label"]), "index": int(fields["index"])}
 
-    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    def read(self, indices: np.ndarray, flip: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Return the fields of many images, stacked: arrays (B, ...) in their stored dtypes.
 
         Args:
           indices: int (B,), each in [0, len(store)).
+          flip: bool (B,), True for the mirror image; None mirrors none.
 
         Raises:
-          SfdError: a record is damaged; the message names its shard.
+          SfdError: a record is damaged (the message names its shard), or flips are not stored.
         """
-        records = self._raw(np.asarray(indices))
+        indices = np.asarray(indices)
+        flip = np.zeros(len(indices), bool) if flip is None else flip
+        if indices.size and not (0 <= indices.min() and indices.max() < len(self)):
+            raise IndexError(f"index outside the {len(self)} images of {self.directory}")
+        if self.orientations == 1:
+            refuse_flips(flip, self.directory)
+        shards = np.searchsorted(self._ends, indices, side="right")
+        starts = self._ends[shards] - [self.shards[shard]["count"] for shard in shards]
+        numbers = (indices - starts) * self.orientations + flip
+        records = np.empty(len(indices), self.record_dtype)
+        for row, (shard, number) in enumerate(zip(shards.tolist(), numbers.tolist())):
+            try:
+                # A range of one: `read([number])` takes half as long again, a list of many twice as long.
+                raw = self._reader(shard).read(number, number + 1)[0]
+                records[row] = np.frombuffer(raw, self.record_dtype)[0]
+            except (RuntimeError, ValueError, OSError, IndexError) as error:
+                raise self._damaged(self.shards[shard], f"cannot be read ({error})") from error
         return {name: records[name] for name in self.record_dtype.names}
 
     def verify(self, shards: list[int] | None = None) -> None:
@@ -113,30 +133,13 @@ class LatentStore:
             if file_sha256(self.directory / shard["name"]) != shard["sha256"]:
                 raise self._damaged(shard, "does not match its checksum")
 
-    def _raw(self, indices: np.ndarray) -> np.ndarray:
-        if indices.size and not (0 <= indices.min() and indices.max() < len(self)):
-            raise IndexError(f"index outside the {len(self)} images of {self.directory}")
-        numbers = np.searchsorted(self._ends, indices, side="right")
-        records = np.empty(len(indices), self.record_dtype)
-        # One call a shard: the reader is told all it wants at once.
-        for number in np.unique(numbers):
-            places = np.flatnonzero(numbers == number)
-            shard = self.shards[number]
-            first = int(self._ends[number]) - shard["count"]
-            try:
-                raw = self._reader(int(number)).read([int(i) - first for i in indices[places]])
-                records[places] = np.frombuffer(b"".join(raw), self.record_dtype)
-            except (RuntimeError, ValueError, OSError, IndexError) as error:
-                raise self._damaged(shard, f"cannot be read ({error})") from error
-        return records
-
     def _reader(self, number: int) -> ArrayRecordReader:
         with self._lock:
             if number not in self._readers:
                 self._readers[number] = ArrayRecordReader(
                     str(self.directory / self.shards[number]["name"]),
-                    "readahead_buffer_size:0,max_parallelism:0",  # random access
-                    file_reader_buffer_size=32768,
+                    "readahead_buffer_size:0",  # random access
+                    file_reader_buffer_size=16384,  # for what surrounds a record; the record is read past it
                 )
             return self._readers[number]
 
@@ -160,7 +163,7 @@ class Plan:
     Attributes:
       total: images in the source, broken ones included.
       shard_size: images a shard.
-      fields: name -> {"dtype", "shape"} of one record, in order.
+      fields: name -> {"dtype", "shape"} of one image, in order; those of its mirror image end in _flip.
       config: JSON-able description of the source and of how its images were encoded.
       weights: network -> hash of its weights.
       class_names: names by label, or None.
@@ -202,7 +205,6 @@ class LatentStoreWriter:
     def __init__(self, directory: str | os.PathLike, plan: Plan):
         self.directory = Path(directory)
         self.plan = plan
-        self.record_dtype = record_dtype(plan.fields)
         with _writing(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / "plan.json"
@@ -231,7 +233,7 @@ class LatentStoreWriter:
         """Open a shard for writing; it appears when the block ends without an exception."""
         data, facts = self._paths(shard)
         partial = data.with_name(f"{data.name}{PART}")
-        writer = ShardWriter(partial, self.record_dtype)
+        writer = ShardWriter(partial, self.plan.fields)
         try:
             yield writer
             # Facts first: a shard that has its name has its facts as well.
@@ -273,7 +275,6 @@ class LatentStoreWriter:
             "statistics": (statistics or measured).to_dict(),
             # Over every position of every stored image; flipped ones are not counted, as released.
             "measured_statistics": measured.to_dict(),
-            "record_bytes": self.record_dtype.itemsize,
             "shards": [
                 {key: shard[key] for key in ("name", "count", "bytes", "sha256")} for shard in facts
             ],
@@ -291,9 +292,10 @@ class LatentStoreWriter:
 class ShardWriter:
     """Write one shard under a temporary name; see `LatentStoreWriter.open_shard`."""
 
-    def __init__(self, path: Path, dtype: np.dtype):
+    def __init__(self, path: Path, fields: dict[str, dict]):
         self.path = path
-        self.dtype = dtype
+        self.dtype = record_dtype(fields)
+        self.orientations = orientations(fields)
         self.count = 0
         self.skipped: list[dict] = []
         self.label_counts: Counter[int] = Counter()
@@ -307,34 +309,40 @@ class ShardWriter:
         """Append one image.
 
         Args:
-          fields: an array or number for every field of the plan.
+          fields: an array or number for every field of the plan, those of the mirror image included.
 
         Raises:
           SfdError: a field is missing, or has a shape or a value that cannot be stored.
         """
+        records = [self._record(fields, flip) for flip in FLIPS[: self.orientations]]
+        with _writing(self.path):
+            for record in records:
+                self._writer.write(record.tobytes())
+        self.count += 1
+        self.label_counts[int(records[0]["label"])] += 1
+        for group, moments in self.moments.items():
+            moments.append(Moments.of(records[0][group]))
+
+    def _record(self, fields: dict[str, Any], flip: str) -> np.ndarray:
         record = np.zeros((), self.dtype)
         for name in self.dtype.names:
-            if name not in fields:
-                raise SfdError(f"image {fields.get('index')} lacks the field '{name}'")
-            value = np.asarray(fields[name])
+            given = name if name in PER_IMAGE else name + flip
+            if given not in fields:
+                raise SfdError(f"image {fields.get('index')} lacks the field '{given}'")
+            value = np.asarray(fields[given])
             if value.shape != self.dtype[name].shape:
                 raise SfdError(
-                    f"field '{name}' of image {fields.get('index')} has shape {value.shape}, "
+                    f"field '{given}' of image {fields.get('index')} has shape {value.shape}, "
                     f"not {self.dtype[name].shape}"
                 )
             record[name] = value
             # Checked after rounding to the stored dtype, which may overflow.
             if value.dtype.kind not in "iu" and not np.isfinite(record[name].astype(np.float32)).all():
                 raise SfdError(
-                    f"field '{name}' of image {fields.get('index')} is not finite; are the weights "
+                    f"field '{given}' of image {fields.get('index')} is not finite; are the weights "
                     "and the precision right?"
                 )
-        with _writing(self.path):
-            self._writer.write(record.tobytes())
-        self.count += 1
-        self.label_counts[int(record["label"])] += 1
-        for group, moments in self.moments.items():
-            moments.append(Moments.of(record[group]))
+        return record
 
     def skip(self, index: int, name: str, reason: str) -> None:
         """Note an image of this shard that could not be read."""
@@ -346,7 +354,7 @@ class ShardWriter:
             self._writer.close()
             sync(self.path)
             # A full disk can go unnoticed until here.
-            if ArrayRecordReader(str(self.path)).num_records() != self.count:
+            if ArrayRecordReader(str(self.path)).num_records() != self.count * self.orientations:
                 raise OSError("records were lost")
         return {
             "name": name,
@@ -400,7 +408,7 @@ def latent_fields(
     repa_shape: tuple[int, int] | None = None,
     repa_dtype: str = "float16",
 ) -> dict[str, dict]:
-    """List the fields of a record.
+    """List the fields of an image.
 
     Args:
       texture_shape, semantic_shape: (H,W,C); C of semantic may be 0.
@@ -417,7 +425,7 @@ def latent_fields(
         groups["repa_features"] = (repa_dtype, repa_shape)
     fields = {}
     for name, (kind, shape) in groups.items():
-        for suffix in ("", "_flip") if flips else ("",):
+        for suffix in FLIPS if flips else FLIPS[:1]:
             fields[name + suffix] = {"dtype": kind, "shape": [int(size) for size in shape]}
     fields["label"] = {"dtype": "int32", "shape": []}
     fields["index"] = {"dtype": "int64", "shape": []}
@@ -425,11 +433,26 @@ def latent_fields(
 
 
 def record_dtype(fields: dict[str, dict]) -> np.dtype:
-    """Return the numpy dtype of one record."""
+    """Return the numpy dtype of one record, an image or its mirror image, from the fields of a plan."""
     unknown = [field["dtype"] for field in fields.values() if field["dtype"] not in DTYPES]
     if unknown:
         raise SfdError(f"unknown dtype '{unknown[0]}' of a stored field; known: {', '.join(DTYPES)}")
-    return np.dtype([(n, DTYPES[f["dtype"]], tuple(f["shape"])) for n, f in fields.items()])
+    upright = {name: field for name, field in fields.items() if not name.endswith("_flip")}
+    return np.dtype([(n, DTYPES[f["dtype"]], tuple(f["shape"])) for n, f in upright.items()])
+
+
+def orientations(fields: dict[str, dict]) -> int:
+    """Return the records an image has: 2 with its mirror image, else 1."""
+    return 2 if any(name.endswith("_flip") for name in fields) else 1
+
+
+def refuse_flips(flip: np.ndarray, directory: Path) -> None:
+    """Raise SfdError where mirror images are wanted of latents that hold none: they cannot be made from these."""
+    if flip.any():
+        raise SfdError(
+            f"flips are asked for, but {directory} holds no 'texture_flip'; "
+            "extract with flips, or train with --config.data.flips=False"
+        )
 
 
 def file_sha256(path: str | os.PathLike) -> str:
@@ -460,7 +483,7 @@ def _read_manifest(directory: Path) -> dict:
     except (ValueError, KeyError, TypeError) as error:
         raise SfdError(f"{path} is damaged ({error}); run `sfd extract` again to rewrite it") from error
     if kind != FORMAT:
-        raise SfdError(f"{path} is of format '{kind}'; this version reads '{FORMAT}'")
+        raise SfdError(f"{path} is of format '{kind}'; this version reads '{FORMAT}': make the latents again")
     return manifest
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from sfd_jax.data.pipeline import read_records
+from sfd_jax.data.pipeline import mirrored, read_records
 from sfd_jax.errors import SfdError
 
 
@@ -27,12 +27,9 @@ class WithPixels:
     def __len__(self) -> int:
         return len(self.latents)
 
-    def __getitem__(self, index: int) -> dict:
-        return {name: values[0] for name, values in self.read(np.array([index])).items()}
-
-    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the records stacked, with `pixels` uint8 (B,H,W,3)."""
-        batch = read_records(self.latents, indices)
+    def read(self, indices: np.ndarray, flip: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the records stacked, with `pixels` uint8 (B,H,W,3); mirror images where `flip` (B,)."""
+        batch = read_records(self.latents, indices, flip)
         if batch["index"].max() >= len(self.images):
             raise SfdError(
                 f"latents of image {batch['index'].max()}, but there are {len(self.images)} images: "
@@ -45,4 +42,4 @@ class WithPixels:
                     f"image {record['index']} has label {record['label']}, but its latents {label}: "
                     "data.images names other ones than the latents were made from"
                 )
-        return {**batch, "pixels": np.stack([record["pixels"] for record in records])}
+        return {**batch, "pixels": mirrored(np.stack([record["pixels"] for record in records]), flip)}

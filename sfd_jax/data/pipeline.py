@@ -6,8 +6,9 @@ Training reads the source as an endless stream of positions; position p is eleme
 the whole state of the loader, and any number of hosts sees the same global batches. Nothing is
 dropped at an epoch's edge.
 
-A source answers `len(source)` and `source[i] -> dict`; one that also has `read(indices) -> dict of
-stacked arrays` is read a batch at a time, which is faster. Grain does the prefetching.
+A source answers `len(source)` and `source[i] -> dict`; flips mirror its `pixels`. One that also has
+`read(indices, flip) -> dict of stacked arrays` is read a batch at a time and knows how to flip its
+records: latents cannot be mirrored, theirs are stored. Grain does the prefetching.
 """
 
 import dataclasses
@@ -20,10 +21,10 @@ import numpy as np
 from absl import flags as absl_flags
 
 from sfd_jax.errors import SfdError
+from sfd_jax.latents import normalised_composite
 
 Batch = dict[str, np.ndarray]
-# transform(batch of stacked records, flip bool (B,)) -> batch
-Transform = Callable[[Batch, np.ndarray], Batch]
+Transform = Callable[[Batch], Batch]  # from stacked records, already flipped
 
 _LAST_STEP = 2**62  # training ends where the loop says, not the loader
 
@@ -68,7 +69,7 @@ def make_batches(
             f"choose a multiple of {host_count}"
         )
     return TrainBatches(
-        source=InMemory(source) if cache else source,
+        source=InMemory(source, flips) if cache else source,
         seed=seed,
         global_batch_size=global_batch_size,
         host_index=host_index,
@@ -103,11 +104,9 @@ class TrainBatches:
         per_host = self.global_batch_size // self.host_count
         first = step * self.global_batch_size + self.host_index * per_host
         epochs, indices = self.order(np.arange(first, first + per_host))
-        batch = read_records(self.source, indices)
-        flip = np.zeros(per_host, bool)
-        if self.flips:
-            flip = flip_of(self.seed, epochs, indices)
-        return self.transform(batch, flip) if self.transform else batch
+        flip = flip_of(self.seed, epochs, indices) if self.flips else np.zeros(per_host, bool)
+        batch = read_records(self.source, indices, flip)
+        return self.transform(batch) if self.transform else batch
 
     def order(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Map positions of the endless stream to (epoch, index in the source), int64 (B,) each."""
@@ -208,39 +207,55 @@ class _EvalBatches:
         # Fill up with a real element: zeros could be out of range for what comes after.
         filler = indices[-1] if len(indices) else self.indices[0]
         indices = np.concatenate([indices, np.full(self.batch_size - len(indices), filler)])
-        batch = read_records(self.source, indices)
+        batch = read_records(self.source, indices, np.zeros(self.batch_size, bool))
         if self.transform:
-            batch = self.transform(batch, np.zeros(self.batch_size, bool))
+            batch = self.transform(batch)
         return {**batch, "mask": mask}
 
 
-def read_records(source: Any, indices: np.ndarray) -> Batch:
-    """Read records and stack them: arrays (B, ...) by name; `label` int32, `index` int64."""
+def read_records(source: Any, indices: np.ndarray, flip: np.ndarray) -> Batch:
+    """Read records and stack them: arrays (B, ...) by name; `label` int32, `index` int64.
+
+    Args:
+      source: see the module.
+      indices: int (B,).
+      flip: bool (B,), True for the mirror image.
+    """
     if hasattr(source, "read"):
-        return source.read(indices)
+        return source.read(indices, flip)
     records = [source[int(index)] for index in indices]
     batch = {name: np.stack([record[name] for record in records]) for name in records[0]}
     for name, dtype in (("label", np.int32), ("index", np.int64)):
         if name in batch:
             batch[name] = batch[name].astype(dtype)
+    if flip.any():
+        batch["pixels"] = mirrored(batch["pixels"], flip)
     return batch
 
 
-class InMemory:
-    """Hold all records of a source in memory, as stacked arrays."""
+def mirrored(pixels: np.ndarray, flip: np.ndarray) -> np.ndarray:
+    """Mirror images (B,H,W,3) left to right where `flip` (B,)."""
+    return np.where(flip[:, None, None, None], pixels[:, :, ::-1], pixels)
 
-    def __init__(self, source: Any):
-        self.records = read_records(source, np.arange(len(source)))
-        self.count = len(source)
+
+class InMemory:
+    """Hold all records of a source in memory, as stacked arrays; with flips the mirrored ones too."""
+
+    def __init__(self, source: Any, flips: bool):
+        every = np.arange(len(source))
+        self.orientations = [
+            read_records(source, every, np.full(len(source), flip)) for flip in ((False, True) if flips else (False,))
+        ]
 
     def __len__(self) -> int:
-        return self.count
+        return len(next(iter(self.orientations[0].values())))
 
-    def __getitem__(self, index: int) -> dict:
-        return {name: values[index] for name, values in self.records.items()}
-
-    def read(self, indices: np.ndarray) -> Batch:
-        return {name: values[indices] for name, values in self.records.items()}
+    def read(self, indices: np.ndarray, flip: np.ndarray) -> Batch:
+        batch = {name: values[indices] for name, values in self.orientations[0].items()}
+        if flip.any():
+            for name, values in self.orientations[1].items():
+                batch[name][flip] = values[indices[flip]]
+        return batch
 
 
 def prefetch(
@@ -269,37 +284,35 @@ def prefetch(
         iterator.close()
 
 
-def pixel_transform(batch: Batch, flip: np.ndarray) -> Batch:
+def pixel_transform(batch: Batch) -> Batch:
     """Turn image records into a training batch.
 
     Args:
       batch: `pixels` uint8 (B,H,W,3), `label`, `index`.
-      flip: bool (B,); mirrored left to right where True.
 
     Returns:
       `pixels` float32 (B,H,W,3) in [-1,1], `labels` int32 (B,), `index` int64 (B,).
     """
     return {
-        "pixels": _mirrored(batch["pixels"], flip).astype(np.float32) / np.float32(127.5) - np.float32(1),
+        "pixels": batch["pixels"].astype(np.float32) / np.float32(127.5) - np.float32(1),
         "labels": batch["label"],
         "index": batch["index"],
     }
 
 
-def feature_transform(batch: Batch, flip: np.ndarray) -> Batch:
+def feature_transform(batch: Batch) -> Batch:
     """Turn stored visual features into a batch for the Semantic VAE.
 
     Args:
-      batch: `repa_features` (B,N,F), with flips also `repa_features_flip`; `label`, `index`.
-      flip: bool (B,); the features of the mirrored image where True.
+      batch: `repa_features` (B,N,F), `label`, `index`.
 
     Returns:
       `features` float32 (B,N,F), `labels` int32 (B,), `index` int64 (B,).
 
     Raises:
-      SfdError: features or flips are asked of records that hold none.
+      SfdError: the records hold no features.
     """
-    features = np.stack(_oriented(batch, "repa_features", flip)).astype(np.float32)
+    features = _wanted(batch, "repa_features").astype(np.float32)
     return {"features": features, "labels": batch["label"], "index": batch["index"]}
 
 
@@ -317,43 +330,23 @@ def latent_transform(layout: Any, statistics: Any, *, repa: bool = False) -> Tra
       `pixels` uint8 (B,H,W,3) (see paired.py), these too, still as bytes: a quarter to move.
 
     Raises:
-      SfdError (when called): a flip or features are asked of records that hold none.
+      SfdError (when called): latents or features are asked of records that hold none.
     """
     return functools.partial(_latent_batch, layout=layout, statistics=statistics, repa=repa)
 
 
-def _latent_batch(batch: Batch, flip: np.ndarray, *, layout, statistics, repa: bool) -> Batch:
-    texture, semantic = _oriented(batch, "texture", flip), _oriented(batch, "semantic", flip)
-    latents = np.empty((len(flip), *texture[0].shape[:-1], layout.channels), np.float32)
-    # Filled through the views that `split` gives: `join` is JAX's, and would wake an accelerator in
-    # every loader process. Row by row, since one image fits in the processor's cache and a batch not.
-    texture_latents, semantic_latents = layout.split(latents)
-    for row in range(len(flip)):
-        texture_latents[row] = statistics.normalise_texture(texture[row].astype(np.float32))
-        semantic_latents[row] = statistics.normalise_semantic(semantic[row].astype(np.float32))
+def _latent_batch(batch: Batch, *, layout, statistics, repa: bool) -> Batch:
+    latents = normalised_composite(layout, statistics, _wanted(batch, "texture"), _wanted(batch, "semantic"))
     result = {"latents": latents, "labels": batch["label"], "index": batch["index"]}
     if repa:
-        result["repa_features"] = np.stack(_oriented(batch, "repa_features", flip))
+        # One block of memory: the records hold them between their other fields.
+        result["repa_features"] = np.ascontiguousarray(_wanted(batch, "repa_features"))
     if "pixels" in batch:
-        result["pixels"] = _mirrored(batch["pixels"], flip)
+        result["pixels"] = batch["pixels"]
     return result
 
 
-def _mirrored(pixels: np.ndarray, flip: np.ndarray) -> np.ndarray:
-    """Mirror images (B,H,W,3) left to right where `flip` (B,)."""
-    return np.where(flip[:, None, None, None], pixels[:, :, ::-1], pixels)
-
-
-def _oriented(batch: Batch, name: str, flip: np.ndarray) -> list[np.ndarray]:
-    """Pick each image's stored flipped version where `flip`; a latent cannot be mirrored afterwards."""
+def _wanted(batch: Batch, name: str) -> np.ndarray:
     if name not in batch:
         raise SfdError(f"the data hold no '{name}'; extract it (`sfd extract --help`)")
-    if not flip.any():
-        return list(batch[name])
-    if f"{name}_flip" not in batch:
-        raise SfdError(
-            f"flips are asked for, but the data hold no '{name}_flip'; "
-            "extract with flips, or train with --config.data.flips=False"
-        )
-    orientations = (batch[name], batch[f"{name}_flip"])
-    return [orientations[flipped][row] for row, flipped in enumerate(flip.astype(int))]
+    return batch[name]

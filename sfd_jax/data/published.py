@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from sfd_jax.data.latent_store import LatentStore
+from sfd_jax.data.latent_store import FLIPS, LatentStore, refuse_flips
 from sfd_jax.errors import SfdError
 from sfd_jax.latents import LatentStatistics
 
@@ -65,7 +65,8 @@ class PublishedLatents:
     Attributes:
       statistics: None until somebody sets them; released shards do not hold theirs.
       class_names: None; released shards do not hold them.
-      fields: name -> (dtype, shape) of a record's arrays, from the headers.
+      flips: the mirror images' arrays are there too.
+      fields: name -> (dtype, shape) of an image's arrays, from the headers; the mirror image's end in _flip.
 
     Raises:
       SfdError: no shards, one that is damaged, or shards that differ in what they hold.
@@ -85,40 +86,55 @@ class PublishedLatents:
         headers = [_header(path) for path in self.paths]
         self._ends = np.cumsum([header["labels"][1][0] for header in headers])
         self.names = _our_names(headers[0], repa, self.paths[0])
+        self.flips = all(f"{theirs}_flip" in headers[0] for theirs in self.names.values())
         self.fields = {}
-        for ours, theirs in self.names.items():
-            dtype, shape = headers[0][theirs]
-            self.fields[ours] = (dtype, _our_shape(ours, shape[1:]))
-            for path, header in zip(self.paths, headers):
-                if theirs not in header or header[theirs][1][1:] != shape[1:]:
-                    raise SfdError(
-                        f"{path} does not hold the '{theirs}' of {self.paths[0].name}, "
-                        f"{list(shape[1:])} an image; do the shards belong together?"
-                    )
+        for suffix in FLIPS if self.flips else FLIPS[:1]:
+            for ours, theirs in self.names.items():
+                dtype, shape = headers[0][theirs + suffix]
+                self.fields[ours + suffix] = (dtype, _our_shape(ours, shape[1:]))
+                for path, header in zip(self.paths, headers):
+                    if theirs + suffix not in header or header[theirs + suffix][1][1:] != shape[1:]:
+                        raise SfdError(
+                            f"{path} does not hold the '{theirs + suffix}' of {self.paths[0].name}, "
+                            f"{list(shape[1:])} an image; do the shards belong together?"
+                        )
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> dict:
-        """Return the fields of one image, as `LatentStore` does."""
+        """Return the fields of one image as it is, not mirrored, as `LatentStore` does."""
         record = {name: values[0] for name, values in self.read(np.array([index])).items()}
         return {**record, "label": int(record["label"]), "index": int(record["index"])}
 
-    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the fields of many images, stacked: arrays (B, ...) in their stored dtypes."""
+    def read(self, indices: np.ndarray, flip: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """Return the fields of many images, stacked: arrays (B, ...) in their stored dtypes.
+
+        Args:
+          indices: int (B,), each in [0, len(source)).
+          flip: bool (B,), True for the mirror image; None mirrors none.
+
+        Raises:
+          SfdError: flips are not stored.
+        """
         indices = np.asarray(indices, np.int64)
+        flip = np.zeros(len(indices), bool) if flip is None else flip
         if indices.size and not (0 <= indices.min() and indices.max() < len(self)):
             raise IndexError(f"index outside the {len(self)} images of {self.directory}")
-        rows = [self._row(int(index)) for index in indices]
+        if not self.flips:
+            refuse_flips(flip, self.directory)
+        rows = [self._row(int(index), FLIPS[int(flipped)]) for index, flipped in zip(indices, flip)]
         batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         return {**batch, "label": batch["label"].astype(np.int32), "index": indices}
 
-    def _row(self, index: int) -> dict[str, np.ndarray]:
+    def _row(self, index: int, suffix: str) -> dict[str, np.ndarray]:
         number = int(np.searchsorted(self._ends, index, side="right"))
         row = index - int(self._ends[number - 1]) if number else index
         file = self._file(number)
-        values = {ours: file.get_slice(theirs)[row : row + 1][0] for ours, theirs in self.names.items()}
-        return {name: _our_layout(name, value) for name, value in values.items()}
+        values = {"label": file.get_slice("labels")[row : row + 1][0]}
+        for ours, theirs in self.names.items():
+            values[ours] = _our_layout(ours, file.get_slice(theirs + suffix)[row : row + 1][0])
+        return values
 
     def _file(self, number: int) -> Any:
         with self._lock:
@@ -178,21 +194,14 @@ def _our_names(header: dict, repa: bool, path: Path) -> dict[str, str]:
         names["repa_features"] = "feats_dino"
         if "feats_dino" not in header:
             raise SfdError(f"{path} holds no REPA features (feats_dino)")
-    flips = {f"{ours}_flip": f"{theirs}_flip" for ours, theirs in names.items()}
-    if all(theirs in header for theirs in flips.values()):
-        names |= flips
-    return {**names, "label": "labels"}
+    return names
 
 
 def _our_shape(name: str, shape: list[int]) -> tuple[int, ...]:
-    if name == "label":
-        return ()
     channels, height, width = shape
     return (height * width, channels) if "repa" in name else (height, width, channels)
 
 
 def _our_layout(name: str, value: np.ndarray) -> np.ndarray:
-    if name == "label":
-        return value
     value = np.moveaxis(value, 0, -1)
     return value.reshape(-1, value.shape[-1]) if "repa" in name else value

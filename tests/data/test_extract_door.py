@@ -72,7 +72,9 @@ def test_images_to_shards(work, capsys):
     record = store[0]
     # 16 px are 2x2 tiles for the visual encoder, 8 by 8 latents for both.
     assert record["texture"].shape == (8, 8, 3) and record["semantic"].shape == (8, 8, 5)
-    assert "texture_flip" in record and record["texture"].dtype.name == "bfloat16"
+    assert record["texture"].dtype.name == "bfloat16"
+    mirror = store.read(np.array([0]), np.array([True]))["texture"][0]
+    assert mirror.shape == (8, 8, 3) and not np.array_equal(mirror, record["texture"])
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     (out / "latents-00001.ar").unlink()
     assert main(flags(work, out, semantic, "--max_broken=1")) == 0

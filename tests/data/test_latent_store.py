@@ -49,7 +49,7 @@ def encode(pixels, index):
         "semantic": noise,
         "semantic_flip": -noise,
         "repa_features": pixels.reshape(-1, SIZE, SIZE * 3).astype(jnp.float16),
-        "repa_features_flip": pixels.reshape(-1, SIZE, SIZE * 3).astype(jnp.float16),
+        "repa_features_flip": pixels[:, ::-1].reshape(-1, SIZE, SIZE * 3).astype(jnp.float16),
     }
 
 
@@ -69,11 +69,15 @@ def test_round_trip(tmp_path, dtype):
     assert store.manifest["weights"] == {"vae": "abc"}
     expected = encode(np.stack([Noise()[i]["pixels"] for i in range(COUNT)]), np.arange(COUNT))
     batch = store.read(np.array([17, 2, 22, 2]))  # several shards, unordered, one twice
-    for name, values in expected.items():
-        values = np.asarray(values)
-        stored = values if name.startswith("repa") else values.astype(dtype)
-        np.testing.assert_array_equal(batch[name], stored[[17, 2, 22, 2]])
-        np.testing.assert_array_equal(store[9][name], stored[9])
+    mirror = store.read(np.array([17, 2, 22, 2]), np.array([True, False, True, True]))
+    for name in ("texture", "semantic", "repa_features"):
+        kind = np.float16 if name == "repa_features" else dtype
+        plain, flipped = (np.asarray(expected[name + suffix]).astype(kind) for suffix in ("", "_flip"))
+        np.testing.assert_array_equal(batch[name], plain[[17, 2, 22, 2]])
+        np.testing.assert_array_equal(store[9][name], plain[9])
+        # One image in both orientations, and neighbours of both in one batch.
+        np.testing.assert_array_equal(mirror[name], np.stack([flipped[17], plain[2], flipped[22], flipped[2]]))
+    assert mirror["index"].tolist() == batch["index"].tolist() and mirror["label"].tolist() == [1, 0, 0, 0]
     assert batch["label"].tolist() == [1, 0, 0, 0] and batch["index"].tolist() == [17, 2, 22, 2]
     store.verify()
 
@@ -151,7 +155,8 @@ def test_damage_names_the_shard_and_can_be_repaired(tmp_path):
     with pytest.raises(SfdError, match="latents-00002.ar does not match its checksum; delete it"):
         store.verify()
     with pytest.raises(SfdError, match="latents-00002.ar cannot be read"):
-        store.read(np.arange(COUNT))
+        for flip in (False, True):
+            store.read(np.arange(COUNT), np.full(COUNT, flip))
     shard.write_bytes(data[:-1])
     with pytest.raises(SfdError, match="latents-00002.ar has"):
         LatentStore(tmp_path)
@@ -160,6 +165,16 @@ def test_damage_names_the_shard_and_can_be_repaired(tmp_path):
         LatentStore(tmp_path)
     run(tmp_path).verify()
     assert contents(tmp_path) == before
+
+
+def test_flips_that_are_not_stored_are_refused(tmp_path):
+    def upright(pixels, index):
+        return {name: value for name, value in encode(pixels, index).items() if "_flip" not in name}
+
+    store = extract(Noise(), upright, tmp_path, batch_size=4, config={}, weights={})
+    assert store.read(np.array([3]), np.array([False]))["index"] == [3]
+    with pytest.raises(SfdError, match="no 'texture_flip'; extract with flips"):
+        store.read(np.array([3, 4]), np.array([False, True]))
 
 
 def test_another_run_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,6 +12,7 @@ from sfd_jax.data.pipeline import (
     make_batches,
     make_eval_batches,
     pixel_transform,
+    read_records,
 )
 from sfd_jax.errors import SfdError
 from sfd_jax.latents import LatentLayout, LatentStatistics
@@ -27,16 +29,17 @@ class Squares:
     def __len__(self):
         return self.count
 
-    def __getitem__(self, index):
-        return {"value": np.float32(index**2), "label": index % 3, "index": index}
-
-
-def tell_flip(batch, flip):
-    return {**batch, "flip": flip}
+    def read(self, indices, flip):
+        return {
+            "value": (indices**2).astype(np.float32),
+            "flip": flip,
+            "label": (indices % 3).astype(np.int32),
+            "index": indices,
+        }
 
 
 def batches(**settings):
-    defaults = {"seed": 3, "global_batch_size": 8, "flips": True, "transform": tell_flip}
+    defaults = {"seed": 3, "global_batch_size": 8, "flips": True}
     return make_batches(Squares(), **{**defaults, **settings})
 
 
@@ -115,38 +118,34 @@ def test_unequal_shares_and_empty_sources_are_refused():
 
 def test_pixels_are_scaled_and_mirrored():
     pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 5, 3), np.uint8)
-    batch = {"pixels": pixels, "label": np.array([1, 2], np.int32), "index": np.arange(2)}
-    result = pixel_transform(batch, np.array([False, True]))
+    source = [{"pixels": pixels[index], "label": index + 1, "index": index} for index in range(2)]
+    result = pixel_transform(read_records(source, np.arange(2), np.array([False, True])))
     # One rounding of float32 at most: the division and the subtraction are exact to half an ulp.
     np.testing.assert_allclose(result["pixels"][0], pixels[0] / 127.5 - 1, atol=1e-7)
     np.testing.assert_allclose(result["pixels"][1], pixels[1, :, ::-1] / 127.5 - 1, atol=1e-7)
 
 
-def test_latents_are_oriented_once_for_all_groups_and_normalised():
+def test_latents_are_normalised_and_joined():
     random = np.random.default_rng(0)
     shapes = {"texture": (2, 3, 5, 3), "semantic": (2, 3, 5, 2), "repa_features": (2, 15, 7)}
-    batch = {"label": np.array([4, 6], np.int32), "index": np.array([10, 11])}
-    for name, shape in shapes.items():
-        for suffix in ("", "_flip"):
-            batch[name + suffix] = random.standard_normal(shape).astype(np.float32)
+    batch = {name: random.standard_normal(shape).astype(jnp.bfloat16) for name, shape in shapes.items()}
+    batch |= {"label": np.array([4, 6], np.int32), "index": np.array([10, 11])}
     statistics = LatentStatistics(
         texture_mean=np.array([1, 2, 3], np.float32),
-        texture_std=np.array([2, 4, 8], np.float32),
+        texture_std=np.array([2, 4, 7], np.float32),
         semantic_mean=np.array([-1, 1], np.float32),
-        semantic_std=np.array([0.5, 0.25], np.float32),
+        semantic_std=np.array([0.5, 0.3], np.float32),
+        multiplier=1.5,
     )
-    transform = latent_transform(LatentLayout(3, 2), statistics, repa=True)
-    result = transform(batch, np.array([False, True]))
+    layout = LatentLayout(3, 2)
+    result = latent_transform(layout, statistics, repa=True)(batch)
     assert isinstance(result["latents"], np.ndarray) and result["latents"].dtype == np.float32
-    for row, suffix in ((0, ""), (1, "_flip")):
-        texture = (batch["texture" + suffix][row] - [1, 2, 3]) / [2, 4, 8]
-        semantic = (batch["semantic" + suffix][row] - [-1, 1]) / [0.5, 0.25]
-        # float32 against float64: a few ulp of values of about 10.
-        expected = np.concatenate([texture, semantic], -1)
-        np.testing.assert_allclose(result["latents"][row], expected, atol=1e-5)
-        np.testing.assert_array_equal(
-            result["repa_features"][row], batch["repa_features" + suffix][row]
-        )
-    del batch["semantic_flip"]
-    with pytest.raises(SfdError, match="semantic_flip"):
-        transform(batch, np.array([False, True]))
+    texture, semantic = (batch[name].astype(np.float32) for name in ("texture", "semantic"))
+    expected = layout.join(statistics.normalise_texture(texture), statistics.normalise_semantic(semantic))
+    np.testing.assert_array_equal(result["latents"], expected)  # the same operations, so the same bits
+    by_hand = (texture[1, 2, 4, 2] - 3) / 7 * 1.5
+    np.testing.assert_allclose(result["latents"][1, 2, 4, 2], by_hand, rtol=1e-6)
+    np.testing.assert_array_equal(result["repa_features"], batch["repa_features"])
+    del batch["semantic"]
+    with pytest.raises(SfdError, match="hold no 'semantic'"):
+        latent_transform(layout, statistics)(batch)

@@ -39,14 +39,15 @@ def test_records_are_the_arrays_channels_last(shards):
     folder, whole = shards
     source = PublishedLatents(folder, repa=True)
     assert len(source) == 10
-    batch = source.read(np.array([9, 0, 4]))
-    for ours, theirs in (("texture", "latents"), ("semantic", "latents_sv")):
-        for suffix in ("", "_flip"):
-            expected = np.moveaxis(whole[theirs + suffix][[9, 0, 4]], 1, -1)
-            np.testing.assert_array_equal(batch[ours + suffix], expected)
-    features = np.moveaxis(whole["feats_dino"][[9, 0, 4]], 1, -1).reshape(3, 15, 7)
-    np.testing.assert_array_equal(batch["repa_features"], features)
-    np.testing.assert_array_equal(batch["label"], whole["labels"][[9, 0, 4]])
+    for flip in ([False, False, False], [True, False, True]):
+        batch = source.read(np.array([9, 0, 4]), np.array(flip))
+        suffixes = ["_flip" if flipped else "" for flipped in flip]
+        for ours, theirs in (("texture", "latents"), ("semantic", "latents_sv"), ("repa_features", "feats_dino")):
+            rows = np.stack([whole[theirs + suffix][row] for suffix, row in zip(suffixes, [9, 0, 4])])
+            expected = np.moveaxis(rows, 1, -1)
+            expected = expected.reshape(3, 15, 7) if ours == "repa_features" else expected
+            np.testing.assert_array_equal(batch[ours], expected)
+        np.testing.assert_array_equal(batch["label"], whole["labels"][[9, 0, 4]])
     assert source[4]["label"] == whole["labels"][4] and source[4]["index"] == 4
     assert "repa_features" not in PublishedLatents(folder)[0]
 
@@ -78,11 +79,12 @@ def test_repacking_keeps_every_record(shards, tmp_path):
     )
     source = PublishedLatents(folder, repa=True)
     store = repack(source, tmp_path / "ours", dtype="float32", shard_size=4, statistics=released)
-    found, expected = store.read(np.arange(10)), source.read(np.arange(10))
-    assert found.keys() == expected.keys()
-    for name, values in expected.items():
-        np.testing.assert_array_equal(found[name], values)
-        assert found[name].dtype == values.dtype
+    for flip in (np.zeros(10, bool), np.ones(10, bool)):
+        found, expected = store.read(np.arange(10), flip), source.read(np.arange(10), flip)
+        assert found.keys() == expected.keys()
+        for name, values in expected.items():
+            np.testing.assert_array_equal(found[name], values)
+            assert found[name].dtype == values.dtype
     assert store.statistics.texture_mean.tolist() == [2, 2, 2]
     measured = store.manifest["measured_statistics"]["texture_mean"]
     # Kept as float32: half an ulp.
@@ -111,5 +113,5 @@ def test_shards_of_the_parity_pack(parity_dir):
     labels = np.concatenate([part["labels"] for part in parts])
     np.testing.assert_array_equal(source.read(np.arange(len(source)))["label"], labels)
     texture = np.concatenate([part["latents_flip"] for part in parts])
-    found = source[len(source) - 1]["texture_flip"]
-    np.testing.assert_array_equal(found, np.moveaxis(texture[-1], 0, -1))
+    found = source.read(np.array([len(source) - 1]), np.array([True]))["texture"]
+    np.testing.assert_array_equal(found[0], np.moveaxis(texture[-1], 0, -1))

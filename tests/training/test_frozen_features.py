@@ -102,11 +102,10 @@ class Latents:
     def __len__(self):
         return 5
 
-    def read(self, indices):
+    def read(self, indices, flip):
         index = self.kept[indices]
-        latent = index[:, None, None, None] * np.ones((1, 2, 2, 1), np.float32)
-        return {"texture": latent, "texture_flip": -latent, "semantic": latent, "semantic_flip": -latent,
-                "label": (index % 3).astype(np.int32), "index": index}  # fmt: skip
+        latent = (np.where(flip, -index, index)[:, None, None, None] * np.ones((1, 2, 2, 1))).astype(np.float32)
+        return {"texture": latent, "semantic": latent, "label": (index % 3).astype(np.int32), "index": index}
 
 
 class Images:
@@ -124,16 +123,17 @@ class Images:
 
 def test_pixels_are_those_the_latents_were_made_from():
     source = WithPixels(Latents(), Images())
-    batch = source.read(np.array([4, 2]))
+    batch = source.read(np.array([4, 2]), np.zeros(2, bool))
     np.testing.assert_array_equal(batch["pixels"][:, 0, 0, 0], [60, 30])
-    assert len(source) == 5 and source[2]["pixels"][0, 0, 0] == 30
-    flipped = latent_transform(LatentLayout(1, 1), Latents.statistics)(batch, np.array([False, True]))
+    assert len(source) == 5
+    transform = latent_transform(LatentLayout(1, 1), Latents.statistics)
+    flipped = transform(source.read(np.array([4, 2]), np.array([False, True])))
     np.testing.assert_array_equal(flipped["latents"][:, 0, 0, 0], [6, -3])
     np.testing.assert_array_equal(flipped["pixels"][:, 0, :, 0], [[60, 0], [0, 30]])  # mirrored as the latent is
     with pytest.raises(SfdError, match="image 6 has label 1, but its latents 0"):
-        WithPixels(Latents(), Images(shift=1)).read(np.array([4]))
+        WithPixels(Latents(), Images(shift=1)).read(np.array([4]), np.zeros(1, bool))
     with pytest.raises(SfdError, match="latents of image 6, but there are 5 images"):
-        WithPixels(Latents(), Images(5)).read(np.array([4]))
+        WithPixels(Latents(), Images(5)).read(np.array([4]), np.zeros(1, bool))
 
 
 @pytest.mark.parametrize("flags, message", [
