@@ -95,7 +95,8 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
             max_bad_steps=20,  # non-finite steps in a row before the run stops
         )
     )
-    config.mesh = ml_collections.ConfigDict(dict(data=1, fsdp=-1))  # -1: whatever is left
+    # -1: whatever the other leaves; both -1: see make_mesh.
+    config.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=-1))
     config.data = ml_collections.ConfigDict(
         dict(
             path="",  # folder of latent shards, written by `sfd extract`

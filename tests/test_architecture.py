@@ -21,8 +21,9 @@ MAY_IMPORT = {
     "evaluation": {"models", "distributed", "data"},
     "convert": {"latents", "models"},
     "parity": {"latents", "models", "diffusion", "distributed", "training", "evaluation", "convert"},
+    "pod": {"latents", "models", "data", "distributed", "training", "generation", "evaluation"},
     "cli": {"latents", "models", "diffusion", "data", "distributed", "training", "generation",
-            "evaluation", "convert", "parity"},
+            "evaluation", "convert", "parity", "pod"},
 }
 HEAVY = ("torch", "tensorflow", "matplotlib", "sklearn", "tensorflow_datasets", "clu.metric_writers")
 

@@ -19,6 +19,8 @@ DOORS = {
     "convert": "published PyTorch checkpoints in, ours out",
     "fetch": "download published weights, check them, convert them",
     "verify": "compare this machine's arithmetic with a parity pack",
+    "compile_pod": "compile the real programs for a TPU slice that is not here: do they fit?",
+    "plan": "memory, time and storage of a training run on a TPU slice",
 }
 
 # Those that start on all hosts of a job.

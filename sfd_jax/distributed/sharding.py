@@ -1,5 +1,6 @@
 """One rule from shapes to shardings, for parameters, optimizer moments and EMA alike."""
 
+import functools
 import math
 
 import jax
@@ -53,6 +54,50 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def mesh_context(mesh: Mesh):
+    """Return the context in which `gather_params` and `split_batch`, in a function being traced, know the mesh."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def gather_params(params):
+    """Bring the parameters of one layer whole to every device; their gradients go back to the devices' pieces.
+
+    To be said inside the loop over the layers, so that only one of them is whole at a time. Without it the
+    compiler may leave the weights split and send every device's activations to all others instead, which are
+    many times larger. Outside of `mesh_context` nothing happens.
+    """
+    mesh = _mesh()
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        return params
+    return jax.tree.map(lambda x: _gather(x, shard_rule(x.shape, mesh)), params)
+
+
+def split_batch(x: jax.Array) -> jax.Array:
+    """Keep (B, ...) split over all devices by its first axis where they divide B. Needs `mesh_context` as well."""
+    mesh = _mesh()
+    if mesh is None or x.shape[0] % mesh.size:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(AXES))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(x, spec: PartitionSpec):
+    del spec
+    return jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
+# Differentiated by JAX the gradient would be asked whole of every device, and be cut only then.
+_gather.defvjp(
+    lambda x, spec: (_gather(x, spec), None),
+    lambda spec, _, gradient: (jax.lax.with_sharding_constraint(gradient, spec),),
+)
+
+
+def _mesh():
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if mesh.axis_names == AXES and not mesh.manual_axes else None
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Make global arrays from this host's rows of a batch.
 
@@ -70,10 +115,11 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 def put_same(tree, shardings):
     """Make global arrays from arrays that every host holds whole and alike, e.g. parameters read from disk.
 
-    `jax.device_put` would do, but first sends everything between the hosts to check that they agree.
+    `jax.device_put` would do, but first sends everything between the hosts to check that they agree. Shapes
+    (jax.ShapeDtypeStruct) stay shapes and get their shardings: a program can be lowered from them.
 
     Args:
-      tree: arrays.
+      tree: arrays, or shapes.
       shardings: a sharding for each of them, or one for all.
 
     Returns:
@@ -81,6 +127,8 @@ def put_same(tree, shardings):
     """
 
     def put(array, sharding):
+        if isinstance(array, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
         array = np.asarray(array)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 

@@ -142,8 +142,7 @@ def extract_features(
     """
     mesh = make_mesh() if mesh is None else mesh
     batch_size = -(-batch_size // mesh.size) * mesh.size
-    params = put_same(tuple(extractor.params for extractor in extractors), replicated(mesh))
-    run = _compiled(tuple(extractor.apply for extractor in extractors), mesh)
+    run, params = _prepare(extractors, mesh)
     done = 0
     under_way = deque()  # one batch computes while the next one is read and sent
     for images in regroup(pieces, batch_size):
@@ -155,6 +154,28 @@ def extract_features(
             done += count
     for count, answers in under_way:
         yield _to_host(extractors, answers, count, done)
+
+
+def lower_features(
+    extractors: Sequence[Extractor], image_size: int, *, batch_size: int, mesh: Mesh
+) -> jax.stages.Lowered:
+    """Lower what `extract_features` runs on a batch, from shapes alone (see `lower_train_step`).
+
+    Args:
+      extractors: their `params` may hold shapes instead of arrays.
+      image_size: height and width in pixels.
+      batch_size: images over all devices, a multiple of their number.
+      mesh: devices that need not be there.
+    """
+    run, params = _prepare(extractors, mesh)
+    shape = (batch_size, image_size, image_size, 3)
+    return run.lower(params, jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=batch_sharding(mesh)))
+
+
+def _prepare(extractors: Sequence[Extractor], mesh: Mesh):
+    """Return the jitted function of (params, images) and the params on the mesh."""
+    params = put_same(tuple(extractor.params for extractor in extractors), replicated(mesh))
+    return _compiled(tuple(extractor.apply for extractor in extractors), mesh), params
 
 
 @lru_cache(maxsize=8)  # samples go through what was compiled for the reference

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from sfd_jax.diffusion import guidance
 from sfd_jax.diffusion.clocks import Clocks, make_clocks
 from sfd_jax.diffusion.sampling import SolverConfig, sample, trajectory
-from sfd_jax.distributed import batch_sharding, make_mesh, param_shardings, put_same, replicated
+from sfd_jax.distributed import batch_sharding, make_mesh, mesh_context, param_shardings, put_same, replicated
 from sfd_jax.errors import SfdError, nearest
 from sfd_jax.latents import LatentLayout, LatentStatistics
 from sfd_jax.models import Network
@@ -29,6 +29,7 @@ Checkpoint = tuple[dict, dict]  # (params, metadata), as `training.checkpoint.lo
 GUIDANCE = ("none", "cfg", "autoguidance")
 # The decoder's widest layers hold a hundred times the latent: it takes this many images a device at once.
 DECODE_AT_ONCE = 8
+_KINDS = (np.uint32, np.int32)  # of indices and of labels on the device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,8 @@ class Sampler:
         """Place parameters on the mesh.
 
         Args:
-          model, texture_vae, weak: (network, params); `weak` is AutoGuidance's.
+          model, texture_vae, weak: (network, params); `weak` is AutoGuidance's. Params of shapes alone make a
+            sampler that can only be lowered.
           layout, statistics, clocks: those the model was trained with.
           config: how to sample.
           seed: of the noise.
@@ -197,6 +199,15 @@ class Sampler:
             part = labels[start : start + batch_size]
             yield self(np.arange(start, start + len(part)), part, batch_size)[0]
 
+    def lower(self, batch_size: int) -> jax.stages.Lowered:
+        """Lower what `__call__` runs on a batch, to be compiled for devices that need not be there.
+
+        Args:
+          batch_size: samples over all devices, a multiple of their number.
+        """
+        rows = (jax.ShapeDtypeStruct((batch_size,), kind, sharding=batch_sharding(self.mesh)) for kind in _KINDS)
+        return self._run.lower(self._params, *rows)
+
     def _batches(self, indices, labels, batch_size):
         """Yield (count, indices, labels) on the devices, each of one size; the last row fills up the last one."""
         size = -(-(batch_size or len(indices)) // self.mesh.size) * self.mesh.size
@@ -204,10 +215,9 @@ class Sampler:
             rows = slice(start, start + size)
             count = len(indices[rows])
             padded = (np.pad(x[rows], (0, size - count), mode="edge") for x in (indices, labels))
-            kinds = (np.uint32, np.int32)
             yield count, *(
                 put_same(x.astype(kind), batch_sharding(self.mesh))
-                for x, kind in zip(padded, kinds, strict=True)
+                for x, kind in zip(padded, _KINDS, strict=True)
             )
 
     def _sample_and_decode(self, params, indices, labels):
@@ -237,7 +247,11 @@ class Sampler:
 
     def _velocity_fn(self, params, labels):
         def network(name):
-            return lambda *args: self._networks[name].apply(params[name], *args)
+            def velocity(*args):
+                with mesh_context(self.mesh):
+                    return self._networks[name].apply(params[name], *args)
+
+            return velocity
 
         config = self._config
         interval = dict(

@@ -7,6 +7,8 @@ arrays, which shard and checkpoint well.
 import jax
 from flax import nnx
 
+from sfd_jax.distributed.sharding import gather_params, split_batch
+
 # What a block keeps for the backward pass.
 REMAT = {
     "none": None,
@@ -44,7 +46,8 @@ def run_stack(
     params = jax.tree.map(lambda p: p[start:stop], nnx.to_pure_dict(state))
 
     def step(x, block_params):
-        return nnx.merge(graphdef, block_params)(x, *extras), None
+        block = nnx.merge(graphdef, gather_params(block_params))
+        return split_batch(block(split_batch(x), *extras)), None
 
     if remat != "none":
         # A scan already keeps XLA from merging the recomputation with the forward pass.

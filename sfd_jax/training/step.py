@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sfd_jax.distributed import batch_sharding, param_shardings, put_same, replicated
+from sfd_jax.distributed import batch_sharding, mesh_context, param_shardings, put_same, replicated
 from sfd_jax.distributed.mesh import AXES
 from sfd_jax.errors import SfdError
 from sfd_jax.training.optimizer import OptimizerConfig, make_schedule
@@ -65,7 +65,7 @@ class TrainConfig:
 def make_train_step(
     task, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh
 ) -> Callable[[TrainState, dict, jax.Array], tuple[TrainState, dict]]:
-    """Compile the training step for a mesh.
+    """Make the training step for a mesh; its first call compiles it.
 
     Args:
       task: Task with `init` and `loss`.
@@ -82,6 +82,28 @@ def make_train_step(
     Raises:
       SfdError: the batch does not divide over the mesh and the accumulation.
     """
+    step, frozen = _jit_step(task, optimizer, config, mesh), put_frozen(task, mesh)
+    return lambda state, batch, key: step(state, batch, key, frozen)
+
+
+def lower_train_step(
+    task, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh, batch: dict
+) -> jax.stages.Lowered:
+    """Lower the step of `make_train_step` from shapes alone, to be compiled for devices that need not be there.
+
+    Args:
+      task, optimizer, config, mesh: as for `make_train_step`; `task.frozen` may hold shapes instead of arrays.
+      batch: name -> shape and dtype of a global batch's array.
+
+    Raises:
+      SfdError: the batch does not divide over the mesh and the accumulation.
+    """
+    step, frozen = _jit_step(task, optimizer, config, mesh), put_frozen(task, mesh)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return step.lower(abstract_state(task, optimizer, mesh), batch, key, frozen)
+
+
+def _jit_step(task, optimizer, config: TrainConfig, mesh: Mesh):
     parts, size = config.accumulation, config.global_batch_size
     if size % (parts * mesh.size):
         raise SfdError(
@@ -93,7 +115,11 @@ def make_train_step(
     def step(state: TrainState, batch: dict, key: jax.Array, frozen: tuple) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(key, state.step)
         batch = {**batch, "positions": jnp.arange(size, dtype=jnp.int32)}
-        loss_fn = lambda params, rows, key: task.loss(params, rows, key, *frozen)
+
+        def loss_fn(params, rows, key):
+            with mesh_context(mesh):
+                return task.loss(params, rows, key, *frozen)
+
         loss, metrics, grads = _loss_and_grads(loss_fn, state.params, batch, key, parts, mesh)
 
         grad_norm = optax.tree.norm(grads)
@@ -127,15 +153,13 @@ def make_train_step(
         return new_state, metrics
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(task, optimizer, mesh))
-    frozen = put_frozen(task, mesh)
-    frozen_shardings = jax.tree.map(lambda x: x.sharding, frozen)
-    compiled = jax.jit(
+    frozen_shardings = () if task.frozen is None else (param_shardings(task.frozen, mesh),)
+    return jax.jit(
         step,
         in_shardings=(shardings, batch_sharding(mesh), replicated(mesh), frozen_shardings),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
-    return lambda state, batch, key: compiled(state, batch, key, frozen)
 
 
 def put_frozen(task, mesh: Mesh) -> tuple:

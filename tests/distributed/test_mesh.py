@@ -14,10 +14,11 @@ from sfd_jax.errors import SfdError
 def test_minus_one_takes_what_is_left():
     assert dict(make_mesh(-1, 2).shape) == {"data": 4, "fsdp": 2}
     assert dict(make_mesh(1, -1).shape) == {"data": 1, "fsdp": 8}
+    assert dict(make_mesh(-1, -1).shape) == {"data": 1, "fsdp": 8}
     assert sorted(device.id for device in make_mesh(2, 4).devices.flat) == list(range(8))
 
 
-@pytest.mark.parametrize("data, fsdp", [(-1, -1), (3, -1), (2, 2), (0, 8)])
+@pytest.mark.parametrize("data, fsdp", [(-2, -1), (3, -1), (2, 2), (0, 8)])
 def test_sizes_that_do_not_fill_the_devices(data, fsdp):
     with pytest.raises(SfdError, match=f"mesh.data={data} and mesh.fsdp={fsdp}"):
         make_mesh(data, fsdp)

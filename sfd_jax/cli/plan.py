@@ -1,0 +1,62 @@
+"""Say what a training run on a TPU slice would take: memory, time, chip-hours, storage.
+
+  sfd plan --config=configs/sfd.py:xl --topology=v5e:4x4
+  sfd plan --config=configs/sfd.py:1p6b --topology=v4:4x4x4 --utilisation=0.5
+
+The training step is compiled for the slice, which is not needed (see `sfd compile_pod --help`): memory and FLOPs are
+the compiler's. Times are estimates, FLOPs divided by a share of the chips' peak rate that you state; what start,
+evaluation, checkpoints and interruptions take comes on top. Exit status 1 where the step does not fit.
+"""
+
+from sfd_jax.cli.compile_pod import add_topology_flags, measure_program, write_json
+from sfd_jax.cli.flags import door_parser, parse_door
+from sfd_jax.errors import SfdError
+
+
+def main(argv: list[str]) -> int:
+    """Compile the step, work out the run, and print it."""
+    parser = door_parser("plan", __doc__)
+    add_topology_flags(parser)
+    flag = parser.add_argument
+    flag("--utilisation", type=float, default=0.4,
+         help="share of the peak matrix rate that the step reaches, an assumption (default: %(default)s)")
+    flag("--images", type=int, default=None, help="in the data set (default: ImageNet's training set)")
+    args = parse_door(parser, argv, config="configs/sfd.py:xl")
+    if not 0 < args.utilisation <= 1:
+        raise SfdError(f"--utilisation={args.utilisation}: give a share between 0 and 1")
+    if args.images is not None and args.images < 1:
+        raise SfdError(f"--images={args.images}: give at least 1")
+
+    from sfd_jax.pod import make_plan, table
+    from sfd_jax.pod.plan import IMAGENET_TRAIN, plan_table
+
+    config = args.config
+    step = measure_program(args, "train")
+    if not step.work:
+        print(table(step))
+        write_json(args.json, {"step": step.to_dict()})
+        return 1
+    size, stored = config.model.input_size, config.loss.repa_weight > 0 and config.data.repa_source == "stored"
+    plan = make_plan(
+        step,
+        utilisation=args.utilisation,
+        images=args.images or IMAGENET_TRAIN,
+        texture_shape=(size, size, config.latents.texture_channels),
+        semantic_shape=(size, size, config.latents.semantic_channels),
+        repa_shape=((size // config.model.patch_size) ** 2, config.model.repa_features) if stored else None,
+        keep_last=config.train.keep_last,
+        keep_every=config.train.keep_every,
+    )
+    print(plan_table(plan))
+    if not step.fits:
+        print("the step does not fit into the chip's memory")
+    write_json(args.json, plan.to_dict())
+    return 0 if step.fits else 1
+
+
+if __name__ == "__main__":
+    import sys
+
+    from sfd_jax.cli.main import open_door
+
+    sys.exit(open_door(main, "plan", sys.argv[1:]))

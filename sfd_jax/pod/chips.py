@@ -1,0 +1,131 @@
+"""TPU chips and their topologies, and devices of them that can be compiled for but not run on."""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+
+from sfd_jax.errors import SfdError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One kind of chip.
+
+    Attributes:
+      memory: bytes of HBM as sold, of a device of JAX's, which is a chip in all of these.
+      usable: bytes of it that a program may use; the compiler keeps the rest.
+      matrix_rate: peak bfloat16 FLOPs a second.
+      slices: what is rented, in two dimensions; None in three, where `_is_slice` has the rule.
+      options: what libtpu must be told beside the topology's name.
+
+    Source: memory and rates from Google Cloud's page of each TPU version; `usable` from libtpu's own words when a
+      program is too large ("Used ... of 15.75G hbm").
+    """
+
+    memory: int
+    usable: int
+    matrix_rate: float
+    slices: tuple[str, ...] | None
+    options: dict
+
+
+_GIB = 2**30
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_SMALL_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
+CHIPS = {
+    # Two cores, which Cloud TPU VMs run as one device ("megacore").
+    "v4": Chip(32 * _GIB, int(30.75 * _GIB), 275e12, None, {"chip_config_name": "megacore"}),
+    "v5e": Chip(16 * _GIB, int(15.75 * _GIB), 197e12, _FLAT, {}),
+    "v5p": Chip(95 * _GIB, int(95.74 * _GIB), 459e12, None, {}),
+    "v6e": Chip(32 * _GIB, int(31.25 * _GIB), 918e12, _FLAT, {}),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """One slice, or several alike that a slower network joins.
+
+    Attributes:
+      name: "v5e:4x4" and the like: a chip and the slice's shape.
+      slices: how many of them.
+
+    Raises:
+      SfdError: no such chip or shape; the message names those there are.
+    """
+
+    name: str
+    slices: int = 1
+
+    def __post_init__(self):
+        kind, colon, shape = self.name.partition(":")
+        if kind not in CHIPS:
+            raise SfdError(
+                f"topology '{self.name}': there is no chip '{kind}'; {nearest(kind, CHIPS)} "
+                f"(a topology is {', '.join(CHIPS)}, a colon, and the slice's shape, as in v5e:4x4)"
+            )
+        flat = CHIPS[kind].slices
+        if not colon or not (shape in flat if flat else _is_cube_slice(shape)):
+            known = flat or (*_SMALL_CUBES, "or three multiples of 4 up to 24, not falling, as in 4x4x8")
+            raise SfdError(f"topology '{self.name}': {kind} has slices of {', '.join(known)}")
+        if self.slices < 1:
+            raise SfdError(f"slices={self.slices}: give at least 1")
+
+    @property
+    def chip(self) -> Chip:
+        return CHIPS[self.name.partition(":")[0]]
+
+    @property
+    def count(self) -> int:
+        """Chips of all slices."""
+        return self.slices * math.prod(map(int, self.name.partition(":")[2].split("x")))
+
+    def __str__(self) -> str:
+        return self.name if self.slices == 1 else f"{self.slices} slices of {self.name}"
+
+
+def _is_cube_slice(shape: str) -> bool:
+    if shape in _SMALL_CUBES:
+        return True
+    if not re.fullmatch(r"\d+x\d+x\d+", shape):
+        return False
+    sides = [int(side) for side in shape.split("x")]
+    return sides == sorted(sides) and all(side % 4 == 0 and 0 < side <= 24 for side in sides)
+
+
+# Libtpu looks for the machine it is on, says at length what it does not find, and lets one process at a time use the
+# chips. Here are none to be found or to be used.
+_NO_MACHINE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def topology_devices(topology: Topology) -> list:
+    """Return the devices of a topology, to build a mesh of and to compile for.
+
+    Raises:
+      SfdError: libtpu is not installed, or does not know the topology.
+    """
+    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
+        raise SfdError(
+            "compiling for TPUs needs libtpu, which runs without one too: install it with `bash scripts/setup.sh pod`"
+        )
+    for name, value in _NO_MACHINE.items():
+        os.environ.setdefault(name, value)
+    import jax
+    from jax.experimental import topologies
+
+    options = dict(topology.chip.options)
+    if topology.name.endswith(":1x1"):
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    if topology.slices > 1:
+        options["num_slices"] = topology.slices
+    try:
+        return topologies.get_topology_desc(topology.name, platform="tpu", **options).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise SfdError(f"libtpu does not make topology '{topology}': {str(error).splitlines()[0]}") from error

@@ -1,0 +1,356 @@
+"""Read a compiled program's text: how often each part runs, what it sends between chips, what it multiplies.
+
+XLA prints a program as computations that call each other. Its own cost analysis counts the body of a loop
+once, however often the loop runs; here every instruction is counted as often as it is executed, which for a
+scan over the layers is the depth of the network. Only loops that run until a condition on the data (an
+adaptive solver) have no known length: they are counted once, and named.
+
+The text is XLA's, after all optimisation, as `jax.stages.Compiled.as_text` gives it. It is no stable format:
+`tests/pod` holds pieces of it with the answers known by hand, and one program compiled for real.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+
+import numpy as np
+
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line: `%name = shape opcode(operands), attributes`."""
+
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    rest: str  # what follows the operands
+    argument: str  # what stands between the parentheses: the value of a constant, the number of a parameter
+
+    def attribute(self, name: str) -> str | None:
+        """Return the value of `name=value` where it is a word, or of `name={...}` without the braces."""
+        found = re.search(rf"\b{name}=(?:\{{([^{{}}]*)\}}|%?([\w.\-]+))", self.rest)
+        return found and (found.group(2) or found.group(1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a device does in one run of a program.
+
+    Attributes:
+      flops: multiplications and additions of its matrix products and convolutions.
+      sent: kind of collective -> bytes of its result on one device, over all its executions.
+      operations: kind of collective -> number of executions.
+      unknown_loops: names of loops of unknown length, whose bodies are counted once.
+    """
+
+    flops: float
+    sent: dict[str, int]
+    operations: dict[str, int]
+    unknown_loops: tuple[str, ...]
+
+
+def read_work(text: str) -> Work:
+    """Count a compiled program's work on one device.
+
+    Args:
+      text: from `Compiled.as_text()`.
+    """
+    computations, entry = parse(text)
+    times, unknown = executions(computations, entry)
+    flops, sent, operations = 0.0, collections.Counter(), collections.Counter()
+    started = _channels_started(computations)
+    for name, instructions in computations.items():
+        if not times[name]:
+            continue
+        shapes = {i.name: i.shape for i in instructions}
+        scattered = _is_reduce_scatter(instructions)
+        part = _is_part_of_started(instructions)
+        for i in instructions:
+            if i.opcode in ("dot", "convolution"):
+                flops += times[name] * product_flops(i, shapes)
+            kind = i.opcode.removesuffix("-start")
+            if kind not in COLLECTIVES or (part and i.attribute("channel_id") in started):
+                continue
+            if kind == "all-reduce" and scattered:
+                kind, size = "reduce-scatter", array_bytes(instructions[-1].shape)
+            else:
+                size = _result_bytes(i, shapes)
+            sent[kind] += times[name] * size
+            operations[kind] += times[name]
+    return Work(flops, dict(sent), dict(operations), tuple(unknown))
+
+
+def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """Split a program's text into its computations.
+
+    Returns:
+      Name -> instructions, in order, and the name of the entry computation.
+    """
+    computations, current, entry = {}, None, None
+    for line in text.splitlines():
+        if head := _HEAD.match(line):
+            current = computations[head.group(2)] = []
+            entry = head.group(2) if head.group(1) else entry
+        elif line.startswith("}"):
+            current = None
+        elif current is not None and (instruction := _instruction(line)):
+            current.append(instruction)
+    return computations, entry
+
+
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+
+
+def _instruction(line: str) -> Instruction | None:
+    found = _LINE.match(line)
+    if not found:
+        return None
+    name, rest = found.groups()
+    end = _closing(rest) if rest.startswith("(") else rest.find(" ")
+    shape, rest = rest[: end + 1].strip(), rest[end + 1 :].lstrip()
+    opcode, _, rest = rest.partition("(")
+    end = _closing("(" + rest) - 1
+    inside, rest = rest[:end], rest[end + 1 :]
+    return Instruction(name, shape, opcode, tuple(re.findall(r"%([\w.\-]+)", inside)), rest, inside)
+
+
+def _closing(text: str) -> int:
+    """Return where the parenthesis that opens `text` closes."""
+    depth = 0
+    for place, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return place
+    return len(text)
+
+
+def executions(computations: dict[str, list[Instruction]], entry: str) -> tuple[dict[str, int], list[str]]:
+    """Return how often each computation runs when the entry runs once, and the loops of unknown length.
+
+    All branches of a conditional count, which is too many by all but one.
+    """
+    times, unknown = collections.Counter(), []
+    order = _callers_first(computations, entry)
+    times[entry] = 1
+    for name in order:
+        for i in computations[name]:
+            if i.opcode == "while":
+                trips = trip_count(i, computations, name)
+                if trips is None:
+                    unknown.append(i.name)
+                times[i.attribute("body")] += times[name] * (1 if trips is None else trips)
+                times[i.attribute("condition")] += times[name] * (1 if trips is None else trips + 1)
+            else:
+                for callee in _callees(i):
+                    times[callee] += times[name]
+    return times, unknown
+
+
+def _callees(i: Instruction) -> list[str]:
+    """Return the computations that an instruction runs once; what adds up a reduction is none of them."""
+    if i.opcode == "while":
+        return [i.attribute("body"), i.attribute("condition")]
+    names = []
+    for attribute in ("calls", "branch_computations", "true_computation", "false_computation"):
+        value = i.attribute(attribute)
+        names += [name.strip().lstrip("%") for name in value.split(",")] if value else []
+    if i.opcode in ("call", "async-start"):
+        names += [name for name in (i.attribute("to_apply"), i.attribute("called_computation")) if name]
+    return names
+
+
+def _callers_first(computations, entry: str) -> list[str]:
+    order, seen = [], set()
+
+    def visit(name):
+        if name in seen:
+            return
+        seen.add(name)
+        for i in computations[name]:
+            for callee in _callees(i):
+                visit(callee)
+        order.append(name)
+
+    visit(entry)
+    return order[::-1]
+
+
+def trip_count(loop: Instruction, computations, home: str) -> int | None:
+    """Return how often a `while` runs its body, or None where its text does not tell.
+
+    XLA writes it down where it knows; else it is read off a condition `counter < constant` whose counter
+    starts at a constant and grows by one.
+    """
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
+        return int(known.group(1))
+    condition = computations[loop.attribute("condition")]
+    body, before = computations[loop.attribute("body")], computations[home]
+    root = _resolve(condition[-1].name, condition)
+    if root.opcode == "fusion":  # the comparison alone, wrapped
+        inner = computations[root.attribute("calls")]
+        compare, outer = inner[-1], [_resolve(name, condition) for name in root.operands]
+        sides = [_resolve(name, inner) for name in compare.operands]
+        sides = [outer[int(side.argument)] if side.opcode == "parameter" else side for side in sides]
+    else:
+        compare, sides = root, [_resolve(name, condition) for name in root.operands]
+    if compare.opcode != "compare" or len(sides) != 2 or sides[0].opcode != "get-tuple-element":
+        return None
+    index = int(sides[0].attribute("index"))
+    first = _tuple_element(before, loop.operands[0], index)
+    last = sides[1]
+    if last.opcode == "get-tuple-element":  # the bound is carried along unchanged
+        place = int(last.attribute("index"))
+        carried = _tuple_element(body, body[-1].name, place)
+        if carried is None or carried.opcode != "get-tuple-element" or int(carried.attribute("index")) != place:
+            return None
+        last = _tuple_element(before, loop.operands[0], place)
+    if not (first and last and first.opcode == last.opcode == "constant"):
+        return None
+    step = _increment(body, index, computations)
+    if step is None or step <= 0:
+        return None
+    begin, end = int(first.argument), int(last.argument) + (compare.attribute("direction") == "LE")
+    return max(0, -(-(end - begin) // step)) if compare.attribute("direction") in ("LT", "LE") else None
+
+
+def _increment(body: list[Instruction], index: int, computations) -> int | None:
+    """Return the constant that a loop's body adds to its counter."""
+    new = _tuple_element(body, body[-1].name, index)
+    if new is None:
+        return None
+    scope, outer = body, None
+    if new.opcode == "fusion":
+        scope, outer = computations[new.attribute("calls")], [_resolve(name, body) for name in new.operands]
+        new = _resolve(scope[-1].name, scope)
+    if new.opcode != "add":
+        return None
+    sides = [_resolve(name, scope) for name in new.operands]
+    if outer:
+        sides = [outer[int(side.argument)] if side.opcode == "parameter" else side for side in sides]
+    constants = [int(side.argument) for side in sides if side.opcode == "constant"]
+    return constants[0] if len(constants) == 1 else None
+
+
+def _tuple_element(instructions, name: str, index: int) -> Instruction | None:
+    made = _resolve(name, instructions)
+    if made.opcode != "tuple" or index >= len(made.operands):
+        return None
+    return _resolve(made.operands[index], instructions)
+
+
+def _resolve(name: str, instructions) -> Instruction:
+    """Return the instruction of a name, behind copies and the like."""
+    by_name = {i.name: i for i in instructions}
+    found = by_name[name]
+    while found.opcode in ("copy", "bitcast", "convert", "reshape", "copy-done", "copy-start", "opt-barrier"):
+        found = by_name[found.operands[0]]
+    return found
+
+
+def _channels_started(computations) -> set[str]:
+    """Return the channels of collectives that the TPU compiler spreads over several fusions.
+
+    Such a collective stands in the fusion that starts it, in those that overlap with it and in the one that
+    waits for it, always under the same channel: it is one operation, counted where it starts.
+    """
+    channels = set()
+    for instructions in computations.values():
+        if _has_call(instructions, "AsyncCollectiveStart"):
+            channels |= {i.attribute("channel_id") for i in instructions if i.opcode in COLLECTIVES}
+    return channels
+
+
+def _is_part_of_started(instructions) -> bool:
+    return not _has_call(instructions, "AsyncCollectiveStart")
+
+
+def _has_call(instructions, target: str) -> bool:
+    return any(i.opcode == "custom-call" and f'"{target}"' in i.rest for i in instructions)
+
+
+def _is_reduce_scatter(instructions) -> bool:
+    """Say whether a fusion is the TPU's reduce-scatter: an all-reduce of which each device keeps its slice."""
+    opcodes = [i.opcode for i in instructions]
+    return opcodes[-1:] == ["dynamic-slice"] and opcodes.count("all-reduce") == 1
+
+
+def _result_bytes(i: Instruction, shapes: dict[str, str]) -> int:
+    """Return the bytes of a collective's result; what -start gives also holds its operands and flags."""
+    if not i.opcode.endswith("-start"):
+        return array_bytes(i.shape)
+    arrays = [size for size in map(array_bytes, _ARRAY_WITH_LAYOUT.findall(i.shape))]
+    if i.opcode == "collective-permute-start":
+        return arrays[1] if len(arrays) > 1 else arrays[0]
+    inputs = sum(array_bytes(shapes.get(name, "")) for name in i.operands)
+    return array_bytes(i.shape) - inputs if i.shape.startswith("((") or i.opcode == "all-gather-start" else inputs
+
+
+_ARRAY = re.compile(r"\b(pred|token|[a-z]+\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
+_ARRAY_WITH_LAYOUT = re.compile(r"\b(?:pred|[a-z]+\d+\w*)\[[\d,]*\]")
+
+
+def array_bytes(shape: str) -> int:
+    """Return the bytes of an array's shape, or of all arrays in a tuple's, without padding."""
+    total = 0
+    for dtype, dims in _ARRAY.findall(shape):
+        bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype).group())
+        total += math.ceil(bits * math.prod(_dims(dims)) / 8)
+    return total
+
+
+def _dims(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+def _shape(shape: str) -> list[int]:
+    return _dims(_ARRAY.search(shape).group(2))
+
+
+def product_flops(i: Instruction, shapes: dict[str, str]) -> float:
+    """Return the FLOPs of a dot or a convolution, a multiplication and an addition being two.
+
+    The TPU compiler writes every matrix product as a convolution, batched ones with windows that fall into
+    padding or between the elements of a dilated operand nearly everywhere: those places cost nothing.
+    """
+    out = _shape(i.shape)
+    if i.opcode == "dot":
+        lhs = _shape(shapes[i.operands[0]])
+        return 2.0 * math.prod(out) * math.prod(lhs[d] for d in _dims(i.attribute("lhs_contracting_dims") or ""))
+    lhs, rhs = (_shape(shapes[name]) for name in i.operands)
+    names_in, rest = i.attribute("dim_labels").split("_") if False else _labels(i)
+    names_kernel, names_out = rest
+    window = _window(i.rest)
+    flops = 2.0 * out[names_out.index("b")] * out[names_out.index("f")] * rhs[names_kernel.index("i")]
+    for d in range(len(names_out) - 2):
+        sizes = (lhs[names_in.index(str(d))], rhs[names_kernel.index(str(d))], out[names_out.index(str(d))])
+        flops *= _meetings(*sizes, *(values[d] if values else default for values, default in window))
+    return flops
+
+
+def _labels(i: Instruction):
+    text = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.rest)
+    return text.group(1), (text.group(2), text.group(3))
+
+
+def _window(rest: str) -> list[tuple[list, object]]:
+    """Return (per dimension values or None, default) of a window's strides, paddings and dilations."""
+    found = re.search(r"window=\{([^}]*)\}", rest)
+    fields = dict(field.split("=") for field in found.group(1).split()) if found else {}
+
+    def numbers(name):
+        return [int(v) for v in fields[name].split("x")] if name in fields else None
+
+    pads = [int(p.split("_")[0]) for p in fields["pad"].split("x")] if "pad" in fields else None
+    return [(numbers("stride"), 1), (pads, 0), (numbers("lhs_dilate"), 1), (numbers("rhs_dilate"), 1)]
+
+
+def _meetings(size: int, kernel: int, out: int, stride=1, low=0, lhs_dilate=1, rhs_dilate=1) -> int:
+    """Count the pairs (place of the window, place in it) that read an element of the operand."""
+    place = np.arange(out)[:, None] * stride + np.arange(kernel)[None] * rhs_dilate - low
+    inside = (place >= 0) & (place <= (size - 1) * lhs_dilate) & (place % lhs_dilate == 0)
+    return int(inside.sum())

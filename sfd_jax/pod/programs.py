@@ -1,0 +1,142 @@
+"""What a pod runs, lowered from shapes alone: the functions that the other rooms jit, not copies of them."""
+
+import functools
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from sfd_jax.distributed import batch_sharding, replicated
+from sfd_jax.distributed.sharding import put_same
+from sfd_jax.errors import SfdError
+from sfd_jax.evaluation.features import inception_extractor, lower_features
+from sfd_jax.generation import SampleConfig
+from sfd_jax.generation.sampler import Sampler
+from sfd_jax.latents import LatentLayout, LatentStatistics
+from sfd_jax.models import Network, dinov2_config
+from sfd_jax.models.latent_encoder import LatentEncoder, VisualEncoder
+from sfd_jax.training import Task, TrainConfig, make_optimizer
+from sfd_jax.training.frozen_features import FrozenFeatures, online_features, semvae_features
+from sfd_jax.training.step import lower_train_step
+
+
+def lower_training(task: Task, config: TrainConfig, mesh: Mesh, batch: dict) -> jax.stages.Lowered:
+    """Lower the training step that `fit` runs; arguments as of `lower_train_step`."""
+    return lower_train_step(task, make_optimizer(config.optimizer, config.steps), config, mesh, batch)
+
+
+def training_batch(network: Network, rows: int, *, repa_source: str, image_size: int) -> dict:
+    """Return the shapes of a global batch, as `latent_transform` makes them.
+
+    Args:
+      network: a "lightning_dit".
+      rows: global batch size.
+      repa_source: "stored" batches hold features, "online" ones pixels, others neither.
+      image_size: of the pixels.
+    """
+    dit = network.config
+    shapes = {
+        "latents": ((dit.input_size, dit.input_size, dit.in_channels), np.float32),
+        "labels": ((), np.int32),
+    }
+    if repa_source == "stored":
+        tokens = (dit.input_size // dit.patch_size) ** 2
+        shapes["repa_features"] = ((tokens, dit.repa_features), np.float16)
+    if repa_source == "online":
+        shapes["pixels"] = ((image_size, image_size, 3), np.uint8)
+    return {name: jax.ShapeDtypeStruct((rows, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+
+
+def training_targets(
+    network: Network, layout: LatentLayout, *, repa_source: str, image_size: int, tile_grid: int
+) -> FrozenFeatures | None:
+    """Return what makes REPA's targets inside the step, with shapes for parameters; None where none does."""
+    dit = network.config
+    dtype = dit.compute_dtype
+    if repa_source == "semvae":
+        vae = semantic_vae(layout, input_dim=dit.repa_features, compute_dtype=dtype)
+        return semvae_features(vae, vae.abstract_params(), layout, blank_statistics(layout), tile_grid)
+    if repa_source == "online":
+        visual = visual_encoder(dit.input_size, image_size, tile_grid, compute_dtype=dtype)
+        return online_features(visual, visual.network.abstract_params())
+    return None
+
+
+def lower_sampling(
+    model: Network, weak: Network | None, layout: LatentLayout, clocks, config: SampleConfig, mesh: Mesh, rows: int
+) -> jax.stages.Lowered:
+    """Lower what `Sampler` runs on a batch of `rows` samples over all devices, the decoder included."""
+    vae = texture_vae(layout)
+    sampler = Sampler(
+        (model, model.abstract_params()),
+        (vae, vae.abstract_params()),
+        weak=weak and (weak, weak.abstract_params()),
+        layout=layout,
+        statistics=blank_statistics(layout),
+        clocks=clocks,
+        config=config,
+        mesh=mesh,
+    )
+    return sampler.lower(rows)
+
+
+def lower_extraction(encoder: LatentEncoder, mesh: Mesh, rows: int, image_size: int) -> jax.stages.Lowered:
+    """Lower what `sfd extract` runs on a host's batch of `rows` images."""
+    networks = extraction_networks(encoder)
+    params = {name: network.abstract_params() for name, network in networks.items()}
+    split = batch_sharding(mesh)
+    pixels = jax.ShapeDtypeStruct((rows, image_size, image_size, 3), np.uint8, sharding=split)
+    index = jax.ShapeDtypeStruct((rows,), np.int32, sharding=split)
+    return jax.jit(encoder).lower(put_same(params, replicated(mesh)), pixels, index)
+
+
+def extraction_encoder(layout: LatentLayout, grid: int, image_size: int, tile_grid: int) -> LatentEncoder:
+    """Return DINOv2-B, the Semantic VAE and the texture VAE composed as `sfd extract` composes them."""
+    visual = visual_encoder(grid, image_size, tile_grid)
+    return LatentEncoder(texture_vae(layout), visual, semantic_vae(layout, input_dim=visual.network.config.width))
+
+
+def extraction_networks(encoder: LatentEncoder) -> dict[str, Network]:
+    """Return the networks of an encoder by the names of their parameters."""
+    return {"texture_vae": encoder.texture, "visual": encoder.visual.network, "semantic_vae": encoder.semantic}
+
+
+def lower_inception(mesh: Mesh, rows: int, image_size: int) -> jax.stages.Lowered:
+    """Lower Inception's features of `rows` images over all devices, as `sfd evaluate` runs them."""
+    metadata = {"network": "inception", "network_config": {}}
+    extractor = inception_extractor((inception().abstract_params(), metadata))
+    return lower_features([extractor], image_size, batch_size=rows, mesh=mesh)
+
+
+# --- The networks beside the diffusion model, as published ------------------------------------------------------
+
+
+def inception() -> Network:
+    return Network("inception", {})
+
+
+def texture_vae(layout: LatentLayout) -> Network:
+    return Network("texture_vae", {"z_channels": layout.texture_channels})
+
+
+def semantic_vae(layout: LatentLayout, **overrides) -> Network:
+    return Network("semantic_vae", {"bottleneck_dim": layout.semantic_channels, **overrides})
+
+
+def visual_encoder(grid: int, image_size: int, tile_grid: int, **overrides) -> VisualEncoder:
+    """Return DINOv2-B, seeing a tile in as many patches as it has latent pixels."""
+    network = Network("dinov2", dinov2_config("B", **overrides))
+    side = min(tile_grid, grid)
+    if image_size * side % grid:
+        raise SfdError(f"images of {image_size} px do not divide over a grid of {grid} latents: set data.images.image_size")
+    return VisualEncoder(network, view_size=side * network.config.patch_size, tile_size=image_size * side // grid)
+
+
+@functools.cache
+def blank_statistics(layout: LatentLayout) -> LatentStatistics:
+    """Return statistics that change nothing: a program's shape does not depend on them."""
+    parts = {"texture": layout.texture_channels, "semantic": layout.semantic_channels}
+    fields = {}
+    for name, channels in parts.items():
+        fields |= {f"{name}_mean": np.zeros(channels, np.float32), f"{name}_std": np.ones(channels, np.float32)}
+    return LatentStatistics(**fields)

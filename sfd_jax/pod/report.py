@@ -1,0 +1,188 @@
+"""Compile a lowered program for a topology and say what it needs: memory, work, traffic, time."""
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import re
+import time
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from sfd_jax.pod.chips import Topology
+from sfd_jax.pod.hlo import COLLECTIVES, Work, read_work
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one chip's HBM.
+
+    Attributes:
+      arguments: what the program is given: state and batch, or parameters.
+      outputs: what it gives back.
+      aliased: of the outputs, those written over donated arguments.
+      temporaries: everything in between, as XLA has laid it out, gaps included.
+      code: the program itself.
+      live: the most that is alive at one time by XLA's account; less than `peak`, which has the gaps.
+    """
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    code: int
+    live: int
+
+    @property
+    def peak(self) -> int:
+        """What must be free on the chip."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One program on one topology.
+
+    Attributes:
+      program: what was compiled, in words.
+      topology: for what.
+      mesh: axis -> size.
+      batch: rows at once, over all chips of the mesh.
+      parameters: network -> number of parameters.
+      memory: of one chip; None where the program does not fit and the compiler gave up.
+      needed: bytes of one chip that it needs at least.
+      work: of one chip in one run; None as `memory`.
+      lower_seconds, compile_seconds: wall clock, to trace and lower, and to compile.
+    """
+
+    program: str
+    topology: Topology
+    mesh: dict[str, int]
+    batch: int
+    parameters: dict[str, int]
+    memory: Memory | None
+    needed: int
+    work: Work | None
+    lower_seconds: float
+    compile_seconds: float
+
+    @property
+    def fits(self) -> bool:
+        return self.memory is not None and self.needed <= self.topology.chip.usable
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it, and where it was measured, as JSON-able values in bytes, FLOPs and seconds."""
+        values = dataclasses.asdict(self)
+        values["topology"] = {"name": self.topology.name, "slices": self.topology.slices, "chips": self.topology.count}
+        if self.memory:
+            values["memory"]["peak"] = self.memory.peak
+        chip = self.topology.chip
+        values["chip"] = {"memory": chip.memory, "usable": chip.usable, "matrix_rate": chip.matrix_rate}
+        return {**values, "fits": self.fits, "machine": machine()}
+
+
+def measure(
+    lower, *, program: str, topology: Topology, mesh: Mesh, batch: int, parameters: dict[str, int]
+) -> Measurement:
+    """Lower, compile and measure a program.
+
+    Args:
+      lower: () -> jax.stages.Lowered, for the devices of `topology`.
+      program, topology, batch, parameters: as in `Measurement`.
+      mesh: what the program is split over.
+
+    Returns:
+      The measurement; of a program that is too large for the chip the memory it needs, and nothing else.
+    """
+    begin = time.monotonic()
+    lowered = lower()
+    middle = time.monotonic()
+    memory, work = None, None
+    try:
+        compiled = lowered.compile()
+        memory = read_memory(compiled)
+        needed = memory.peak
+    except jax.errors.JaxRuntimeError as error:
+        needed = needed_bytes(str(error))
+        if needed is None:
+            raise
+    end = time.monotonic()
+    if memory:
+        work = read_work(compiled.as_text())
+    return Measurement(
+        program, topology, dict(mesh.shape), batch, parameters, memory, needed, work, middle - begin, end - middle
+    )
+
+
+def read_memory(compiled: jax.stages.Compiled) -> Memory:
+    """Return what XLA says of a compiled program; of one device, as a program split by SPMD is that of one."""
+    stats = compiled.memory_analysis()
+    return Memory(
+        arguments=stats.argument_size_in_bytes,
+        outputs=stats.output_size_in_bytes,
+        aliased=stats.alias_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes,
+        code=stats.generated_code_size_in_bytes,
+        live=stats.peak_memory_in_bytes,
+    )
+
+
+def needed_bytes(message: str) -> int | None:
+    """Read off the compiler's complaint how much memory of a chip a program needs; None where it is another one."""
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    found = re.search(r"(?:Used|required for HLO temporaries \() ?([\d.]+)([KMG])", message)
+    return int(float(found.group(1)) * {"K": 2**10, "M": 2**20, "G": 2**30}[found.group(2)]) if found else None
+
+
+def machine() -> dict[str, Any]:
+    """Return what compiled: versions and processor."""
+    return {
+        "jax": jax.__version__,
+        "libtpu": importlib.metadata.version("libtpu"),
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def table(m: Measurement) -> str:
+    """Return a measurement for the eye, memory in GiB of one chip."""
+    chip, gib = m.topology.chip, lambda size: f"{size / GIB:8.3f} GiB"
+    shape = " x ".join(f"{size} {axis}" for axis, size in m.mesh.items())
+    rows = [
+        ("program", f"{m.program}, batch {m.batch} ({m.batch / _size(m):g} a chip)"),
+        ("topology", f"{m.topology}: {m.topology.count} chips, mesh {shape}"),
+        *((f"parameters, {name}", f"{count / 1e6:,.1f}M") for name, count in m.parameters.items()),
+    ]
+    if m.memory:
+        rows += [
+            ("a chip's arguments", gib(m.memory.arguments)),
+            ("  temporaries", gib(m.memory.temporaries)),
+            ("  outputs", f"{gib(m.memory.outputs)}, of which {m.memory.aliased / GIB:.2f} GiB over donated arguments"),
+            ("  program", gib(m.memory.code)),
+        ]
+    share = f"{m.needed / chip.usable:.0%} of the {chip.usable / GIB:g} GiB that a program may use"
+    rows.append(("  peak" if m.memory else "needs at least", f"{gib(m.needed)}, {share}"))
+    if m.work:
+        rows.append(("FLOPs a chip", f"{m.work.flops:.4g}, {m.work.flops / m.batch * _size(m):.4g} a row"))
+        for kind in COLLECTIVES:
+            if count := m.work.operations.get(kind, 0):
+                rows.append((kind, f"{gib(m.work.sent[kind])} in {count:,} operations"))
+        if m.work.unknown_loops:
+            rows.append(("counted once", "loops that end by their data: " + ", ".join(m.work.unknown_loops)))
+    rows.append(("lowered, compiled", f"{m.lower_seconds:.1f} s, {m.compile_seconds:.1f} s on {os.cpu_count()} cores"))
+    rows.append(("verdict", "fits" if m.fits else "does not fit"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _size(m: Measurement) -> int:
+    size = 1
+    for length in m.mesh.values():
+        size *= length
+    return size
