@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Start a door of `sfd` with its flags on all workers, apart from this connection: closing the laptop does not stop it.
+# Where it runs already it stays as it is, so running this again fills in the workers that were missed.
+#
+#   launch.sh --tpu-name=sfd --zone=us-west4-a --project=PROJECT -- \
+#       train --config=configs/sfd.py:xl --workdir=gs://bucket/runs/xl --config.data.path=gs://bucket/latents
+#
+# Each worker writes its output to ~/sfd_jobs/JOB/log (see logs.sh). Doors run in the worker's home folder; on
+# several workers the work folder must be one that all of them see: gs://... or a shared disk.
+#
+#   --job=JOB                  JOB                 a name for it (default: the door's)
+#   --env=NAME=VALUE                               a variable for the door; may come again
+HERE=$(dirname "${BASH_SOURCE[0]}")
+VALUES="job" LISTS="env"
+. "$HERE/common.sh"
+parse "$@"
+need tpu-name zone project
+[ ${#AFTER[@]} -gt 0 ] || die 2 "say what to start after --, as in: -- train --config=configs/sfd.py:xl --workdir=gs://..."
+JOB=${JOB:-${AFTER[0]}}
+case $JOB in *[!A-Za-z0-9_.-]* | [.-]*) die 2 "--job=$JOB: give letters, digits, dots, dashes and underscores" ;; esac
+for setting in ${ENV[@]+"${ENV[@]}"}; do
+    case $setting in [A-Za-z_]*=*) ;; *) die 2 "--env=$setting: write --env=NAME=VALUE" ;; esac
+done
+
+ready_nodes
+# The door's preflight holds these against what it finds, so a worker that is missing is named and not waited for.
+environment=("SFD_EXPECT_PROCESSES=$WORKERS")
+devices=$(devices_of "$NODE_TYPE")
+[ -z "$devices" ] || environment+=("SFD_EXPECT_DEVICES=$((devices * SLICES))")
+[ "$WORKERS" -eq 1 ] || environment+=("SFD_MULTIHOST=1")
+on_workers "$(worker start "$JOB" "${environment[@]}" ${ENV[@]+"${ENV[@]}"} -- "${AFTER[@]}")" ||
+    die 1 "job $JOB did not start on a worker of $FAILED; see its message above. Those that started wait for the \
+others for 5 minutes: run this again, or $HERE/stop.sh"
+[ "$(replied bare)" -eq 0 ] || die 2 "workers are not set up: run $HERE/setup.sh first"
+all_replied started "job $JOB was started"
+[ -n "$DRY_RUN" ] || say "job $JOB runs on $WORKERS workers; its output: $HERE/logs.sh --job=$JOB --follow"

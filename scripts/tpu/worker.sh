@@ -1,0 +1,195 @@
+#!/usr/bin/env bash
+# What runs on a worker, under its home folder; the other scripts copy it there and call it by ssh.
+#
+#   worker.sh install COMMIT            unpack sfd_jax-COMMIT.tar.gz to sfd_jax/, then run tpu_setup.sh
+#   worker.sh start JOB [NAME=VALUE ...] -- DOOR ARGUMENT...
+#                                       start `sfd DOOR ...` so that it outlives this connection
+#   worker.sh status JOB [COMMIT -- DOOR ARGUMENT...]
+#                                       say how the job is: bare (not installed at the commit), idle (never started so),
+#                                       running, exited STATUS, lost (ended without a word, as by a reboot), or other
+#                                       (it runs another command)
+#   worker.sh stop JOB [SECONDS]        SIGTERM, upon which a door saves; SIGKILL after that long (default 300)
+#
+# A job's folder sfd_jobs/JOB holds: command (with its variables), door (without), log, pid while it runs, status once it has ended. Each call that did
+# what it was asked to prints one line "sfd@HOST ..." and may come again: gcloud repeats what a lost connection cut.
+set -euo pipefail
+self=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/$(basename "${BASH_SOURCE[0]}")
+cd "$HOME"
+host=$(hostname)
+
+reply() { printf 'sfd@%s %s\n' "$host" "$*"; }
+
+die() {
+    printf '%s: %s\n' "$host" "$*" >&2
+    exit 2
+}
+
+# alive JOB: whether its supervisor runs. The command line is looked at too, since a reboot gives numbers anew.
+alive() {
+    local pid
+    pid=$(cat "sfd_jobs/$1/pid" 2>/dev/null) || return 1
+    [ -n "$pid" ] && tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | grep -qF " supervise $1 "
+}
+
+install() {
+    local commit=$1 archive=sfd_jax-$1.tar.gz job
+    # A connection that broke may have left an installation at work: wait for it, then look again.
+    exec 9>.sfd_install.lock
+    flock -w 1800 9 || die "another installation runs here for half an hour; look at it: ps aux | grep tpu_setup"
+    if [ "$(cat sfd_jax/.ready 2>/dev/null)" = "$commit" ]; then
+        reply "ready $commit"
+        return
+    fi
+    for job in sfd_jobs/*/; do
+        job=$(basename "$job")
+        ! alive "$job" || die "job $job runs from the installed checkout; stop it first (stop.sh --job=$job)"
+    done
+    if [ "$(cat sfd_jax/.commit 2>/dev/null)" != "$commit" ]; then
+        if [ -e sfd_jax ] && [ ! -f sfd_jax/.commit ]; then
+            die "$HOME/sfd_jax was not made by setup.sh and is left alone; move it away, then run this again"
+        fi
+        rm -rf sfd_jax.new
+        mkdir sfd_jax.new
+        tar -xzf "$archive" -C sfd_jax.new || die "$archive did not arrive whole; run setup.sh again"
+        # The environment stays: only a change of pins makes it anew.
+        if [ -d sfd_jax/.venv ]; then mv sfd_jax/.venv sfd_jax.new/sfd_jax/.venv; fi
+        rm -rf sfd_jax
+        mv sfd_jax.new/sfd_jax sfd_jax
+        rm -rf sfd_jax.new
+        echo "$commit" >sfd_jax/.commit
+    fi
+    rm -f sfd_jax/.ready
+    bash sfd_jax/tpu_setup.sh 9>&-
+    echo "$commit" >sfd_jax/.ready
+    find . -maxdepth 1 -name 'sfd_jax-*.tar.gz' ! -name "$archive" -delete
+    reply "ready $commit"
+}
+
+start() {
+    local job=$1 folder=sfd_jobs/$1 command
+    shift
+    [ -f sfd_jax/.ready ] || die "nothing is installed here; run setup.sh first"
+    command=$(printf '%q ' "$@")
+    mkdir -p "$folder"
+    exec 9>"$folder/lock"
+    flock 9
+    if alive "$job"; then
+        [ "$command" = "$(cat "$folder/command")" ] ||
+            die "job $job runs another command here: $(cat "$folder/command"). Stop it, or choose another --job"
+        reply "started $(cat "$folder/pid") before"
+        return
+    fi
+    rm -f "$folder/pid" "$folder/status"
+    printf '%s' "$command" >"$folder/command"
+    door "$@" >"$folder/door"
+    # Its own session, away from the terminal: the end of the connection sends it nothing.
+    setsid nohup bash "$self" supervise "$job" "$@" </dev/null >>"$folder/log" 2>&1 9>&- &
+    for _ in $(seq 100); do
+        if [ -s "$folder/pid" ]; then
+            reply "started $(cat "$folder/pid")"
+            return
+        fi
+        sleep 0.05
+    done
+    die "job $job did not start: $(tail -n 3 "$folder/log")"
+}
+
+# door [NAME=VALUE ...] -- DOOR ARGUMENT...: the words after --, so that they can be compared.
+door() {
+    while [ "$1" != -- ]; do shift; done
+    shift
+    printf '%q ' "$@"
+}
+
+# The job's process: the door's parent, which writes down how it ended. A SIGTERM goes to the door alone, not to the
+# data workers, which it needs until it has saved.
+supervise() {
+    local job=$1 folder=sfd_jobs/$1 child status signalled
+    shift
+    while [ "$1" != -- ]; do
+        export "${1?}"
+        shift
+    done
+    shift
+    SFD_COMMIT=$(cat sfd_jax/.commit)
+    export SFD_COMMIT
+    echo "=== $(date -u '+%F %T') UTC, $host, commit $SFD_COMMIT: sfd $(printf '%q ' "$@")"
+    sfd_jax/.venv/bin/sfd "$@" &
+    child=$!
+    trap 'signalled=1; kill -TERM "$child" 2>/dev/null || true' TERM
+    echo $$ >"$folder/pid.part"
+    mv "$folder/pid.part" "$folder/pid"
+    # A signal ends `wait` at once, while the door still saves: then wait again.
+    while :; do
+        signalled="" status=0
+        wait "$child" || status=$?
+        [ -n "$signalled" ] || break
+    done
+    echo "=== $(date -u '+%F %T') UTC: exit status $status"
+    echo "$status" >"$folder/status.part"
+    mv "$folder/status.part" "$folder/status"
+}
+
+status() {
+    local job=$1 folder=sfd_jobs/$1 commit=${2:-} same=1
+    if [ $# -gt 2 ] && [ "$(door "$@")" != "$(cat "$folder/door" 2>/dev/null)" ]; then same=""; fi
+    if [ -z "$same" ] && alive "$job"; then
+        reply "other"
+    elif [ ! -f sfd_jax/.ready ] || { [ "${commit:-$(cat sfd_jax/.ready)}" != "$(cat sfd_jax/.ready)" ] && ! alive "$job"; }; then
+        reply "bare"
+    elif [ -z "$same" ]; then
+        reply "idle"
+    elif alive "$job"; then
+        reply "running $(heartbeats "$folder" || true)"
+    elif [ -f "$folder/status" ]; then
+        reply "exited $(cat "$folder/status")"
+    elif [ -f "$folder/command" ]; then
+        reply "lost"
+    else
+        reply "idle"
+    fi
+}
+
+# What the processes of the job last wrote into its work folder, which may be gs://: the step, and for how many
+# seconds the longest silent one has been so. Nothing where there is no work folder or no heartbeat yet.
+heartbeats() {
+    local word words=() workdir=""
+    eval "words=($(cat "$1/door"))"
+    for word in "${words[@]}"; do
+        case $word in --workdir=* | --out=*) workdir=${word#*=} ;; esac
+    done
+    [ -n "$workdir" ] || return 0
+    timeout 30 sfd_jax/.venv/bin/python - "$workdir" "$1/pid" 2>/dev/null <<'READ'
+import json, os, sys, time
+from etils import epath
+beats = [json.loads(file.read_text()) for file in (epath.Path(sys.argv[1]) / "heartbeats").glob("process_*.json")]
+# Those of an earlier start, perhaps on more hosts, lie there too.
+beats = [beat for beat in beats if beat["time"] >= os.path.getmtime(sys.argv[2])]
+if beats:
+    # A step that ended long ago is silence too, but only once there is one: compilation takes its time.
+    ages = [time.time() - (beat.get("step_time") or beat["time"]) for beat in beats if beat.get("status") is None]
+    steps = [beat["step"] for beat in beats if beat.get("step") is not None]
+    print(f"step={max(steps, default=0)} silent={max(0, int(max(ages, default=0)))}")
+READ
+}
+
+stop() {
+    local job=$1 left=$((5 * ${2:-300}))
+    alive "$job" || { status "$job"; return; }
+    kill -TERM "$(cat "sfd_jobs/$job/pid")"
+    while alive "$job"; do
+        if [ "$left" -le 0 ]; then
+            kill -KILL -- "-$(cat "sfd_jobs/$job/pid")" 2>/dev/null || true
+            echo 137 >"sfd_jobs/$job/status"
+            break
+        fi
+        sleep 0.2
+        left=$((left - 1))
+    done
+    status "$job"
+}
+
+case ${1:-} in
+    install | start | supervise | status | stop) "$@" ;;
+    *) sed -n '2,14s/^# \{0,1\}//p' "$self"; [ "${1:-}" = --help ] || exit 2 ;;
+esac

@@ -1,0 +1,145 @@
+"""A small cloud for the scripts of scripts/tpu: a repository of their own, a stand-in for gcloud, a fake door."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.scripts.gcloud_stand_in import kill_jobs
+
+# Stands in for tpu_setup.sh: makes the environment with a door that writes down what it was given and then does as
+# the file `door` in the worker's home says: the exit status of each start in turn, or "stay" until SIGTERM.
+SETUP = r"""#!/usr/bin/env bash
+set -e
+cd "$(dirname "$0")"
+[ ! -f "$HOME/setup_fails" ] || { echo "the package index did not answer" >&2; exit 3; }
+mkdir -p .venv/bin
+cat >.venv/bin/sfd <<'DOOR'
+#!/usr/bin/env bash
+printf '%s\0' "$@" >"$HOME/given"
+env >"$HOME/environment"
+plan=$(head -n 1 "$HOME/../../door")
+[ "$(wc -l <"$HOME/../../door")" -le 1 ] || sed -i 1d "$HOME/../../door"
+echo "the door does: $plan"
+if [ "$plan" = stay ]; then trap 'echo saved; exit 75' TERM; while :; do sleep 0.05; done; fi
+exit "$plan"
+DOOR
+chmod +x .venv/bin/sfd
+echo prepared >>"$HOME/prepared"
+"""
+
+
+class Cloud:
+    """The stand-in's world, and the scripts run against it."""
+
+    def __init__(self, root: Path, folder: Path):
+        self.folder, self.world = folder, folder / "world"
+        self.repository, tools = folder / "a checkout", folder / "bin"
+        self.scripts = self.repository / "scripts" / "tpu"
+        tools.mkdir()
+        self.world.mkdir()
+        shutil.copytree(root / "scripts" / "tpu", self.scripts)
+        (self.repository / "tpu_setup.sh").write_text(SETUP)
+        self.git("init", "-q")
+        self.commit = self.commit_all("first")
+        stand_in = Path(__file__).with_name("gcloud_stand_in.py")
+        self.tool(tools / "gcloud", f'#!/bin/sh\nexec {sys.executable} -S "{stand_in}" "$@"\n')
+        self.tool(tools / "hostname", '#!/bin/sh\necho "$WORKER"\n')
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if name not in ("JOB", "SPOT", "COMMIT", "POLL")},
+            "PATH": f"{tools}:{os.environ['PATH']}",
+            "GCLOUD_WORLD": str(self.world),
+            "TPU_NAME": "pod",
+            "ZONE": "zone-a",
+            "PROJECT": "some-project",
+            "ACCELERATOR_TYPE": "v5litepod-8",
+            "POLL": "0",
+            "BACKOFF": "0",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        self.set(state="ABSENT", pending=[], coming=["PROVISIONING", "ACTIVE"], nodes={}, names=[], workers=2, type="v5litepod-8", fail=[])
+        self.door("0")
+
+    @staticmethod
+    def tool(path: Path, text: str) -> None:
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def git(self, *arguments: str) -> str:
+        name = ("-c", "user.name=t", "-c", "user.email=t@example.org")
+        command = ["git", "-C", str(self.repository), *name, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def commit_all(self, message: str) -> str:
+        self.git("add", "-A")
+        self.git("commit", "-q", "--allow-empty", "-m", message)
+        return self.git("rev-parse", "HEAD")
+
+    def set(self, **values) -> None:
+        path = self.world / "world.json"
+        old = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(old | values))
+
+    def door(self, *plan: str) -> None:
+        """What the door does at each start, on whichever worker; the last one again and again."""
+        (self.world / "door").write_text("".join(f"{line}\n" for line in plan))
+
+    def reset(self) -> None:
+        """An empty cloud again, in which no call was made."""
+        for home in self.homes():
+            kill_jobs(home)
+            shutil.rmtree(home)
+        self.set(state="ABSENT", pending=[], nodes={}, fail=[])
+        self.forget_calls()
+
+    @property
+    def state(self) -> str:
+        return json.loads((self.world / "world.json").read_text())["state"]
+
+    def calls(self) -> list[list[str]]:
+        path = self.world / "calls.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def forget_calls(self) -> None:
+        (self.world / "calls.jsonl").unlink(missing_ok=True)
+
+    def homes(self) -> list[Path]:
+        return sorted((self.world / "homes").glob("*"))
+
+    def given(self, home: Path) -> list[str]:
+        """The arguments that the door was given on a worker."""
+        return (home / "given").read_text().split("\0")[:-1]
+
+    def run(self, script: str, *arguments: str, drop: tuple[str, ...] = (), **environment) -> subprocess.CompletedProcess:
+        settings = {name: value for name, value in (self.environment | environment).items() if name not in drop}
+        return subprocess.run(
+            ["bash", str(self.scripts / f"{script}.sh"), *arguments],
+            capture_output=True, text=True, timeout=120, env=settings, cwd=self.folder, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def up(self, workers: int = 2, ready: bool = True, **values) -> None:
+        """A slice that is there, and prepared where `ready`."""
+        self.set(workers=workers, **values)
+        assert self.run("create").returncode == 0
+        if ready:
+            done = self.run("setup")
+            assert done.returncode == 0, done.stderr
+        self.forget_calls()
+
+    def wait_for(self, condition, seconds: float = 20) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "it did not happen in time"
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def cloud(root, tmp_path):
+    cloud = Cloud(root, tmp_path)
+    yield cloud
+    cloud.reset()
