@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sfd_jax.errors import SfdError
+
 PART = ".part"  # what a file is called while it is being written
 
 
@@ -76,6 +78,14 @@ def write_anywhere(path: Any, text: str) -> None:
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
+
+
+def must_be_local(flag: str, path: str | None) -> None:
+    """Raise SfdError for gs:// and the like, which pathlib would take for a folder called "gs:"."""
+    if path and "://" in str(path):
+        raise SfdError(
+            f"{flag}={path}: only --workdir and checkpoints may lie in a bucket; give a local path, or mount the bucket"
+        )
 
 
 def differences(found: Any, wanted: Any) -> dict[tuple[str, ...], str]:

@@ -23,6 +23,7 @@ from pathlib import Path
 from sfd_jax.cli.flags import door_parser, parse_door
 from sfd_jax.cli.sampling_flags import add_sampling_flags, open_sampler
 from sfd_jax.errors import SfdError
+from sfd_jax.files import must_be_local
 
 
 def main(argv: list[str]) -> int:
@@ -30,8 +31,10 @@ def main(argv: list[str]) -> int:
     args = _parse(argv)
 
     from sfd_jax import distributed
+    from sfd_jax.distributed.preflight import Job
 
-    distributed.start()
+    checkpoints = (args.checkpoint, args.texture_vae, args.weak, args.inception, args.dinov2, args.lpips)
+    distributed.start(Job({"flags": vars(args)}, needs=(args.samples, args.reference, *checkpoints)))
     if args.reconstruction:
         report = _reconstruction(args)
     elif args.samples or args.live:
@@ -81,6 +84,8 @@ def _parse(argv: list[str]):
         raise SfdError("--reconstruction needs --texture_vae=DIR")
     if args.eval_batch_size < 1:
         raise SfdError(f"--eval_batch_size={args.eval_batch_size}: give at least 1")
+    for name in ("samples", "reference", "out", "save_statistics"):
+        must_be_local(f"--{name}", getattr(args, name))
     for path in filter(None, (args.out, args.save_statistics)):
         if Path(path).exists():
             raise SfdError(f"{path} exists already and is not overwritten; choose another name")

@@ -19,15 +19,18 @@ all of them: they share the shards; DIR must be one folder for all.
 """
 
 import functools
+import itertools
 from pathlib import Path
 
 from sfd_jax.cli.flags import door_parser, parse_door
 from sfd_jax.errors import SfdError
+from sfd_jax.files import must_be_local
 
 
 def main(argv: list[str]) -> int:
     """Open the door: extract, repack or check, as the flags say."""
     args = _parse(argv)
+    must_be_local("--out", args.out)
     if args.repack:
         return _check_repack(args) if args.check else _repack(args)
     if not (args.images and args.texture_vae):
@@ -82,10 +85,13 @@ def _extract(args) -> int:
     from sfd_jax.data.extract import extract
     from sfd_jax.data.images import open_images
     from sfd_jax.distributed import hosts
+    from sfd_jax.distributed.heartbeat import Heartbeat
+    from sfd_jax.distributed.preflight import Job
     from sfd_jax.models.fingerprint import params_hash
 
-    hosts.start()
     source = open_images(args.images, args.path, args.split, args.image_size)
+    needs = (args.texture_vae, args.visual, args.semantic_vae)
+    hosts.start(Job({"flags": vars(args), "images": len(source)}, args.out, needs=needs))
     encoder, params, checkpoints = _encoder(args)
     sharding, whole = _shardings(args.batch_size)
     params = jax.device_put(params, whole)
@@ -93,22 +99,28 @@ def _extract(args) -> int:
         return _check_extract(args, source, encoder, params)
     if args.pca:
         params["pca"] = _pca(args, source, encoder, params, sharding, whole)
-    store = extract(
-        source,
-        functools.partial(jax.jit(encoder), params),
-        args.out,
-        batch_size=args.batch_size,
-        config=_config(args, checkpoints),
-        weights={name: params_hash(jax.device_get(tree)) for name, tree in params.items()},
-        dtype=args.dtype,
-        shard_size=args.shard_size,
-        sharding=sharding,
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
-        barrier=functools.partial(hosts.barrier, timeout=24 * 3600.0),
-        workers=args.workers,
-        max_broken=args.max_broken,
-    )
+    jitted, done = jax.jit(encoder), itertools.count(1)
+
+    def encode(pixels, index):
+        if not isinstance(pixels, jax.core.Tracer):  # the engine also asks for the shapes alone
+            heartbeat.at(next(done) * len(pixels))
+        return jitted(params, pixels, index)
+
+    with Heartbeat(args.out, "extract") as heartbeat:
+        store = extract(
+            source,
+            encode,
+            args.out,
+            batch_size=args.batch_size,
+            config=_config(args, checkpoints),
+            weights={name: params_hash(jax.device_get(tree)) for name, tree in params.items()},
+            dtype=args.dtype,
+            shard_size=args.shard_size,
+            sharding=sharding,
+            workers=args.workers,
+            max_broken=args.max_broken,
+            **_share(),
+        )
     hosts.say(_summary(store))
     return 0
 
@@ -208,25 +220,39 @@ def _config(args, checkpoints: dict) -> dict:
     return {name: getattr(args, name) for name in names} | {"checkpoints": checkpoints}
 
 
-def _repack(args) -> int:
+def _share() -> dict:
+    """Return which part of the shards is this host's, and whose bar is shown."""
     import jax
 
+    from sfd_jax.distributed import hosts
+
+    return {
+        "host_index": jax.process_index(),
+        "host_count": jax.process_count(),
+        "barrier": functools.partial(hosts.barrier, timeout=24 * 3600.0),  # the lookout knows whether the others live
+        "progress": None if hosts.is_host0() else False,
+    }
+
+
+def _repack(args) -> int:
     from sfd_jax.data.extract import repack
     from sfd_jax.data.published import PublishedLatents
     from sfd_jax.distributed import hosts
+    from sfd_jax.distributed.heartbeat import Heartbeat
+    from sfd_jax.distributed.preflight import Job
 
-    hosts.start()
-    store = repack(
-        PublishedLatents(args.repack, repa=args.repa),
-        args.out,
-        dtype=args.dtype,
-        shard_size=args.shard_size,
-        statistics=_released_statistics(args),
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
-        barrier=functools.partial(hosts.barrier, timeout=24 * 3600.0),
-        workers=args.workers,
-    )
+    source, statistics = PublishedLatents(args.repack, repa=args.repa), _released_statistics(args)
+    hosts.start(Job({"flags": vars(args), "images": len(source)}, args.out))
+    with Heartbeat(args.out, "extract"):
+        store = repack(
+            source,
+            args.out,
+            dtype=args.dtype,
+            shard_size=args.shard_size,
+            statistics=statistics,
+            workers=args.workers,
+            **_share(),
+        )
     hosts.say(_summary(store))
     return 0
 

@@ -11,10 +11,9 @@ and of hosts change nothing but float rounding (in --mode=published dopri5 share
 batch, as released; there the batch size is part of the recipe).
 """
 
-from functools import partial
-
 from sfd_jax.cli.flags import door_parser, parse_door
 from sfd_jax.cli.sampling_flags import add_sampling_flags, open_sampler
+from sfd_jax.files import must_be_local
 
 
 def main(argv: list[str]) -> int:
@@ -30,19 +29,24 @@ def main(argv: list[str]) -> int:
     flag("--no_npz", action="store_true", help="do not join the chunks to samples.npz")
     args = parse_door(parser, argv)
 
+    must_be_local("--out", args.out)
+
     from sfd_jax import distributed
+    from sfd_jax.distributed.heartbeat import Heartbeat
+    from sfd_jax.distributed.preflight import Job
     from sfd_jax.generation import make_images, write_grid, write_pngs, write_samples_npz
 
-    distributed.start()
+    needs = (args.checkpoint, args.texture_vae, args.weak, args.latent_store)
+    distributed.start(Job({"flags": vars(args)}, args.out, shared=False, needs=needs))
     sampler, labels, recipe, batch_size = open_sampler(args)
-    make_images(
-        partial(sampler, batch_size=batch_size),  # the last batch is padded to it, so one compilation serves all
-        labels,
-        args.out,
-        recipe=recipe,
-        batch_size=batch_size,
-        chunk_size=args.chunk_size,
-    )
+
+    def make(indices, labels):
+        made = sampler(indices, labels, batch_size=batch_size)  # the last batch is padded, so one compilation serves all
+        heartbeat.at(int(indices[-1]) + 1)
+        return made
+
+    with Heartbeat(args.out if distributed.is_host0() else None, "sample") as heartbeat:
+        make_images(make, labels, args.out, recipe=recipe, batch_size=batch_size, chunk_size=args.chunk_size)
     if distributed.is_host0():
         written = [write_grid(args.out, sampler.class_names)]
         written += [] if args.no_npz else [write_samples_npz(args.out)]

@@ -201,6 +201,19 @@ def describe(task, train, source, mesh, workdir) -> str:
     )
 
 
+def check_bucket(folder: str) -> list[str]:
+    """Check that a folder of a bucket can be written to; leaves nothing behind."""
+    from etils import epath
+
+    probe = epath.Path(folder) / ".check"
+    try:
+        probe.write_text("sfd")
+        probe.unlink()
+    except Exception as error:  # its client has types of its own, and may be missing
+        return [f"cannot write to {folder}: {error}"]
+    return []
+
+
 def _check(args, config, source, task, repa: bool) -> int:
     from sfd_jax.cli.build import layout_from_config
     from sfd_jax.data.checks import check_store, check_writable
@@ -216,7 +229,7 @@ def _check(args, config, source, task, repa: bool) -> int:
     if config.train.keep_every:
         kept += config.train.steps // config.train.keep_every
     needed = 16 * task.network.num_params() * kept
-    faults += check_writable(args.workdir, needed)
+    faults += check_bucket(args.workdir) if "://" in args.workdir else check_writable(args.workdir, needed)
     transform = latent_transform(layout_from_config(config), source.statistics, repa=repa)
     try:
         batches = make_batches(source, seed=config.seed, global_batch_size=8, transform=transform, flips=config.data.flips)

@@ -30,11 +30,11 @@ class Heartbeat:
         """Prepare the file of this process.
 
         Args:
-          folder: the job's, local or gs://.
+          folder: the job's, local or gs://; None leaves no file.
           phase: what the process does, e.g. "train"; set the attribute `phase` when that changes.
         """
         index = jax.process_index()
-        self.path = epath.Path(folder) / "heartbeats" / f"process_{index:05d}.json"
+        self.path = None if folder is None else epath.Path(folder) / "heartbeats" / f"process_{index:05d}.json"
         self.phase = phase
         self._step: int | None = None
         self._step_time: float | None = None
@@ -74,6 +74,8 @@ class Heartbeat:
                     self._write()
 
     def _write(self) -> None:
+        if self.path is None:
+            return
         beat = {**self._who, "pid": os.getpid(), "time": round(time.time(), 3), "phase": self.phase, "step": self._step,
                 "step_time": self._step_time and round(self._step_time, 3), "status": self._status}  # fmt: skip
         with contextlib.suppress(Exception):

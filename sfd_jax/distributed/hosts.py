@@ -106,7 +106,10 @@ def broke(error: Exception) -> None:
     """
     if jax.distributed.is_initialized() and _lookout is not None:
         traceback.print_exception(error)
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        cause = error
+        while cause is not None and not isinstance(cause, jax.errors.JaxRuntimeError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
             print("sfd: this may be another host's fault; looking whether all live", file=sys.stderr, flush=True)
             _lookout.wait_for_a_verdict()
     end(1, f"{type(error).__name__}: {error}")

@@ -290,6 +290,8 @@ def _writing(fault: str) -> Iterator[None]:
     except SfdError:
         raise
     except Exception as error:
+        if _of_other_hosts(error):
+            raise
         raise SfdError(
             f"{fault}: {_reason(error)}. Complete checkpoints are untouched; make room or choose a folder that "
             "can be written, then run the same command again"
@@ -303,10 +305,19 @@ def _reading(path: epath.Path) -> Iterator[None]:
     except SfdError:
         raise
     except Exception as error:
+        if _of_other_hosts(error):
+            raise
         raise SfdError(
             f"checkpoint {path} cannot be read: {_reason(error)}. If it is damaged, remove that folder to use the "
             "one before it"
         ) from error
+
+
+def _of_other_hosts(error: BaseException | None) -> bool:
+    """Return whether an operation over several hosts failed, which says nothing of the folder."""
+    while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
+        error = error.__cause__ or error.__context__
+    return error is not None and jax.process_count() > 1
 
 
 def _reason(error: Exception) -> str:

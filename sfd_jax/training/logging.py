@@ -2,17 +2,26 @@
 
 tensorboardX writes the events whether TensorFlow is there or not: one way for everybody, where clu's writers
 would need TensorFlow, and it can mark the rows after a restored step as void, which they cannot.
+
+Nothing can be appended to an object of a bucket. There both files grow in a local folder, and are copied whole once a
+minute and before each checkpoint: rows behind the newest checkpoint are written again by the run that goes on from it.
 """
 
+import contextlib
 import json
 import math
 import os
+import tempfile
 import time
+from pathlib import Path
 
 from etils import epath
 
 from sfd_jax.distributed import is_host0
 from sfd_jax.errors import SfdError
+from sfd_jax.files import write_anywhere
+
+COPY_EVERY = 60.0  # seconds between two copies to a bucket
 
 
 class MetricsLog:
@@ -28,29 +37,37 @@ class MetricsLog:
         Raises:
           SfdError: the folder cannot be written.
         """
-        self._path = epath.Path(workdir) / "metrics.jsonl"
-        self._events = None
+        self._folder = epath.Path(workdir)
+        self._events = self._local = None
         if not is_host0():
             return
         from tensorboardX import SummaryWriter
 
         try:
-            _drop_rows_after(self._path, restored_step)
+            rows = "".join(json.dumps(row) + "\n" for row in read_metrics(workdir) if row["step"] <= restored_step)
+            write_anywhere(self._folder / "metrics.jsonl", rows)
+            grow = Path(self._folder)
+            if "://" in os.fspath(self._folder):
+                self._local = tempfile.TemporaryDirectory(prefix="sfd_metrics_")
+                grow = Path(self._local.name)
+                (grow / "metrics.jsonl").write_text(rows)
+            self._path, self._copied = grow / "metrics.jsonl", time.monotonic()
             self._events = SummaryWriter(
-                str(self._path.parent / "tensorboard"),
+                str(grow / "tensorboard"),
                 purge_step=restored_step + 1,
                 # Two starts within one second must not share a file.
                 filename_suffix=f".{os.getpid()}",
             )
-        except OSError as error:
-            raise SfdError(f"cannot write metrics to {self._path.parent}: {error}") from error
+        except Exception as error:
+            raise SfdError(f"cannot write metrics to {self._folder}: {error}") from error
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: dict[str, float], *, safely: bool = False) -> None:
         """Write one row.
 
         Args:
           step: the step it belongs to.
           values: name to number; one that is not finite is written as null.
+          safely: the row must have reached the folder when this returns, a bucket's too.
 
         Raises:
           SfdError: the row cannot be written.
@@ -65,13 +82,30 @@ class MetricsLog:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
             self._events.flush()
-        except OSError as error:
-            raise SfdError(f"cannot write {self._path}: {error}; make room and run the same command again") from error
+            if self._local and safely:
+                self._copy()
+            elif self._local and time.monotonic() - self._copied > COPY_EVERY:
+                with contextlib.suppress(Exception):  # the next one will do
+                    self._copy()
+        except Exception as error:  # a bucket's client has types of its own
+            raise SfdError(
+                f"cannot write metrics to {self._folder}: {error}; make room and run the same command again"
+            ) from error
 
     def close(self) -> None:
-        """Close the event file."""
+        """Close the files; what a bucket lacks of them is copied, or, where it cannot be, left out."""
         if self._events is not None:
             self._events.close()
+        if self._local:
+            with contextlib.suppress(Exception):
+                self._copy()
+            self._local.cleanup()
+
+    def _copy(self) -> None:
+        grow = Path(self._local.name)
+        for file in filter(Path.is_file, grow.rglob("*")):
+            (self._folder / file.relative_to(grow).as_posix()).write_bytes(file.read_bytes())
+        self._copied = time.monotonic()
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -90,11 +124,3 @@ def read_metrics(workdir) -> list[dict]:
         except json.JSONDecodeError:
             break
     return rows
-
-
-def _drop_rows_after(path: epath.Path, step: int) -> None:
-    rows = [row for row in read_metrics(path.parent) if row["step"] <= step]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    part.replace(path)

@@ -16,7 +16,7 @@ from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from sfd_jax.distributed import is_host0, put_batch, say
+from sfd_jax.distributed import barrier, is_host0, put_batch, say
 from sfd_jax.distributed.heartbeat import Heartbeat
 from sfd_jax.distributed.hosts import preemption_watch
 from sfd_jax.errors import SfdError, TryAgain
@@ -136,7 +136,7 @@ def fit(
                     heartbeat.phase = "evaluate"
                     values |= evaluate(state, step)
                     heartbeat.phase = "train"
-                log.write(step, values)
+                log.write(step, values, safely=save_now)
                 if save_now:  # after the row: a run that goes on from here will not write it again
                     checkpointer.save(step, state, metadata)
                 if leave:
@@ -145,6 +145,7 @@ def fit(
                     raise Preempted()
             heartbeat.at(config.steps)
             checkpointer.wait()  # while SIGTERM is still heard, and others that die are noticed
+            barrier(f"{task.name}: all is saved", timeout=3600.0)
     finally:
         checkpointer.close()
     return state

@@ -6,7 +6,7 @@ from etils import epath
 
 from sfd_jax.distributed import is_host0
 from sfd_jax.errors import SfdError
-from sfd_jax.files import differences
+from sfd_jax.files import differences, write_anywhere
 
 # What may differ when a run goes on: how often it speaks and saves, where it runs, what is done afterwards.
 FREE_KEYS = ("log_every", "checkpoint_every", "keep_last", "keep_every", "max_bad_steps", "workers")
@@ -29,11 +29,10 @@ def claim_workdir(workdir, record: dict, may_extend: bool) -> None:
         if path.exists():
             _compare(path, json.loads(path.read_text()), record, may_extend)
         elif is_host0():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name("run.json.part")  # `files.appearing` knows local disks alone, this may be gs://
-            part.write_text(json.dumps(record, indent=1, sort_keys=True))
-            part.replace(path)
-    except (OSError, json.JSONDecodeError) as error:
+            write_anywhere(path, json.dumps(record, indent=1, sort_keys=True))
+    except SfdError:
+        raise
+    except Exception as error:  # a bucket's client has types of its own, and may be missing
         raise SfdError(f"work folder {path.parent} cannot be used: {error}; choose one that can be written") from error
 
 
