@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Make .venv with the pinned dependencies and this package in it. Safe to run again: it does nothing
 # when pins and package description are unchanged. Usage: setup.sh [extra ...] (extras of pyproject.toml)
+#   setup.sh --find-python   only print which Python it would take
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=""
 for candidate in "${PYTHON:-}" python3 python3.14 python3.13 python3.12 python3.11; do
     [ -n "$candidate" ] || continue
-    if "$candidate" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
         python=$candidate
         break
     fi
@@ -15,6 +16,10 @@ done
 if [ -z "$python" ]; then
     echo "setup: Python 3.11 or newer with the venv module is needed; install it, or name it: PYTHON=/path/to/python $0" >&2
     exit 2
+fi
+if [ "${1:-}" = --find-python ]; then
+    echo "$python"
+    exit 0
 fi
 
 extras=$(IFS=,; echo "$*")
@@ -24,10 +29,36 @@ wanted=$("$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffe
 if [ -x .venv/bin/python ] && [ -f "$stamp" ] && grep -qx "$wanted" "$stamp"; then
     exit 0
 fi
+
+# One installation at a time; the mark of one that was killed tells that .venv is half made.
+mark=.venv/.installing
+if [ -f "$mark" ] && kill -0 "$(cat "$mark")" 2>/dev/null; then
+    echo "setup: process $(cat "$mark") installs into .venv; waiting for it (if that is none of ours, remove $mark)"
+    while [ -f "$mark" ] && kill -0 "$(cat "$mark")" 2>/dev/null; do sleep 1; done
+    exec bash scripts/setup.sh "$@"
+fi
+if [ -d .venv ] && { [ -f "$mark" ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1; }; then
+    echo "setup: .venv was left half made; making it anew"
+    rm -rf .venv
+fi
 echo "setup: installing pinned dependencies into .venv (a minute or two, once)"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
-.venv/bin/python -m pip install --quiet --disable-pip-version-check \
-    --constraint constraints.txt --editable ".${extras:+[$extras]}"
+echo $$ >"$mark"
+for attempt in 1 2 3; do
+    if .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+        --constraint constraints.txt --editable ".${extras:+[$extras]}"; then
+        break
+    fi
+    # Pip fetches everything before it installs, so what failed for the network is as before.
+    if [ "$attempt" = 3 ]; then
+        rm -f "$mark"
+        echo "setup: pip failed three times, see its messages above; if the network failed, run this again" >&2
+        exit 1
+    fi
+    echo "setup: pip failed; trying again in $((5 * attempt)) s" >&2
+    sleep $((5 * attempt))
+done
 # Several sets of extras can be current at once: each has its line; other pins start the list anew.
 if [ -f "$stamp" ] && [ constraints.txt -nt "$stamp" ]; then rm -f "$stamp"; fi
 echo "$wanted" >>"$stamp"
+rm -f "$mark"

@@ -70,7 +70,7 @@ tell() {
 #   absent, gone (to be deleted), waiting (nothing to do), unreachable, bare, idle, running, mixed (some ended, some
 #   run), again (ended, to be started again), done, fault (FAULT is the status), other (another command runs there).
 survey() {
-    local count state
+    local count
     SITUATION=unreachable WHY="gcloud did not answer"
     query_state "" || return 0
     case $STATE in

@@ -1,0 +1,191 @@
+"""scripts/setup.sh, tpu_setup.sh and the look at the devices, with stand-ins for Python, pip and uv."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+# A Python whose pip does as the file pip_plan says, a line a call: ok, fail. It writes its calls down.
+PYTHON = r"""#!/usr/bin/env bash
+here={folder}
+case "$*" in
+    -c*) exec {python} "$@" ;;
+    "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
+    "-m pip --version") ;;
+    "-m pip install"*)
+        echo "$*" >>"$here/pip_calls"
+        plan=$(head -n 1 "$here/pip_plan"); sed -i 1d "$here/pip_plan"
+        [ "$plan" != fail ] || {{ echo "the index did not answer" >&2; exit 1; }}
+        case "$*" in *--target*) mkdir -p "$7/bin"; cp "$here/uv" "$7/bin/uv" ;; esac ;;
+    *) exit 99 ;;
+esac
+"""
+# A uv that has no Python until it has installed one, which fails while the file uv_fails is there.
+UV = r"""#!/usr/bin/env bash
+here={folder}
+case "$*" in
+    "python find --managed-python 3.11") [ -f "$here/installed" ] && echo "$here/python" ;;
+    "python install 3.11") [ ! -f "$here/uv_fails" ] && touch "$here/installed" ;;
+    *) exit 99 ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(root, tmp_path):
+    """A checkout with the scripts alone, and a folder of stand-ins beside it."""
+    checkout, tools = tmp_path / "checkout", tmp_path / "tools"
+    (checkout / "scripts/tpu").mkdir(parents=True)
+    tools.mkdir()
+    shutil.copy(root / "tpu_setup.sh", checkout)
+    shutil.copy(root / "scripts/setup.sh", checkout / "scripts")
+    shutil.copy(root / "scripts/tpu/check_devices.py", checkout / "scripts/tpu")
+    (checkout / "constraints.txt").write_text("jax==0\n")
+    (checkout / "pyproject.toml").write_text("")
+    for name, text in (("python", PYTHON), ("uv", UV), ("sleep", "#!/bin/sh\n")):
+        (tools / name).write_text(text.format(folder=tools, python=sys.executable))
+        (tools / name).chmod(0o755)
+    (tools / "pip_plan").write_text("")
+    return checkout
+
+
+def run(checkout, script, *arguments, **environment):
+    tools = checkout.parent / "tools"
+    environment = {"PATH": f"{tools}:/usr/bin:/bin", "HOME": str(checkout), "TPU_CHECK_TIMEOUT": "0", **environment}
+    return subprocess.run(
+        ["bash", str(checkout / script), *arguments], capture_output=True, text=True, timeout=60, env=environment
+    )
+
+
+def setup(checkout, *extras):
+    return run(checkout, "scripts/setup.sh", *extras, PYTHON=str(checkout.parent / "tools/python"))
+
+
+def pip_calls(checkout):
+    path = checkout.parent / "tools/pip_calls"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_setup_installs_the_pins_once(checkout):
+    assert setup(checkout, "dev", "torch").returncode == 0
+    assert "--constraint constraints.txt --editable .[dev,torch]" in pip_calls(checkout)[0]
+    assert setup(checkout, "dev", "torch").returncode == 0 and len(pip_calls(checkout)) == 1
+    (checkout / "constraints.txt").write_text("jax==1\n")
+    assert setup(checkout, "dev", "torch").returncode == 0 and len(pip_calls(checkout)) == 2
+
+
+def test_setup_tries_again_after_a_hiccup_of_pip(checkout):
+    plan = checkout.parent / "tools/pip_plan"
+    plan.write_text("fail\nok\n")
+    done = setup(checkout)
+    assert done.returncode == 0 and "trying again" in done.stderr
+    (checkout / "constraints.txt").write_text("jax==1\n")
+    plan.write_text("fail\nfail\nfail\n")
+    done = setup(checkout)
+    assert done.returncode == 1 and "pip failed three times" in done.stderr
+    # What was there before is still there, and the next run goes on.
+    (checkout / ".venv/kept").touch()
+    assert setup(checkout).returncode == 0 and (checkout / ".venv/kept").exists()
+
+
+@pytest.mark.parametrize("half", ["killed pip", "no pip"])
+def test_setup_makes_a_half_made_environment_anew(checkout, half):
+    old = checkout / ".venv"
+    (old / "bin").mkdir(parents=True)
+    (old / "old").touch()
+    shutil.copy(checkout.parent / "tools/python", old / "bin/python")
+    if half == "killed pip":
+        dead = subprocess.Popen(["true"])
+        dead.wait()
+        (old / ".installing").write_text(f"{dead.pid}\n")
+    else:
+        (old / "bin/python").write_text("#!/bin/sh\nexit 1\n")
+    done = setup(checkout)
+    assert done.returncode == 0 and "half made" in done.stdout and not (old / "old").exists()
+
+
+def test_setup_waits_for_another_one(checkout):
+    (checkout / ".venv").mkdir()
+    other = subprocess.Popen(["/bin/sleep", "0.5"])
+    (checkout / ".venv/.installing").write_text(f"{other.pid}\n")
+    (checkout.parent / "tools/sleep").unlink()
+    begin = time.monotonic()
+
+    import threading
+
+    threading.Thread(target=other.wait).start()  # so that it does not stay as a zombie, which `kill -0` still finds
+    done = setup(checkout)
+    assert done.returncode == 0 and "waiting for it" in done.stdout and time.monotonic() - begin > 0.4
+
+
+def test_tpu_setup_takes_the_python_that_is_there(checkout):
+    done = run(checkout, "tpu_setup.sh", PYTHON=str(checkout.parent / "tools/python"))
+    assert done.returncode == 0, done.stderr
+    assert len(pip_calls(checkout)) == 1 and pip_calls(checkout)[0].endswith("--editable .[tpu]")
+
+
+def test_tpu_setup_brings_a_python_where_the_image_has_an_old_one(checkout):
+    tools = checkout.parent / "tools"
+    # The image's Pythons: too old, whatever their name.
+    for name in ("python3", "python3.11", "python3.12", "python3.13", "python3.14"):
+        text = (tools / "python").read_text().replace("-c*) exec", "-c*) exit 1; exec")
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    (tools / "pip_plan").write_text("fail\n")
+    done = run(checkout, "tpu_setup.sh")
+    assert done.returncode == 1 and "uv, which brings Python 3.11, could not be installed" in done.stderr
+    (tools / "uv_fails").touch()
+    done = run(checkout, "tpu_setup.sh")
+    assert done.returncode == 1 and "Python 3.11 could not be fetched" in done.stderr and "apt-get" in done.stderr
+    (tools / "uv_fails").unlink()
+    done = run(checkout, "tpu_setup.sh")
+    assert done.returncode == 0, done.stderr
+    assert (checkout / ".venv/.installed").exists()
+    assert ["uv==" in call for call in pip_calls(checkout)] == [True, True, False]
+    # And again: nothing is left to do.
+    assert run(checkout, "tpu_setup.sh").returncode == 0 and len(pip_calls(checkout)) == 3
+
+
+# --- the look at the devices ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def look(root):
+    spec = importlib.util.spec_from_file_location("check_devices", root / "scripts/tpu/check_devices.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_look_names_who_holds_the_chips(look, tmp_path):
+    chip = tmp_path / "accel0"
+    chip.touch()
+    code = "import sys; file = open(sys.argv[1]); print(flush=True); sys.stdin.read()"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(chip)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    fault = look.check(5, [str(chip)])
+    holder.communicate()
+    assert f"held by process {holder.pid} ({sys.executable}" in fault
+
+
+@pytest.mark.parametrize(
+    "ask, sentence",
+    [
+        ("print('4 local devices of 16: TPU v5e (tpu)')", ""),
+        ("import time; time.sleep(9)", "did not answer within 0 s"),
+        ("print('1 local devices'); raise SystemExit(3)", "no TPU is seen here: JAX took another platform"),
+        ("raise RuntimeError('ABORTED: in use')", "no TPU is seen here: RuntimeError: ABORTED: in use"),
+    ],
+)
+def test_the_look_says_what_is_wrong(look, tmp_path, monkeypatch, capsys, ask, sentence):
+    chip = tmp_path / "accel0"
+    chip.touch()
+    monkeypatch.setattr(look, "ASK", ask)
+    fault = look.check(0.4 if "sleep" in ask else 20, [str(chip)])
+    assert (fault == "") if sentence == "" else sentence in fault
+    if not sentence:
+        assert "4 local devices" in capsys.readouterr().out
+    assert "no TPU chips" in look.check(5, [])
