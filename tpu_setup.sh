@@ -16,7 +16,7 @@ die() {
 # Its version is pinned here and not in constraints.txt, since it runs under the image's Python.
 uv_version=0.13.9
 python_wanted=3.11
-if ! python=$(bash scripts/setup.sh --find-python); then
+if ! python=$(bash scripts/setup.sh --find-python 2>/dev/null); then
     tools=.tools/uv-$uv_version
     if [ ! -x "$tools/bin/uv" ]; then
         echo "tpu_setup: no Python of 3.11 or newer here; getting one"
