@@ -224,7 +224,7 @@ def _join(place: tuple[str, int, int], names: list[str], timeout: float) -> None
             count,
             index,
             initialization_timeout=max(1, int(timeout)),
-            heartbeat_timeout_seconds=int(2 * peer + 60),  # the lookout comes first, and says who it was
+            heartbeat_timeout_seconds=int(10 * peer + 300),  # the lookout comes first, and says who it was
         )
     except (RuntimeError, ValueError) as error:
         raise TryAgain(f"process {index} could not join the others within {timeout:.0f} s: {error}") from error
