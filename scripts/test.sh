@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Set up as the demo does, then run the tests. Arguments pass through to pytest, except:
 #   --with-torch   also install the extra `torch`, so that the tests that need it run
+#   --with-pod     also install the extra `pod`, libtpu, so that a program is compiled for a TPU slice
 #   --fast         leave out the tests marked slow
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -9,6 +10,7 @@ arguments=()
 for argument in "$@"; do
     case $argument in
         --with-torch) extras+=(torch) ;;
+        --with-pod) extras+=(pod) ;;
         --fast) arguments+=(-m "not slow") ;;
         *) arguments+=("$argument") ;;
     esac

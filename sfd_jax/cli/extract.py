@@ -88,18 +88,19 @@ def _extract(args) -> int:
     from sfd_jax.distributed.heartbeat import Heartbeat
     from sfd_jax.distributed.preflight import Job
     from sfd_jax.models.fingerprint import params_hash
+    from sfd_jax.models.latent_encoder import jit_encoder
 
     source = open_images(args.images, args.path, args.split, args.image_size)
     needs = (args.texture_vae, args.visual, args.semantic_vae)
     hosts.start(Job({"flags": vars(args), "images": len(source)}, args.out, needs=needs))
     encoder, params, checkpoints = _encoder(args)
-    sharding, whole = _shardings(args.batch_size)
+    mesh, sharding, whole = _shardings(args.batch_size)
     params = jax.device_put(params, whole)
     if args.check:
         return _check_extract(args, source, encoder, params)
     if args.pca:
         params["pca"] = _pca(args, source, encoder, params, sharding, whole)
-    jitted, done = jax.jit(encoder), itertools.count(1)
+    jitted, done = jit_encoder(encoder, mesh), itertools.count(1)
 
     def encode(pixels, index):
         if not isinstance(pixels, jax.core.Tracer):  # the engine also asks for the shapes alone
@@ -161,7 +162,7 @@ def _encoder(args):
 
 
 def _shardings(batch_size: int):
-    """Return how a batch and how the parameters lie on this host's devices."""
+    """Return this host's devices as a mesh, and how a batch and how the parameters lie on it."""
     import jax
 
     from sfd_jax.distributed.mesh import make_mesh
@@ -171,7 +172,7 @@ def _shardings(batch_size: int):
     if batch_size % len(devices):
         raise SfdError(f"--batch_size={batch_size} must be a multiple of this host's {len(devices)} devices")
     mesh = make_mesh(devices=devices)
-    return batch_sharding(mesh), replicated(mesh)
+    return mesh, batch_sharding(mesh), replicated(mesh)
 
 
 def _pca(args, source, encoder, params, sharding, whole) -> dict:

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 from sfd_jax.errors import SfdError
 from sfd_jax.models.dinov2 import preprocess
@@ -167,6 +168,32 @@ class LatentEncoder:
             return jax.random.normal(key, mean.shape[1:])
 
         return sample_posterior(mean, logvar, jax.vmap(draw)(index))
+
+
+# The texture VAE's widest layers hold a hundred times the image: a device takes this many images at once.
+ENCODE_AT_ONCE = 8
+
+
+def jit_encoder(encoder: LatentEncoder, mesh: Mesh):
+    """Return the jitted `encoder` for batches that are split over a mesh, each device working through its images.
+
+    Args:
+      encoder: what to run.
+      mesh: over whose devices `pixels` and `index` are split, and on which the parameters are repeated.
+
+    Returns:
+      A function of (params, pixels, index), as `LatentEncoder.__call__` has them.
+    """
+
+    def on_device(params, pixels, index):
+        parts = math.gcd(len(index), ENCODE_AT_ONCE)
+        cut = lambda x: x.reshape(len(index) // parts, parts, *x.shape[1:])
+        latents = jax.lax.map(lambda part: encoder(params, *part), (cut(pixels), cut(index)))
+        return jax.tree.map(lambda x: x.reshape(len(index), *x.shape[2:]), latents)
+
+    rows = PartitionSpec(mesh.axis_names)
+    in_specs = (PartitionSpec(), rows, rows)
+    return jax.jit(jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=rows, check_vma=False))
 
 
 def decode_features(network: Network, params: Any, semantic_latents: jax.Array, tile_grid: int) -> jax.Array:

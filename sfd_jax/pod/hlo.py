@@ -68,12 +68,12 @@ def read_work(text: str) -> Work:
             continue
         shapes = {i.name: i.shape for i in instructions}
         scattered = _is_reduce_scatter(instructions)
-        part = _is_part_of_started(instructions)
+        starts = _has_call(instructions, "AsyncCollectiveStart")
         for i in instructions:
             if i.opcode in ("dot", "convolution"):
                 flops += times[name] * product_flops(i, shapes)
             kind = i.opcode.removesuffix("-start")
-            if kind not in COLLECTIVES or (part and i.attribute("channel_id") in started):
+            if kind not in COLLECTIVES or (i.attribute("channel_id") in started and not starts):
                 continue
             if kind == "all-reduce" and scattered:
                 kind, size = "reduce-scatter", array_bytes(instructions[-1].shape)
@@ -265,10 +265,6 @@ def _channels_started(computations) -> set[str]:
     return channels
 
 
-def _is_part_of_started(instructions) -> bool:
-    return not _has_call(instructions, "AsyncCollectiveStart")
-
-
 def _has_call(instructions, target: str) -> bool:
     return any(i.opcode == "custom-call" and f'"{target}"' in i.rest for i in instructions)
 
@@ -283,15 +279,13 @@ def _result_bytes(i: Instruction, shapes: dict[str, str]) -> int:
     """Return the bytes of a collective's result; what -start gives also holds its operands and flags."""
     if not i.opcode.endswith("-start"):
         return array_bytes(i.shape)
-    arrays = [size for size in map(array_bytes, _ARRAY_WITH_LAYOUT.findall(i.shape))]
-    if i.opcode == "collective-permute-start":
-        return arrays[1] if len(arrays) > 1 else arrays[0]
-    inputs = sum(array_bytes(shapes.get(name, "")) for name in i.operands)
-    return array_bytes(i.shape) - inputs if i.shape.startswith("((") or i.opcode == "all-gather-start" else inputs
+    inputs = sum(array_bytes(shapes[name]) for name in i.operands)
+    if i.opcode == "all-gather-start":
+        return array_bytes(i.shape) - inputs
+    return inputs  # a reduction, a permutation and an exchange give as much as they take
 
 
-_ARRAY = re.compile(r"\b(pred|token|[a-z]+\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
-_ARRAY_WITH_LAYOUT = re.compile(r"\b(?:pred|[a-z]+\d+\w*)\[[\d,]*\]")
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 
 
 def array_bytes(shape: str) -> int:
@@ -322,19 +316,13 @@ def product_flops(i: Instruction, shapes: dict[str, str]) -> float:
         lhs = _shape(shapes[i.operands[0]])
         return 2.0 * math.prod(out) * math.prod(lhs[d] for d in _dims(i.attribute("lhs_contracting_dims") or ""))
     lhs, rhs = (_shape(shapes[name]) for name in i.operands)
-    names_in, rest = i.attribute("dim_labels").split("_") if False else _labels(i)
-    names_kernel, names_out = rest
+    names_in, names_kernel, names_out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.rest).groups()
     window = _window(i.rest)
     flops = 2.0 * out[names_out.index("b")] * out[names_out.index("f")] * rhs[names_kernel.index("i")]
     for d in range(len(names_out) - 2):
         sizes = (lhs[names_in.index(str(d))], rhs[names_kernel.index(str(d))], out[names_out.index(str(d))])
         flops *= _meetings(*sizes, *(values[d] if values else default for values, default in window))
     return flops
-
-
-def _labels(i: Instruction):
-    text = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.rest)
-    return text.group(1), (text.group(2), text.group(3))
 
 
 def _window(rest: str) -> list[tuple[list, object]]:

@@ -14,7 +14,7 @@ from sfd_jax.generation import SampleConfig
 from sfd_jax.generation.sampler import Sampler
 from sfd_jax.latents import LatentLayout, LatentStatistics
 from sfd_jax.models import Network, dinov2_config
-from sfd_jax.models.latent_encoder import LatentEncoder, VisualEncoder
+from sfd_jax.models.latent_encoder import LatentEncoder, VisualEncoder, jit_encoder
 from sfd_jax.training import Task, TrainConfig, make_optimizer
 from sfd_jax.training.frozen_features import FrozenFeatures, online_features, semvae_features
 from sfd_jax.training.step import lower_train_step
@@ -87,7 +87,7 @@ def lower_extraction(encoder: LatentEncoder, mesh: Mesh, rows: int, image_size: 
     split = batch_sharding(mesh)
     pixels = jax.ShapeDtypeStruct((rows, image_size, image_size, 3), np.uint8, sharding=split)
     index = jax.ShapeDtypeStruct((rows,), np.int32, sharding=split)
-    return jax.jit(encoder).lower(put_same(params, replicated(mesh)), pixels, index)
+    return jit_encoder(encoder, mesh).lower(put_same(params, replicated(mesh)), pixels, index)
 
 
 def extraction_encoder(layout: LatentLayout, grid: int, image_size: int, tile_grid: int) -> LatentEncoder:

@@ -1,0 +1,182 @@
+"""The counting of a compiled program's text, on pieces of HLO whose answers are known by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sfd_jax.pod import hlo
+
+LOOP = """HloModule jit_step, is_scheduled=true
+
+%add.1 (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%cond (c: (s32[], f32[3,5])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(7)
+  %c = (s32[]{:T(128)}, f32[3,5]{1,0}) parameter(0)
+  %at = s32[]{:T(128)} get-tuple-element(%c), index=0
+  ROOT %lt = pred[] compare(%at, %limit), direction=LT
+}
+
+%body (b: (s32[], f32[3,5])) -> (s32[], f32[3,5]) {
+  %b = (s32[], f32[3,5]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%b), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %y = f32[3,5]{1,0:T(8,128)S(1)} get-tuple-element(%b), index=1
+  %whole = f32[12,5]{1,0} all-gather(%y), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+  %rows = f32[3,5]{1,0} fusion(%whole), kind=kLoop, calls=%inner
+  ROOT %out = (s32[], f32[3,5]{1,0}) tuple(%next, %rows)
+}
+
+%inner (p: f32[12,5]) -> f32[3,5] {
+  %p = f32[12,5]{1,0} parameter(0)
+  %w = f32[3,12]{1,0} constant({...})
+  ROOT %product = f32[3,5]{1,0} dot(%w, %p), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (a: f32[3,5]) -> f32[3,5] {
+  %a = f32[3,5]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[3,5]{1,0}) tuple(%zero, %a)
+  %loop = (s32[], f32[3,5]{1,0}) while(%start), condition=%cond, body=%body
+  %end = f32[3,5]{1,0} get-tuple-element(%loop), index=1
+  ROOT %total = f32[3,5]{1,0} all-reduce(%end), channel_id=2, replica_groups={{0,1,2,3}}, to_apply=%add.1
+}
+"""
+
+
+def test_a_loops_body_counts_as_often_as_it_runs():
+    work = hlo.read_work(LOOP)
+    assert work.sent == {"all-gather": 7 * 12 * 5 * 4, "all-reduce": 3 * 5 * 4}
+    assert work.operations == {"all-gather": 7, "all-reduce": 1}
+    assert work.flops == 7 * 2 * 3 * 5 * 12
+    assert work.unknown_loops == ()
+
+
+@pytest.mark.parametrize(
+    "old, new, trips",
+    [
+        ("constant(0)", "constant(2)", 5),
+        ("direction=LT", "direction=LE", 8),
+        ("%one = s32[] constant(1)", "%one = s32[] constant(3)", 3),
+        ("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"11"}}', 11),
+    ],
+)
+def test_trip_counts(old, new, trips):
+    assert hlo.read_work(LOOP.replace(old, new)).operations["all-gather"] == trips
+
+
+def test_a_loop_that_ends_by_its_data_is_named_and_counted_once():
+    # The bound is the sum of two things, as where a solver asks whether any sample is still on its way.
+    text = LOOP.replace("%limit = s32[]{:T(128)} constant(7)", "%limit = s32[]{:T(128)} add(%at, %at)")
+    work = hlo.read_work(text)
+    assert work.unknown_loops == ("loop",) and work.operations["all-gather"] == 1
+
+
+def test_a_bound_that_the_loop_carries_along_is_found():
+    text = LOOP.replace("(s32[], f32[3,5]{1,0})", "(s32[], f32[3,5]{1,0}, s32[])")
+    text = text.replace("%limit = s32[]{:T(128)} constant(7)", "%n = s32[] constant(1)").replace(
+        "%at = s32[]{:T(128)} get-tuple-element(%c), index=0",
+        "%at = s32[] get-tuple-element(%c), index=0\n  %limit = s32[] get-tuple-element(%c), index=2",
+    )
+    text = text.replace("tuple(%next, %rows)", "tuple(%next, %rows, %kept)").replace(
+        "%one = s32[] constant(1)", "%one = s32[] constant(1)\n  %kept = s32[] get-tuple-element(%b), index=2"
+    )
+    text = text.replace("tuple(%zero, %a)", "tuple(%zero, %a, %nine)").replace(
+        "%zero = s32[] constant(0)", "%zero = s32[] constant(0)\n  %nine = s32[] constant(9)"
+    )
+    assert hlo.read_work(text).operations["all-gather"] == 9
+
+
+def test_a_collective_spread_over_fusions_is_one():
+    part = """
+%{name} (p.{name}: bf16[2,3]) -> bf16[8,3] {{
+  %p.{name} = bf16[2,3]{{1,0}} parameter(0)
+  %gather.{name} = bf16[8,3]{{1,0}} all-gather(%p.{name}), channel_id=5, dimensions={{0}}
+  ROOT %call.{name} = bf16[8,3]{{1,0}} custom-call(%gather.{name}), custom_call_target="{target}"
+}}
+"""
+    parts = [("begin", "AsyncCollectiveStart"), ("overlap", "Sum"), ("wait", "AsyncCollectiveDone")]
+    text = "HloModule m\n" + "".join(part.format(name=name, target=target) for name, target in parts)
+    calls = "".join(f"  %f.{name} = bf16[8,3] fusion(%a), kind=kCustom, calls=%{name}\n" for name, _ in parts)
+    text += "\nENTRY %main (a: bf16[2,3]) -> bf16[8,3] {\n  %a = bf16[2,3] parameter(0)\n" + calls + "}\n"
+    work = hlo.read_work(text)
+    assert work.sent == {"all-gather": 8 * 3 * 2} and work.operations == {"all-gather": 1}
+
+
+def test_an_all_reduce_of_which_a_slice_is_kept_is_a_reduce_scatter():
+    text = """HloModule m
+
+%scatter (p: f32[8,3]) -> f32[2,3] {
+  %p = f32[8,3] parameter(0)
+  %all = f32[8,3] all-reduce(%p), channel_id=1, to_apply=%add
+  %i = s32[] constant(0)
+  ROOT %mine = f32[2,3] dynamic-slice(%all, %i, %i), dynamic_slice_sizes={2,3}
+}
+
+ENTRY %main (a: f32[8,3]) -> f32[2,3] {
+  %a = f32[8,3] parameter(0)
+  ROOT %f = f32[2,3] fusion(%a), kind=kCustom, calls=%scatter
+}
+"""
+    assert hlo.read_work(text).sent == {"reduce-scatter": 2 * 3 * 4}
+
+
+def test_started_collectives_count_their_result():
+    text = """HloModule m
+
+ENTRY %main (a: f32[2,3]) -> f32[2,3] {
+  %a = f32[2,3] parameter(0)
+  %s = (f32[2,3]{1,0:S(1)}, f32[2,3]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%a), channel_id=1
+  %d = f32[2,3] collective-permute-done(%s)
+  %g = (f32[2,3]{1,0}, f32[8,3]{1,0}) all-gather-start(%d), channel_id=2, dimensions={0}
+  %h = f32[8,3] all-gather-done(%g)
+  %r = f32[8,3] all-reduce-start(%h), channel_id=3, to_apply=%add
+  ROOT %e = f32[8,3] all-reduce-done(%r)
+}
+"""
+    assert hlo.read_work(text).sent == {"collective-permute": 24, "all-gather": 96, "all-reduce": 96}
+
+
+@pytest.mark.parametrize(
+    "line, flops",
+    [
+        # x (5, 7) @ w (7, 3)
+        ("%c = f32[5,3] convolution(%x, %w), dim_labels=bf_io->bf", 2 * 5 * 7 * 3),
+        # The batched product (4; 5 x 7) @ (4; 7 x 3) as the TPU compiler writes it: the batch is a spatial axis, of
+        # whose 4 x 4 windows only one place each falls on an element.
+        (
+            "%c = f32[4,5,3] convolution(%y, %v), window={size=4 stride=3 lhs_dilate=4}, dim_labels=0bf_0io->0bf",
+            2 * 4 * 5 * 7 * 3,
+        ),
+        # 3 places of a window of 3 over 6 values padded by 1: the outer two places of all 6 x 3 read the padding.
+        ("%c = f32[2,6,3] convolution(%z, %k), window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f", 2 * 2 * 7 * 3 * 16),
+    ],
+)
+def test_flops_of_convolutions(line, flops):
+    shapes = {
+        "x": "f32[5,7]", "w": "f32[7,3]", "y": "bf16[4,5,7]", "v": "bf16[4,7,3]", "z": "f32[2,6,7]", "k": "f32[3,7,3]",
+    }  # fmt: skip
+    assert hlo.product_flops(hlo._instruction("  " + line), shapes) == flops
+
+
+def test_bytes_of_shapes():
+    assert hlo.array_bytes("bf16[16,3]{1,0:T(8,128)(2,1)S(1)}") == 96
+    assert hlo.array_bytes("(f32[2,3]{1,0}, pred[5], s32[], u4[3])") == 24 + 5 + 4 + 2
+    assert hlo.array_bytes("f8e4m3fn[7]") == 7
+
+
+def test_a_compiled_scan_counts_its_length():
+    """What this machine's own XLA prints of a scan of 6 products is read as 6 products."""
+
+    def run(x, weights):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
+
+    shapes = jax.ShapeDtypeStruct((2, 11), np.float32), jax.ShapeDtypeStruct((6, 11, 11), np.float32)
+    work = hlo.read_work(jax.jit(run).lower(*shapes).compile().as_text())
+    assert work.flops == 6 * 2 * 2 * 11 * 11 and not work.unknown_loops
