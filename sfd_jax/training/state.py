@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from sfd_jax.distributed import param_shardings, with_shardings
+from sfd_jax.distributed import param_shardings, put_same, with_shardings
 from sfd_jax.training.randomness import stream_key
 
 
@@ -69,7 +69,7 @@ def state_from_params(params, optimizer: optax.GradientTransformation, mesh: Mes
     """Make the state of step 0 around given parameters, e.g. converted ones to train further."""
     shapes = jax.eval_shape(lambda p: _first_state(p, optimizer), params)
     shardings = param_shardings(shapes, mesh)
-    params = jax.device_put(params, shardings.params)
+    params = put_same(params, shardings.params)
     return jax.jit(lambda p: _first_state(p, optimizer), out_shardings=shardings)(params)
 
 
