@@ -195,8 +195,8 @@ def test_a_guidance_interval_is_a_jump_that_the_solver_is_told():
     told, stats = run(velocity, SolverConfig(), jumps=(0.1, 0.4))
     # Both groups spend a tenth at rate 1 and nine tenths at rate 3; 1e-5 for the margins.
     np.testing.assert_allclose(told, noise() + 0.1 + 2.7, atol=1e-5)
-    untold, stats_untold = run(velocity, SolverConfig())
-    assert int(stats.nfe) < 0.5 * int(stats_untold.nfe)
+    untold, _ = run(velocity, SolverConfig())
+    assert np.abs(untold - (noise() + 0.1 + 2.7)).max() > 100 * 1e-5
     assert len(stats.nfe_by_stage) == 3  # jumps cut the stages but make no new ones
 
 

@@ -132,22 +132,25 @@ def test_a_sample_does_not_depend_on_its_companions():
     for i in range(3):
         alone = run(start[i : i + 1], STIFFNESS[i : i + 1])
         np.testing.assert_array_equal(alone.sample_nfe[0], together.sample_nfe[i])
-        # The same operations on the same numbers; only XLA's choice of fusion may differ.
-        np.testing.assert_allclose(alone.final[0], together.final[i], atol=1e-6)
+        # The same operations on the same numbers; only XLA's choice of fusion may differ. A last bit of
+        # the step size moves tau, and speed 30 makes thirty times as much of it.
+        np.testing.assert_allclose(alone.final[0], together.final[i], atol=1e-5)
         angle = 1.3 * float(STIFFNESS[i])
         exact = [math.cos(angle), -math.sin(angle)]
-        np.testing.assert_allclose(together.final[i], exact, atol=1e-2)  # six turns at rtol 1e-3
+        # A rotation keeps errors as they are, so that those of the steps add up at most.
+        bound = int(together.sample_nfe[i].sum()) / 6 * tableau.STEP_TOLERANCE * TIGHT["rtol"]
+        np.testing.assert_allclose(together.final[i], exact, atol=bound)
     own = np.asarray(together.sample_nfe).sum(1)
     assert own[0] < own[1] < own[2] == int(together.nfe)  # nobody waits for anybody
 
 
 def test_a_jump_of_the_velocity_is_read_on_both_sides():
-    """The network itself jumps at 0.4: told, the solver stays exact; untold, it pays with calls."""
+    """The network itself jumps at 0.4: told, the solver stays exact; untold, it pays with error."""
     jumping = field(lambda y, tau: jnp.where(tau < 0.4, 1.0, -2.0) + 0 * y)
     told = dopri5(jumping, ONES, [0, 0.4, 1], **TIGHT, jumps=[False, True, False])
     np.testing.assert_allclose(told.final, 1 + 0.4 - 1.2, atol=1e-5)  # a margin of 1e-6 times 3
     untold = dopri5(jumping, ONES, [0, 1], **TIGHT)
-    assert int(told.nfe) < 0.5 * int(untold.nfe)
+    assert np.abs(untold.final - (1 + 0.4 - 1.2)).max() > 100 * 1e-5
     fixed = integrate_grid(jumping, ONES, grid(0, 0.4, 1), method="heun", jumps=[False, True, False])
     np.testing.assert_allclose(fixed.final, 1 + 0.4 - 1.2, atol=1e-5)
 
@@ -227,3 +230,17 @@ def test_agrees_with_torchdiffeq(name):
 def test_unknown_methods_are_named():
     with pytest.raises(SfdError, match="did you mean 'euler'"):
         integrate_grid(DECAY, ONES, grid(0, 1), method="euller")
+
+
+def test_values_near_zero_cost_no_calls():
+    """The error is measured against the sample: a value that passes zero does not shorten the steps."""
+    driven = field(lambda y, tau: jnp.cos(3 * tau) + 0 * y)
+    starts = jnp.asarray([[1.0, 2.0], [-0.2, 2.0]])  # the second sample's first value crosses zero
+    solution = dopri5(driven, starts, [0, 1.3], **TIGHT)
+    np.testing.assert_allclose(solution.final, starts + math.sin(3.9) / 3, atol=2e-3)
+    np.testing.assert_array_equal(solution.sample_nfe[0], solution.sample_nfe[1])
+
+
+def test_steps_before_an_edge():
+    wish, remaining = jnp.float32([0.4, 0.4, 0.4, 0.4]), jnp.float32([0.2, 0.43, 0.5, 0.7])
+    np.testing.assert_allclose(tableau._fit(wish, remaining), [0.2, 0.43, 0.25, 0.4])

@@ -1,0 +1,204 @@
+"""Network calls and error of dopri5: the released way beside `staged` mode, by stage.
+
+  python scripts/benchmarks/solver_calls.py --pack=DIR [--networks=3] [--seeds=0,1,2] [--out=FILE]
+  python scripts/benchmarks/solver_calls.py --demo=demo_out [--guidance=autoguidance] [--batch_size=64]
+
+The systems are the parity pack's small network and further ones of its kind (other seeds of its weights), and a
+demo's trained digits model with its weaker companion; each without guidance, with classifier-free guidance and
+with AutoGuidance, scale 1.5. Both ways start from the same noise. The released way is `published` mode, atol
+1e-6 and rtol 1e-3, one step size for the batch; its calls and those of staged mode count the whole batch, so a
+staged batch counts as its slowest sample; `mean` is what its samples took on average.
+
+Errors are against a much finer solve (rk4, `--reference` calls a unit of time; a tight dopri5 beside it says how
+far that can be trusted): root mean square of the difference over that of the answer, and largest over largest.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+GUIDANCE = ("none", "cfg", "autoguidance")
+SCALE = 1.5
+
+
+class System(NamedTuple):
+    """What to integrate: networks with parameters, clocks and layout."""
+
+    name: str
+    network: object
+    params: dict
+    weak: object
+    weak_params: dict
+    layout: object
+    clocks: object
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        c = self.network.config
+        return c.input_size, c.input_size, c.in_channels
+
+    def velocity_fn(self, kind: str, params: dict, weak_params: dict, labels):
+        """Return the velocity function of a kind of guidance."""
+        from sfd_jax.diffusion import guidance
+
+        apply = functools.partial(self.network.apply, params)
+        if kind == "cfg":
+            null = self.network.config.num_classes
+            return guidance.classifier_free(apply, labels, null_label=null, scale=SCALE, layout=self.layout)
+        if kind == "autoguidance":
+            weak = functools.partial(self.weak.apply, weak_params)
+            return guidance.autoguidance(apply, weak, labels, layout=self.layout, scale=SCALE)
+        return guidance.conditional(apply, labels)
+
+
+def pack_systems(pack: str, networks: int) -> list[System]:
+    """Return the pack's system, and `networks` others with weights of other seeds."""
+    from sfd_jax.parity.dit import clocks_of, layout_of, load_dit
+    from sfd_jax.parity.pack import Case
+
+    systems = []
+    for i in range(1 + networks):
+        case = Case(pack, "ode")
+        if i:
+            case.spec["seed"], case.spec["weak_seed"] = 1000 + 2 * i, 1001 + 2 * i
+        network, params = load_dit(case, "float32")
+        weak, weak_params = load_dit(case, "float32", "weak_config", "weak_params", "weak_seed")
+        name = "pack" if i == 0 else f"pack's kind {i}"
+        systems.append(System(name, network, params, weak, weak_params, layout_of(case), clocks_of(case)))
+    return systems
+
+
+def demo_system(folder: str) -> System:
+    """Return a finished demo's trained models."""
+    from sfd_jax.diffusion.clocks import make_clocks
+    from sfd_jax.latents import LatentLayout
+    from sfd_jax.models import Network
+    from sfd_jax.training import load_params
+
+    (params, metadata), (weak_params, weak_metadata) = (load_params(Path(folder) / x) for x in ("diffusion", "weak"))
+    config = metadata["config"]
+    layout = LatentLayout(config["latents"]["texture_channels"], config["latents"]["semantic_channels"])
+    clocks = make_clocks(config["clocks"]["name"], delta_t=config["clocks"]["delta_t"])
+    networks = [Network(m["network"], m["network_config"]) for m in (metadata, weak_metadata)]
+    return System("digits", networks[0], params, networks[1], weak_params, layout, clocks)
+
+
+def compile_solver(system: System, kind: str, **settings):
+    """Return (params, weak_params, noise, labels) -> (latents, stats), compiled."""
+    import jax
+
+    from sfd_jax.diffusion.sampling import SolverConfig, sample
+
+    solver = SolverConfig(**settings)
+
+    @jax.jit
+    def run(params, weak_params, noise, labels):
+        velocity_fn = system.velocity_fn(kind, params, weak_params, labels)
+        return sample(velocity_fn, noise, layout=system.layout, clocks=system.clocks, solver=solver)
+
+    return run
+
+
+def errors(latents: np.ndarray, answer: np.ndarray) -> dict[str, float]:
+    difference, answer = np.asarray(latents, np.float64) - answer, np.asarray(answer, np.float64)
+    rms = np.sqrt(np.mean(difference**2) / np.mean(answer**2))
+    return {"rms": float(rms), "max": float(np.abs(difference).max() / np.abs(answer).max())}
+
+
+def measure(systems: list[System], kind: str, args) -> list[dict]:
+    """Measure systems that differ in their weights alone, so that each solver is compiled once."""
+    tolerances = dict(atol=args.atol, rtol=args.rtol)
+    steps = round(args.reference * systems[0].clocks.tau_end / 4)
+    solvers = {
+        "reference": dict(name="rk4", num_steps=steps + 1),
+        "tight": dict(atol=1e-8, rtol=1e-5),
+        "released": dict(mode="published"),
+        "staged": tolerances,
+    }
+    runs = {name: compile_solver(systems[0], kind, **settings) for name, settings in solvers.items()}
+    rows = []
+    for system, seed in itertools.product(systems, args.seeds):
+        random = np.random.default_rng([seed, 7])
+        noise = random.standard_normal((args.batch_size, *system.shape)).astype(np.float32)
+        labels = random.integers(0, system.network.config.num_classes, args.batch_size).astype(np.int32)
+        answers = {name: run(system.params, system.weak_params, noise, labels) for name, run in runs.items()}
+        exact = np.asarray(answers["reference"][0])
+        row = {"system": system.name, "guidance": kind, "seed": seed, "batch_size": args.batch_size}
+        row["reference_error"] = errors(answers["tight"][0], exact)
+        for name in ("released", "staged"):
+            latents, stats = answers[name]
+            own = np.asarray(stats.sample_nfe).sum(axis=1)
+            row[name] = {
+                "error": errors(latents, exact),
+                "calls": int(stats.nfe),
+                "by_stage": [int(n) for n in stats.nfe_by_stage],
+                "mean": float(own.mean()),
+                "mean_by_stage": [float(n) for n in np.asarray(stats.sample_nfe).mean(axis=0)],
+            }
+        row["share_of_calls"] = row["staged"]["calls"] / row["released"]["calls"]
+        row["share_of_error"] = {
+            k: row["staged"]["error"][k] / row["released"]["error"][k] for k in ("rms", "max")
+        }
+        rows.append(row)
+        print(describe(row), flush=True)
+    return rows
+
+
+HEADER = (
+    f"{'system':<15}{'guidance':<13}{'seed':>4}  {'released: calls':<22}{'error':>8}  {'staged: calls':<20}{'mean':>6}"
+    f"{'error':>9}  {'calls':>6}{'error rms':>10}{'max':>6}"
+)
+
+
+def describe(row: dict) -> str:
+    calls = [f"{row[w]['calls']} = {'+'.join(map(str, row[w]['by_stage']))}" for w in ("released", "staged")]
+    share = row["share_of_error"]
+    return (
+        f"{row['system']:<15}{row['guidance']:<13}{row['seed']:>4}  {calls[0]:<22}{row['released']['error']['rms']:>8.1e}"
+        f"  {calls[1]:<20}{row['staged']['mean']:>6.1f}{row['staged']['error']['rms']:>9.1e}  "
+        f"{row['share_of_calls']:>6.0%}{share['rms']:>10.2f}{share['max']:>6.2f}"
+    )
+
+
+def main() -> int:
+    """Print the table, and write it as JSON where asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("--pack", help="folder of the parity pack")
+    flag("--networks", type=int, default=3, help="further networks of the pack's kind (default: %(default)s)")
+    flag("--demo", help="work folder of a finished demo")
+    flag("--guidance", choices=GUIDANCE, action="append", help="one kind alone; may be given again")
+    flag("--seeds", type=lambda s: [int(x) for x in s.split(",")], default=[0, 1, 2], help="of noise and labels")
+    flag("--batch_size", type=int, default=64)
+    flag("--atol", type=float, default=1e-6, help="of staged mode (default: %(default)s)")
+    flag("--rtol", type=float, default=1e-3, help="of staged mode (default: %(default)s)")
+    flag("--reference", type=int, default=800, help="calls a unit of time of the exact answer (default: %(default)s)")
+    flag("--out", type=Path, help="JSON file")
+    args = parser.parse_args()
+    if not (args.pack or args.demo):
+        parser.error("give --pack=DIR, --demo=DIR, or both")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+    groups = [pack_systems(args.pack, args.networks)] if args.pack else []
+    groups += [[demo_system(args.demo)]] if args.demo else []
+    print(HEADER)
+    rows = [row for systems in groups for kind in args.guidance or GUIDANCE for row in measure(systems, kind, args)]
+    worst = {
+        "share_of_calls": max(row["share_of_calls"] for row in rows),
+        "share_of_error_rms": max(row["share_of_error"]["rms"] for row in rows),
+    }
+    print(f"worst: {worst['share_of_calls']:.0%} of the calls, {worst['share_of_error_rms']:.2f} of the error")
+    if args.out:
+        args.out.write_text(json.dumps({"worst": worst, "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
