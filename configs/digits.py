@@ -61,6 +61,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
             solver="dopri5",
             mode="staged",
             num_steps=50,
+            calls=0,  # fixed-grid solvers: network calls to spend instead of num_steps; 0: num_steps counts
             atol=1e-3,
             rtol=1e-2,
             timestep_shift=1.0,

@@ -1,7 +1,8 @@
 """Semantic-First Diffusion on ImageNet 256x256: the released recipe.
 
 Paper:    arXiv 2512.04926 (CVPR 2026), final runs: 80 epochs = 400k steps, 800 epochs = 4M steps.
-Hardware: published on GPUs; here a TPU slice or a GPU (memory per chip not yet measured).
+Hardware: published on GPUs; here a TPU slice from v5e:2x2 up, or GPUs. `sfd plan` says what a slice takes; memory a
+          chip as compiled for ten slices is in README.md.
 Expected: FID-50k, balanced labels, published numbers (not ours), without guidance / with AutoGuidance
           xl    80 epochs 3.43 / 1.30 (weak model b at  70k steps, scale 1.6)
           xl   800 epochs 2.54 / 1.06 (weak model b at  70k steps, scale 1.5)
@@ -120,6 +121,7 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
             solver="dopri5",
             mode="staged",  # staged (each stage on its own) | published (the released grid and masks)
             num_steps=100,  # grid points of fixed-grid solvers
+            calls=0,  # fixed-grid solvers: network calls to spend instead of num_steps; 0: num_steps counts
             atol=1e-6,
             rtol=1e-3,
             timestep_shift=1.0,

@@ -41,6 +41,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser, required: bool) -> None:
          "controller (default: %(default)s)")
     flag("--num_steps", type=int, default=100,
          help="grid points of the other solvers than dopri5 (default: %(default)s)")
+    flag("--calls", type=int, default=0,
+         help="network calls that the other solvers may take, instead of --num_steps (default: --num_steps counts)")
     flag("--atol", type=float, default=1e-6, help="dopri5's absolute tolerance (default: %(default)s)")
     flag("--rtol", type=float, default=1e-3, help="dopri5's relative tolerance (default: %(default)s)")
     flag("--timestep_shift", type=float, default=0.0,

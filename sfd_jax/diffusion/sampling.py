@@ -36,6 +36,8 @@ class SolverConfig:
       name: "dopri5", "euler", "heun", "midpoint", "rk4" or "ab2".
       mode: "staged" or "published".
       num_steps: points of the grid, ends included, so one more than the steps; dopri5 has none.
+      calls: the most network calls that a fixed grid may take, instead of `num_steps`; 0 for that. heun and
+        midpoint take two a step, rk4 four, euler one, ab2 one and another one in each stage.
       atol, rtol: tolerances of dopri5.
       timestep_shift: s in s u / (1 + (s - 1) u) on the normalised grid; 0 or 1 leave it even,
         below 1 the steps are finer near the noise, above 1 near the data.
@@ -48,6 +50,7 @@ class SolverConfig:
     name: str = "dopri5"
     mode: str = "staged"
     num_steps: int = 50
+    calls: int = 0
     atol: float = 1e-6
     rtol: float = 1e-3
     timestep_shift: float = 0.0
@@ -63,8 +66,32 @@ class SolverConfig:
                 raise SfdError(f"{name} = {getattr(self, name)}: give at least {least}")
         if self.atol <= 0 or self.rtol <= 0:
             raise SfdError(f"atol = {self.atol} and rtol = {self.rtol} must both be positive")
+        if self.calls < 0 or (self.calls and self.name == "dopri5"):
+            raise SfdError(
+                f"calls = {self.calls} with solver {self.name!r}: a budget of network calls is for the "
+                "solvers of fixed steps, 0 for none; dopri5 follows its tolerances"
+            )
         if self.timestep_shift < 0:
             raise SfdError(f"timestep_shift = {self.timestep_shift}: give 0 (even) or more")
+
+
+    def points(self, segments: int = 1) -> int:
+        """Return the number of points on a grid that is cut into `segments`.
+
+        Raises:
+          SfdError: if `calls` do not reach for a step in each segment.
+        """
+        if not self.calls:
+            return self.num_steps
+        tableau = solvers.TABLEAUS.get(self.name)
+        steps = self.calls // len(tableau.nodes) if tableau else self.calls - segments
+        if steps < segments:
+            least = segments * (len(tableau.nodes) if tableau else 2)
+            raise SfdError(
+                f"calls = {self.calls}: {self.name} in {self.mode} mode needs at least {least} network calls, "
+                f"a step for each of {segments} stretches between breakpoints"
+            )
+        return steps + 1
 
 
 MODES = ("staged", "published")
@@ -171,12 +198,13 @@ def _published(velocity_fn, noise, layout, clocks, solver):
     if solver.name == "dopri5":
         solution = dopri5_shared(field, noise, clocks.edges, **_tolerances(solver))
         return solution.final, _stats(solution, range(len(clocks.edges) - 1))
-    grid = published_points(clocks.tau_end, solver.num_steps, solver.timestep_shift)
+    grid = published_points(clocks.tau_end, solver.points(), solver.timestep_shift)
     solution = solvers.integrate_grid(field, noise, [grid], method=solver.name)
     # Without segments the calls are not told apart by stage: count them where steps start.
     stages = len(clocks.edges) - 1
     starts = np.searchsorted(np.asarray(clocks.breakpoints, np.float32), grid[:-1], side="right")
     calls = np.bincount(starts, minlength=stages) * (int(solution.nfe) // (len(grid) - 1))
+    calls[0] += int(solution.nfe) - calls.sum()  # ab2's first step has one more
     calls = jnp.asarray(calls, jnp.int32)
     sample_nfe = jnp.broadcast_to(calls, (len(noise), stages))
     return solution.final, SamplingStats(solution.nfe, calls, sample_nfe, solution.converged)
@@ -201,7 +229,7 @@ def _staged(velocity_fn, noise, layout, clocks, solver, jumps, stops):
     if solver.name == "dopri5":
         solution = dopri5(field, noise, edges, **_tolerances(solver), **common)
     else:
-        points = staged_points(edges, solver.num_steps, solver.timestep_shift)
+        points = staged_points(edges, solver.points(len(edges) - 1), solver.timestep_shift)
         solution = solvers.integrate_grid(field, noise, points, method=solver.name, **common)
     return solution, _stats(solution, stage_of)
 
@@ -257,8 +285,13 @@ def staged_points(
 
     The rule: take the released grid of as many points. Each inner edge takes the place of the
     nearest of its points (no two edges the same one), so every segment gets its share of the
-    steps, at least one; between two edges the points are then spread evenly. With a timestep
+    steps by its length, at least one; between two edges the points are then spread evenly. With a timestep
     shift all of this happens before the shift.
+
+    Other shares were tried on a trained digits model. Of 16 steps by length 4+8+4; 3+10+3 gave 0.89 to 1.00
+    times its error with euler and heun, and 2+12+2, by how far both clocks run, 1.1 to 2 times. Of 8 steps
+    by length 2+4+2; 2+5+1 and 1+6+1 gave 1 to 3 times its error, with rk4 too. For 4 to 10 steps the stages
+    of delta_t = 0.3 get 1+2+1, 1+3+1, 1+4+1, 2+3+2, 2+4+2, 2+5+2, 2+6+2.
 
     Returns:
       One increasing float32 array for each segment, its two edges included; together they have

@@ -37,7 +37,7 @@ class SampleConfig:
     """Say how to sample; the fields of a config's `sample` group that decide the images.
 
     Attributes:
-      solver, mode, num_steps, atol, rtol, timestep_shift: see `diffusion.sampling.SolverConfig`.
+      solver, mode, num_steps, calls, atol, rtol, timestep_shift: see `diffusion.sampling.SolverConfig`.
       guidance: "none", "cfg" or "autoguidance".
       guidance_scale: 1 is no guidance.
       guidance_scale_semantic, guidance_scale_texture: AutoGuidance's scale of one group; negative for the
@@ -49,6 +49,7 @@ class SampleConfig:
     solver: str = "dopri5"
     mode: str = "staged"
     num_steps: int = 100
+    calls: int = 0
     atol: float = 1e-6
     rtol: float = 1e-3
     timestep_shift: float = 0.0
@@ -69,7 +70,7 @@ class SampleConfig:
     def solver_config(self) -> SolverConfig:
         """Return the integrator's part; raises SfdError where a value is outside its range."""
         return SolverConfig(
-            self.solver, self.mode, self.num_steps, self.atol, self.rtol, self.timestep_shift
+            self.solver, self.mode, self.num_steps, self.calls, self.atol, self.rtol, self.timestep_shift
         )
 
     @classmethod

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sfd_jax.diffusion import guidance
 from sfd_jax.diffusion.clocks import Clocks, FixedOffset, Sequential, Synchronous
 from sfd_jax.diffusion.sampling import (
     SolverConfig,
@@ -222,3 +223,48 @@ def test_impossible_settings_are_refused():
         SolverConfig(rtol=0.0)
     with pytest.raises(SfdError, match="timestep_shift"):
         SolverConfig(timestep_shift=-1.0)
+    with pytest.raises(SfdError, match="follows its tolerances"):
+        SolverConfig(calls=30)
+    with pytest.raises(SfdError, match="rk4 in staged mode needs at least 12 network calls"):
+        run(coupled, SolverConfig(name="rk4", calls=11))
+    with pytest.raises(SfdError, match="ab2 in published mode needs at least 2 network calls"):
+        run(coupled, SolverConfig(name="ab2", mode="published", calls=1))
+
+
+def counted(velocity_fn, seen):
+    """Note the number of rows of each network call that really happens."""
+
+    def apply(latents, t_semantic, t_texture, labels):
+        jax.debug.callback(lambda x: seen.append(len(x)), t_semantic)
+        return velocity_fn(latents, t_semantic, t_texture)
+
+    return apply
+
+
+@pytest.mark.parametrize("mode", ["staged", "published"])
+@pytest.mark.parametrize(("name", "budget", "spent"), [("euler", 7, 7), ("heun", 9, 8), ("rk4", 15, 12), ("ab2", 9, 9)])
+def test_a_budget_of_calls_is_kept(name, budget, spent, mode):
+    seen = []
+    velocity_fn = guidance.conditional(counted(coupled, seen), jnp.zeros(3, jnp.int32))
+    _, stats = run(velocity_fn, SolverConfig(name=name, mode=mode, calls=budget))
+    jax.effects_barrier()
+    assert len(seen) == spent == int(stats.nfe) == int(stats.nfe_by_stage.sum())
+
+
+def test_staged_dopri5_calls_the_network_as_often_as_it_says():
+    seen = []
+    velocity_fn = guidance.conditional(counted(coupled, seen), jnp.zeros(3, jnp.int32))
+    _, stats = run(velocity_fn, SolverConfig())
+    jax.effects_barrier()
+    assert seen == [3] * int(stats.nfe)
+
+
+def test_before_the_guidance_interval_no_null_rows_are_computed():
+    """Euler with 13 steps of 0.1; a group is guided from clock 0.45 on: semantics at tau 0.45."""
+    seen = []
+    velocity_fn = guidance.classifier_free(
+        counted(coupled, seen), jnp.zeros(3, jnp.int32), null_label=1, scale=2.0, layout=LAYOUT, interval_start=0.45
+    )
+    run(velocity_fn, SolverConfig(name="euler", calls=13))
+    jax.effects_barrier()
+    assert seen == 5 * [3] + 8 * [6]

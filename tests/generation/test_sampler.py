@@ -171,3 +171,23 @@ def test_labels_and_values_outside_their_range_are_refused():
     params["final"]["linear"]["bias"] = np.full_like(params["final"]["linear"]["bias"], np.nan)
     with pytest.raises(SfdError, match="sample 3 is not finite"):
         make_sampler((params, metadata), vae(), EULER, mesh=sampler.mesh)(np.arange(3, 5), np.array([0, 1]))
+
+
+def test_the_network_makes_modulation_once_a_sample_and_not_once_a_token():
+    params, metadata = dit()
+    network, batch = Network("lightning_dit", metadata["network_config"]), 3
+    inputs = np.ones((batch, 4, 4, 5), np.float32), *np.full((2, batch), 0.5, np.float32), np.zeros(batch, np.int32)
+    shapes = [eqn.outvars[0].aval.shape for eqn in equations(jax.make_jaxpr(network.apply)(params, *inputs).jaxpr)
+              if eqn.primitive.name == "dot_general"]
+    width = network.config.width
+    # Of all products, those that make 6 D wide modulation (here 2 D in the final layer too) and the clocks' D / 2.
+    assert (batch, 6 * width) in shapes and (batch, 2 * width) in shapes and shapes.count((batch, width // 2)) == 4
+    assert not [s for s in shapes if len(s) > 2 and s[-1] == 6 * width]
+
+
+def equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            if inner := getattr(value, "jaxpr", value if hasattr(value, "eqns") else None):
+                yield from equations(inner)
