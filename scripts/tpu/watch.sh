@@ -6,10 +6,10 @@
 #   watch.sh --tpu-name=sfd --zone=us-west4-a --project=PROJECT --accelerator-type=v5litepod-16 --spot -- \
 #       train --config=configs/sfd.py:xl --workdir=gs://bucket/runs/xl --config.data.path=gs://bucket/latents
 #
-# Ends with 0 once all workers ended with 0. Status 75 of a door means "told to leave, saved", 137 and 143 that it was
-# killed: these start again. Anything else is a fault that a new start does not mend: watch shows the logs' ends and
-# stops with that status; started again after that, it tries once more. It stops, too, after too many starts in a row
-# none of which ran for long.
+# Ends with 0 once all workers ended with 0. Status 75 of a door means "told to leave, saved" or "another host is
+# gone", 134, 137 and 143 that it was aborted or killed: these start again. Anything else is a fault that a new start
+# does not mend: watch shows the logs' ends and stops with that status; started again after that, it tries once more.
+# It stops, too, after too many starts in a row none of which ran for long.
 #
 #   --accelerator-type, --topology, --runtime-version, --spot, --create-flag: see create.sh; --job, --env: see launch.sh
 #   --commit=COMMIT            COMMIT              what the workers get (default: HEAD as watch starts)
@@ -92,7 +92,7 @@ survey() {
         return
     fi
     WHY=""
-    FAULT=$(printf '%s\n' "$REPLIES" | sed -n 's/^sfd@[^ ]* exited //p' | grep -Evx '0|75|137|143' | head -n 1 || true)
+    FAULT=$(printf '%s\n' "$REPLIES" | sed -n 's/^sfd@[^ ]* exited //p' | grep -Evx '0|75|134|137|143' | head -n 1 || true)
     if [ "$(replied other)" -gt 0 ]; then
         SITUATION=other
     elif [ "$(replied bare)" -gt 0 ]; then

@@ -180,6 +180,7 @@ stop() {
     while alive "$job"; do
         if [ "$left" -le 0 ]; then
             kill -KILL -- "-$(cat "sfd_jobs/$job/pid")" 2>/dev/null || true
+            for _ in $(seq 50); do alive "$job" || break; sleep 0.1; done
             echo 137 >"sfd_jobs/$job/status"
             break
         fi
