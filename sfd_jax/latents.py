@@ -187,7 +187,8 @@ def normalised_composite(
         semantic_latents[row] = semantic[row]
         image -= mean
         image /= std
-        image *= np.float32(statistics.multiplier)
+        if statistics.multiplier != 1.0:
+            image *= np.float32(statistics.multiplier)
     return latents
 
 

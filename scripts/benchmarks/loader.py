@@ -5,11 +5,16 @@
 Makes a data set of full-size latents (32 + 16 channels of 16 x 16, both flips, DINOv2 features) in
 the released safetensors layout, repacks it into our store, and reads both in one run, in turns, in
 this process. The original loader opens the image's file, takes its slices, normalises them and
-stacks the batch, image by image; it is repeated here with numpy (with torch where it is installed).
-What is read comes from the page cache in all cases: this is the cost of the loader, not of the disk.
+stacks the batch, image by image, in one thread; it is repeated here with torch, as it is (with numpy
+where torch is missing). Ours reads ahead in two threads, or in --workers processes. What is read comes
+from the page cache in all cases: this is the cost of the loader, not of the disk.
 
-Last comes what training needs: an XL step costs so many FLOPs, a chip of the fastest slice in
-README's pod table does so many a second, so every host must be fed so many images.
+Each loader is set beside the original twice: beside what the original reads to train with REPA (latents
+and features), and, for latents alone, beside the same bytes. `cpu us/image` is the processor time of all
+threads, which other jobs on the machine and the number of its cores disturb less than images a second.
+
+Last comes what training needs: an XL step costs so many FLOPs, and a slice does so many a second, so
+every host must be fed so many images.
 """
 
 import argparse
@@ -21,12 +26,21 @@ from pathlib import Path
 
 import numpy as np
 
-# SFD-XL, forward and backward: 6 FLOPs a parameter and token, 256 tokens; attention adds
-# 12 * L * D * N a token. REPA's projector and embeddings are left out: they are under 2 %.
-XL_FLOPS = 256 * (6 * 675e6 + 12 * 28 * 1152 * 256)
-# A v6e-256 slice: 918 TFLOP/s in bf16 a chip, 4 chips a host. Half of the peak is more than is
-# reached in practice, so the need is not understated.
-SLICE = {"name": "v6e-256", "flops": 918e12, "chips": 256, "chips_a_host": 4, "utilisation": 0.5}
+# SFD-XL with REPA's projector, forward and backward, an image: counted by repa_sources.py --flops.
+XL_FLOPS = 742.2e9
+# The slices of the pod table that XL is trained on: chips, peak FLOP/s of a chip in bf16, global batch. All have
+# 4 chips a host. The two slices of v5e:16x16 are the fastest as a whole, v6e has the hungriest hosts.
+SLICES = {
+    "v6e:8x8": (64, 918e12, 1024),
+    "v5p:4x4x4": (64, 459e12, 1024),
+    "v5e:16x16": (256, 197e12, 4096),
+    "2 x v5e:16x16": (512, 197e12, 4096),
+}
+CHIPS_A_HOST = 4
+UTILISATION = 0.5  # more than is reached in practice, so that the need is not understated
+
+WITH_FEATURES, LATENTS_ALONE = "released layout, with features", "released layout, latents alone"
+TURNS = 5
 
 
 def main() -> int:
@@ -37,13 +51,12 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=10.0, help="for each loader")
     parser.add_argument("--workers", type=int, default=0, help="processes of our loader")
     parser.add_argument("--json", help="file for the numbers")
+    parser.add_argument("--data", type=Path, help="folder of the made data, kept for a run of as many images")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        released, lean, full = make_data(Path(folder), args.images)
-        rates, disk = measure(released, lean, full, args)
-    need = SLICE["flops"] * SLICE["utilisation"] / XL_FLOPS
-    needs = {"a chip": need, "a host": need * SLICE["chips_a_host"], "the slice": need * SLICE["chips"]}
-    report(rates, disk, needs, args)
+        released, lean, full = make_data(args.data or Path(folder), args.images)
+        rates, cpu, disk = measure(released, lean, full, args)
+    report(rates, cpu, disk, args)
     return 0
 
 
@@ -55,61 +68,65 @@ def make_data(folder: Path, count: int):
     from sfd_jax.data.published import PublishedLatents
 
     released = folder / "released"
-    released.mkdir()
+    released.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
     for shard in range(-(-count // 1000)):
-        size = min(1000, count - 1000 * shard)
+        size, path = min(1000, count - 1000 * shard), released / f"latents_rank00_shard{shard:03d}.safetensors"
+        if path.exists():
+            continue
         arrays = {"labels": random.integers(0, 1000, size)}
         for name, channels, dtype in (("latents", 32, "f4"), ("latents_sv", 16, "f4"), ("feats_dino", 768, "f2")):
             for suffix in ("", "_flip"):
                 values = random.standard_normal((size, channels, 16, 16), np.float32)
                 arrays[name + suffix] = values.astype(dtype)
-        save_file(arrays, released / f"latents_rank00_shard{shard:03d}.safetensors")
+        save_file(arrays, path)
     lean = repack(PublishedLatents(released), folder / "lean", progress=False)
     full = repack(PublishedLatents(released, repa=True), folder / "full", progress=False)
     return released, lean, full
 
 
-def measure(released: Path, lean, full, args) -> tuple[dict[str, float], dict[str, float]]:
-    """Return images a second, and bytes an image on disk, of each loader."""
+def measure(released: Path, lean, full, args) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+    """Return images a second, seconds of processor time an image, and bytes an image on disk, of each loader."""
     from sfd_jax.data.pipeline import latent_transform, make_batches
     from sfd_jax.latents import LatentLayout
 
     def ours(store, repa):
-        batches = make_batches(
+        return lambda: make_batches(
             store,
             seed=0,
             global_batch_size=args.batch,
             transform=latent_transform(LatentLayout(32, 16), store.statistics, repa=repa),
             flips=True,
             workers=args.workers,
-        )
-        return batches(0)
+        )(0)
 
     loaders = {
-        "released layout, with features": original(released, lean.statistics, args.batch, True),
-        "released layout, latents alone": original(released, lean.statistics, args.batch, False),
+        WITH_FEATURES: lambda: original(released, lean.statistics, args.batch, True),
+        LATENTS_ALONE: lambda: original(released, lean.statistics, args.batch, False),
         "ours, with features": ours(full, True),
         "ours, latents alone": ours(lean, False),
     }
-    spent = dict.fromkeys(loaders, 0.0)
-    batches = dict.fromkeys(loaders, 0)
-    for iterator in loaders.values():  # warm: page cache, threads, processes
-        for _ in range(2):
-            next(iterator)
-    while min(spent.values()) < args.seconds:  # in turns, so that a busy machine disturbs all alike
-        for name, iterator in loaders.items():
-            start = time.perf_counter()
-            while time.perf_counter() - start < args.seconds / 5:
+    wall, cpu, batches = (dict.fromkeys(loaders, 0.0) for _ in range(3))
+    for _ in range(TURNS):  # in turns, so that a busy machine disturbs all alike
+        for name, make in loaders.items():
+            iterator = make()
+            # Files, threads and processes; and what was read ahead before the clock starts, which is not counted.
+            for _ in range(6 + 3 * args.workers if name.startswith("ours") else 1):
+                next(iterator)
+            start, start_cpu = time.perf_counter(), time.process_time()
+            while time.perf_counter() - start < args.seconds / TURNS:
                 next(iterator)
                 batches[name] += 1
-            spent[name] += time.perf_counter() - start
-    rates = {name: batches[name] * args.batch / spent[name] for name in loaders}
+            wall[name] += time.perf_counter() - start
+            cpu[name] += time.process_time() - start_cpu
+            iterator.close()  # nothing reads ahead in another's turn
+    rates = {name: batches[name] * args.batch / wall[name] for name in loaders}
+    cpu = {name: cpu[name] / batches[name] / args.batch for name in loaders}
     size = sum(path.stat().st_size for path in released.iterdir()) / args.images
-    disk = {"released layout, with features": size}
+    disk = {WITH_FEATURES: size}
     for name, store in (("ours, with features", full), ("ours, latents alone", lean)):
         disk[name] = sum(shard["bytes"] for shard in store.shards) / len(store)
-    return rates, disk
+    return rates, cpu, disk
 
 
 def original(folder: Path, statistics, batch_size: int, features: bool):
@@ -154,17 +171,24 @@ def original(folder: Path, statistics, batch_size: int, features: bool):
             yield {name: stack([item[name] for item in items]) for name in items[0]}
 
 
-def report(rates: dict, disk: dict, needs: dict, args) -> None:
-    """Print the table, and write JSON where asked."""
-    slowest = rates["released layout, with features"]
-    print(f"{'loader':<34}{'images/s':>10}{'times':>8}{'bytes/image':>14}")
+def report(rates: dict, cpu: dict, disk: dict, args) -> None:
+    """Print the tables, and write JSON where asked."""
+    print(f"{'loader':<32}{'images/s':>10}{'cpu us/image':>14}{'beside the original':>21}{'same bytes':>12}{'bytes/image':>13}")
     for name, rate in rates.items():
-        size = f"{disk[name]:,.0f}" if name in disk else "the same"
-        print(f"{name:<34}{rate:>10,.0f}{rate / slowest:>8.1f}{size:>14}")
-    print(f"an XL step on {SLICE['name']} at {SLICE['utilisation']:.0%} of peak needs: ", end="")
-    print(", ".join(f"{rate:,.0f} images/s {what}" for what, rate in needs.items()))
+        same = rates[LATENTS_ALONE if name.endswith("alone") else WITH_FEATURES]
+        # The processor time of worker processes is not this process's.
+        spent = "" if args.workers and name.startswith("ours") else f"{cpu[name] * 1e6:,.0f}"
+        print(f"{name:<32}{rate:>10,.0f}{spent:>14}{rate / rates[WITH_FEATURES]:>20.1f}x{rate / same:>11.1f}x"
+              f"{disk.get(name, disk[WITH_FEATURES]):>13,.0f}")  # fmt: skip
+    needs = {}
+    print(f"an XL step at {UTILISATION:.0%} of peak:")
+    for name, (chips, flops, batch) in SLICES.items():
+        need = chips * flops * UTILISATION / XL_FLOPS
+        needs[name] = {"images_per_second": need, "a_host": need * CHIPS_A_HOST / chips, "step_seconds": batch / need}
+        print(f"  {name:<14} batch {batch}: {1000 * batch / need:.0f} ms, {need:,.0f} images/s, "
+              f"{need * CHIPS_A_HOST / chips:,.0f} for each of {chips // CHIPS_A_HOST} hosts")  # fmt: skip
     if args.json:
-        numbers = {"images_per_second": rates, "bytes_per_image": disk, "needed": needs, "slice": SLICE}
+        numbers = {"images_per_second": rates, "cpu_seconds_per_image": cpu, "bytes_per_image": disk, "needed": needs}
         Path(args.json).write_text(json.dumps(numbers | {"settings": vars(args)}, indent=1) + "\n")
 
 

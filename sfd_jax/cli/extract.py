@@ -282,7 +282,7 @@ def _check_extract(args, source, encoder, params) -> int:
 
     from sfd_jax.data.checks import check_images, check_writable
 
-    faults = check_images(source, split=args.split, expected_count=args.expect_count)
+    faults = check_images(source, split=args.split, expected_count=args.expect_count, max_broken=args.max_broken)
     if args.pca and "pca" not in params:
         width = encoder.visual.network.config.width
         shapes = {"mean": (width,), "components": (width, args.pca)}

@@ -6,8 +6,8 @@
     latents-00003.json       count, checksum and moments of that shard, skipped images
 
 A record is one image, or its mirror image: the raw little-endian bytes of its fields, without any
-header, in the order and with the dtypes and shapes that the manifest lists. So a batch of records is one
-numpy structured array. Fields: `texture` (H,W,C), `semantic` (H,W,C), where extracted `repa_features`
+header, in the order and with the dtypes and shapes that the manifest lists. So a record is one
+numpy structure. Fields: `texture` (H,W,C), `semantic` (H,W,C), where extracted `repa_features`
 (N,F), `label` int32 and `index` int64 (its number in the image source). Where the manifest lists
 `texture_flip` and so on, each image is followed by its mirror image, a record with the same names: the
 loader draws one of the two and reads no byte of the other. All latents are raw, that is not normalised.
@@ -109,15 +109,18 @@ class LatentStore:
         shards = np.searchsorted(self._ends, indices, side="right")
         starts = self._ends[shards] - [self.shards[shard]["count"] for shard in shards]
         numbers = (indices - starts) * self.orientations + flip
-        records = np.empty(len(indices), self.record_dtype)
+        layout = self.record_dtype
+        batch = {name: np.empty((len(indices), *layout[name].shape), layout[name].base) for name in layout.names}
         for row, (shard, number) in enumerate(zip(shards.tolist(), numbers.tolist())):
             try:
                 # A range of one: `read([number])` takes half as long again, a list of many twice as long.
                 raw = self._reader(shard).read(number, number + 1)[0]
-                records[row] = np.frombuffer(raw, self.record_dtype)[0]
+                record = np.frombuffer(raw, layout)[0]
             except (RuntimeError, ValueError, OSError, IndexError) as error:
                 raise self._damaged(self.shards[shard], f"cannot be read ({error})") from error
-        return {name: records[name] for name in self.record_dtype.names}
+            for name, values in batch.items():
+                values[row] = record[name]
+        return batch
 
     def verify(self, shards: list[int] | None = None) -> None:
         """Compare shards with their checksums, reading them whole.
@@ -484,6 +487,9 @@ def _read_manifest(directory: Path) -> dict:
         raise SfdError(f"{path} is damaged ({error}); run `sfd extract` again to rewrite it") from error
     if kind != FORMAT:
         raise SfdError(f"{path} is of format '{kind}'; this version reads '{FORMAT}': make the latents again")
+    wanted = ("count", "label_counts", "fields", "shards", "statistics", "class_names", "config", "skipped")
+    if lacking := [key for key in wanted if key not in manifest]:
+        raise SfdError(f"{path} lacks {', '.join(lacking)}; run `sfd extract` again to rewrite it")
     return manifest
 
 

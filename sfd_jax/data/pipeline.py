@@ -276,7 +276,7 @@ def prefetch(
         one_thread = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
         iterator = iter(dataset.to_iter_dataset(one_thread).mp_prefetch(options))
     else:
-        two_threads = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+        two_threads = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)  # more would leave the cache
         iterator = iter(dataset.to_iter_dataset(two_threads))
     try:
         yield from iterator
@@ -339,8 +339,7 @@ def _latent_batch(batch: Batch, *, layout, statistics, repa: bool) -> Batch:
     latents = normalised_composite(layout, statistics, _wanted(batch, "texture"), _wanted(batch, "semantic"))
     result = {"latents": latents, "labels": batch["label"], "index": batch["index"]}
     if repa:
-        # One block of memory: the records hold them between their other fields.
-        result["repa_features"] = np.ascontiguousarray(_wanted(batch, "repa_features"))
+        result["repa_features"] = _wanted(batch, "repa_features")
     if "pixels" in batch:
         result["pixels"] = batch["pixels"]
     return result

@@ -102,6 +102,8 @@ def test_check_names_each_fault_and_writes_nothing(work, capsys):
     errors = capsys.readouterr().err
     assert "2 faults" in errors and "not the expected 12" in errors and "dog/03.jpg" in errors
     assert not out.exists()
+    assert main(flags(work, out, semantic, "--check", "--max_broken=1")) == 0
+    assert "no faults found" in capsys.readouterr().out
     assert main(flags(work, out, "--visual=nowhere", "--check")) == 2
     assert check_writable(work / "texture_vae", 10**18)[0].endswith("GB are needed")
     assert "is a file" in check_writable(work / "images" / "dog" / "01.jpg" / "out", 1)[0]
@@ -122,6 +124,15 @@ def test_check_store_names_each_fault(work, tmp_path):
                 "'semantic_flip'", "'repa_features_flip'"]  # fmt: skip
     assert len(faults) == len(expected)
     assert all(any(part in fault for fault in faults) for part in expected)
+    path = tmp_path / "ours" / "manifest.json"
+    written = path.read_text()
+    imagenet = {"label_counts": {str(label): 1 for label in range(1000)}}
+    for changed in (imagenet, {"class_names": [str(i) for i in range(1000)], "config": {"split": "train"}}):
+        path.write_text(json.dumps(json.loads(written) | changed))
+        assert any("holds 6 images, not the expected 1,281,167" in fault for fault in check_store(path.parent))
+    path.write_text(json.dumps({key: value for key, value in json.loads(written).items() if key != "statistics"}))
+    assert "manifest.json lacks statistics" in check_store(path.parent)[0]
+    path.write_text(written)
     shard = tmp_path / "ours" / "latents-00002.ar"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
