@@ -37,16 +37,21 @@ echo prepared >>"$HOME/prepared"
 class Cloud:
     """The stand-in's world, and the scripts run against it."""
 
-    def __init__(self, root: Path, folder: Path):
-        self.folder, self.world = folder, folder / "world"
+    def __init__(self, root: Path, folder: Path, like: "Cloud | None" = None):
+        """Make it in a folder; `like` another one's repository, whose prepared workers `up` then copies."""
+        self.folder, self.world, self.like = folder, folder / "world", like
         self.repository, tools = folder / "a checkout", folder / "bin"
         self.scripts = self.repository / "scripts" / "tpu"
         tools.mkdir()
         self.world.mkdir()
-        shutil.copytree(root / "scripts" / "tpu", self.scripts)
-        (self.repository / "tpu_setup.sh").write_text(SETUP)
-        self.git("init", "-q")
-        self.commit = self.commit_all("first")
+        if like:
+            shutil.copytree(like.repository, self.repository)
+            self.commit = like.commit
+        else:
+            shutil.copytree(root / "scripts" / "tpu", self.scripts)
+            (self.repository / "tpu_setup.sh").write_text(SETUP)
+            self.git("init", "-q")
+            self.commit = self.commit_all("first")
         stand_in = Path(__file__).with_name("gcloud_stand_in.py")
         self.tool(tools / "gcloud", f'#!/bin/sh\nexec {sys.executable} -S "{stand_in}" "$@"\n')
         self.tool(tools / "hostname", '#!/bin/sh\necho "$WORKER"\n')
@@ -62,7 +67,9 @@ class Cloud:
             "BACKOFF": "0",
             "PYTHONDONTWRITEBYTECODE": "1",
         }
-        self.set(state="ABSENT", pending=[], coming=["PROVISIONING", "ACTIVE"], nodes={}, names=[], workers=2, type="v5litepod-8", fail=[])
+        coming = ["PROVISIONING", "ACTIVE"]
+        self.set(state="ABSENT", pending=[], coming=coming, nodes={}, names=[], fail=[])
+        self.set(workers=2, type="v5litepod-8", silent=[])
         self.door("0")
 
     @staticmethod
@@ -122,13 +129,18 @@ class Cloud:
             capture_output=True, text=True, timeout=120, env=settings, cwd=self.folder, stdin=subprocess.DEVNULL,
         )  # fmt: skip
 
-    def up(self, workers: int = 2, ready: bool = True, **values) -> None:
-        """A slice that is there, and prepared where `ready`."""
-        self.set(workers=workers, **values)
+    def up(self, workers: int = 2, ready: bool = True) -> None:
+        """A slice of up to two workers that is there, and prepared where `ready`."""
+        self.set(workers=workers)
+        if self.like and "SLICES" not in self.environment:
+            for home in self.like.homes()[:workers]:
+                target = self.world / "homes" / home.name
+                shutil.copytree(home, target) if ready else target.mkdir(parents=True)
+            self.set(state="ACTIVE", nodes={"pod": "READY"}, names=["pod"])
+            return
         assert self.run("create").returncode == 0
-        if ready:
-            done = self.run("setup")
-            assert done.returncode == 0, done.stderr
+        done = self.run("setup")
+        assert done.returncode == 0, done.stderr
         self.forget_calls()
 
     def wait_for(self, condition, seconds: float = 20) -> None:
@@ -138,8 +150,15 @@ class Cloud:
             time.sleep(0.02)
 
 
+@pytest.fixture(scope="session")
+def prepared_cloud(root, tmp_path_factory):
+    cloud = Cloud(root, tmp_path_factory.mktemp("cloud"))
+    cloud.up()
+    return cloud
+
+
 @pytest.fixture
-def cloud(root, tmp_path):
-    cloud = Cloud(root, tmp_path)
+def cloud(root, tmp_path, prepared_cloud):
+    cloud = Cloud(root, tmp_path, prepared_cloud)
     yield cloud
     cloud.reset()

@@ -9,6 +9,7 @@ worker's ssh command is run for real, by bash, in its home. `world.json`:
     nodes     {name: state of the slice's node}
     workers   workers of a node
     type      accelerator type of the nodes
+    silent    workers that gcloud leaves out without a word
     fail      numbers of the calls (from 0, in order) that fail; "from N" is [N, -1]
 """
 
@@ -110,7 +111,7 @@ def chosen(node, flags, world):
     if world["nodes"].get(node) != "READY":
         sys.exit(f"ERROR: {node} is {world['nodes'].get(node)}")
     workers = range(world["workers"]) if flags["worker"] == "all" else [int(flags["worker"])]
-    return [home(node, worker) for worker in workers]
+    return [home(node, worker) for worker in workers if worker not in world["silent"]]
 
 
 def ssh(node, flags, world):
