@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# What an earlier run compiled must not stand in for what this one would; processes that tests start inherit it.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 _flags = os.environ.get("XLA_FLAGS", "")
 if "host_platform_device_count" not in _flags:
     os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count=8".strip()
@@ -17,7 +19,6 @@ import pytest  # noqa: E402
 
 # A silent broadcast over a missing axis is the commonest shape bug: it raises here.
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_enable_compilation_cache", False)
 
 ROOT = Path(__file__).resolve().parents[1]
 # `configs/` and helpers of a test folder import from here without being installed.

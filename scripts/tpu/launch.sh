@@ -3,7 +3,7 @@
 # Where it runs already it stays as it is, so running this again fills in the workers that were missed.
 #
 #   launch.sh --tpu-name=sfd --zone=us-west4-a --project=PROJECT -- \
-#       train --config=configs/sfd.py:xl --workdir=gs://bucket/runs/xl --config.data.path=gs://bucket/latents
+#       train --config=configs/sfd.py:xl --workdir=gs://bucket/runs/xl --config.data.path=/mnt/latents
 #
 # Each worker writes its output to ~/sfd_jobs/JOB/log (see logs.sh). Doors run in the worker's home folder; on
 # several workers the work folder must be one that all of them see: gs://... or a shared disk.

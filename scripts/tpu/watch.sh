@@ -4,7 +4,7 @@
 # itself be stopped and started again at any time, on another machine too.
 #
 #   watch.sh --tpu-name=sfd --zone=us-west4-a --project=PROJECT --accelerator-type=v5litepod-16 --spot -- \
-#       train --config=configs/sfd.py:xl --workdir=gs://bucket/runs/xl --config.data.path=gs://bucket/latents
+#       train --config=configs/sfd.py:xl --workdir=gs://bucket/runs/xl --config.data.path=/mnt/latents
 #
 # Ends with 0 once all workers ended with 0. Status 75 of a door means "told to leave, saved" or "another host is
 # gone", 134, 137 and 143 that it was aborted or killed: these start again. Anything else is a fault that a new start

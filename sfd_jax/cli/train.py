@@ -21,6 +21,7 @@ from pathlib import Path
 
 from sfd_jax.cli.flags import door_parser, parse_door
 from sfd_jax.errors import SfdError
+from sfd_jax.files import must_be_local
 
 
 def main(argv: list[str]) -> int:
@@ -138,6 +139,7 @@ def open_source(path: str, *, repa: bool):
     from sfd_jax.convert.torch_files import read_torch_file
     from sfd_jax.data.published import open_latents, published_statistics
 
+    must_be_local("--config.data.path", path)
     if not path:
         raise SfdError("say where the latents are: --config.data.path=FOLDER, made by `sfd extract`")
 

@@ -28,6 +28,7 @@ JOBS = {
     "killed while saving": (2, {"TROUBLE": "save:kill"}, {}),
     "told to leave": (2, {"TROUBLE": "evaluate:term", "END": "100000"}, {}),
     "told while compiling": (2, {"TROUBLE": "compile:term"}, {}),
+    "told while compiling alone": (1, {"TROUBLE": "compile:term", "SUFFERER": "0"}, {}),
     "bug": (2, {"TROUBLE": "step:error"}, {}),
     "fault before the start": (2, {"TROUBLE": "flags:fault"}, {}),
     "other config": (2, {}, {"END": "9", "NEEDS": "nowhere/latents"}),
@@ -137,7 +138,7 @@ def test_sigterm_at_one_stops_both_at_one_step(jobs):
 def test_sigterm_while_compiling_does_not_wait_for_the_compiler(jobs):
     job = jobs["told while compiling"]
     assert job.statuses == [75, 75], job.says
-    assert "told to leave by SIGTERM" in job.says[1]
+    assert "told to leave by SIGTERM" in job.says[1] and jobs["told while compiling alone"].statuses == [75]
     assert "process 1 (" in job.says[0] and "ended: told to leave by SIGTERM" in job.says[0]
 
 

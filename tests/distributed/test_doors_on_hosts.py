@@ -1,0 +1,90 @@
+"""Two processes extract, train, sample and evaluate what one does, through the doors, on four devices either way."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from sfd_jax.data.latent_store import LatentStore
+from sfd_jax.models import Network
+from sfd_jax.training import load_params, save_params
+
+NETWORKS = {
+    "texture_vae": ("texture_vae", dict(ch=4, ch_mult=(1, 1, 2), num_res_blocks=1, attention_levels=(), z_channels=8, norm_groups=2)),
+    "visual": ("dinov2", dict(width=24, depth=1, num_heads=2, image_size=56, patch_size=14, num_registers=1)),
+    "semantic_vae": ("semantic_vae", dict(arch="linear", input_dim=24, bottleneck_dim=4)),
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Three checkpoints, 20 images in ten classes, and 12 images to be judged."""
+    folder, random = tmp_path_factory.mktemp("doors"), np.random.default_rng(0)
+    for directory, (name, config) in NETWORKS.items():
+        network = Network(name, config)
+        draw = lambda leaf: random.normal(0, 0.3, leaf.shape).astype(np.float32)
+        metadata = {"network": name, "network_config": network.config_dict(), "step": 1, "source": "test"}
+        save_params(folder / directory, jax.tree.map(draw, network.abstract_params()), metadata)
+    for index in range(32):
+        target = folder / "images" / f"class{index % 10}" if index < 20 else folder / "judged"
+        target.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256 if index < 20 else 128, (16, 16, 3), np.uint8)).save(target / f"{index % 20:02d}.png")
+    return folder
+
+
+def start(work: Path, out: Path, count: int) -> list[subprocess.Popen]:
+    """Start the doors as `count` processes with four devices in all."""
+    out.mkdir()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for index in range(count):
+        own = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index),
+               "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // count}",
+               "SFD_EXPECT_PROCESSES": str(count), "SFD_EXPECT_DEVICES": "4"}  # fmt: skip
+        command = [sys.executable, str(Path(__file__).with_name("doors.py")), str(work), str(out)]
+        processes.append(subprocess.Popen(command, env=os.environ | own, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    return processes
+
+
+@pytest.mark.slow
+def test_two_hosts_do_what_one_does(work, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    processes = [*start(work, one, 1), *start(work, two, 2)]
+    ends = [process.communicate(timeout=900) for process in processes]
+    assert [process.returncode for process in processes] == [0] * 3, ends
+    alone, *both = [printed for printed, _ in ends]
+
+    stores = [LatentStore(folder / "latents") for folder in (one, two)]
+    records = [store.read(np.arange(20)) for store in stores]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *records)  # other devices, other tiles
+    assert len(stores[1].shards) == 5
+
+    # Sums over the batch cross the processes in another order.
+    (params, stored), (params_of_two, _) = (load_params(folder / "run", which="raw") for folder in (one, two))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), params, params_of_two)
+    moved = np.abs(params["final"]["linear"]["kernel"]).max()
+    assert stored["step"] == 3 and moved > 1e-3  # it starts at zero
+
+    with np.load(one / "samples" / "samples.npz") as a, np.load(two / "samples" / "samples.npz") as b:
+        difference = np.abs(a["arr_0"].astype(int) - b["arr_0"])
+        assert difference.max() <= 1 and (difference > 0).mean() < 0.01  # truncation to bytes at an edge
+        np.testing.assert_array_equal(a["arr_1"], b["arr_1"])
+        assert a["arr_0"].std() > 5
+
+    scores = [json.loads((folder / "scores.json").read_text())["scores"]["fd_dinov2"] for folder in (one, two)]
+    assert scores[0] > 1e-3 and scores[1] == pytest.approx(scores[0], rel=1e-4)
+
+    # Host 0 alone speaks; the paths differ.
+    assert both[0].replace(str(two), str(one)).splitlines()[-3:] == alone.splitlines()[-3:]
+    assert "fd_dinov2" in both[0] and both[1].count("\n") == 1, both[1]
+    beats = sorted(path.relative_to(two).as_posix() for path in two.rglob("heartbeats/*"))
+    assert beats == [f"{job}/heartbeats/process_0000{i}.json" for job in ("latents", "run", "samples") for i in (0, 1)][:-1]
