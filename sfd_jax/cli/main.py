@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+from sfd_jax import libtpu
 from sfd_jax.errors import SfdError, nearest
 
 # One line a door, in the order in which a project uses them.
@@ -58,6 +59,7 @@ def open_door(door_main, name: str, arguments: list[str]) -> int:
     pipe 0. The other hosts of a job learn of each end that is none of theirs (see distributed/hosts.py).
     """
     keep_compilations()
+    libtpu.hush()
     try:
         status = door_main(arguments) or 0
         sys.stdout.flush()

@@ -123,13 +123,15 @@ class LatentEncoder:
           SfdError: the two groups come out with different grids.
         """
         pixels = to_float(pixels)
-        result = self._orientation(params, pixels, index, 0)
-        if self.flips:
-            flipped = self._orientation(params, pixels[:, :, ::-1], index, 1)
-            result |= {f"{name}_flip": values for name, values in flipped.items()}
-        return result
+        if not self.flips:
+            return self._orientation(params, pixels, index, 0)
+        # One after the other in one loop: the networks are compiled once.
+        views = jnp.stack([pixels, pixels[:, :, ::-1]])
+        both = jax.lax.map(lambda view: self._orientation(params, view[0], index, view[1]), (views, jnp.arange(2)))
+        upright, flipped = (jax.tree.map(lambda values, i=i: values[i], both) for i in range(2))
+        return upright | {f"{name}_flip": values for name, values in flipped.items()}
 
-    def _orientation(self, params, pixels, index, flipped: int) -> dict[str, jax.Array]:
+    def _orientation(self, params, pixels, index, flipped) -> dict[str, jax.Array]:
         mean, logvar = self.texture.apply(params["texture_vae"], pixels, method="encode")
         texture = self._posterior(self.texture_posterior, mean, logvar, index, 2 * flipped)
         if self.visual is None:

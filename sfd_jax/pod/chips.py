@@ -1,11 +1,10 @@
 """TPU chips and their topologies, and devices of them that can be compiled for but not run on."""
 
 import dataclasses
-import importlib.util
 import math
-import os
 import re
 
+from sfd_jax import libtpu
 from sfd_jax.errors import SfdError, nearest
 
 
@@ -94,29 +93,17 @@ def _is_cube_slice(shape: str) -> bool:
     return sides == sorted(sides) and all(side % 4 == 0 and 0 < side <= 24 for side in sides)
 
 
-# Libtpu looks for the machine it is on, says at length what it does not find, and lets one process at a time use the
-# chips. Here are none to be found or to be used.
-_NO_MACHINE = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-
-
 def topology_devices(topology: Topology) -> list:
     """Return the devices of a topology, to build a mesh of and to compile for.
 
     Raises:
       SfdError: libtpu is not installed, or does not know the topology.
     """
-    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
+    if not libtpu.installed():
         raise SfdError(
             "compiling for TPUs needs libtpu, which runs without one too: install it with `bash scripts/setup.sh pod`"
         )
-    for name, value in _NO_MACHINE.items():
-        os.environ.setdefault(name, value)
+    libtpu.expect_no_machine()
     import jax
     from jax.experimental import topologies
 

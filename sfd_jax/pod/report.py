@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -98,24 +99,29 @@ def measure(
     Returns:
       The measurement; of a program that is too large for the chip the memory it needs, and nothing else.
     """
+    lower_seconds, compile_seconds, answer = timed(lower)
+    if isinstance(answer, Exception):
+        memory, work, needed = None, None, needed_bytes(str(answer))
+        if needed is None:
+            raise answer
+    else:
+        memory, work = read_memory(answer), read_work(answer.as_text())
+        needed = memory.peak
+    return Measurement(
+        program, topology, dict(mesh.shape), batch, parameters, memory, needed, work, lower_seconds, compile_seconds
+    )
+
+
+def timed(lower) -> tuple[float, float, jax.stages.Compiled | jax.errors.JaxRuntimeError]:
+    """Lower and compile; return the seconds of both, and what came of it: the program or XLA's complaint."""
     begin = time.monotonic()
     lowered = lower()
     middle = time.monotonic()
-    memory, work = None, None
     try:
-        compiled = lowered.compile()
-        memory = read_memory(compiled)
-        needed = memory.peak
+        answer = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = needed_bytes(str(error))
-        if needed is None:
-            raise
-    end = time.monotonic()
-    if memory:
-        work = read_work(compiled.as_text())
-    return Measurement(
-        program, topology, dict(mesh.shape), batch, parameters, memory, needed, work, middle - begin, end - middle
-    )
+        answer = error
+    return middle - begin, time.monotonic() - middle, answer
 
 
 def read_memory(compiled: jax.stages.Compiled) -> Memory:
@@ -143,7 +149,7 @@ def machine() -> dict[str, Any]:
     """Return what compiled: versions and processor."""
     return {
         "jax": jax.__version__,
-        "libtpu": importlib.metadata.version("libtpu"),
+        "libtpu": importlib.metadata.version("libtpu") if importlib.util.find_spec("libtpu") else None,
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         "date": time.strftime("%Y-%m-%d"),

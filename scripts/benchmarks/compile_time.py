@@ -1,0 +1,52 @@
+"""Seconds to compile the XL training step and sampler, for a TPU slice and for this machine's processor.
+
+  python scripts/benchmarks/compile_time.py [--config=configs/sfd.py:xl] [--topology=v5e:4x4] [--json=FILE]
+
+Each program is lowered and compiled once from shapes alone, one after the other, without JAX's cache: what a first
+start waits for. A second start finds it in the cache. For the processor a batch of 4 stands in for a slice's.
+"""
+
+import argparse
+import json
+
+import jax
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_enable_compilation_cache", False)
+
+from sfd_jax.cli import compile_pod  # noqa: E402
+from sfd_jax.cli.flags import load_config  # noqa: E402
+from sfd_jax.pod import Topology, topology_devices  # noqa: E402
+from sfd_jax.pod.report import machine, timed  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/sfd.py:xl")
+    parser.add_argument("--topology", default="v5e:4x4")
+    parser.add_argument("--only", choices=("cpu", "tpu"))
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    rows = []
+    for place in ("cpu", "tpu"):
+        if args.only in (None, place):
+            small = ["--config.train.global_batch_size=4", "--config.sample.batch_size=4"] if place == "cpu" else []
+            flags = argparse.Namespace(
+                config=load_config(args.config, small), config_name=args.config, weak=None, fsdp=1, batch_size=None
+            )
+            devices = jax.devices()[:1] if place == "cpu" else topology_devices(Topology(args.topology))
+            where = "this processor" if place == "cpu" else args.topology
+            for what in ("train", "sample"):
+                _, mesh, batch, _, lower = compile_pod.PROGRAMS[what](flags, devices)
+                lower_seconds, compile_seconds, _ = timed(lower)
+                rows.append({"program": what, "for": where, "batch": batch, "lower": lower_seconds,
+                             "compile": compile_seconds})  # fmt: skip
+                print(f"{what:<7} {where:<15} batch {batch:<5} lowered in {lower_seconds:5.1f} s, "
+                      f"compiled in {compile_seconds:5.1f} s", flush=True)  # fmt: skip
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({"rows": rows, "machine": machine()}, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
