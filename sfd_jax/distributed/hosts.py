@@ -65,7 +65,7 @@ def start(job: Job | None = None, timeout: float | None = None) -> None:
     elif _lookout is None:
         _watch(Lookout())
     expected = _number("SFD_EXPECT_DEVICES")
-    if expected not in (None, jax.device_count()):
+    if expected is not None and expected != jax.device_count():
         raise SfdError(
             f"SFD_EXPECT_DEVICES={expected}, but there are {jax.device_count()} ({jax.local_device_count()} of them on "
             f"{socket.gethostname()}); does another program hold some, or has the slice another size?"
@@ -142,16 +142,16 @@ def barrier(name: str, timeout: float = 300.0) -> None:
 
 
 @contextlib.contextmanager
-def preemption_watch() -> Iterator[Callable[[int], bool]]:
-    """Watch for SIGTERM; yields a function that tells, asked after each step, whether to save and leave.
+def preemption_watch() -> Iterator[Lookout]:
+    """Watch for SIGTERM; yields the lookout, whose `shall_leave` is to be asked after each step.
 
-    All processes get the same answer at the same step. Until the first question there is nothing to save: a SIGTERM
+    Until the first question there is nothing to save: a SIGTERM
     then ends the process (and with it the others) at once with status 75, in the middle of a compilation too.
     """
     lookout = _lookout or Lookout().start()
     try:
-        with lookout.asking() as told_to_leave:
-            yield told_to_leave
+        with lookout.asking():
+            yield lookout
     finally:
         if lookout is not _lookout:
             lookout.stop()

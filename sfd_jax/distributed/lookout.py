@@ -11,6 +11,7 @@ Silence is counted in one's own ticks, not in time: a process that was stopped i
 import contextlib
 import ctypes
 import json
+import multiprocessing
 import os
 import select
 import signal
@@ -18,7 +19,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NoReturn
 
 from sfd_jax.distributed.heartbeat import Heartbeat
@@ -92,17 +93,23 @@ class Lookout:
     # --- What the work asks -----------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def asking(self) -> Iterator[Callable[[int], bool]]:
-        """Yield a function that tells, asked after each step, whether to save and leave; see `hosts.preemption_watch`."""
+    def asking(self) -> Iterator["Lookout"]:
+        """Enter the part of the work that asks `shall_leave` after each step; see `hosts.preemption_watch`."""
         self._answered = self._leave_at = None
         try:
-            yield self._shall_leave
+            yield self
         finally:
             if self._heeded:
                 self._told.clear()
             self._answered, self._heeded = None, False
 
-    def _shall_leave(self, step: int) -> bool:
+    @property
+    def heard_sigterm(self) -> bool:
+        """Whether this process itself has been told to leave."""
+        return self._told.is_set()
+
+    def shall_leave(self, step: int) -> bool:
+        """Return whether to save and leave after this step; all processes get the same answer at the same step."""
         with self._steps:
             if self._store is None:
                 leave = self._told.is_set()
@@ -213,6 +220,8 @@ class Lookout:
             time.sleep(30)  # the other thread is at it
         if say:
             print(f"\nsfd: {why}", file=sys.stderr, flush=True)
+        for worker in multiprocessing.active_children():  # os._exit would leave the loader's behind
+            worker.kill()
         # Neither a bucket nor the store may keep this process alive.
         farewell = threading.Thread(target=self._farewell, args=(status, why), daemon=True)
         farewell.start()

@@ -104,13 +104,21 @@ def fit(
         with (
             Heartbeat(workdir, "train") as heartbeat,
             MetricsLog(workdir, first) as log,
-            preemption_watch() as told_to_leave,
+            preemption_watch() as lookout,
             _bar(task.name, first, config.steps, progress) as bar,
         ):
             iterator, total, logged, clock = batches(first), None, first, time.monotonic()
             metrics = None
             for step in range(first + 1, config.steps + 1):
-                batch = put_batch(_checked(next(iterator), config), mesh)
+                try:
+                    rows = next(iterator)
+                except Exception:
+                    if not lookout.heard_sigterm:
+                        raise
+                    # A machine that shuts down tells the loader's processes too: new ones for the last steps.
+                    iterator = batches(step - 1)
+                    rows = next(iterator)
+                batch = put_batch(_checked(rows, config), mesh)
                 before = metrics
                 with jax.transfer_guard("disallow"):  # an accidental copy to the host would stall every step
                     state, metrics = train_step(state, batch, key)
@@ -120,7 +128,7 @@ def fit(
                 heartbeat.at(step - 1)
                 bar.update()
 
-                leave = told_to_leave(step)
+                leave = lookout.shall_leave(step)
                 save_now = leave or step == config.steps or step % config.checkpoint_every == 0
                 if not (save_now or step % config.log_every == 0):
                     continue

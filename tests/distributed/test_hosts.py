@@ -218,9 +218,9 @@ def test_all_leave_at_one_step(outlooks):
     at, lock = [0, 0, 0], threading.Condition()
 
     def work(index):
-        with outlooks[index].asking() as told_to_leave:
+        with outlooks[index].asking() as one:
             for step in range(1, 100_000):
-                if told_to_leave(step):
+                if one.shall_leave(step):
                     return step
                 with lock:
                     at[index] = step

@@ -98,6 +98,28 @@ def test_sigterm_saves_and_leaves_with_a_status(whole, tmp_path):
     assert_same(whole[0], train(tmp_path))
 
 
+def test_sigterm_that_the_loader_heard_too(whole, tmp_path):
+    """A machine that shuts down signals all processes: the loader breaks off before the step is done."""
+    def batches(start):
+        for step, batch in enumerate(toy_batches()(start), start + 1):
+            if step == 3 and start == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise RuntimeError("worker process was terminated")
+            yield batch
+
+    with pytest.raises(Preempted):
+        train(tmp_path, batches=batches)
+    assert load_params(tmp_path)[1]["step"] == 3
+    assert_same(whole[0], train(tmp_path))
+    with pytest.raises(RuntimeError, match="broken for another reason"):
+        train(tmp_path / "other", batches=lambda start: _broken())
+
+
+def _broken():
+    raise RuntimeError("broken for another reason")
+    yield
+
+
 def test_resume_on_another_mesh(whole, tmp_path):
     train(tmp_path, toy_config(steps=4))
     state = train(tmp_path, devices=8)
