@@ -56,8 +56,12 @@ def gather_facts(job: Job, index: int) -> dict:
 
     from sfd_jax import __version__
 
-    faults = [f"no {path} here" for path in job.needs if path and not epath.Path(path).exists()]
-    probe = None
+    faults, probe = [], None
+    for path in filter(None, job.needs):
+        try:
+            faults += [] if epath.Path(path).exists() else [f"no {path} here"]
+        except Exception as error:
+            faults.append(f"cannot look for {path}: {error}")
     if job.folder is not None and (job.shared or index == 0):
         try:
             probe = _leave_probe(job.folder, index)

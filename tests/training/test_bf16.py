@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from test_diffusion_task import DIT, make_batch, make_task
 
 from sfd_jax.distributed import make_mesh, put_batch
-from sfd_jax.models import Network
+from sfd_jax.models import Network, layers
 from sfd_jax.training import OptimizerConfig, TrainConfig, make_optimizer, make_train_step
 from sfd_jax.training.randomness import stream_key
 from sfd_jax.training.state import state_from_params
@@ -51,6 +52,13 @@ def test_what_is_computed_in_bfloat16(more):
             assert equation.outvars[0].aval.ndim == 1, equation
         if equation.primitive.name == "dot_general":  # tokens; modulation and time embedding have no token axis
             assert equation.invars[0].aval.ndim >= 3, equation
+
+
+def test_norms_return_float32():
+    """Given halves as well: what is normalised is modulated next, in float32."""
+    rngs, x = nnx.Rngs(0), jnp.ones((2, 4), jnp.bfloat16)
+    for norm in (layers.rms_norm(4, rngs=rngs), layers.layer_norm(4, rngs=rngs), layers.group_norm(4, 2, rngs=rngs)):
+        assert norm(x).dtype == jnp.float32
 
 
 @pytest.fixture(scope="module")
