@@ -1,0 +1,179 @@
+"""What the benchmarks share: the machine's name, timing in turns, the table and the JSON.
+
+Speeds of a shared machine change by the minute, so contenders take turns in one process and a claim is a ratio of
+their medians within one run.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "torchdiffeq", "torch-fidelity")
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser with the flags that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender; medians are compared")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
+    parser.add_argument("--versus", choices=["torch"], help="also run PyTorch's, in turns (extra `torch`)")
+    return parser
+
+
+def share_memory() -> None:
+    """Let JAX leave a GPU's memory to others; to be called before JAX touches a device."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+def machine() -> dict:
+    """Describe where and with what this runs."""
+    import jax
+
+    device = jax.devices()[0]
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return {
+        "date": datetime.date.today().isoformat(),
+        "backend": jax.default_backend(),
+        "device": _cpu_name() if device.platform == "cpu" else device.device_kind,
+        "devices": jax.device_count(),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "versions": versions,
+    }
+
+
+def take_turns(contenders: dict[str, Callable[[], object]], rounds: int) -> tuple[dict[str, dict], dict[str, float]]:
+    """Time each contender once a round, after a first call of each that is not counted.
+
+    Args:
+      contenders: name -> a call that returns when its work is done.
+      rounds: how often each is timed.
+
+    Returns:
+      name -> {median, least, most, all} in seconds, and name -> seconds of the first call (compilation and all).
+    """
+    first, times = {}, {name: [] for name in contenders}
+    for name, run in contenders.items():
+        first[name] = _seconds(run)
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            times[name].append(_seconds(run))
+    return {name: summary(each) for name, each in times.items()}, first
+
+
+def summary(times: list[float]) -> dict:
+    """Return median and spread of a list of seconds."""
+    return {"median": statistics.median(times), "least": min(times), "most": max(times), "all": times}
+
+
+def spread(times: dict) -> str:
+    """Write a summary's least and most as percentages around its median."""
+    low, high = (100 * (times[end] / times["median"] - 1) for end in ("least", "most"))
+    return f"{low:+.0f}..{high:+.0f} %"
+
+
+def draw_params(network, seed: int = 0):
+    """Draw every leaf on the device, those that start at zero too: a fresh network answers zero."""
+    import jax
+    import jax.numpy as jnp
+
+    def draw(path, leaf, key):
+        noise, name = jax.random.normal(key, leaf.shape, jnp.float32), path[-1].key
+        if name == "kernel":
+            stacked = path[0].key == "blocks"
+            fan_in = leaf.size // leaf.shape[-1] // (leaf.shape[0] if stacked else 1)
+            return noise / np.float32(np.sqrt(fan_in))
+        return 1 + 0.1 * noise if name == "scale" else 0.1 * noise
+
+    def all_of(key):
+        shapes = network.abstract_params()
+        leaves, tree = jax.tree.flatten(shapes)
+        keys = jax.tree.unflatten(tree, list(jax.random.split(key, len(leaves))))
+        return jax.tree_util.tree_map_with_path(draw, shapes, keys)
+
+    return jax.jit(all_of)(jax.random.key(seed))
+
+
+def matrix_rate(dtype: str) -> float:
+    """Measure the FLOP/s of one device's best large square matmul in a dtype: what utilisation refers to."""
+    import jax
+    import jax.numpy as jnp
+
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    a, b = jax.random.normal(jax.random.key(0), (2, size, size)).astype(dtype)
+    repeats = 1 if jax.default_backend() == "cpu" else 20
+    # A chain, so that a device that runs ahead of Python cannot hide one product behind another.
+    product = jax.jit(lambda a, b: jax.lax.fori_loop(0, repeats, lambda _, x: (x @ b) * jnp.asarray(0.01, dtype), a))
+    jax.block_until_ready(product(a, b))
+    best = min(_seconds(lambda: jax.block_until_ready(product(a, b))) for _ in range(5))
+    return 2 * size**3 * repeats / best
+
+
+def peak_memory() -> dict[str, float]:
+    """Return peak GiB: the process's (host), and those that JAX and PyTorch hold on an accelerator."""
+    import sys
+
+    import jax
+
+    peaks = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    stats = jax.devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        peaks["jax on the device"] = stats["peak_bytes_in_use"] / 2**30
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        peaks["torch on the device"] = torch.cuda.max_memory_allocated() / 2**30
+    return peaks
+
+
+def table(head: list[str], rows: list[list]) -> str:
+    """Write rows of values as a table in Markdown."""
+    rows = [[f"{value:.3g}" if isinstance(value, float) else str(value) for value in row] for row in rows]
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in [head, *rows]]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def finish(record: dict, tables: list[str], notes: list[str], path: str | None) -> None:
+    """Print the machine, the tables and the notes, and write the record as JSON where asked."""
+    record = {"machine": machine(), **record, "notes": notes}
+    where = record["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    print(f"{where['devices']} x {where['device']} ({where['backend']}), {where['cores']} cores, {where['date']}")
+    print(versions + "\n")
+    print("\n\n".join(tables))
+    for note in notes:
+        print(f"- {note}")
+    if path:
+        Path(path).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

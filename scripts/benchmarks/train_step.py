@@ -1,0 +1,319 @@
+"""Images a second of the forward pass and of the training step, beside a plain PyTorch module of the same network.
+
+  python scripts/benchmarks/train_step.py --versus=torch [--size=XL] [--batch=64] [--dtype=bfloat16] [--json=FILE]
+
+The defaults are the project's targets: XL/1 in bfloat16 with 64 images on a GPU or TPU, B/1 in float32 with 4 images
+on a CPU. Ours is the step that `sfd train` runs: draws, loss, gradient, AdamW, EMA, norms and the guard against
+numbers that are not finite. PyTorch's (torch_dit.py) has the same weights through our converter and does the same
+work with what makes it fast: fused attention, AdamW over lists, autocast, and torch.compile where that works. Outputs,
+losses and gradients are compared before anything is timed.
+
+Model FLOPs are those of the matmuls alone, three times the forward pass's for a step (what remat adds counts not),
+and utilisation refers to the rate of a large matmul of this dtype that is measured first.
+"""
+
+import numpy as np
+from _common import (
+    draw_params,
+    finish,
+    make_parser,
+    matrix_rate,
+    peak_memory,
+    share_memory,
+    spread,
+    table,
+    take_turns,
+)
+
+# Relative to the largest value: rounding of the dtype, after 12 to 28 blocks.
+SAME = {"float32": 1e-4, "bfloat16": 1e-1}
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    flag = parser.add_argument
+    flag("--size", help="S, B, L, XL, 1p0B or 1p6B; B on a CPU, XL elsewhere")
+    flag("--batch", type=int, help="4 on a CPU, 64 elsewhere")
+    flag("--dtype", choices=["float32", "bfloat16"], help="of the matmuls; float32 on a CPU, bfloat16 elsewhere")
+    flag("--depth", type=int, help="another number of blocks")
+    flag("--width", type=int, help="another width")
+    flag("--repa", action="store_true", help="with REPA's projector and loss")
+    flag("--remat", default="none", help="none, dots or full; ours alone")
+    flag("--unroll", action="store_true", help="blocks unrolled instead of scanned; ours alone")
+    flag("--attention", choices=["plain", "cudnn"], help="instead of what models/attention.py chooses; ours alone")
+    flag("--no_compile", action="store_true", help="PyTorch without torch.compile")
+    args = parser.parse_args()
+    share_memory()
+    import jax
+
+    from sfd_jax.models import Network, attention, dit_config
+
+    cpu = jax.default_backend() == "cpu"
+    args.size = args.size or ("B" if cpu else "XL")
+    args.batch = args.batch or (4 if cpu else 64)
+    args.dtype = args.dtype or ("float32" if cpu else "bfloat16")
+    if args.attention:
+        attention.implementation_for = lambda *_: args.attention
+    overrides = {name: value for name in ("depth", "width") if (value := getattr(args, name))}
+    config = dit_config(
+        args.size,
+        compute_dtype=args.dtype,
+        remat=args.remat,
+        scan_blocks=not args.unroll,
+        repa_features=768 if args.repa else 0,
+        **overrides,
+    )
+    network = Network("lightning_dit", config)
+    data = draw_data(config, args.batch)
+    ours = Ours(network, data)
+    contenders, notes = {"sfd_jax": ours}, []
+    if args.versus:
+        theirs = contenders["torch eager"] = Theirs(network, data)
+        notes.append(compare(ours, theirs, SAME[args.dtype]))
+        if not args.no_compile:
+            compiled, fault = compile_torch(network, data, theirs)
+            contenders |= {"torch compiled": compiled} if compiled else {}
+            notes += [fault] if fault else []
+    report(contenders, config, args, notes)
+
+
+def draw_data(config, batch: int) -> dict[str, np.ndarray]:
+    """Draw a batch, and the noise and times with which the losses of both are compared."""
+    random = np.random.default_rng(0)
+    shape = (batch, config.input_size, config.input_size, config.in_channels)
+    data = {
+        "latents": random.standard_normal(shape, dtype=np.float32),
+        "labels": random.integers(0, config.num_classes, batch).astype(np.int32),
+        "noise": random.standard_normal(shape, dtype=np.float32),
+        "t": random.uniform(0.05, 0.95, batch).astype(np.float32),
+    }
+    if config.repa_features:
+        tokens = (config.input_size // config.patch_size) ** 2
+        data["repa_features"] = random.standard_normal((batch, tokens, config.repa_features), dtype=np.float32)
+    return data
+
+
+class Ours:
+    """Forward pass and training step of this project, each as a call that blocks."""
+
+    def __init__(self, network, data):
+        import jax
+
+        from sfd_jax.diffusion.clocks import FixedOffset
+        from sfd_jax.diffusion.losses import Draws, LossConfig, velocity_loss
+        from sfd_jax.distributed import make_mesh
+        from sfd_jax.latents import LatentLayout
+        from sfd_jax.training import OptimizerConfig, TrainConfig, make_optimizer, make_train_step
+        from sfd_jax.training.diffusion import diffusion_task
+        from sfd_jax.training.state import state_from_params
+
+        self.network, self.data = network, data
+        repa = network.config.repa_features > 0
+        layout, clocks = LatentLayout(32, network.config.in_channels - 32), FixedOffset(0.3)
+        loss_config = LossConfig(repa_weight=1.0 if repa else 0.0)
+        self.batch = {name: data[name] for name in ("latents", "labels", "repa_features") if name in data}
+        self.batch = jax.device_put(self.batch)
+        mesh = make_mesh(devices=jax.devices()[:1])
+        config = TrainConfig(OptimizerConfig(), global_batch_size=len(data["labels"]))
+        optimizer = make_optimizer(config.optimizer, config.steps)
+        task = diffusion_task(network, layout, clocks, loss_config)
+        # Drawn once more where they are needed: the step's state gives its own away.
+        self.state = state_from_params(draw_params(network), optimizer, mesh)
+        self._step = make_train_step(task, optimizer, config, mesh)
+        self._key = jax.random.key(0)
+
+        t_semantic, t_texture = clocks.training_times(data["t"])
+        self._inputs = (data["noise"], t_semantic, t_texture, data["labels"])
+        self._inputs = jax.device_put(self._inputs)
+        self._apply = jax.jit(network.apply)
+
+        def loss(params):
+            draws = Draws(data["noise"], data["t"], data["labels"])
+            terms = velocity_loss(
+                lambda *inputs: network.apply(params, *inputs, return_repa=repa),
+                data["latents"], draws, layout=layout, clocks=clocks, config=loss_config,
+                repa_features=data.get("repa_features"),
+            )  # fmt: skip
+            return terms.total.mean()
+
+        self._loss_and_grads = jax.jit(jax.value_and_grad(loss))
+
+    def forward(self):
+        import jax
+
+        return jax.block_until_ready(self._apply(self.state.ema_params, *self._inputs))
+
+    def step(self):
+        import jax
+
+        self.state, metrics = self._step(self.state, self.batch, self._key)
+        jax.block_until_ready((self.state, metrics))
+
+    def answers(self):
+        """Return the forward pass's output, the loss, and the gradient of `final/linear/kernel` and of a qkv."""
+        loss, grads = self._loss_and_grads(self.state.params)
+        picked = grads["final"]["linear"]["kernel"], grads["blocks"]["attention"]["qkv"]["kernel"][0]
+        return [np.asarray(self.forward()), np.asarray(loss), *map(np.asarray, picked)]
+
+
+def compile_torch(network, data, eager):
+    """Return (PyTorch's compiled contender, which trains the eager one's module, None), or (None, why there is none)."""
+    import torch
+
+    compiled = Theirs(network, data, share=eager)
+    try:
+        compiled.forward()
+        compiled.step()
+        return compiled, None
+    except Exception as error:  # no compiler, no Triton, or whatever else it is
+        torch._dynamo.reset()
+        return None, f"torch.compile does not work here, PyTorch ran eager alone: {str(error).strip()[:200]}"
+
+
+class Theirs:
+    """The same two calls in PyTorch."""
+
+    def __init__(self, network, data, share=None):
+        import torch
+        from torch_dit import torch_module
+
+        self.torch = torch
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.device == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = True
+        if share is None:
+            self.module = torch_module(network, draw_params(network)).to(self.device)
+            self.params = list(self.module.parameters())
+            self.ema = [p.detach().clone() for p in self.params]
+            # One kernel over all tensors, on CPU and CUDA alike.
+            self.adamw = torch.optim.AdamW(self.params, lr=1e-4, weight_decay=0.0, fused=True)
+            self.call = self.module
+        else:
+            self.__dict__ |= share.__dict__
+            self.call = torch.compile(share.module)
+        self.repa = network.config.repa_features > 0
+        to_here = lambda array: torch.from_numpy(np.ascontiguousarray(array)).to(self.device)  # noqa: E731
+        self.data = {
+            name: to_here(array.transpose(0, 3, 1, 2) if array.ndim == 4 else array) for name, array in data.items()
+        }
+        self.null_label = network.config.num_classes
+
+    def forward(self):
+        d = self.data
+        with self.torch.no_grad():
+            t_semantic, t_texture = self._clocks(d["t"])
+            out = self.call(d["noise"], t_semantic, t_texture, d["labels"])
+        self._wait()
+        return out
+
+    def step(self):
+        torch, d = self.torch, self.data
+        size = len(d["labels"])
+        noise = torch.randn_like(d["latents"])
+        t = torch.sigmoid(torch.randn(size, device=self.device))
+        dropped = torch.rand(size, device=self.device) < 0.1
+        labels = torch.where(dropped, torch.full_like(d["labels"], self.null_label), d["labels"])
+        loss = self._loss(noise, t, labels)
+        self.adamw.zero_grad(set_to_none=True)
+        loss.backward()
+        self.adamw.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1e-4)
+        self._wait()
+
+    def answers(self):
+        self.adamw.zero_grad(set_to_none=True)
+        loss = self._loss(self.data["noise"], self.data["t"], self.data["labels"])
+        loss.backward()
+        picked = self.module.final_layer.linear.weight.grad, self.module.blocks[0].attn.qkv.weight.grad
+        velocity = self.forward().permute(0, 2, 3, 1)
+        return [x.detach().float().cpu().numpy() for x in (velocity, loss, *(p.T for p in picked))]
+
+    def _clocks(self, t):
+        tau = 1.3 * t
+        return tau.clamp(max=1.0), (tau - 0.3).clamp(min=0.0)
+
+    def _loss(self, noise, t, labels):
+        torch, data = self.torch, self.data["latents"]
+        cosine = torch.nn.functional.cosine_similarity
+        t_semantic, t_texture = self._clocks(t)
+        texture, semantic = 32, data.shape[1] - 32
+        clock = torch.cat([t_texture[:, None].expand(-1, texture), t_semantic[:, None].expand(-1, semantic)], 1)
+        clock = clock[:, :, None, None]
+        target = data - noise
+        velocity = self.call(clock * data + (1 - clock) * noise, t_semantic, t_texture, labels, self.repa)
+        if self.repa:
+            velocity, projected = velocity
+        error = (velocity - target) ** 2
+        loss = (error[:, :texture].sum() + 2 * error[:, texture:].sum()) / error.numel()
+        loss = loss + (1 - cosine(velocity, target, dim=1)).mean()
+        if self.repa:
+            loss = loss + (1 - cosine(projected, self.data["repa_features"], dim=-1)).mean()
+        return loss
+
+    def _wait(self):
+        if self.device == "cuda":
+            self.torch.cuda.synchronize()
+
+
+def compare(ours, theirs, tolerance: float) -> str:
+    """Compare output, loss and two gradients; stops where they are not those of one network."""
+    names = ("output", "loss", "gradient of the last layer", "gradient of the first qkv")
+    worst = {}
+    for name, a, b in zip(names, ours.answers(), theirs.answers(), strict=True):
+        worst[name] = float(np.abs(a - b).max() / np.abs(b).max())
+    told = ", ".join(f"{name} {value:.1e}" for name, value in worst.items())
+    if not max(worst.values()) < tolerance:
+        raise SystemExit(f"the two networks do not agree ({told}; at most {tolerance:g}): nothing is timed")
+    return f"largest relative differences before timing: {told}"
+
+
+def forward_flops(config) -> float:
+    """Return the FLOPs of the matmuls of one image's forward pass."""
+    c = config
+    d, tokens = c.width, (c.input_size // c.patch_size) ** 2
+    hidden = int(2 / 3 * int(d * c.mlp_ratio))
+    patch = c.patch_size**2 * c.in_channels
+    weights = c.depth * (4 * d * d + 3 * d * hidden) + 2 * patch * d  # of every token
+    if c.repa_features:
+        weights += d * c.repa_width + c.repa_width**2 + c.repa_width * c.repa_features
+    once = (6 * c.depth + 2) * d * d + 256 * d + d * d // 2  # modulation and clocks, once an image
+    attention = c.depth * 2 * tokens * d  # logits and values, a token
+    return 2.0 * (tokens * (weights + attention) + once)
+
+
+def report(contenders, config, args, notes) -> None:
+    rate = matrix_rate(args.dtype)
+    calls = {f"{name}: {call}": getattr(c, call) for call in ("forward", "step") for name, c in contenders.items()}
+    times, first = take_turns(calls, args.rounds)
+    flops = forward_flops(config)
+    rows, ratios = [], {}
+    for name, each in times.items():
+        work = flops * args.batch * (3 if name.endswith("step") else 1)
+        rows.append([
+            name, each["median"], spread(each), args.batch / each["median"],
+            f"{100 * work / each['median'] / rate:.0f} %", first[name],
+        ])  # fmt: skip
+        contender, _, call = name.partition(": ")
+        if contender != "sfd_jax":
+            ratios[name] = each["median"] / times[f"sfd_jax: {call}"]["median"]
+    head = ["what", "seconds", "spread", "images/s", "FLOP utilisation", "first call, s"]
+    tables = [
+        f"{args.size}/{config.patch_size}, depth {config.depth}, width {config.width}, batch {args.batch}, {args.dtype}, "
+        f"{args.rounds} rounds in turns; large matmul {rate / 1e12:.2f} TFLOP/s",
+        table(head, rows),
+    ]
+    if ratios:
+        tables.append(table(["speed of sfd_jax over", "ratio of medians"], [[n, f"{r:.2f}"] for n, r in ratios.items()]))
+    memory = peak_memory()
+    notes.append("peak GiB: " + ", ".join(f"{name} {value:.2f}" for name, value in memory.items()))
+    record = {
+        "benchmark": "train_step", "settings": {k: v for k, v in vars(args).items() if k != "json"},
+        "seconds": times, "first_call": first, "matmul_flops_per_second": rate, "forward_flops_per_image": flops,
+        "ratios": ratios, "peak_gib": memory,
+    }  # fmt: skip
+    finish(record, tables, notes, args.json)
+
+
+if __name__ == "__main__":
+    main()
