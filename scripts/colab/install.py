@@ -1,6 +1,7 @@
 """Install this checkout at its pinned versions into the Python that runs this file, for the accelerator it finds.
 
 A notebook's first code cell runs it (`%run scripts/colab/install.py`); where everything is there it does nothing.
+Faults are RuntimeErrors: after a SystemExit `%run` would go on to the next cell.
 """
 
 import glob
@@ -47,10 +48,10 @@ def main() -> None:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         done = subprocess.run([*command, "--constraint", str(ROOT / "constraints.txt"), "--editable", target])
         if done.returncode:
-            raise SystemExit("pip failed, see its message above; if the network failed, run this cell again")
+            raise RuntimeError("pip failed, see its message above; if the network failed, run this cell again")
         old = [name for name in ("jax", "numpy") if name in sys.modules]
         if old:
-            raise SystemExit(f"installed, but {' and '.join(old)} were loaded before: restart the kernel, then run all cells")
+            raise RuntimeError(f"installed, but {' and '.join(old)} were loaded before: restart the kernel, then run all cells")
     print(f"found {what}; the pinned packages are installed")
 
 
