@@ -77,7 +77,9 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
             held_out_path="",
             # Instead of stored features: a checkpoint of DINOv2 (S, B, L: any width), and images to make them from.
             visual_encoder="",
-            view_size=224,  # pixels a side at which it sees an image
+            # Pixels a side at which it sees an image: the whole of image_size, scaled down, as `sfd extract` does it.
+            # (The released training cut the middle 224 out of 256, the released extraction scaled.)
+            view_size=224,
             images=group(dict(kind="folder", path="", split="train", held_out_split="", image_size=256)),
             workers=8,
             flips=False,
