@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 from sfd_jax.errors import SfdError
 
 AXES = ("data", "fsdp")
-# What `fsdp` gets where both sizes are left open. More devices would save little memory (a sixteenth of an XL's
-# state is 0.6 GiB) while the rings grow in which every layer's parameters travel.
+# What `fsdp` gets where both sizes are left open. A sixteenth of an XL's state is 0.6 GiB, so more devices would save
+# little, while the rings grow in which every layer's parameters travel; and 256, the largest slice of a v5e, does not
+# divide its widths (1152 = 128 * 9): each device would hold all of the attention's weights.
 FSDP_MOST = 16
 
 
