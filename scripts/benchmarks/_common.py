@@ -7,6 +7,7 @@ their medians within one run.
 import argparse
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -28,6 +29,12 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
     parser.add_argument("--versus", choices=["torch"], help="also run PyTorch's, in turns (extra `torch`)")
     return parser
+
+
+def need(*packages: str) -> None:
+    """Stop with a sentence where a package of an optional comparison is missing."""
+    if missing := [name for name in packages if importlib.util.find_spec(name.replace("-", "_")) is None]:
+        raise SystemExit(f"--versus=torch needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def share_memory() -> None:

@@ -1,36 +1,40 @@
 """Speed of evaluation: feature extraction beside torch-fidelity, and precision and recall at full size.
 
-  python scripts/benchmarks/features.py [--images=256] [--image_size=256] [--batch_size=32] [--rounds=3]
+  python scripts/benchmarks/features.py --versus=torch [--images=256] [--image_size=256] [--batch_size=32]
   python scripts/benchmarks/features.py --manifolds [--reference=10000] [--samples=50000] [--features=2048]
 
-The first draws Inception's weights (speed does not depend on them), runs the same images through our
-extractor and, where torch and torch-fidelity are installed, through torch-fidelity's, in turns in this
-process, and prints images a second of each: target, at least equal on CPU. Ours makes the inception score's
-probabilities and sFID's features too, theirs the pool and logits.
+The first draws Inception's weights (speed does not depend on them), runs the same images through our extractor and
+through torch-fidelity's (extra `torch`, and the package torch-fidelity), in turns in this process, after a comparison
+of their features: target, at least equal on CPU. Ours makes the inception score's probabilities and sFID's features
+too, theirs the pool and logits.
 
 The second prints the seconds for precision and recall and this process's peak memory: target, under 3 minutes
 on two cores and at most 8 GiB at 10,000 x 50,000 x 2,048.
 """
 
-import argparse
-import resource
 import time
 
 import numpy as np
+from _common import finish, make_parser, need, peak_memory, share_memory, spread, table, take_turns
+
+SAME = 1e-3  # relative difference of the features, float32 through 94 convolutions
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
+    parser.set_defaults(rounds=3)
     flag = parser.add_argument
     flag("--images", type=int, default=256)
     flag("--image_size", type=int, default=256)
     flag("--batch_size", type=int, default=32)
-    flag("--rounds", type=int, default=3, help="turns of each; the best counts, others share the machine")
     flag("--manifolds", action="store_true", help="time precision and recall instead")
     flag("--reference", type=int, default=10_000)
     flag("--samples", type=int, default=50_000)
     flag("--features", type=int, default=2048)
     args = parser.parse_args()
+    if args.versus:
+        need("torch", "torch-fidelity")
+    share_memory()
     measure_manifolds(args) if args.manifolds else measure_extraction(args)
 
 
@@ -50,9 +54,12 @@ def measure_manifolds(args) -> None:
     start = time.perf_counter()
     precision, recall = precision_recall(reference, samples)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"precision and recall, {args.reference} x {args.samples} x {args.features}: {seconds:.0f} s, peak {peak:.1f} GiB")
-    print(f"(precision {precision:.4f}, recall {recall:.4f})")
+    memory = peak_memory()
+    size = f"{args.reference} x {args.samples} x {args.features}"
+    rows = [[size, seconds, memory["process"], f"{precision:.4f}", f"{recall:.4f}"]]
+    record = {"benchmark": "manifolds", "settings": vars(args), "seconds": seconds, "peak_gib": memory}
+    head = ["precision and recall", "seconds", "peak GiB", "precision", "recall"]
+    finish(record, [table(head, rows)], [], args.json)
 
 
 def measure_extraction(args) -> None:
@@ -60,33 +67,39 @@ def measure_extraction(args) -> None:
     from sfd_jax.convert.table import key_shapes
     from sfd_jax.models import Network
 
-    table = FORMATS["inception"].TABLE
+    table_ = FORMATS["inception"].TABLE
     generator = np.random.default_rng(0)
     state = {}
-    for key, shape in key_shapes(table, Network("inception", {})).items():
+    for key, shape in key_shapes(table_, Network("inception", {})).items():
         if len(shape) == 1:
             state[key] = np.ones(shape, np.float32) if key.endswith(("running_var", "bn.weight")) else np.zeros(shape, np.float32)
         else:
             state[key] = (1.4 * generator.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
     images = generator.integers(0, 256, (args.images, args.image_size, args.image_size, 3), dtype=np.uint8)
 
-    extractors = {"sfd_jax": our_extractor(table, state, args.batch_size)}
-    if theirs := torch_fidelity_extractor(state, args.batch_size):
+    extractors = {"sfd_jax": our_extractor(table_, state, args.batch_size)}
+    notes = []
+    if args.versus:
+        theirs = torch_fidelity_extractor(state, args.batch_size)
+        ours, other = (extract(images[: args.batch_size]) for extract in (extractors["sfd_jax"], theirs))
+        worst = float(np.abs(ours - other).max() / np.abs(other).max())
+        if not worst < SAME:
+            raise SystemExit(f"the features do not agree ({worst:.1e}; at most {SAME:g}): nothing is timed")
+        notes.append(f"largest relative difference of the features before timing: {worst:.1e}")
         extractors["torch-fidelity"] = theirs
-    best, pools = {}, {}
-    for name, extract in extractors.items():
-        pools[name] = extract(images[: args.batch_size])  # compiles, warms up
-    for _ in range(args.rounds):
-        for name, extract in extractors.items():
-            start = time.perf_counter()
-            extract(images)
-            best[name] = min(best.get(name, np.inf), time.perf_counter() - start)
-    for name, seconds in best.items():
-        print(f"{name:<15} {args.images / seconds:7.1f} images/s")
-    if len(pools) == 2:
-        ours, other = pools.values()
-        print(f"largest relative difference of their features: {np.abs(ours - other).max() / np.abs(other).max():.1e}")
-        print(f"sfd_jax / torch-fidelity: {best['torch-fidelity'] / best['sfd_jax']:.2f}")
+    runs = {name: lambda extract=extract: extract(images) for name, extract in extractors.items()}
+    times, first = take_turns(runs, args.rounds)
+    rows = [[name, each["median"], spread(each), args.images / each["median"]] for name, each in times.items()]
+    size = f"Inception features of {args.images} images of {args.image_size} pixels, {args.rounds} rounds in turns"
+    tables = [size, table(["what", "seconds", "spread", "images/s"], rows)]
+    ratios = {name: times[name]["median"] / times["sfd_jax"]["median"] for name in times if name != "sfd_jax"}
+    if ratios:
+        tables.append(table(["speed of sfd_jax over", "ratio of medians"], [[n, f"{r:.2f}"] for n, r in ratios.items()]))
+    record = {
+        "benchmark": "features", "settings": vars(args), "seconds": times, "first_call": first, "ratios": ratios,
+        "peak_gib": peak_memory(),
+    }  # fmt: skip
+    finish(record, tables, notes, args.json)
 
 
 def our_extractor(table, state, batch_size):
@@ -106,14 +119,11 @@ def our_extractor(table, state, batch_size):
 
 
 def torch_fidelity_extractor(state, batch_size):
-    """Return torch-fidelity's extraction, None where it is not installed."""
-    try:
-        import torch
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError as error:
-        print(f"torch-fidelity is not measured: {error}")
-        return None
+    """Return torch-fidelity's extraction."""
     import tempfile
+
+    import torch
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     state = {key: torch.from_numpy(array) for key, array in state.items()}
     state |= {
@@ -126,12 +136,13 @@ def torch_fidelity_extractor(state, batch_size):
         network = FeatureExtractorInceptionV3(
             "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=file.name
         )
-    network.eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network.eval().to(device)
 
     @torch.no_grad()
     def extract(images):
         batches = torch.from_numpy(images).permute(0, 3, 1, 2).split(batch_size)
-        return np.concatenate([network(batch)[0].numpy() for batch in batches])
+        return np.concatenate([network(batch.to(device))[0].cpu().numpy() for batch in batches])
 
     return extract
 

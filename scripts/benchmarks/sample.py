@@ -19,7 +19,7 @@ import dataclasses
 import functools
 
 import numpy as np
-from _common import draw_params, finish, make_parser, peak_memory, share_memory, spread, table, take_turns
+from _common import draw_params, finish, make_parser, need, peak_memory, share_memory, spread, table, take_turns
 
 SAME = {"float32": 1e-4, "bfloat16": 1e-1}
 
@@ -57,6 +57,8 @@ def main() -> None:
     args = parser.parse_args()
     if bool(args.checkpoint) != bool(args.weak):
         parser.error("--checkpoint and --weak go together")
+    if args.versus:
+        need("torch", "torchdiffeq")
     share_memory()
     import jax
 
@@ -165,7 +167,6 @@ class Theirs:
 
     def __init__(self, problem: Problem, share=None):
         import torch
-        import torchdiffeq  # noqa: F401  (extra `dev`: missing, it is missed before the long part)
         from torch_dit import torch_module
 
         self.torch, self.problem = torch, problem

@@ -18,6 +18,7 @@ from _common import (
     finish,
     make_parser,
     matrix_rate,
+    need,
     peak_memory,
     share_memory,
     spread,
@@ -43,6 +44,8 @@ def main() -> None:
     flag("--attention", choices=["plain", "cudnn"], help="instead of what models/attention.py chooses; ours alone")
     flag("--no_compile", action="store_true", help="PyTorch without torch.compile")
     args = parser.parse_args()
+    if args.versus:
+        need("torch")
     share_memory()
     import jax
 

@@ -1,0 +1,53 @@
+"""The benchmarks run: each in a tiny mode in a process of its own, whose JSON is read. No time is asserted."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+# The rest of scripts/benchmarks is run by the tests of what it measures.
+TINY = {
+    "train_step": ["--size=S", "--depth=2", "--width=96", "--batch=2", "--rounds=1", "--repa", "--no_compile"],
+    "sample": ["--depth=1", "--batch=1", "--rounds=1", "--solver=euler", "--calls=6"],
+    "features": ["--manifolds", "--reference=20", "--samples=30", "--features=8"],
+}
+
+
+def run(root, name, *flags):
+    # One device: the suite's eight virtual ones would share two cores.
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    return subprocess.run(
+        [sys.executable, root / "scripts" / "benchmarks" / f"{name}.py", *flags],
+        env=environment, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_tiny_run(root, tmp_path, name):
+    # Beside PyTorch it compares output, loss and gradients, and stops without a record where they differ.
+    versus = ["--versus=torch"] if name == "train_step" and importlib.util.find_spec("torch") else []
+    done = run(root, name, *TINY[name], *versus, f"--json={tmp_path}/out.json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["machine"]["versions"]["jax"] and record["machine"]["cores"] > 0
+    seconds = record["seconds"]
+    if name == "train_step":
+        contenders = ["sfd_jax", "torch eager"] if versus else ["sfd_jax"]
+        assert set(seconds) == {f"{each}: {call}" for each in contenders for call in ("forward", "step")}
+        assert all(each["least"] <= each["median"] <= each["most"] for each in seconds.values())
+    if name == "sample":
+        assert record["calls"]["sfd_jax"] == sum(record["calls_by_stage"]) == 6
+        assert 0 < record["errors"]["sfd_jax"] < 1
+    assert "| " in done.stdout  # the table
+
+
+def test_every_benchmark_explains_itself(root):
+    scripts = sorted(path.stem for path in (root / "scripts" / "benchmarks").glob("*.py"))
+    for name in set(scripts) - {"_common", "torch_dit"}:
+        done = run(root, name, "--help")
+        assert done.returncode == 0 and "usage" in done.stdout, (name, done.stderr[-500:])
+    done = run(root, "train_step", "--versus=jax")
+    assert done.returncode != 0 and "torch" in done.stderr
