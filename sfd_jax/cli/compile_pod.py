@@ -16,7 +16,8 @@ program fits into the chip's memory, 1 where it does not, 2 where something is w
 
 Memory is what XLA has laid out for one chip. FLOPs and traffic are counted in the compiled program, every
 instruction as often as it runs (a scan's body once a layer); the traffic is the result's bytes on one chip. A loop
-that ends by its data, as dopri5's does, is counted once: what is said then is the work of one network call.
+that ends by its data, as dopri5's does, is counted once: what is said then is the work of one network call and of the
+decoding.
 """
 
 import json
