@@ -3,9 +3,9 @@
   sfd train_texture_vae --config=configs/texture_vae.py --workdir=runs/vae --config.data.path=IMAGENET
   sfd train_texture_vae --config=configs/texture_vae.py:digits --workdir=runs/digits_vae
 
-Reconstruction and KL loss, with --config.lpips=CKPT also LPIPS, without discriminator: enough for small data. For ImageNet take the published
-one (`sfd fetch`). PSNR, L1 and MSE of the held-out split are logged at each checkpoint. Work folder, resuming
-and SIGTERM are as with `sfd train`.
+Reconstruction and KL loss, with --config.lpips=CKPT also LPIPS (`sfd convert` reads the `lpips` package's file),
+without discriminator: enough for small data. For ImageNet take the published one (`sfd fetch`). PSNR, L1 and MSE
+of the held-out split are logged at each checkpoint. Work folder, resuming and SIGTERM are as with `sfd train`.
 """
 
 import functools

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from sfd_jax.distributed import make_mesh
@@ -87,6 +88,38 @@ def test_texture_vae_loss():
     expected = 0.5 * np.abs(error).mean() + 2 * (error**2).mean() + 0.01 * kl + 3 * 7
     np.testing.assert_allclose(loss, expected, rtol=1e-5)  # float32 sums in another order
     assert metrics["perceptual"] == 7.0
+
+
+def test_lpips_alone_teaches_a_texture_vae():
+    config = TextureVAEConfig(z_channels=2, ch=4, ch_mult=(1, 1), num_res_blocks=1, norm_groups=2)
+    network, lpips = Network("texture_vae", config), Network("lpips", dict(channels=(5, 7), depths=(1, 2)))
+    rng = np.random.default_rng(0)
+    frozen = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), lpips.abstract_params())
+    frozen["weights"] = jax.tree.map(jnp.abs, frozen["weights"])
+    frozen["slices"]["0"]["0"]["bias"] -= 1.0  # at many places all channels are dead, where lengths have no gradient
+    weights = TextureVAELoss(l1_weight=0.0, mse_weight=0.0, kl_weight=0.0, perceptual_weight=1.0)
+    task = texture_vae_task(network, weights, lambda ours, theirs, params: lpips.apply(params, ours, theirs), frozen)
+    pixels = rng.uniform(-1, 1, (4, 16, 16, 3)).astype(np.float32)
+    batch = {"pixels": jnp.asarray(pixels), "positions": jnp.arange(4)}
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def step(params, state):
+        (loss, metrics), grads = jax.value_and_grad(task.loss, has_aux=True)(params, batch, jax.random.key(2), frozen)
+        updates, state = optimizer.update(grads, state)
+        return optax.apply_updates(params, updates), state, loss, metrics, grads
+
+    params = task.init(jax.random.key(1))
+    state, losses = optimizer.init(params), []
+    for _ in range(20):
+        params, state, loss, metrics, grads = step(params, state)
+        losses.append(float(loss))
+        assert metrics["perceptual"] == loss
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+    assert losses[-1] < 0.8 * losses[0]
+    # The whole way back: the encoder's first convolution learns from it too.
+    for kernel in (grads["decoder"]["conv_out"], grads["decoder"]["conv_in"], grads["encoder"]["conv_in"]):
+        assert np.abs(kernel["kernel"]).max() > 0
 
 
 KEYS = row_keys(jax.random.key(0), jnp.arange(64))

@@ -103,13 +103,29 @@ def test_train_semvae_from_stored_features(latents, tmp_path):
 
 @pytest.mark.slow
 def test_train_texture_vae_on_digits(tmp_path):
+    from safetensors.numpy import save_file
+
+    from sfd_jax.cli.convert import main as convert
     from sfd_jax.cli.train_texture_vae import main
 
-    flags = ["--config=configs/texture_vae.py:tiny", f"--workdir={tmp_path}"]
+    rng, layers, lpips = np.random.default_rng(0), ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)), {}
+    for i, numbers in enumerate(layers):  # LPIPS in the form of its package, three channels wide
+        for number in numbers:
+            lpips[f"net.slice{i + 1}.{number}.weight"] = rng.normal(0, 0.3, (3, 3, 3, 3)).astype(np.float32)
+            lpips[f"net.slice{i + 1}.{number}.bias"] = rng.normal(0, 0.3, 3).astype(np.float32)
+        lpips[f"lin{i}.model.1.weight"] = rng.random((1, 3, 1, 1), np.float32)
+    save_file(lpips, tmp_path / "lpips.safetensors")
+    assert open_door(convert, "convert", [str(tmp_path / "lpips.safetensors"), f"--out={tmp_path / 'lpips'}"]) == 0
+
+    run = tmp_path / "run"
+    flags = ["--config=configs/texture_vae.py:tiny", f"--workdir={run}", f"--config.lpips={tmp_path / 'lpips'}"]
     assert open_door(main, "train_texture_vae", flags) == 0
-    last = read_metrics(tmp_path)[-1]
+    last = read_metrics(run)[-1]
     assert {"l1", "kl", "held_out_psnr"} <= last.keys() and 0 < last["held_out_psnr"] < 60
-    assert load_params(tmp_path)[1]["class_names"] == [str(digit) for digit in range(10)]
+    parts = last["l1"] + last["mse"] + 1e-5 * last["kl"] + last["perceptual"]
+    assert last["perceptual"] > 0
+    np.testing.assert_allclose(last["loss"], parts, rtol=1e-4)  # means of float32 over the steps logged
+    assert load_params(run)[1]["class_names"] == [str(digit) for digit in range(10)]
 
 
 @pytest.mark.parametrize("config", ["configs/semantic_vae.py", "configs/texture_vae.py"])
