@@ -270,9 +270,12 @@ def _has_call(instructions, target: str) -> bool:
 
 
 def _is_reduce_scatter(instructions) -> bool:
-    """Say whether a fusion is the TPU's reduce-scatter: an all-reduce of which each device keeps its slice."""
-    opcodes = [i.opcode for i in instructions]
-    return opcodes[-1:] == ["dynamic-slice"] and opcodes.count("all-reduce") == 1
+    """Say whether a fusion is the TPU's reduce-scatter: an all-reduce, of each of whose arrays a device keeps a slice."""
+    if [i.opcode for i in instructions].count("all-reduce") != 1:
+        return False
+    root = instructions[-1]
+    kept = root.operands if root.opcode == "tuple" else [root.name]
+    return all(_resolve(name, instructions).opcode == "dynamic-slice" for name in kept)
 
 
 def _result_bytes(i: Instruction, shapes: dict[str, str]) -> int:

@@ -125,6 +125,15 @@ ENTRY %main (a: f32[8,3]) -> f32[2,3] {
 }
 """
     assert hlo.read_work(text).sent == {"reduce-scatter": 2 * 3 * 4}
+    two = text.replace(
+        "ROOT %mine = f32[2,3] dynamic-slice(%all, %i, %i), dynamic_slice_sizes={2,3}",
+        "%mine = f32[2,3] dynamic-slice(%all, %i, %i), dynamic_slice_sizes={2,3}\n"
+        "  %cut = f32[1,3] dynamic-slice(%all, %i, %i), dynamic_slice_sizes={1,3}\n"
+        "  %also = f32[3]{0} bitcast(%cut)\n"
+        "  ROOT %both = (f32[2,3], f32[3]) tuple(%mine, %also)",
+    )
+    assert hlo.read_work(two).sent == {"reduce-scatter": (2 + 1) * 3 * 4}
+    assert hlo.read_work(two.replace("tuple(%mine, %also)", "tuple(%mine, %all)")).operations == {"all-reduce": 1}
 
 
 def test_started_collectives_count_their_result():
