@@ -86,7 +86,4 @@ class Lpips(nnx.Module):
 
 
 def _unit(features):
-    squares = jnp.sum(features**2, axis=3, keepdims=True)
-    # Where every channel is zero the root has no gradient: the original's is NaN there, which would end a training.
-    dead = squares == 0
-    return jnp.where(dead, 0.0, features / (jnp.sqrt(jnp.where(dead, 1.0, squares)) + 1e-10))
+    return features / (jnp.sqrt(jnp.sum(features**2, axis=3, keepdims=True)) + 1e-10)

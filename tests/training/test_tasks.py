@@ -96,7 +96,7 @@ def test_lpips_alone_teaches_a_texture_vae():
     rng = np.random.default_rng(0)
     frozen = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), lpips.abstract_params())
     frozen["weights"] = jax.tree.map(jnp.abs, frozen["weights"])
-    frozen["slices"]["0"]["0"]["bias"] -= 1.0  # at many places all channels are dead, where lengths have no gradient
+    frozen["slices"]["0"]["0"]["bias"] -= 1.0  # at many places all channels are dead: ReLU must stop the NaN there
     weights = TextureVAELoss(l1_weight=0.0, mse_weight=0.0, kl_weight=0.0, perceptual_weight=1.0)
     task = texture_vae_task(network, weights, lambda ours, theirs, params: lpips.apply(params, ours, theirs), frozen)
     pixels = rng.uniform(-1, 1, (4, 16, 16, 3)).astype(np.float32)
