@@ -173,7 +173,8 @@ def original(folder: Path, statistics, batch_size: int, features: bool):
 
 def report(rates: dict, cpu: dict, disk: dict, args) -> None:
     """Print the tables, and write JSON where asked."""
-    print(f"{'loader':<32}{'images/s':>10}{'cpu us/image':>14}{'beside the original':>21}{'same bytes':>12}{'bytes/image':>13}")
+    print(f"{'loader':<32}{'images/s':>10}{'cpu us/image':>14}{'beside the original':>21}{'same bytes':>12}"
+          f"{'bytes/image':>13}")  # fmt: skip
     for name, rate in rates.items():
         same = rates[LATENTS_ALONE if name.endswith("alone") else WITH_FEATURES]
         # The processor time of worker processes is not this process's.

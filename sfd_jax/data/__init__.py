@@ -4,6 +4,7 @@
     extract.py       images -> latent shards, with an encode function that the caller brings
     latent_store.py  our shards: ArrayRecord, random access, manifest, statistics
     published.py     the released safetensors shards, read as they are
+    paired.py        latents with the pixels they were made from
     pipeline.py      batches as a function of (seed, step, host)
 
 A source is anything with `len(source)` and `source[i] -> dict`. To add one, nothing need be
