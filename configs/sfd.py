@@ -118,7 +118,7 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
             num=50_000,
             batch_size=64,  # images per device
             labels="balanced",
-            # On the digits staged dopri5 has converged at 25 to 31 calls, where Euler with 100 nearly has; and on XL
+            # On the digits staged dopri5 has converged at 31 calls, where Euler with 100 nearly has; and on XL
             # Euler-100 scores as well as the released dopri5. README.md, "Fewer network calls".
             solver="dopri5",
             mode="staged",  # staged (each stage on its own) | published (the released grid and masks)

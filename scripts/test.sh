@@ -3,6 +3,7 @@
 #   --with-torch   also install the extra `torch`, so that the tests that need it run
 #   --with-pod     also install the extra `pod`, libtpu, so that a program is compiled for a TPU slice
 #   --fast         leave out the tests marked slow
+# Two processes share the test files; SFD_TEST_PROCESSES=0 runs them in one, as a debugger needs it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras=(dev)
@@ -16,4 +17,5 @@ for argument in "$@"; do
     esac
 done
 bash scripts/setup.sh "${extras[@]}"
-exec .venv/bin/python -m pytest -q --durations=15 ${arguments[@]+"${arguments[@]}"}
+exec .venv/bin/python -m pytest -q --durations=25 \
+    -n "${SFD_TEST_PROCESSES:-2}" --dist=loadfile ${arguments[@]+"${arguments[@]}"}

@@ -39,7 +39,7 @@ class SolverConfig:
       calls: the most network calls that a fixed grid may take, instead of `num_steps`; 0 for that. heun and
         midpoint take two a step, rk4 four, euler one, ab2 one and another one in each stage.
       atol, rtol: tolerances of dopri5: in staged mode of a sample's steps in root mean square (`dopri5.dopri5`;
-        trained digits ended two to four times rtol from the exact flow), in published mode as torchdiffeq's.
+        trained digits ended about rtol from the exact flow), in published mode as torchdiffeq's.
       timestep_shift: s in s u / (1 + (s - 1) u) on the normalised grid; 0 or 1 leave it even,
         below 1 the steps are finer near the noise, above 1 near the data.
       max_calls: limit of network calls for dopri5.
