@@ -27,6 +27,7 @@ def surroundings(root, tmp_path_factory):
     environment = {
         **os.environ,
         "XLA_FLAGS": "",
+        "JAX_ENABLE_COMPILATION_CACHE": "true",  # conftest turns it off
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     }
