@@ -190,6 +190,8 @@ def plot(rows: list[dict], path: Path) -> None:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_yscale("log")
+    axes[0].yaxis.set_major_formatter("{x:.3g}")
+    axes[0].yaxis.set_minor_formatter("{x:.3g}")
     axes[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
