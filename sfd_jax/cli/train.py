@@ -218,14 +218,15 @@ def check_bucket(folder: str) -> list[str]:
 
 def _check(args, config, source, task, repa: bool) -> int:
     from sfd_jax.cli.build import layout_from_config
-    from sfd_jax.data.checks import check_store, check_writable
+    from sfd_jax.data.checks import check_published, check_store, check_writable
     from sfd_jax.data.latent_store import LatentStore
     from sfd_jax.data.pipeline import latent_transform, make_batches
 
-    faults = []
-    if isinstance(getattr(source, "latents", source), LatentStore):
-        classes = config.model.num_classes
-        faults += check_store(config.data.path, num_classes=classes, flips=config.data.flips, repa=repa)
+    latents, classes, flips = getattr(source, "latents", source), config.model.num_classes, config.data.flips
+    if isinstance(latents, LatentStore):
+        faults = check_store(config.data.path, num_classes=classes, flips=flips, repa=repa)
+    else:
+        faults = check_published(latents, num_classes=classes, flips=flips)
     # Parameters, EMA and two moments in float32, for each checkpoint kept at the same time.
     kept = config.train.keep_last + 1
     if config.train.keep_every:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 
 from sfd_jax.data.images import BrokenImage
 from sfd_jax.data.latent_store import LatentStore
+from sfd_jax.data.published import PublishedLatents
 from sfd_jax.errors import SfdError
 
 # Images of ImageNet-1k by split, for sets that have its thousand classes.
@@ -105,6 +107,32 @@ def check_store(
             store.verify([number])
         except SfdError as error:
             faults.append(str(error))
+    return faults
+
+
+def check_published(source: PublishedLatents, *, num_classes: int, flips: bool = False) -> list[str]:
+    """Check released shards before training on them as they are; they hold no checksums.
+
+    Args:
+      source: the open shards.
+      num_classes: labels must be below; where all of a thousand occur, the images must be ImageNet's.
+      flips: the flipped latents are needed.
+
+    Returns:
+      Faults, each a sentence.
+    """
+    try:
+        labels = source.labels()
+    except (SafetensorError, OSError) as error:
+        return [f"{source.directory} is damaged ({error}); download it again"]
+    faults, seen, expected = [], np.unique(labels), IMAGENET_COUNTS["train"]
+    if len(seen) == 1000 and len(labels) != expected:
+        faults.append(f"{source.directory} holds {len(labels):,} images, not the expected {expected:,}; shards are missing")
+    wrong = seen[(seen < 0) | (seen >= num_classes)]
+    if wrong.size:
+        faults.append(f"{source.directory} has labels outside 0..{num_classes - 1}: {wrong[:5].tolist()}")
+    if flips and not source.flips:
+        faults.append(f"{source.directory} holds no flipped latents; train with --config.data.flips=False")
     return faults
 
 

@@ -127,6 +127,11 @@ class PublishedLatents:
         batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         return {**batch, "label": batch["label"].astype(np.int32), "index": indices}
 
+    def labels(self) -> np.ndarray:
+        """Return the labels of all images, int64 (N,)."""
+        parts = [self._file(number).get_tensor("labels") for number in range(len(self.paths))]
+        return np.concatenate(parts).astype(np.int64)
+
     def _row(self, index: int, suffix: str) -> dict[str, np.ndarray]:
         number = int(np.searchsorted(self._ends, index, side="right"))
         row = index - int(self._ends[number - 1]) if number else index

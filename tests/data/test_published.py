@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from sfd_jax.data.checks import check_published
 from sfd_jax.data.extract import repack
 from sfd_jax.data.pipeline import feature_transform, latent_transform, make_batches
 from sfd_jax.data.published import PublishedLatents, open_latents, published_statistics
@@ -50,6 +51,21 @@ def test_records_are_the_arrays_channels_last(shards):
         np.testing.assert_array_equal(batch["label"], whole["labels"][[9, 0, 4]])
     assert source[4]["label"] == whole["labels"][4] and source[4]["index"] == 4
     assert "repa_features" not in PublishedLatents(folder)[0]
+
+
+def test_check_names_labels_missing_shards_and_missing_flips(shards, tmp_path):
+    folder, whole = shards
+    source = PublishedLatents(folder)
+    np.testing.assert_array_equal(source.labels(), whole["labels"])
+    assert check_published(source, num_classes=1000, flips=True) == []
+    most = int(whole["labels"].max())
+    assert [f"outside 0..{most - 1}: [{most}]" in fault for fault in check_published(source, num_classes=most)] == [True]
+
+    alone = {"labels": np.arange(1000), "latents": np.zeros((1000, 3, 1, 1)), "latents_sv": np.zeros((1000, 2, 1, 1))}
+    (tmp_path / "part").mkdir()
+    save_file(alone, tmp_path / "part" / "latents_rank00_shard000.safetensors")
+    faults = check_published(PublishedLatents(tmp_path / "part"), num_classes=1000, flips=True)
+    assert len(faults) == 2 and "1,000 images, not the expected 1,281,167" in faults[0] and "no flipped" in faults[1]
 
 
 def test_training_reads_released_shards_and_ours_alike(shards, tmp_path):
