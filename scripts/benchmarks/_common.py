@@ -64,12 +64,17 @@ def machine() -> dict:
     }
 
 
-def take_turns(contenders: dict[str, Callable[[], object]], rounds: int) -> tuple[dict[str, dict], dict[str, float]]:
+def take_turns(
+    contenders: dict[str, Callable[[], object]], rounds: int, warm: int = 0
+) -> tuple[dict[str, dict], dict[str, float]]:
     """Time each contender once a round, after a first call of each that is not counted.
 
     Args:
       contenders: name -> a call that returns when its work is done.
       rounds: how often each is timed.
+      warm: calls of a contender in each of its turns before the one that is timed. For steps of a loop, which
+        find memory and caches as the step before left them and not as another program did: a virtual machine
+        gives memory that is free for a second back to its host, and fetching it again took longer than a step.
 
     Returns:
       name -> {median, least, most, all} in seconds, and name -> seconds of the first call (compilation and all).
@@ -79,6 +84,8 @@ def take_turns(contenders: dict[str, Callable[[], object]], rounds: int) -> tupl
         first[name] = _seconds(run)
     for _ in range(rounds):
         for name, run in contenders.items():
+            for _ in range(warm):
+                run()
             times[name].append(_seconds(run))
     return {name: summary(each) for name, each in times.items()}, first
 

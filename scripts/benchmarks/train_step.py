@@ -288,7 +288,7 @@ def forward_flops(config) -> float:
 def report(contenders, config, args, notes) -> None:
     rate = matrix_rate(args.dtype)
     calls = {f"{name}: {call}": getattr(c, call) for call in ("forward", "step") for name, c in contenders.items()}
-    times, first = take_turns(calls, args.rounds)
+    times, first = take_turns(calls, args.rounds, warm=1)
     flops = forward_flops(config)
     rows, ratios = [], {}
     for name, each in times.items():
