@@ -1,13 +1,13 @@
 """Images a second of the loader, against the released layout read one image at a time.
 
-  python scripts/benchmarks/loader.py [--images=2048] [--seconds=10] [--workers=0] [--json=FILE]
+  python scripts/benchmarks/loader.py --versus=torch [--images=2048] [--seconds=2] [--workers=0] [--json=FILE]
 
 Makes a data set of full-size latents (32 + 16 channels of 16 x 16, both flips, DINOv2 features) in
 the released safetensors layout, repacks it into our store, and reads both in one run, in turns, in
 this process. The original loader opens the image's file, takes its slices, normalises them and
-stacks the batch, image by image, in one thread; it is repeated here with torch, as it is (with numpy
-where torch is missing). Ours reads ahead in two threads, or in --workers processes. What is read comes
-from the page cache in all cases: this is the cost of the loader, not of the disk.
+stacks the batch, image by image, in one thread; it is repeated here with torch, as it is. Its first batch
+must hold the values of the same images in ours. Ours reads ahead in two threads, or in --workers processes.
+What is read comes from the page cache in all cases: this is the cost of the loader, not of the disk.
 
 Each loader is set beside the original twice: beside what the original reads to train with REPA (latents
 and features), and, for latents alone, beside the same bytes. `cpu us/image` is the processor time of all
@@ -17,14 +17,12 @@ Last comes what training needs: an XL step costs so many FLOPs, and a slice does
 every host must be fed so many images.
 """
 
-import argparse
-import json
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+from _common import finish, make_parser, need, peak_memory, spread, summary, table
 
 # SFD-XL with REPA's projector, forward and backward, an image: counted by repa_sources.py --flops.
 XL_FLOPS = 742.2e9
@@ -40,24 +38,32 @@ CHIPS_A_HOST = 4
 UTILISATION = 0.5  # more than is reached in practice, so that the need is not understated
 
 WITH_FEATURES, LATENTS_ALONE = "released layout, with features", "released layout, latents alone"
-TURNS = 5
+OURS = {"sfd_jax, with features": WITH_FEATURES, "sfd_jax, latents alone": LATENTS_ALONE}  # and what has its bytes
 
 
-def main() -> int:
-    """Measure, print a table, and write the numbers as JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--images", type=int, default=2048)
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each loader")
-    parser.add_argument("--workers", type=int, default=0, help="processes of our loader")
-    parser.add_argument("--json", help="file for the numbers")
-    parser.add_argument("--data", type=Path, help="folder of the made data, kept for a run of as many images")
+# Relative to the largest value, of so many images: bfloat16 is within 2^-8 of a value.
+SAME, COMPARED = 1e-2, 8
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    flag = parser.add_argument
+    flag("--images", type=int, default=2048)
+    flag("--batch", type=int, default=256)
+    flag("--seconds", type=float, default=2.0, help="of a loader's turn")
+    flag("--workers", type=int, default=0, help="processes of our loader")
+    flag("--data", type=Path, help="folder of the made data, kept for a run of as many images")
     args = parser.parse_args()
+    if args.versus:
+        need("torch")
     with tempfile.TemporaryDirectory() as folder:
         released, lean, full = make_data(args.data or Path(folder), args.images)
-        rates, cpu, disk = measure(released, lean, full, args)
-    report(rates, cpu, disk, args)
-    return 0
+        notes = [compare(released, full, args)] if args.versus else []
+        wall, cpu = measure(released, lean, full, args)
+        disk = {name: sum(shard["bytes"] for shard in store.shards) / len(store)
+                for name, store in zip(OURS, (full, lean), strict=True)}  # fmt: skip
+        disk[WITH_FEATURES] = sum(path.stat().st_size for path in released.iterdir()) / args.images
+    report(wall, cpu, disk, args, notes)
 
 
 def make_data(folder: Path, count: int):
@@ -85,74 +91,78 @@ def make_data(folder: Path, count: int):
     return released, lean, full
 
 
-def measure(released: Path, lean, full, args) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-    """Return images a second, seconds of processor time an image, and bytes an image on disk, of each loader."""
+def our_batches(store, args, repa: bool):
+    """Return an iterator over our loader's batches."""
     from sfd_jax.data.pipeline import latent_transform, make_batches
     from sfd_jax.latents import LatentLayout
 
-    def ours(store, repa):
-        return lambda: make_batches(
-            store,
-            seed=0,
-            global_batch_size=args.batch,
-            transform=latent_transform(LatentLayout(32, 16), store.statistics, repa=repa),
-            flips=True,
-            workers=args.workers,
-        )(0)
+    transform = latent_transform(LatentLayout(32, 16), store.statistics, repa=repa)
+    make = make_batches(
+        store, seed=0, global_batch_size=args.batch, transform=transform, flips=True, workers=args.workers
+    )
+    return make(0)
 
-    loaders = {
-        WITH_FEATURES: lambda: original(released, lean.statistics, args.batch, True),
-        LATENTS_ALONE: lambda: original(released, lean.statistics, args.batch, False),
-        "ours, with features": ours(full, True),
-        "ours, latents alone": ours(lean, False),
-    }
-    wall, cpu, batches = (dict.fromkeys(loaders, 0.0) for _ in range(3))
-    for _ in range(TURNS):  # in turns, so that a busy machine disturbs all alike
+
+def compare(released: Path, full, args) -> str:
+    """Read images of one of our batches as the original does; stops where they differ by more than is stored."""
+    image, _ = original_image(released, full.statistics, True)
+    batch, worst = next(our_batches(full, args, True)), 0.0
+    for row in range(COMPARED):
+        ours = batch["latents"][row].transpose(2, 0, 1), batch["repa_features"][row].T.astype(np.float32)
+        differences = []
+        for suffix in ("", "_flip"):
+            item = {name: np.asarray(values, np.float32) for name, values in image(int(batch["index"][row]), suffix).items()}
+            theirs = np.concatenate([item["texture"], item["semantic"]]), item["features"].reshape(ours[1].shape)
+            differences.append(max(np.abs(a - b).max() / np.abs(b).max() for a, b in zip(ours, theirs, strict=True)))
+        worst = max(worst, float(min(differences)))
+    if not worst < SAME:
+        raise SystemExit(f"the two loaders do not read the same images ({worst:.1e}; at most {SAME:g}): nothing is timed")
+    return f"largest relative difference of {COMPARED} images before timing: {worst:.1e} (ours are stored in bfloat16)"
+
+
+def measure(released: Path, lean, full, args) -> tuple[dict[str, dict], dict[str, dict]]:
+    """Return each loader's wall seconds and processor seconds an image, with their spread over the turns."""
+    loaders = {}
+    if args.versus:
+        loaders[WITH_FEATURES] = lambda: original(released, lean.statistics, args.batch, True)
+        loaders[LATENTS_ALONE] = lambda: original(released, lean.statistics, args.batch, False)
+    for name, (store, repa) in zip(OURS, ((full, True), (lean, False)), strict=True):
+        loaders[name] = lambda store=store, repa=repa: our_batches(store, args, repa)
+    wall, cpu = ({name: [] for name in loaders} for _ in range(2))
+    for _ in range(args.rounds):  # in turns, so that a busy machine disturbs all alike
         for name, make in loaders.items():
-            iterator = make()
+            iterator, batches = make(), 0
             # Files, threads and processes; and what was read ahead before the clock starts, which is not counted.
-            for _ in range(6 + 3 * args.workers if name.startswith("ours") else 1):
+            for _ in range(6 + 3 * args.workers if name in OURS else 1):
                 next(iterator)
             start, start_cpu = time.perf_counter(), time.process_time()
-            while time.perf_counter() - start < args.seconds / TURNS:
+            while time.perf_counter() - start < args.seconds:
                 next(iterator)
-                batches[name] += 1
-            wall[name] += time.perf_counter() - start
-            cpu[name] += time.process_time() - start_cpu
+                batches += 1
+            images = batches * args.batch
+            wall[name].append((time.perf_counter() - start) / images)
+            cpu[name].append((time.process_time() - start_cpu) / images)
             iterator.close()  # nothing reads ahead in another's turn
-    rates = {name: batches[name] * args.batch / wall[name] for name in loaders}
-    cpu = {name: cpu[name] / batches[name] / args.batch for name in loaders}
-    size = sum(path.stat().st_size for path in released.iterdir()) / args.images
-    disk = {WITH_FEATURES: size}
-    for name, store in (("ours, with features", full), ("ours, latents alone", lean)):
-        disk[name] = sum(shard["bytes"] for shard in store.shards) / len(store)
-    return rates, cpu, disk
+    return tuple({name: summary(turns) for name, turns in each.items()} for each in (wall, cpu))
 
 
-def original(folder: Path, statistics, batch_size: int, features: bool):
-    """Yield batches as the released data set makes them: a file opened and sliced for every image."""
+def original_image(folder: Path, statistics, features: bool):
+    """Return image(index, suffix) -> arrays of one image as the released data set reads it, and their number."""
+    import torch
     from safetensors import safe_open
 
-    try:
-        import torch
-
-        torch.set_num_threads(1)  # as in the workers of its DataLoader
-        framework, stack = "pt", torch.stack
-        statistic = lambda values: torch.from_numpy(values.copy()).reshape(1, -1, 1, 1)  # noqa: E731
-    except ImportError:
-        framework, stack = "np", np.stack
-        statistic = lambda values: values.reshape(1, -1, 1, 1)  # noqa: E731
+    torch.set_num_threads(1)  # as in the workers of its DataLoader
+    statistic = lambda values: torch.from_numpy(values.copy()).reshape(1, -1, 1, 1)  # noqa: E731
     mean = [statistic(values) for values in (statistics.texture_mean, statistics.semantic_mean)]
     std = [statistic(values) for values in (statistics.texture_std, statistics.semantic_std)]
     where = []
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework) as file:
+        with safe_open(path, "pt") as file:
             where += [(path, row) for row in range(file.get_slice("labels").get_shape()[0])]
 
-    def image(index: int, random: np.random.Generator) -> dict:
+    def image(index: int, suffix: str) -> dict:
         path, row = where[index]
-        suffix = "_flip" if random.random() < 0.5 else ""
-        with safe_open(path, framework) as file:
+        with safe_open(path, "pt") as file:
             latents = []
             for group, name in enumerate(("latents", "latents_sv")):
                 raw = file.get_slice(name + suffix)[row : row + 1]
@@ -163,35 +173,59 @@ def original(folder: Path, statistics, batch_size: int, features: bool):
             item["label"] = file.get_slice("labels")[row : row + 1][0]
         return item
 
+    return image, len(where)
+
+
+def original(folder: Path, statistics, batch_size: int, features: bool):
+    """Yield batches as the released data set makes them: a file opened and sliced for every image."""
+    import torch
+
+    image, number = original_image(folder, statistics, features)
     random = np.random.default_rng(0)
     while True:
-        order = random.permutation(len(where))
-        for first in range(0, len(order) - batch_size + 1, batch_size):
-            items = [image(index, random) for index in order[first : first + batch_size]]
-            yield {name: stack([item[name] for item in items]) for name in items[0]}
+        order = random.permutation(number)
+        for first in range(0, number - batch_size + 1, batch_size):
+            items = [
+                image(index, "_flip" if random.random() < 0.5 else "") for index in order[first : first + batch_size]
+            ]
+            yield {name: torch.stack([item[name] for item in items]) for name in items[0]}
 
 
-def report(rates: dict, cpu: dict, disk: dict, args) -> None:
-    """Print the tables, and write JSON where asked."""
-    print(f"{'loader':<32}{'images/s':>10}{'cpu us/image':>14}{'beside the original':>21}{'same bytes':>12}"
-          f"{'bytes/image':>13}")  # fmt: skip
-    for name, rate in rates.items():
-        same = rates[LATENTS_ALONE if name.endswith("alone") else WITH_FEATURES]
+def report(wall: dict, cpu: dict, disk: dict, args, notes: list[str]) -> None:
+    rows, ratios = [], {}
+    for name, each in wall.items():
         # The processor time of worker processes is not this process's.
-        spent = "" if args.workers and name.startswith("ours") else f"{cpu[name] * 1e6:,.0f}"
-        print(f"{name:<32}{rate:>10,.0f}{spent:>14}{rate / rates[WITH_FEATURES]:>20.1f}x{rate / same:>11.1f}x"
-              f"{disk.get(name, disk[WITH_FEATURES]):>13,.0f}")  # fmt: skip
+        spent = "" if args.workers and name in OURS else 1e6 * cpu[name]["median"]
+        rows.append([name, f"{1 / each['median']:,.0f}", spread(each), spent, f"{disk[name]:,.0f}" if name in disk else ""])
+    for name, same in OURS.items() if args.versus else ():
+        for other in {"what the original reads for REPA": WITH_FEATURES, "the same bytes": same}.items():
+            ratios[f"{name}, over {other[0]}"] = wall[other[1]]["median"] / wall[name]["median"]
     needs = {}
-    print(f"an XL step at {UTILISATION:.0%} of peak:")
     for name, (chips, flops, batch) in SLICES.items():
-        need = chips * flops * UTILISATION / XL_FLOPS
-        needs[name] = {"images_per_second": need, "a_host": need * CHIPS_A_HOST / chips, "step_seconds": batch / need}
-        print(f"  {name:<14} batch {batch}: {1000 * batch / need:.0f} ms, {need:,.0f} images/s, "
-              f"{need * CHIPS_A_HOST / chips:,.0f} for each of {chips // CHIPS_A_HOST} hosts")  # fmt: skip
-    if args.json:
-        numbers = {"images_per_second": rates, "cpu_seconds_per_image": cpu, "bytes_per_image": disk, "needed": needs}
-        Path(args.json).write_text(json.dumps(numbers | {"settings": vars(args)}, indent=1) + "\n")
+        need_all = chips * flops * UTILISATION / XL_FLOPS
+        needs[name] = {"batch": batch, "step_seconds": batch / need_all, "images_per_second": need_all,
+                       "a_host": need_all * CHIPS_A_HOST / chips}  # fmt: skip
+    tables = [
+        f"{args.images} images, batches of {args.batch}, {args.rounds} turns of {args.seconds:g} s",
+        table(["loader", "images/s", "spread of s/image", "cpu us/image", "bytes/image"], rows),
+    ]
+    if ratios:
+        tables.append(table(["speed of", "ratio of medians"], [[n, f"{r:.1f}"] for n, r in ratios.items()]))
+    tables += [
+        f"What an XL step at {UTILISATION:.0%} of a slice's peak reads",
+        table(
+            ["slice", "batch", "step, ms", "images/s", "a host"],
+            [[name, n["batch"], *(f"{x:,.0f}" for x in (1e3 * n["step_seconds"], n["images_per_second"], n["a_host"]))]
+             for name, n in needs.items()],
+        ),
+    ]  # fmt: skip
+    record = {
+        "benchmark": "loader", "settings": {k: v for k, v in vars(args).items() if k not in ("json", "data")},
+        "seconds": wall, "cpu_seconds": cpu, "bytes_per_image": disk, "needed": needs, "ratios": ratios,
+        "peak_gib": peak_memory(),
+    }  # fmt: skip
+    finish(record, tables, notes, args.json)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -140,9 +140,9 @@ def _guided(main, both, scale_semantic, scale_texture, layout, interval_start, i
         return jnp.where(on, guided, velocity)
 
     def velocity_fn(latents, t_semantic, t_texture):
-        # Before any group of any row is guided, the other velocity is not evaluated.
+        # Before any group of any row is guided, the other velocity is not evaluated; scale 1 is no guidance.
         semantic, texture = guided_groups(t_semantic, t_texture, interval_start, interval_groups)
-        anywhere = jnp.any(semantic | texture)
+        anywhere = jnp.any(semantic & (scale_semantic != 1) | texture & (scale_texture != 1))
         return jax.lax.cond(anywhere, inside, main, latents, t_semantic, t_texture)
 
     return velocity_fn

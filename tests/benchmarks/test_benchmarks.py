@@ -12,6 +12,7 @@ import pytest
 TINY = {
     "train_step": ["--size=S", "--depth=2", "--width=96", "--batch=2", "--rounds=1", "--repa", "--no_compile"],
     "sample": ["--depth=1", "--batch=1", "--rounds=1", "--solver=euler", "--calls=6"],
+    "loader": ["--images=40", "--batch=8", "--rounds=1", "--seconds=0.1"],
     "features": ["--manifolds", "--reference=20", "--samples=30", "--features=8"],
 }
 
@@ -27,17 +28,21 @@ def run(root, name, *flags):
 
 @pytest.mark.parametrize("name", TINY)
 def test_tiny_run(root, tmp_path, name):
-    # Beside PyTorch it compares output, loss and gradients, and stops without a record where they differ.
-    versus = ["--versus=torch"] if name == "train_step" and importlib.util.find_spec("torch") else []
+    # Beside PyTorch they compare what both compute or read, and stop without a record where it differs.
+    both = name in ("train_step", "loader") and importlib.util.find_spec("torch")
+    versus = ["--versus=torch"] if both else []
     done = run(root, name, *TINY[name], *versus, f"--json={tmp_path}/out.json")
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads((tmp_path / "out.json").read_text())
-    assert record["machine"]["versions"]["jax"] and record["machine"]["cores"] > 0
+    assert record["benchmark"] and record["machine"]["versions"]["jax"] and record["machine"]["cores"] > 0
     seconds = record["seconds"]
     if name == "train_step":
         contenders = ["sfd_jax", "torch eager"] if versus else ["sfd_jax"]
         assert set(seconds) == {f"{each}: {call}" for each in contenders for call in ("forward", "step")}
         assert all(each["least"] <= each["median"] <= each["most"] for each in seconds.values())
+    if name == "loader":
+        assert len(seconds) == (4 if versus else 2) and bool(record["ratios"]) == bool(versus)
+        assert record["bytes_per_image"]["sfd_jax, latents alone"] > 2 * 2 * 48 * 256  # two flips in bfloat16
     if name == "sample":
         assert record["calls"]["sfd_jax"] == sum(record["calls_by_stage"]) == 6
         assert 0 < record["errors"]["sfd_jax"] < 1

@@ -92,6 +92,23 @@ def test_what_the_interval_discards_is_not_evaluated():
     assert rows == [3, 6]
 
 
+def test_a_group_of_scale_1_asks_for_no_weak_model():
+    rows = []
+    guided = jax.jit(
+        guidance.autoguidance(
+            network(2), network(1, rows), LABELS, layout=LAYOUT, scale_semantic=1.0, scale_texture=3.0,
+            interval_start=0.5,
+        )
+    )  # fmt: skip
+    semantic_inside = inputs((0.6, 0.7, 0.8), (0.1, 0.2, 0.3))
+    np.testing.assert_allclose(guided(*semantic_inside), network(2)(*semantic_inside, LABELS), rtol=1e-6)
+    jax.effects_barrier()
+    assert rows == []
+    jax.block_until_ready(guided(*inputs((0.9, 0.9, 0.9), (0.4, 0.5, 0.6))))
+    jax.effects_barrier()
+    assert rows == [3]
+
+
 def test_jumps_are_where_the_clocks_pass_the_start():
     at = lambda groups, start=0.1: guidance.jumps(
         FixedOffset(0.3), interval_start=start, interval_groups=groups

@@ -139,6 +139,10 @@ def test_a_sample_does_not_depend_on_its_companions():
         # A rotation keeps errors as they are, so that those of the steps add up at most.
         bound = int(together.sample_nfe[i].sum()) / 6 * tableau.STEP_TOLERANCE * TIGHT["rtol"]
         np.testing.assert_allclose(together.final[i], exact, atol=bound)
+        # What the released controller takes and errs on this sample alone is the measure of both.
+        released = dopri5_shared(oscillator(STIFFNESS[i : i + 1]), start[i : i + 1], [0, 1.3], **TIGHT)
+        error, measure = (np.abs(x - np.asarray(exact)).max() for x in (together.final[i], released.final[0]))
+        assert error <= 1.1 * measure and int(together.sample_nfe[i].sum()) <= int(released.nfe)
     own = np.asarray(together.sample_nfe).sum(1)
     assert own[0] < own[1] < own[2] == int(together.nfe)  # nobody waits for anybody
 
