@@ -51,7 +51,7 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
             repa_depth=2,  # blocks before the projector
             repa_width=2048,
             scan_blocks=True,
-            remat="full",  # none | dots | full: what the backward pass computes again
+            remat="auto",  # none | dots | full: what the backward pass computes again; auto: dots where it fits
             compute_dtype="bfloat16",
         )
     )

@@ -39,7 +39,7 @@ def main() -> None:
     flag("--depth", type=int, help="another number of blocks")
     flag("--width", type=int, help="another width")
     flag("--repa", action="store_true", help="with REPA's projector and loss")
-    flag("--remat", default="none", help="none, dots or full; ours alone")
+    flag("--remat", default="auto", help="auto, none, dots or full; ours alone")
     flag("--unroll", action="store_true", help="blocks unrolled instead of scanned; ours alone")
     flag("--attention", choices=["plain", "cudnn"], help="instead of what models/attention.py chooses; ours alone")
     flag("--no_compile", action="store_true", help="PyTorch without torch.compile")

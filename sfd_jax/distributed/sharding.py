@@ -80,6 +80,17 @@ def split_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(AXES))
 
 
+def share_of_device(rows: int) -> tuple[float, str]:
+    """Return how many of a batch's rows each device holds, and what JAX calls its kind.
+
+    Outside of `mesh_context` these are all rows, and "".
+    """
+    mesh = _mesh()
+    if mesh is None or mesh.abstract_device is None:
+        return rows, ""
+    return rows / mesh.size, mesh.abstract_device.device_kind
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gather(x, spec: PartitionSpec):
     del spec

@@ -56,7 +56,8 @@ def _plain_product(x, kernel, precision):
 
 
 def _product_forward(x, kernel, precision):
-    return product(x, kernel, precision), (x, kernel)
+    # Not `product`: inside of it, remat policies would not see the matmul that they are to keep.
+    return _plain_product(x, kernel, precision), (x, kernel)
 
 
 def _product_backward(precision, kept, gradient):

@@ -58,7 +58,7 @@ from sfd_jax.models.layers import (
     unpatchify,
 )
 from sfd_jax.models.positions import rotary_2d, sincos_2d, time_features
-from sfd_jax.models.stack import REMAT, run_stack, stack
+from sfd_jax.models.stack import REMAT, choose_remat, run_stack, stack
 
 # The released code's table. Its "1p0B" is the paper's XXL, which the paper gives as 32 x 1280 x 16.
 SIZES = {
@@ -93,7 +93,7 @@ class DiTConfig:
       repa_width: hidden width of the projector.
       scan_blocks: run the blocks as one compiled loop; off, unrolled (slower to compile).
       remat: what a block keeps for the backward pass: "none" recomputes nothing, "full" everything,
-        "dots" everything but the matmuls with weights.
+        "dots" everything but the matmuls with weights, "auto" is one of these two by `stack.choose_remat`.
       compute_dtype: "float32" or "bfloat16".
     """
 
@@ -136,7 +136,8 @@ class DiTConfig:
             not self.repa_features or 1 <= self.repa_depth <= self.depth,
             f"repa_depth {self.repa_depth} must lie in 1..depth ({self.depth})",
         )
-        check(self.remat in REMAT, f"no remat policy '{self.remat}': {nearest(self.remat, REMAT)}")
+        policies = (*REMAT, "auto")
+        check(self.remat in policies, f"no remat policy '{self.remat}': {nearest(self.remat, policies)}")
         check_dtype(self.compute_dtype)
 
 
@@ -204,8 +205,9 @@ class LightningDiT(nnx.Module):
         condition = jax.nn.silu(condition)
         rotary = rotary_2d(c.width // c.num_heads, grid) if c.use_rope else None
 
+        remat = choose_remat(_kept_by_dots(c), len(latents)) if c.remat == "auto" else c.remat
         run = functools.partial(
-            run_stack, self.blocks, extras=(condition, rotary), scan=c.scan_blocks, remat=c.remat
+            run_stack, self.blocks, extras=(condition, rotary), scan=c.scan_blocks, remat=remat
         )
         if return_repa:
             # Two loops around the depth that REPA reads: carrying a copy through one loop instead
@@ -225,6 +227,15 @@ class LightningDiT(nnx.Module):
             return self.time_embed(t_texture)
         halves = [self.time_embed_semantic(t_semantic), self.time_embed_texture(t_texture)]
         return jnp.concatenate(halves, axis=-1)
+
+
+def _kept_by_dots(config: DiTConfig) -> int:
+    """Return the bytes of one row that the blocks keep with remat "dots": what the matmuls with weights give."""
+    c = config
+    hidden = int(c.width * c.mlp_ratio)
+    wide = 2 * int(2 / 3 * hidden) if c.use_swiglu else hidden
+    tokens = (c.input_size // c.patch_size) ** 2
+    return c.depth * tokens * (5 * c.width + wide) * jnp.dtype(c.compute_dtype).itemsize  # qkv, proj, w12, w3
 
 
 class TimeEmbed(nnx.Module):

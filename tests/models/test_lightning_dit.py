@@ -3,10 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax.sharding import AbstractDevice, AbstractMesh
+
 from model_testing import call, random_params
+from sfd_jax.distributed.mesh import AXES
 from sfd_jax.errors import SfdError
-from sfd_jax.models import DiTConfig, Network, dit_config
+from sfd_jax.models import DiTConfig, Network, dit_config, lightning_dit
 from sfd_jax.models.positions import rotary_2d, rotate, sincos_2d
+from sfd_jax.models.stack import choose_remat
 
 TINY = dict(
     width=24,
@@ -96,12 +100,37 @@ def test_scan_and_remat_change_nothing(inputs):
 
     wanted, velocity = answer(build(**shallow))
     assert all(np.any(leaf) for leaf in jax.tree.leaves(wanted))  # every parameter is used
-    for change in (dict(remat="full"), dict(remat="dots", scan_blocks=False)):
+    for change in (dict(remat="full"), dict(remat="auto"), dict(remat="dots", scan_blocks=False)):
         found, same = answer(build(**shallow, **change))
         # The same arithmetic in another order of fusion: a few float32 roundings.
         close(same, velocity, 2e-6)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
             close(a, b, 2e-5)
+
+
+def test_remat_recomputes_what_it_says(inputs):
+    """Matmuls in the gradient's program: "full" repeats all of a block, "dots" those of attention alone."""
+    counts = {}
+    for remat in ("none", "dots", "full"):
+        network = build(depth=1, repa_features=0, remat=remat)
+        loss = lambda params, network=network: jnp.sum(network.apply(params, *inputs))
+        program = jax.jit(jax.grad(loss)).lower(network.abstract_params())
+        counts[remat] = program.as_text().count("dot_general")
+    # Logits and values; and qkv, proj, w12, w3 and the modulation, but for the last: nothing needs w3's answer.
+    assert counts["dots"] - counts["none"] == 2
+    assert counts["full"] - counts["dots"] in (4, 5)
+
+
+def test_remat_auto_keeps_what_fits_the_device():
+    kept = lightning_dit._kept_by_dots(dit_config("XL", compute_dtype="bfloat16"))
+    v5e = lambda chips: AbstractMesh((1, chips), AXES, abstract_device=AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu"))
+
+    def choice(mesh, rows):
+        with jax.sharding.use_abstract_mesh(mesh):
+            return choose_remat(kept, rows)
+
+    assert choice(v5e(16), 256) == "dots" and choice(v5e(4), 256) == "full"
+    assert choose_remat(kept, 16) == "dots" and choose_remat(kept, 64) == "full"  # a device nobody knows
 
 
 def test_bfloat16_is_near_float32(params, inputs, velocity):
