@@ -39,7 +39,7 @@ def main() -> None:
     flag("--depth", type=int, help="another number of blocks")
     flag("--width", type=int, help="another width")
     flag("--repa", action="store_true", help="with REPA's projector and loss")
-    flag("--remat", default="auto", help="auto, none, dots or full; ours alone")
+    flag("--remat", help="none, dots, full, or auto: dots where it fits; none on a CPU, auto elsewhere; ours alone")
     flag("--unroll", action="store_true", help="blocks unrolled instead of scanned; ours alone")
     flag("--attention", choices=["plain", "cudnn"], help="instead of what models/attention.py chooses; ours alone")
     flag("--no_compile", action="store_true", help="PyTorch without torch.compile")
@@ -55,6 +55,7 @@ def main() -> None:
     args.size = args.size or ("B" if cpu else "XL")
     args.batch = args.batch or (4 if cpu else 64)
     args.dtype = args.dtype or ("float32" if cpu else "bfloat16")
+    args.remat = args.remat or ("none" if cpu else "auto")
     if args.attention:
         attention.implementation_for = lambda *_: args.attention
     overrides = {name: value for name in ("depth", "width") if (value := getattr(args, name))}

@@ -46,7 +46,7 @@ def product(x: jax.Array, kernel: jax.Array, precision=None) -> jax.Array:
 
     That gradient contracts both of its factors over their rows. XLA's library of CPU matmuls takes no such
     product, and a slower one is taken that copies first; with `x` transposed in memory beforehand it does. The
-    training step of B/1 takes a sixth less (docs/performance.md). Other platforms get JAX's gradient.
+    training step of B/1 takes a sixth less (docs/performance.md). Other platforms, and bfloat16, get JAX's gradient.
     """
     return _plain_product(x, kernel, precision)
 
@@ -70,6 +70,8 @@ def _product_backward(precision, kept, gradient):
         columns = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
         return matmul(gradient, kernel.T), matmul(columns, gradient.reshape(-1, gradient.shape[-1]))
 
+    if gradient.dtype != jnp.float32:
+        return as_jax_does(*kept, gradient)
     # Chosen where the program is lowered: a CPU also compiles for TPUs that it does not have.
     return jax.lax.platform_dependent(*kept, gradient, cpu=for_cpu, default=as_jax_does)
 
