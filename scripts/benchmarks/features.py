@@ -26,7 +26,7 @@ def main() -> None:
     flag = parser.add_argument
     flag("--images", type=int, default=256)
     flag("--image_size", type=int, default=256)
-    flag("--batch_size", type=int, default=32)
+    flag("--batch_size", type=int, help="of both (default: 8 on a CPU, 32 elsewhere, as `sfd evaluate` has it)")
     flag("--manifolds", action="store_true", help="time precision and recall instead")
     flag("--reference", type=int, default=10_000)
     flag("--samples", type=int, default=50_000)
@@ -35,6 +35,9 @@ def main() -> None:
     if args.versus:
         need("torch", "torch-fidelity")
     share_memory()
+    import jax
+
+    args.batch_size = args.batch_size or (8 if jax.default_backend() == "cpu" else 32)
     measure_manifolds(args) if args.manifolds else measure_extraction(args)
 
 
@@ -90,7 +93,10 @@ def measure_extraction(args) -> None:
     runs = {name: lambda extract=extract: extract(images) for name, extract in extractors.items()}
     times, first = take_turns(runs, args.rounds)
     rows = [[name, each["median"], spread(each), args.images / each["median"]] for name, each in times.items()]
-    size = f"Inception features of {args.images} images of {args.image_size} pixels, {args.rounds} rounds in turns"
+    size = (
+        f"Inception features of {args.images} images of {args.image_size} pixels, batches of {args.batch_size}, "
+        f"{args.rounds} rounds in turns"
+    )
     tables = [size, table(["what", "seconds", "spread", "images/s"], rows)]
     ratios = {name: times[name]["median"] / times["sfd_jax"]["median"] for name in times if name != "sfd_jax"}
     if ratios:
