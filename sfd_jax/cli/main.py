@@ -24,6 +24,17 @@ DOORS = {
     "plan": "memory, time and storage of a training run on a TPU slice",
 }
 
+# What to do where a device's memory does not suffice; other doors are told nothing.
+_training = "nothing saved is lost; try --config.{}train.accumulation=2 (or 4, 8, ...) or a smaller train.global_batch_size"
+SMALLER = {
+    "train": _training.format("model.remat=full, --config."),
+    "train_semvae": _training.format(""),
+    "train_texture_vae": _training.format(""),
+    "sample": "try a smaller --batch_size, or --fsdp to split the weights; images already made are kept",
+    "evaluate": "try a smaller --eval_batch_size, with --live also --batch_size",
+    "extract": "try a smaller --batch_size; shards already written are kept",
+}
+
 # Those that start on all hosts of a job.
 HOST_DOORS = ("extract", "train", "train_semvae", "train_texture_vae", "sample", "evaluate")
 
@@ -55,8 +66,9 @@ def main(argv: list[str]) -> int:
 def open_door(door_main, name: str, arguments: list[str]) -> int:
     """Run one door and return its exit status.
 
-    An SfdError becomes one message on stderr and its own status (2: mend it, 75: start again), Ctrl-C 130, a closed
-    pipe 0. The other hosts of a job learn of each end that is none of theirs (see distributed/hosts.py).
+    An SfdError becomes one message on stderr and its own status (2: mend it, 75: start again), a device without enough
+    memory one that says what to make smaller, Ctrl-C 130, a closed pipe 0. The other hosts of a job learn of each end
+    that is none of theirs (see distributed/hosts.py).
     """
     keep_compilations()
     libtpu.hush()
@@ -81,6 +93,13 @@ def open_door(door_main, name: str, arguments: list[str]) -> int:
         tell_hosts(name, 0)
         raise
     except Exception as error:
+        # By its name: a door may have failed before JAX was imported.
+        if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(error):
+            hint = SMALLER.get(name, "take a smaller model or batch")
+            message = f"a device's memory does not suffice: {hint}\n  {str(error).strip().splitlines()[0]}"
+            print(f"sfd {name}: {message}", file=sys.stderr, flush=True)
+            tell_hosts(name, SfdError.status, message)
+            return SfdError.status
         if _joins_hosts(name):
             from sfd_jax.distributed import hosts
 

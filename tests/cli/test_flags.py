@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from sfd_jax.cli.flags import door_parser, load_config, parse_door
-from sfd_jax.cli.main import DOORS, main
+from sfd_jax.cli.main import DOORS, SMALLER, main, open_door
 from sfd_jax.errors import SfdError
 
 CONFIG = "configs/sfd.py:xl,tiny"
@@ -91,3 +91,18 @@ def test_a_reader_that_has_seen_enough_is_no_fault(root):
     )
     os.close(writing)
     assert done.returncode == 0 and done.stderr == ""
+
+
+@pytest.mark.parametrize("door", SMALLER)
+def test_too_little_memory_says_what_to_make_smaller(capfd, door):
+    def greedy(arguments):
+        import jax.numpy as jnp
+
+        jnp.zeros(2**50).block_until_ready()  # no machine has 4 PiB
+
+    assert open_door(greedy, door, []) == 2
+    told = capfd.readouterr().err
+    assert f"sfd {door}: a device's memory does not suffice: " in told and SMALLER[door] in told
+    assert "RESOURCE_EXHAUSTED" in told and "Traceback" not in told
+    if door == "train":  # the hint's flags exist
+        assert parse(*(word.rstrip(",") for word in SMALLER[door].split() if word.startswith("--"))).config.train.accumulation == 2
