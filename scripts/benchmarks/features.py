@@ -35,9 +35,10 @@ def main() -> None:
     if args.versus:
         need("torch", "torch-fidelity")
     share_memory()
-    import jax
+    from sfd_jax.distributed import make_mesh
+    from sfd_jax.evaluation import images_at_once
 
-    args.batch_size = args.batch_size or (8 if jax.default_backend() == "cpu" else 32)
+    args.batch_size = args.batch_size or images_at_once(make_mesh())
     measure_manifolds(args) if args.manifolds else measure_extraction(args)
 
 

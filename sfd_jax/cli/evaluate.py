@@ -201,11 +201,10 @@ def _reconstruction(args) -> dict:
 
 def _batches(args) -> dict:
     from sfd_jax.distributed import make_mesh
+    from sfd_jax.evaluation import images_at_once
 
     mesh = make_mesh(fsdp=args.fsdp)
-    # Inception's widest layers hold 5 MB an image: more than 8 leave a processor's caches, and a third of its speed.
-    each = args.eval_batch_size or (8 if mesh.devices.flat[0].platform == "cpu" else 32)
-    return {"mesh": mesh, "batch_size": each * mesh.size}
+    return {"mesh": mesh, "batch_size": (args.eval_batch_size or images_at_once(mesh)) * mesh.size}
 
 
 def _extractor(name: str, directory: str):

@@ -14,6 +14,7 @@ from sfd_jax.evaluation.features import (
     class_token,
     dinov2_extractor,
     extract_features,
+    images_at_once,
     inception_extractor,
 )
 from sfd_jax.evaluation.image_sets import ImageSet, image_set_of, open_image_set
@@ -48,6 +49,7 @@ __all__ = [
     "frechet_distance",
     "gather",
     "image_set_of",
+    "images_at_once",
     "inception_extractor",
     "inception_score",
     "kernel_distance",

@@ -156,6 +156,14 @@ def extract_features(
         yield _to_host(extractors, answers, count, done)
 
 
+def images_at_once(mesh: Mesh) -> int:
+    """Return how many images a device of the mesh takes at once at the best speed; the answers do not depend on it.
+
+    Inception's widest layers hold 5 MB an image: more than 8 leave a processor's caches, and a third of its speed.
+    """
+    return 8 if mesh.devices.flat[0].platform == "cpu" else 32
+
+
 def lower_features(
     extractors: Sequence[Extractor], image_size: int, *, batch_size: int, mesh: Mesh
 ) -> jax.stages.Lowered:
