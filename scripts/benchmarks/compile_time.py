@@ -1,4 +1,4 @@
-"""Seconds to compile the XL training step and sampler, for a TPU slice and for this machine's processor.
+"""Seconds to compile XL's training step and the sampler's two programs, for a TPU slice and for this processor.
 
   python scripts/benchmarks/compile_time.py [--config=configs/sfd.py:xl] [--topology=v5e:4x4] [--json=FILE]
 
@@ -36,7 +36,7 @@ def main() -> None:
             )
             devices = jax.devices()[:1] if place == "cpu" else topology_devices(Topology(args.topology))
             where = "this processor" if place == "cpu" else args.topology
-            for what in ("train", "sample"):
+            for what in ("train", "sample", "decode"):
                 _, mesh, batch, _, lower = compile_pod.PROGRAMS[what](flags, devices)
                 lower_seconds, compile_seconds, _ = timed(lower)
                 rows.append({"program": what, "for": where, "batch": batch, "lower": lower_seconds,

@@ -30,6 +30,7 @@ ROWS = {
     "sample_euler_v5e_2x2": (
         "--what=sample --config=configs/sfd.py:xl --topology=v5e:2x2 --config.sample.solver=euler", 12,
     ),
+    "decode_v5e_2x2": ("--what=decode --config=configs/sfd.py:xl --topology=v5e:2x2", 12),
     "extract_v5e_2x2": ("--what=extract --config=configs/sfd.py:xl --topology=v5e:2x2", 12),
     "inception_v5e_2x2": ("--what=inception --config=configs/sfd.py:xl --topology=v5e:2x2", 12),
 }  # fmt: skip

@@ -5,8 +5,9 @@
   sfd compile_pod --config=configs/sfd.py:xl --topology=v5e:16x16 --slices=2
       --config.train.global_batch_size=4096
       the same on two slices, with data parallelism between them
-  sfd compile_pod --what=sample --config=configs/sfd.py:xl --topology=v5e:2x2
-      the sampler of the config's `sample` group, weak model and decoder included
+  sfd compile_pod --what=sample|decode --config=configs/sfd.py:xl --topology=v5e:2x2
+      the two programs of the sampler, the config's `sample` group: the ODE with all its models, and the texture's
+      decoder; either with the weights of all of them on the chip
   sfd compile_pod --what=extract|inception --topology=v5e:2x2
       DINOv2-B, Semantic VAE and texture VAE as `sfd extract` runs them; Inception's features
 
@@ -16,8 +17,7 @@ program fits into the chip's memory, 1 where it does not, 2 where something is w
 
 Memory is what XLA has laid out for one chip. FLOPs and traffic are counted in the compiled program, every
 instruction as often as it runs (a scan's body once a layer); the traffic is the result's bytes on one chip. A loop
-that ends by its data, as dopri5's does, is counted once: what is said then is the work of one network call and of the
-decoding.
+that ends by its data, as dopri5's does, is counted once: what is said then is the work of one network call.
 """
 
 import json
@@ -26,7 +26,7 @@ from pathlib import Path
 from sfd_jax.cli.flags import door_parser, load_config, parse_door
 from sfd_jax.errors import SfdError
 
-WHAT = ("train", "sample", "extract", "inception")
+WHAT = ("train", "sample", "decode", "extract", "inception")
 
 
 def main(argv: list[str]) -> int:
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
          help="images a chip for the other programs than train (default: the config's sample.batch_size, or 64)")
     flag("--weak", metavar="CONFIG",
          help="config of AutoGuidance's weaker model (default: --config in size b)")
-    flag("--fsdp", type=int, default=1, help="for sample: as in `sfd sample` (default: %(default)s)")
+    flag("--fsdp", type=int, default=1, help="for sample and decode: as in `sfd sample` (default: %(default)s)")
     args = parse_door(parser, argv, config="configs/sfd.py:xl")
 
     measurement = measure_program(args, args.what)
@@ -113,6 +113,14 @@ def _train(args, devices):
 
 
 def _sample(args, devices):
+    return _sampler(args, devices, 0)
+
+
+def _decode(args, devices):
+    return _sampler(args, devices, 1)
+
+
+def _sampler(args, devices, which: int):
     from sfd_jax.cli.build import diffusion_settings, layout_from_config, network_from_config
     from sfd_jax.distributed import make_mesh
     from sfd_jax.generation import SampleConfig
@@ -130,10 +138,10 @@ def _sample(args, devices):
     def lower():
         return programs.lower_sampling(
             networks["diffusion"], networks.get("weak"), layout, clocks, sample, mesh, rows
-        )
+        )[which]
 
     points = "" if sample.solver == "dopri5" else f" of {sample.num_steps} points"
-    how = f", {sample.mode} {sample.solver}{points}, guidance {sample.guidance}"
+    how = "" if which else f", {sample.mode} {sample.solver}{points}, guidance {sample.guidance}"
     return how, mesh, rows, networks | {"texture VAE": programs.texture_vae(layout)}, lower
 
 
@@ -164,7 +172,7 @@ def _inception(args, devices):
     return f", {image_size} px", mesh, rows, {"inception": programs.inception()}, lower
 
 
-PROGRAMS = {"train": _train, "sample": _sample, "extract": _extract, "inception": _inception}
+PROGRAMS = {"train": _train, "sample": _sample, "decode": _decode, "extract": _extract, "inception": _inception}
 
 
 def _first_host(devices) -> list:

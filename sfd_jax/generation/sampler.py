@@ -1,5 +1,8 @@
 """From checkpoints to a function that makes images: (indices, labels) -> uint8, over all devices.
 
+Two programs: one integrates the whole ODE, one decodes its texture. As one they take the TPU compiler a third longer
+than one after the other (docs/performance.md), and all that passes between them is latents.
+
 Sample i starts from noise that is a function of (seed, i) alone, and staged integration controls the error
 of each sample on its own: so batch size, padding, devices and hosts change nothing but float rounding. (In
 `published` mode dopri5 shares one step size among a batch, as released: there the batch size matters.)
@@ -129,9 +132,10 @@ class Sampler:
         self._params = put_same(params, param_shardings(params, self.mesh))
         self._layout, self._statistics, self._clocks = layout, statistics, clocks
         self._config, self._seed = config, seed
-        # Every host gets all rows: the one that writes needs them, and images are small beside latents' work.
-        self._run = jax.jit(self._sample_and_decode, out_shardings=replicated(self.mesh))
-        self._run_latents = jax.jit(lambda *a: self._sample(*a)[0], out_shardings=replicated(self.mesh))
+        # Every host gets all rows: the one that writes needs them, and they are small beside the work on them.
+        # Both programs are given all weights, used or not: so what XLA says one needs is what the device holds.
+        options = {"out_shardings": replicated(self.mesh), "keep_unused": True}
+        self._run_sample, self._run_decode = jax.jit(self._sample, **options), jax.jit(self._decode, **options)
 
     def __call__(
         self, indices: np.ndarray, labels: np.ndarray, batch_size: int | None = None
@@ -156,10 +160,13 @@ class Sampler:
             raise SfdError(f"labels must lie in 0..{self.num_classes - 1}, got {labels.min()}..{labels.max()}")
         images, nfe = [], []
         for count, *batch in self._batches(indices, labels, batch_size):
-            made, calls, finite = (np.asarray(x)[:count] for x in self._run(self._params, *batch))
-            if not finite.all():
+            latents, calls, converged = self._run_sample(self._params, *batch)
+            made, finite = self._run_decode(self._params, latents)
+            made, calls, *fine = (np.asarray(x)[:count] for x in (made, calls, converged, finite))
+            fine = np.logical_and(*fine)
+            if not fine.all():
                 raise SfdError(
-                    f"sample {int(np.asarray(batch[0])[:count][~finite][0])} is not finite: the solver did not "
+                    f"sample {int(np.asarray(batch[0])[:count][~fine][0])} is not finite: the solver did not "
                     "converge or the weights are damaged; try a smaller guidance scale or float32"
                 )
             images.append(made)
@@ -169,7 +176,7 @@ class Sampler:
     def latents(self, indices: np.ndarray, labels: np.ndarray, batch_size: int | None = None) -> np.ndarray:
         """Return the normalised composite latents (n, H, W, C) float32 that `__call__` would decode."""
         batches = self._batches(np.asarray(indices), np.asarray(labels), batch_size)
-        return np.concatenate([np.asarray(self._run_latents(self._params, *batch))[:n] for n, *batch in batches])
+        return np.concatenate([np.asarray(self._run_sample(self._params, *batch)[0])[:n] for n, *batch in batches])
 
     def trajectory(
         self, indices: np.ndarray, labels: np.ndarray, taus: Sequence[float]
@@ -189,7 +196,7 @@ class Sampler:
         def follow(params, indices, labels):
             problem = self._problem(params, indices, labels)
             latents = trajectory(problem.pop("velocity_fn"), problem.pop("noise"), taus, **problem)
-            return latents, jax.lax.map(lambda moment: self._decode(params["vae"], moment)[0], latents)
+            return latents, jax.lax.map(lambda moment: self._decode(params, moment)[0], latents)
 
         latents, images = jax.jit(follow, out_shardings=replicated(self.mesh))(self._params, *batch)
         return np.asarray(latents)[:, :count], np.asarray(images)[:, :count]
@@ -200,14 +207,20 @@ class Sampler:
             part = labels[start : start + batch_size]
             yield self(np.arange(start, start + len(part)), part, batch_size)[0]
 
-    def lower(self, batch_size: int) -> jax.stages.Lowered:
+    def lower(self, batch_size: int) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
         """Lower what `__call__` runs on a batch, to be compiled for devices that need not be there.
 
         Args:
           batch_size: samples over all devices, a multiple of their number.
+
+        Returns:
+          the program that samples latents, and the one that decodes them.
         """
-        rows = (jax.ShapeDtypeStruct((batch_size,), kind, sharding=batch_sharding(self.mesh)) for kind in _KINDS)
-        return self._run.lower(self._params, *rows)
+        rows = [jax.ShapeDtypeStruct((batch_size,), kind, sharding=batch_sharding(self.mesh)) for kind in _KINDS]
+        sampling = self._run_sample.lower(self._params, *rows)
+        latents = sampling.out_info[0]
+        latents = jax.ShapeDtypeStruct(latents.shape, latents.dtype, sharding=replicated(self.mesh))
+        return sampling, self._run_decode.lower(self._params, latents)
 
     def _batches(self, indices, labels, batch_size):
         """Yield (count, indices, labels) on the devices, each of one size; the last row fills up the last one."""
@@ -221,13 +234,10 @@ class Sampler:
                 for x, kind in zip(padded, _KINDS, strict=True)
             )
 
-    def _sample_and_decode(self, params, indices, labels):
-        latents, stats = self._sample(params, indices, labels)
-        images, finite = self._decode(params["vae"], latents)
-        return images, jnp.sum(stats.sample_nfe, axis=1), finite & stats.converged
-
     def _sample(self, params, indices, labels):
-        return sample(**self._problem(params, indices, labels))
+        """Return latents (B, H, W, C), the calls of each sample, (B,), and whether it came to its end, (B,)."""
+        latents, stats = sample(**self._problem(params, indices, labels))
+        return latents, jnp.sum(stats.sample_nfe, axis=1), stats.converged
 
     def _problem(self, params, indices, labels) -> dict:
         """Return the arguments of `sample`: what to integrate, from where, and how."""
@@ -282,7 +292,7 @@ class Sampler:
             )
         return guidance.conditional(network("model"), labels)
 
-    def _decode(self, vae_params, latents):
+    def _decode(self, params, latents):
         """Return bytes (B, H, W, 3) and whether each image is finite, (B,)."""
         vae, statistics, layout = self._networks["vae"], self._statistics, self._layout
 
@@ -297,7 +307,7 @@ class Sampler:
         rows = PartitionSpec(self.mesh.axis_names)
         return jax.shard_map(
             on_device, mesh=self.mesh, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False
-        )(vae_params, latents)
+        )(params["vae"], latents)
 
 
 def sample_noise(seed: int, indices: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -64,8 +64,8 @@ def training_targets(
 
 def lower_sampling(
     model: Network, weak: Network | None, layout: LatentLayout, clocks, config: SampleConfig, mesh: Mesh, rows: int
-) -> jax.stages.Lowered:
-    """Lower what `Sampler` runs on a batch of `rows` samples over all devices, the decoder included."""
+) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
+    """Lower the two programs of `Sampler` for `rows` samples over all devices: it samples latents, and decodes them."""
     vae = texture_vae(layout)
     sampler = Sampler(
         (model, model.abstract_params()),

@@ -136,6 +136,16 @@ def test_trajectory_ends_at_the_sample(whole):
     assert np.abs(path[2] - latents[:3]).max() < 0.2 * np.abs(latents).max()
 
 
+def test_both_programs_are_given_all_weights(whole):
+    # So that the memory that XLA tells of either (`sfd compile_pod`) has room for what lies beside it.
+    weights = sum(np.size(x) * 4 for params, _ in (dit(), vae()) for x in jax.tree.leaves(params))
+    sampling, decoding = whole[0].lower(16)
+    assert [x.shape for x in sampling.out_info] == [(16, 4, 4, 5), (16,), (16,)]
+    assert [x.shape for x in decoding.out_info] == [(16, 8, 8, 3), (16,)]
+    given = [program.compile().memory_analysis().argument_size_in_bytes for program in (sampling, decoding)]
+    assert given == [weights + 2 * 4 * 16 // 8, weights + 16 * 4 * 4 * 5 * 4]  # indices and labels of 2 rows a device
+
+
 def test_recipe_names_what_decides_the_images():
     first, second = make_sampler(dit(), vae(), EULER), make_sampler(dit(seed=1), vae(), EULER, seed=1)
     assert first.recipe["model"]["step"] == 3 and first.recipe["sampler"]["solver"] == "euler"
