@@ -50,8 +50,8 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
             repa_features=768,  # width of DINOv2 ViT-B/14; 0 builds no projector
             repa_depth=2,  # blocks before the projector
             repa_width=2048,
-            scan_blocks=True,
-            remat="auto",  # none | dots | full: what the backward pass computes again; auto: dots where it fits
+            scan_blocks=ml_collections.config_dict.placeholder(bool),  # None: one loop, but unrolled on a GPU
+            remat="auto",  # none | dots | full: what the backward pass computes again; auto: what fits
             compute_dtype="bfloat16",
         )
     )

@@ -81,12 +81,12 @@ def take_turns(
     """
     first, times = {}, {name: [] for name in contenders}
     for name, run in contenders.items():
-        first[name] = _seconds(run)
+        first[name] = seconds(run)
     for _ in range(rounds):
         for name, run in contenders.items():
             for _ in range(warm):
                 run()
-            times[name].append(_seconds(run))
+            times[name].append(seconds(run))
     return {name: summary(each) for name, each in times.items()}, first
 
 
@@ -134,7 +134,7 @@ def matrix_rate(dtype: str) -> float:
     # A chain, so that a device that runs ahead of Python cannot hide one product behind another.
     product = jax.jit(lambda a, b: jax.lax.fori_loop(0, repeats, lambda _, x: (x @ b) * jnp.asarray(0.01, dtype), a))
     jax.block_until_ready(product(a, b))
-    best = min(_seconds(lambda: jax.block_until_ready(product(a, b))) for _ in range(5))
+    best = min(seconds(lambda: jax.block_until_ready(product(a, b))) for _ in range(5))
     return 2 * size**3 * repeats / best
 
 
@@ -177,7 +177,8 @@ def finish(record: dict, tables: list[str], notes: list[str], path: str | None) 
         Path(path).write_text(json.dumps(record, indent=1) + "\n")
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def seconds(run: Callable[[], object]) -> float:
+    """Return how long a call takes."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

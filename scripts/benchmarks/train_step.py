@@ -6,7 +6,8 @@ The defaults are the project's targets: XL/1 in bfloat16 with 64 images on a GPU
 on a CPU. Ours is the step that `sfd train` runs: draws, loss, gradient, AdamW, EMA, norms and the guard against
 numbers that are not finite. PyTorch's (torch_dit.py) has the same weights through our converter and does the same
 work with what makes it fast: fused attention, AdamW over lists, autocast, and torch.compile where that works. Outputs,
-losses and gradients are compared before anything is timed.
+losses and gradients of up to 8 images are compared before anything is timed. All contenders share one device's memory:
+one of PyTorch's that does not fit beside the others is left out, and a note says so.
 
 Model FLOPs are those of the matmuls alone, three times the forward pass's for a step (what remat adds counts not),
 and utilisation refers to the rate of a large matmul of this dtype that is measured first.
@@ -20,6 +21,7 @@ from _common import (
     matrix_rate,
     need,
     peak_memory,
+    seconds,
     share_memory,
     spread,
     table,
@@ -28,6 +30,7 @@ from _common import (
 
 # Relative to the largest value: rounding of the dtype, after 12 to 28 blocks.
 SAME = {"float32": 1e-4, "bfloat16": 1e-1}
+COMPARED = 8  # images, which take little memory beside the training state
 
 
 def main() -> None:
@@ -39,8 +42,8 @@ def main() -> None:
     flag("--depth", type=int, help="another number of blocks")
     flag("--width", type=int, help="another width")
     flag("--repa", action="store_true", help="with REPA's projector and loss")
-    flag("--remat", help="none, dots, full, or auto: dots where it fits; none on a CPU, auto elsewhere; ours alone")
-    flag("--unroll", action="store_true", help="blocks unrolled instead of scanned; ours alone")
+    flag("--remat", help="none, dots, full, or auto: what fits; none on a CPU, auto elsewhere; ours alone")
+    flag("--blocks", choices=["loop", "unrolled"], help="instead of what models/stack.py chooses; ours alone")
     flag("--attention", choices=["plain", "cudnn"], help="instead of what models/attention.py chooses; ours alone")
     flag("--no_compile", action="store_true", help="PyTorch without torch.compile")
     args = parser.parse_args()
@@ -63,22 +66,28 @@ def main() -> None:
         args.size,
         compute_dtype=args.dtype,
         remat=args.remat,
-        scan_blocks=not args.unroll,
+        scan_blocks=args.blocks and args.blocks == "loop",
         repa_features=768 if args.repa else 0,
         **overrides,
     )
     network = Network("lightning_dit", config)
     data = draw_data(config, args.batch)
     ours = Ours(network, data)
-    contenders, notes = {"sfd_jax": ours}, []
+    contenders, notes, first = {"sfd_jax": ours}, [], {}
     if args.versus:
-        theirs = contenders["torch eager"] = Theirs(network, data)
+        theirs = Theirs(network, data)
         notes.append(compare(ours, theirs, SAME[args.dtype]))
-        if not args.no_compile:
-            compiled, fault = compile_torch(network, data, theirs)
-            contenders |= {"torch compiled": compiled} if compiled else {}
+        first |= first_calls("sfd_jax", ours)  # JAX takes its memory before PyTorch caches the rest
+        # Compiled PyTorch first: it needs the less memory.
+        others = {} if args.no_compile else {"torch compiled": Theirs(network, data, share=theirs)}
+        for name, contender in (others | {"torch eager": theirs}).items():
+            calls, fault = try_out(name, contender)
+            first |= calls
+            contenders |= {} if fault else {name: contender}
             notes += [fault] if fault else []
-    report(contenders, config, args, notes)
+        if len(contenders) == 1:
+            raise SystemExit("nothing of PyTorch's ran:\n" + "\n".join(notes))
+    report(contenders, first, config, args, notes)
 
 
 def draw_data(config, batch: int) -> dict[str, np.ndarray]:
@@ -131,12 +140,14 @@ class Ours:
         self._inputs = jax.device_put(self._inputs)
         self._apply = jax.jit(network.apply)
 
+        few = {name: array[:COMPARED] for name, array in data.items()}
+
         def loss(params):
-            draws = Draws(data["noise"], data["t"], data["labels"])
+            draws = Draws(few["noise"], few["t"], few["labels"])
             terms = velocity_loss(
                 lambda *inputs: network.apply(params, *inputs, return_repa=repa),
-                data["latents"], draws, layout=layout, clocks=clocks, config=loss_config,
-                repa_features=data.get("repa_features"),
+                few["latents"], draws, layout=layout, clocks=clocks, config=loss_config,
+                repa_features=few.get("repa_features"),
             )  # fmt: skip
             return terms.total.mean()
 
@@ -154,28 +165,36 @@ class Ours:
         jax.block_until_ready((self.state, metrics))
 
     def answers(self):
-        """Return the forward pass's output, the loss, and the gradient of `final/linear/kernel` and of a qkv."""
+        """Return a few images' output, their loss, and the gradient of `final/linear/kernel` and of a qkv."""
         loss, grads = self._loss_and_grads(self.state.params)
         picked = grads["final"]["linear"]["kernel"], grads["blocks"]["attention"]["qkv"]["kernel"][0]
-        return [np.asarray(self.forward()), np.asarray(loss), *map(np.asarray, picked)]
+        velocity = self._apply(self.state.params, *(x[:COMPARED] for x in self._inputs))
+        return [np.asarray(x) for x in (velocity, loss, *picked)]
 
 
-def compile_torch(network, data, eager):
-    """Return (PyTorch's compiled contender, which trains the eager one's module, None), or (None, why there is none)."""
+def first_calls(name: str, contender) -> dict[str, float]:
+    """Return the seconds of the first forward pass and step, compilation and all."""
+    return {f"{name}: {call}": seconds(getattr(contender, call)) for call in ("forward", "step")}
+
+
+def try_out(name: str, contender) -> tuple[dict[str, float], str | None]:
+    """Return the first calls of one of PyTorch's contenders, and what keeps it from running, if anything does."""
     import torch
 
-    compiled = Theirs(network, data, share=eager)
     try:
-        compiled.forward()
-        compiled.step()
-        return compiled, None
+        return first_calls(name, contender), None
+    except torch.OutOfMemoryError:
+        fault = f"{name} needs more memory than is left beside the others, and is left out; try a smaller --batch"
     except Exception as error:  # no compiler, no Triton, or whatever else it is
-        torch._dynamo.reset()
-        return None, f"torch.compile does not work here, PyTorch ran eager alone: {str(error).strip()[:200]}"
+        fault = f"{name} does not work here: {str(error).strip()[:200]}"
+    contender.adamw.zero_grad(set_to_none=True)
+    torch._dynamo.reset()
+    torch.cuda.empty_cache()
+    return {}, fault
 
 
 class Theirs:
-    """The same two calls in PyTorch."""
+    """The same two calls in PyTorch; with `share` compiled, training that contender's module."""
 
     def __init__(self, network, data, share=None):
         import torch
@@ -217,7 +236,7 @@ class Theirs:
         t = torch.sigmoid(torch.randn(size, device=self.device))
         dropped = torch.rand(size, device=self.device) < 0.1
         labels = torch.where(dropped, torch.full_like(d["labels"], self.null_label), d["labels"])
-        loss = self._loss(noise, t, labels)
+        loss = self._loss(d, noise, t, labels)
         self.adamw.zero_grad(set_to_none=True)
         loss.backward()
         self.adamw.step()
@@ -226,19 +245,21 @@ class Theirs:
         self._wait()
 
     def answers(self):
+        few = {name: array[:COMPARED] for name, array in self.data.items()}
         self.adamw.zero_grad(set_to_none=True)
-        loss = self._loss(self.data["noise"], self.data["t"], self.data["labels"])
+        loss = self._loss(few, few["noise"], few["t"], few["labels"])
         loss.backward()
         picked = self.module.final_layer.linear.weight.grad, self.module.blocks[0].attn.qkv.weight.grad
-        velocity = self.forward().permute(0, 2, 3, 1)
+        with self.torch.no_grad():
+            velocity = self.call(few["noise"], *self._clocks(few["t"]), few["labels"]).permute(0, 2, 3, 1)
         return [x.detach().float().cpu().numpy() for x in (velocity, loss, *(p.T for p in picked))]
 
     def _clocks(self, t):
         tau = 1.3 * t
         return tau.clamp(max=1.0), (tau - 0.3).clamp(min=0.0)
 
-    def _loss(self, noise, t, labels):
-        torch, data = self.torch, self.data["latents"]
+    def _loss(self, d, noise, t, labels):
+        torch, data = self.torch, d["latents"]
         cosine = torch.nn.functional.cosine_similarity
         t_semantic, t_texture = self._clocks(t)
         texture, semantic = 32, data.shape[1] - 32
@@ -252,7 +273,7 @@ class Theirs:
         loss = (error[:, :texture].sum() + 2 * error[:, texture:].sum()) / error.numel()
         loss = loss + (1 - cosine(velocity, target, dim=1)).mean()
         if self.repa:
-            loss = loss + (1 - cosine(projected, self.data["repa_features"], dim=-1)).mean()
+            loss = loss + (1 - cosine(projected, d["repa_features"], dim=-1)).mean()
         return loss
 
     def _wait(self):
@@ -286,10 +307,11 @@ def forward_flops(config) -> float:
     return 2.0 * (tokens * (weights + attention) + once)
 
 
-def report(contenders, config, args, notes) -> None:
+def report(contenders, earlier, config, args, notes) -> None:
     rate = matrix_rate(args.dtype)
     calls = {f"{name}: {call}": getattr(c, call) for call in ("forward", "step") for name, c in contenders.items()}
     times, first = take_turns(calls, args.rounds, warm=1)
+    first |= earlier
     flops = forward_flops(config)
     rows, ratios = [], {}
     for name, each in times.items():

@@ -183,8 +183,21 @@ class SwiGlu(nnx.Module):
         self.w3 = dense(hidden, width, rngs=rngs, init=init, dtype=dtype)
 
     def __call__(self, x):
-        gate, value = jnp.split(self.w12(x), 2, axis=-1)
+        gate, value = _halves(self.w12, x)
         return self.w3(jax.nn.silu(gate) * value)
+
+
+def _halves(layer: nnx.Linear, x: jax.Array) -> list[jax.Array]:
+    """Return both halves of what a Linear gives, each by a product of its own.
+
+    Cut out of one product, their gradients would have to be written side by side again before the backward pass can
+    multiply them: 4 % of XL's step on a GPU.
+    """
+    precision = jax.config.jax_default_matmul_precision  # as in `_dot_general`
+    x, kernel, bias = (a.astype(layer.dtype) for a in (x, layer.kernel[...], layer.bias[...]))
+    bias = bias.reshape(*(1,) * (x.ndim - 1), -1)
+    parts = zip(jnp.split(kernel, 2, axis=-1), jnp.split(bias, 2, axis=-1), strict=True)
+    return [product(x, kernel, precision) + bias for kernel, bias in parts]
 
 
 def gelu_exact(x):

@@ -58,7 +58,7 @@ from sfd_jax.models.layers import (
     unpatchify,
 )
 from sfd_jax.models.positions import rotary_2d, sincos_2d, time_features
-from sfd_jax.models.stack import REMAT, choose_remat, run_stack, stack
+from sfd_jax.models.stack import REMAT, choose_remat, choose_scan, run_stack, stack
 
 # The released code's table. Its "1p0B" is the paper's XXL, which the paper gives as 32 x 1280 x 16.
 SIZES = {
@@ -91,9 +91,9 @@ class DiTConfig:
       repa_features: F, width of the projected features; 0 for no projector.
       repa_depth: the projector reads the hidden states after this many blocks.
       repa_width: hidden width of the projector.
-      scan_blocks: run the blocks as one compiled loop; off, unrolled (slower to compile).
+      scan_blocks: run the blocks as one compiled loop; off, unrolled (slower to compile); None: `stack.choose_scan`.
       remat: what a block keeps for the backward pass: "none" recomputes nothing, "full" everything,
-        "dots" everything but the matmuls with weights, "auto" is one of these two by `stack.choose_remat`.
+        "dots" everything but the matmuls with weights, "auto" is one of these by `stack.choose_remat`.
       compute_dtype: "float32" or "bfloat16".
     """
 
@@ -116,7 +116,7 @@ class DiTConfig:
     repa_features: int = 0
     repa_depth: int = 2
     repa_width: int = 2048
-    scan_blocks: bool = True
+    scan_blocks: bool | None = None
     remat: str = "none"
     compute_dtype: str = "float32"
 
@@ -205,10 +205,9 @@ class LightningDiT(nnx.Module):
         condition = jax.nn.silu(condition)
         rotary = rotary_2d(c.width // c.num_heads, grid) if c.use_rope else None
 
-        remat = choose_remat(_kept_by_dots(c), len(latents)) if c.remat == "auto" else c.remat
-        run = functools.partial(
-            run_stack, self.blocks, extras=(condition, rotary), scan=c.scan_blocks, remat=remat
-        )
+        scan = choose_scan() if c.scan_blocks is None else c.scan_blocks
+        remat = choose_remat(_kept_by_dots(c), len(latents), scan) if c.remat == "auto" else c.remat
+        run = functools.partial(run_stack, self.blocks, extras=(condition, rotary), scan=scan, remat=remat)
         if return_repa:
             # Two loops around the depth that REPA reads: carrying a copy through one loop instead
             # would double what the backward pass keeps.

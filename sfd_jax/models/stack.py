@@ -9,17 +9,17 @@ from flax import nnx
 
 from sfd_jax.distributed.sharding import gather_params, share_of_device, split_batch
 
-# What a block keeps for the backward pass.
+# What a block keeps for the backward pass. docs/performance.md has the numbers behind this and the choices below.
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-# GiB a device that "auto" lets "dots" keep, by the beginning of the device's kind: about a third of its memory, since
+# GiB a device that "auto" lets blocks keep, by the beginning of the device's kind: about a third of its memory, since
 # parameters, optimizer and a block's own values need the rest.
 KEPT_AT_MOST = {
     "TPU v5 lite": 5, "TPU v5": 30, "TPU v4": 10, "TPU v6": 10,
-    "NVIDIA A100-SXM4-40GB": 12, "NVIDIA A100": 25, "NVIDIA H": 25,
+    "NVIDIA A100-SXM4-40GB": 12, "NVIDIA A100": 25, "NVIDIA H200": 45, "NVIDIA H": 25,
 }  # fmt: skip
 _KEPT_ELSEWHERE = 5
 
@@ -36,19 +36,36 @@ def stack(make_block, depth: int, rngs: nnx.Rngs) -> nnx.Module:
     return make(jax.random.split(rngs.params(), depth))
 
 
-def choose_remat(kept_a_row: int, rows: int) -> str:
-    """Choose "dots" where what it keeps fits the device, else "full"; what "auto" means.
+def choose_scan() -> bool:
+    """Say whether blocks run as one loop where a config leaves it open: everywhere but on a GPU.
 
-    On SFD-XL "dots" saves a quarter of a training step's FLOPs beside "full". "none" would save next to nothing more,
-    keeping six times as much (docs/performance.md).
+    There a loop copies all that the backward pass needs into one array for all blocks and out again, a tenth of XL's
+    step. On a TPU the loop keeps the gathering of each block's weights in order; on both it is what compiles fast.
+    """
+    return jax.default_backend() != "gpu"
+
+
+def choose_remat(kept_a_row: int, rows: int, scan: bool = True) -> str:
+    """Choose what blocks keep by what fits the device; what "auto" means.
+
+    On SFD-XL "dots" saves a quarter of a training step's FLOPs beside "full". "none" saves next to no FLOPs more, and
+    in a loop keeps six times as much; but of unrolled blocks XLA for GPUs keeps but twice as much, and reads and
+    writes a tenth less than with "dots".
 
     Args:
       kept_a_row: bytes that all blocks keep of one row of the batch with "dots".
       rows: of the batch, over all devices of the mesh (`distributed.mesh_context`).
+      scan: whether the blocks run as one loop.
+
+    Returns:
+      "none" (unrolled on a GPU alone), "dots" or "full", the first that fits.
     """
     rows, kind = share_of_device(rows)
     known = (gib for name, gib in KEPT_AT_MOST.items() if kind.startswith(name))
-    return "dots" if rows * kept_a_row <= next(known, _KEPT_ELSEWHERE) * 2**30 else "full"
+    kept, most = rows * kept_a_row, next(known, _KEPT_ELSEWHERE) * 2**30
+    if not scan and jax.default_backend() == "gpu" and 2 * kept <= most:
+        return "none"
+    return "dots" if kept <= most else "full"
 
 
 def run_stack(

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,21 +118,38 @@ def test_remat_recomputes_what_it_says(inputs):
         loss = lambda params, network=network: jnp.sum(network.apply(params, *inputs))
         program = jax.jit(jax.grad(loss)).lower(network.abstract_params())
         counts[remat] = program.as_text().count("dot_general")
-    # Logits and values; and qkv, proj, w12, w3 and the modulation, but for the last: nothing needs w3's answer.
+    # Logits and values; and qkv, proj, both halves of w12, w3 and the modulation, but for the last: nothing needs w3's answer.
     assert counts["dots"] - counts["none"] == 2
-    assert counts["full"] - counts["dots"] in (4, 5)
+    assert counts["full"] - counts["dots"] in (5, 6)
 
 
-def test_remat_auto_keeps_what_fits_the_device():
+def test_remat_auto_keeps_what_fits_the_device(monkeypatch):
     kept = lightning_dit._kept_by_dots(dit_config("XL", compute_dtype="bfloat16"))
-    v5e = lambda chips: AbstractMesh((1, chips), AXES, abstract_device=AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu"))
 
-    def choice(mesh, rows):
-        with jax.sharding.use_abstract_mesh(mesh):
-            return choose_remat(kept, rows)
+    def choice(chips, rows, kind="TPU v5 lite", platform="tpu", **more):
+        device = AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
+        with jax.sharding.use_abstract_mesh(AbstractMesh((1, chips), AXES, abstract_device=device)):
+            return choose_remat(kept, rows, **more)
 
-    assert choice(v5e(16), 256) == "dots" and choice(v5e(4), 256) == "full"
+    assert choice(16, 256) == "dots" and choice(4, 256) == "full"
     assert choose_remat(kept, 16) == "dots" and choose_remat(kept, 64) == "full"  # a device nobody knows
+    assert choice(16, 16, scan=False) == "dots"  # what "none" keeps of unrolled blocks is known of GPUs alone
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    h100 = functools.partial(choice, kind="NVIDIA H100 80GB HBM3", platform="gpu")
+    assert [h100(1, rows, scan=False) for rows in (64, 128, 256)] == ["none", "dots", "full"]
+    assert h100(1, 64, scan=True) == "dots"
+    assert choice(1, 64, kind="NVIDIA A100-SXM4-40GB", platform="gpu", scan=False) == "dots"
+
+
+def test_blocks_are_one_loop_but_on_a_gpu(monkeypatch, inputs):
+    def loops(**changes):
+        network = build(repa_features=0, **changes)
+        return jax.jit(network.apply).lower(network.abstract_params(), *inputs).as_text().count("stablehlo.while")
+
+    assert loops() == 1 and loops(scan_blocks=False) == 0
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert loops() == 0 and loops(scan_blocks=True) == 1
 
 
 def test_bfloat16_is_near_float32(params, inputs, velocity):
