@@ -113,14 +113,14 @@ def _train(args, devices):
 
 
 def _sample(args, devices):
-    return _sampler(args, devices, 0)
+    return _sampler(args, devices, decoding=False)
 
 
 def _decode(args, devices):
-    return _sampler(args, devices, 1)
+    return _sampler(args, devices, decoding=True)
 
 
-def _sampler(args, devices, which: int):
+def _sampler(args, devices, decoding: bool):
     from sfd_jax.cli.build import diffusion_settings, layout_from_config, network_from_config
     from sfd_jax.distributed import make_mesh
     from sfd_jax.generation import SampleConfig
@@ -137,11 +137,11 @@ def _sampler(args, devices, which: int):
 
     def lower():
         return programs.lower_sampling(
-            networks["diffusion"], networks.get("weak"), layout, clocks, sample, mesh, rows
-        )[which]
+            networks["diffusion"], networks.get("weak"), layout, clocks, sample, mesh, rows, decoding
+        )
 
     points = "" if sample.solver == "dopri5" else f" of {sample.num_steps} points"
-    how = "" if which else f", {sample.mode} {sample.solver}{points}, guidance {sample.guidance}"
+    how = "" if decoding else f", {sample.mode} {sample.solver}{points}, guidance {sample.guidance}"
     return how, mesh, rows, networks | {"texture VAE": programs.texture_vae(layout)}, lower
 
 

@@ -207,20 +207,25 @@ class Sampler:
             part = labels[start : start + batch_size]
             yield self(np.arange(start, start + len(part)), part, batch_size)[0]
 
-    def lower(self, batch_size: int) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
-        """Lower what `__call__` runs on a batch, to be compiled for devices that need not be there.
+    def lower(self, batch_size: int) -> jax.stages.Lowered:
+        """Lower the program that samples a batch's latents, to be compiled for devices that need not be there.
 
         Args:
           batch_size: samples over all devices, a multiple of their number.
-
-        Returns:
-          the program that samples latents, and the one that decodes them.
         """
-        rows = [jax.ShapeDtypeStruct((batch_size,), kind, sharding=batch_sharding(self.mesh)) for kind in _KINDS]
-        sampling = self._run_sample.lower(self._params, *rows)
-        latents = sampling.out_info[0]
-        latents = jax.ShapeDtypeStruct(latents.shape, latents.dtype, sharding=replicated(self.mesh))
-        return sampling, self._run_decode.lower(self._params, latents)
+        rows = (jax.ShapeDtypeStruct((batch_size,), kind, sharding=batch_sharding(self.mesh)) for kind in _KINDS)
+        return self._run_sample.lower(self._params, *rows)
+
+    def lower_decoding(self, batch_size: int) -> jax.stages.Lowered:
+        """Lower the program that decodes what the other one gives, as `lower` does."""
+        shape = (batch_size, *self._latent_shape)
+        latents = jax.ShapeDtypeStruct(shape, np.float32, sharding=replicated(self.mesh))
+        return self._run_decode.lower(self._params, latents)
+
+    @property
+    def _latent_shape(self) -> tuple[int, int, int]:
+        size = self._networks["model"].config.input_size
+        return size, size, self._layout.channels
 
     def _batches(self, indices, labels, batch_size):
         """Yield (count, indices, labels) on the devices, each of one size; the last row fills up the last one."""
@@ -241,7 +246,7 @@ class Sampler:
 
     def _problem(self, params, indices, labels) -> dict:
         """Return the arguments of `sample`: what to integrate, from where, and how."""
-        size, config = self._networks["model"].config.input_size, self._config
+        config = self._config
         jumps = () if config.guidance == "none" else guidance.jumps(
             self._clocks,
             interval_start=config.guidance_interval_start,
@@ -249,7 +254,7 @@ class Sampler:
         )
         return {
             "velocity_fn": self._velocity_fn(params, labels),
-            "noise": sample_noise(self._seed, indices, (size, size, self._layout.channels)),
+            "noise": sample_noise(self._seed, indices, self._latent_shape),
             "layout": self._layout,
             "clocks": self._clocks,
             "solver": config.solver_config(),

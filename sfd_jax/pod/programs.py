@@ -63,9 +63,16 @@ def training_targets(
 
 
 def lower_sampling(
-    model: Network, weak: Network | None, layout: LatentLayout, clocks, config: SampleConfig, mesh: Mesh, rows: int
-) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
-    """Lower the two programs of `Sampler` for `rows` samples over all devices: it samples latents, and decodes them."""
+    model: Network,
+    weak: Network | None,
+    layout: LatentLayout,
+    clocks,
+    config: SampleConfig,
+    mesh: Mesh,
+    rows: int,
+    decoding: bool = False,
+) -> jax.stages.Lowered:
+    """Lower a program of `Sampler` for `rows` samples over all devices: it samples latents, or with `decoding` decodes."""
     vae = texture_vae(layout)
     sampler = Sampler(
         (model, model.abstract_params()),
@@ -77,7 +84,7 @@ def lower_sampling(
         config=config,
         mesh=mesh,
     )
-    return sampler.lower(rows)
+    return sampler.lower_decoding(rows) if decoding else sampler.lower(rows)
 
 
 def lower_extraction(encoder: LatentEncoder, mesh: Mesh, rows: int, image_size: int) -> jax.stages.Lowered:
