@@ -6,17 +6,16 @@ a bare state dict, and .safetensors, which is one. Keys may carry the prefix of 
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import yaml
 
 from sfd_jax.convert.lazy_array import LazyArray
+from sfd_jax.convert.safetensors_files import read_safetensors
 from sfd_jax.convert.torch_files import read_torch_file, write_torch_file
 from sfd_jax.errors import SfdError
 
@@ -58,7 +57,7 @@ def read_tree(path: str | os.PathLike) -> Any:
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        return read_safetensors(path)
     return read_torch_file(path)
 
 
@@ -206,45 +205,3 @@ def _leaves(config: dict[str, Any]) -> dict[str, Any]:
         if isinstance(group, dict):
             found = _leaves(group) | found
     return found
-
-
-_SAFETENSORS_DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
-
-
-def _read_safetensors(path: Path) -> dict[str, LazyArray]:
-    """Read a .safetensors file's directory; each array is read when asked for."""
-    import safetensors
-
-    if not path.is_file():
-        raise SfdError(f"no file '{path}'")
-
-    def lazy(file, key) -> LazyArray:
-        part = file.get_slice(key)
-        dtype = _SAFETENSORS_DTYPES.get(part.get_dtype())
-        if dtype is None:
-            raise SfdError(f"'{path}': {key} is of type {part.get_dtype()}, which is not supported")
-
-        def load() -> np.ndarray:
-            with safetensors.safe_open(path, "numpy") as file:
-                return file.get_tensor(key)
-
-        return LazyArray(tuple(part.get_shape()), dtype, load)
-
-    try:
-        with safetensors.safe_open(path, "numpy") as file:
-            return {key: lazy(file, key) for key in file.keys()}
-    except (safetensors.SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise SfdError(
-            f"'{path}' is no complete safetensors file ({error}); copy or download it again"
-        ) from error
