@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from sfd_jax.convert import FORMATS
+from sfd_jax.convert.pickles import left_out
 from sfd_jax.convert.table import export_state, import_params, kept_as_stored
 from sfd_jax.convert.weight_files import (
     WeightFile,
@@ -66,7 +67,8 @@ def import_checkpoint(
     Raises:
       SfdError: not a known network, or it does not fit: all differing arrays are named.
     """
-    file = choose_state(read_tree(path), path, which)
+    tree = read_tree(path)
+    file = choose_state(tree, path, which)
     name, module = identify(file.state, path)
     stored = file.stored()
     try:
@@ -74,6 +76,7 @@ def import_checkpoint(
         network = Network(module.TABLE.network, fields)
     except SfdError as error:
         raise SfdError(f"'{path}': {error}") from error
+    notes = notes + left_out(tree)
     source = f"'{path}' ({file.which} weights)"
     params = import_params(module.TABLE, file.state, network, source=source, place=place)
     metadata = {

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from sfd_jax.convert.budget import Budget
+from sfd_jax.budget import Budget
 from sfd_jax.convert.lazy_array import LazyArray, checked_shape
 from sfd_jax.errors import SfdError
 

@@ -1,13 +1,13 @@
 """Read .safetensors files; the library checks their header."""
 
-import json
+import contextlib
 import os
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
-from sfd_jax.convert.lazy_array import LazyArray
+from sfd_jax.convert.lazy_array import LazyArray, checked_shape
 from sfd_jax.errors import SfdError
 
 _DTYPES = {
@@ -42,22 +42,31 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, LazyArray]:
     if not path.is_file():
         raise SfdError(f"no file '{path}'")
 
+    @contextlib.contextmanager
+    def opened():
+        try:
+            with safetensors.safe_open(path, "numpy") as file:
+                yield file
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
+            raise SfdError(
+                f"'{path}' is no complete safetensors file ({error!s:.200}); copy or download it again"
+            ) from error
+
     def lazy(file, key) -> LazyArray:
         part = file.get_slice(key)
         dtype = _DTYPES.get(part.get_dtype())
         if dtype is None:
-            raise SfdError(f"'{path}': {key} is of type {part.get_dtype()}, which is not supported")
+            raise SfdError(f"'{path}': {key[:100]} is of type {part.get_dtype()}, which is not supported")
+        shape, _ = checked_shape(part.get_shape(), dtype)
 
         def load() -> np.ndarray:
-            with safetensors.safe_open(path, "numpy") as file:
-                return file.get_tensor(key)
+            with opened() as file:
+                array = file.get_tensor(key)
+            if array.shape != shape or array.dtype != dtype:
+                raise SfdError(f"'{path}' changed while it was being read; start again once it is complete")
+            return array
 
-        return LazyArray(tuple(part.get_shape()), dtype, load)
+        return LazyArray(shape, dtype, load)
 
-    try:
-        with safetensors.safe_open(path, "numpy") as file:
-            return {key: lazy(file, key) for key in file.keys()}
-    except (safetensors.SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise SfdError(
-            f"'{path}' is no complete safetensors file ({error}); copy or download it again"
-        ) from error
+    with opened() as file:
+        return {key: lazy(file, key) for key in file.keys()}

@@ -21,7 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from sfd_jax.convert.budget import Budget
+from sfd_jax.budget import Budget
 from sfd_jax.convert.lazy_array import LazyArray, Unchanged, checked_shape
 from sfd_jax.convert.pickles import Name, Record, plain, refusal, unpickle
 from sfd_jax.errors import SfdError
