@@ -60,7 +60,7 @@ PICKLES = {
     "shared tuples as keys": (b"}(K\x01\x85" + b"2\x86" * 40 + b"K\x01u", None),
     "a list in itself": (b"]q\x00h\x00a", "without end"),
     "deep lists": (b"]" * 5000 + b"a" * 4999, "deep"),
-    "many dicts": (b"(" + b"}" * 250_000 + b"l", "memory"),
+    "many dicts": (b"(" + b"}" * 420_000 + b"l", "memory"),
     "copies of one list": (b"(" + b"K\x00" * 50_000 + b"lq\x00" + b"0(" + b"ccollections\ndeque\nh\x00\x85R" * 3000 + b"l", "memory"),
     "equal hashes": (b"}(" + b"".join(pickle.dumps(n * (2**61 - 1), 2)[2:-1] + b"N" for n in range(20_000)) + b"u", None),
 }  # fmt: skip
