@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from sfd_jax.convert import FORMATS
-from sfd_jax.convert.table import export_state, import_params, kept_as_stored
+from sfd_jax.convert.table import export_state, import_params, kept_as_stored, skipped_keys
 from sfd_jax.convert.weight_files import (
+    STEP_KEYS,
     WeightFile,
     choose_state,
     read_statistics,
@@ -50,23 +51,27 @@ def import_checkpoint(
     texture_statistics=None,
     semantic_statistics=None,
     semantic_channels: int | None = None,
+    allow_nonfinite: bool = False,
     place: Callable[[np.ndarray], Any] = lambda array: array,
 ) -> Imported:
     """Read a released file and turn it into our parameters.
 
     Args:
-      path: .pt, .pth, .ckpt or .safetensors.
-      which: "ema" or "raw" weights; None takes the average where there is one.
+      path: a PyTorch file, a safetensors file, an index of shards, or a folder that holds one of them.
+      which: "ema" or "raw" weights, or the name of a set in the file; None takes the average where
+        there is one.
       given: fields of the network's config to state beside what the shapes tell.
       texture_statistics, semantic_statistics: released statistics files, for a diffusion network.
       semantic_channels: how many of a two-clock network's channels are semantic, where neither the
         statistics nor the file tell.
+      allow_nonfinite: accept weights that are NaN or infinite.
       place: applied to each finished array of ours.
 
     Raises:
       SfdError: not a known network, or it does not fit: all differing arrays are named.
     """
-    file = choose_state(read_tree(path), path, which)
+    tree = read_tree(path)
+    file = choose_state(tree, path, which)
     name, module = identify(file.state, path)
     stored = file.stored()
     try:
@@ -74,15 +79,20 @@ def import_checkpoint(
         network = Network(module.TABLE.network, fields)
     except SfdError as error:
         raise SfdError(f"'{path}': {error}") from error
+    notes = file.notes + notes
     source = f"'{path}' ({file.which} weights)"
-    params = import_params(module.TABLE, file.state, network, source=source, place=place)
+    params = import_params(
+        module.TABLE, file.state, network, source=source, place=place, allow_nonfinite=allow_nonfinite
+    )
+    if skipped := skipped_keys(module.TABLE, file.state):
+        notes.append(f"left out, arrays that the network does not use: {skipped}")
     metadata = {
         "network": network.name,
         "network_config": network.config_dict(),
         "latent_statistics": None,
         "class_names": None,
         "config": {},
-        "step": _step(path, file),
+        "step": step_of(path, file),
         "source": f"{Path(path).name} ({file.which} weights)",
         "foreign": {
             "format": name,
@@ -96,6 +106,12 @@ def import_checkpoint(
         system, more = module.read_system(network.config, stored, statistics, semantic_channels)
         metadata |= {"config": system, "latent_statistics": statistics and statistics.to_dict()}
         notes += more
+        if file.which == "raw" and which is None:
+            notes.append(
+                f"raw weights: the file holds no average beside '{file.name}'"
+                if file.name
+                else "the file holds one set of weights, and nothing tells whether they are averaged"
+            )
     return Imported(network, params, metadata, notes)
 
 
@@ -115,13 +131,18 @@ def identify(state: Mapping[str, Any], path) -> tuple[str, Any]:
 
 
 def export_checkpoint(
-    params: Mapping[str, Any], metadata: Mapping[str, Any], format: str | None = None
+    params: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    format: str | None = None,
+    *,
+    allow_nonfinite: bool = False,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Turn our checkpoint into a released one.
 
     Args:
       params, metadata: as `training.checkpoint.load_params` returns them.
       format: a key of FORMATS where a network has several; by default the one it came from.
+      allow_nonfinite: write weights that are NaN or infinite.
 
     Returns:
       The state dict (what a .safetensors file holds), and the tree that the original code's .pt
@@ -141,7 +162,7 @@ def export_checkpoint(
         raise SfdError(f"format {name} is for {module.TABLE.network}, not for {metadata['network']}")
     network = Network(metadata["network"], metadata["network_config"])
     kept = foreign.get("kept") if foreign.get("format") == name else None
-    state = export_state(module.TABLE, params, network, kept)
+    state = export_state(module.TABLE, params, network, kept, allow_nonfinite=allow_nonfinite)
     return state, module.wrap(state, metadata)
 
 
@@ -153,13 +174,22 @@ def _statistics(texture, semantic) -> LatentStatistics | None:
     empty = np.zeros(0, np.float32)
     texture_mean, texture_std = read_statistics(texture)
     mean, std = (empty, empty) if semantic is None else read_statistics(semantic)
-    return LatentStatistics(texture_mean, texture_std, mean, std)
+    try:
+        return LatentStatistics(texture_mean, texture_std, mean, std)
+    except SfdError as error:
+        raise SfdError(f"'{texture}'" + f", '{semantic}'" * (semantic is not None) + f": {error}") from error
 
 
-def _step(path, file: WeightFile) -> int:
-    for key in ("iteration", "global_step", "step"):
-        if isinstance(file.extras.get(key), int):
+def step_of(path, file: WeightFile) -> int:
+    """Return the step of a file's weights: as the file says, else as its name does, else 0.
+
+    Released diffusion checkpoints are named NNNNNNN.pt. Eight digits and more are a date or a time.
+    """
+    for key in STEP_KEYS:
+        if key in file.extras:
             return file.extras[key]
-    # Released diffusion checkpoints are named by their step: NNNNNNN.pt.
-    match = re.match(r"\d+", Path(path).stem)
-    return int(match[0]) if match else 0
+    stem = Path(path).stem.lower()
+    match = re.fullmatch(r"(\d{1,7})", stem) or re.search(
+        r"(?:^|[^a-z])(?:step|steps|iter|iters|iteration)[-_=]?(\d{1,9})(?![\da-z.])|^checkpoint-(\d{1,9})$", stem
+    )
+    return int(next(filter(None, match.groups()))) if match else 0

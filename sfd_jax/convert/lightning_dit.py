@@ -66,7 +66,7 @@ TABLE = Table(
 
 def recognises(state: Mapping[str, Any]) -> bool:
     """Say whether a state dict is a LightningDiT's (or a DiT's), by its keys."""
-    return any(".adaLN_modulation." in key for key in state)
+    return any(re.match(r"(blocks\.\d+|final_layer)\.adaLN_modulation\.", key) for key in state)
 
 
 def read_config(
