@@ -83,7 +83,8 @@ def _inspect(args) -> int:
     except SfdError as error:
         print(f"not convertible as it is: {error}")
         return 0
-    print(f"taken '{file.name}': format {name}, {file.which} weights: " + ", ".join(f"{k} {v}" for k, v in config.items()))
+    said = ", ".join(f"{k} {v}" for k, v in config.items())
+    print(f"taken '{file.name}': format {name}, {file.which} weights: {said}")
     _print_notes(file.notes + notes)
     return 0
 

@@ -260,7 +260,7 @@ def _repack(args) -> int:
 
 def _released_statistics(args):
     """Read `*_stats.pt` beside the released shards; None where statistics are to be measured."""
-    from sfd_jax.convert.weight_files import read_tree
+    from sfd_jax.convert.torch_files import read_torch_file
     from sfd_jax.data.published import published_statistics
 
     if args.statistics == "measured":
@@ -273,7 +273,7 @@ def _released_statistics(args):
             f"{folder} lacks latents_stats.pt and latents_sv_stats.pt; copy them there, or take "
             "--statistics=measured (which does not suit the released weights)"
         )
-    return published_statistics(read_tree(folder / "latents_stats.pt"), read_tree(semantic[0]))
+    return published_statistics(read_torch_file(folder / "latents_stats.pt"), read_torch_file(semantic[0]))
 
 
 def _check_extract(args, source, encoder, params) -> int:

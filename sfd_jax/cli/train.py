@@ -136,7 +136,7 @@ def open_source(path: str, *, repa: bool):
     Raises:
       SfdError: no path, no latents there, or released shards without their statistics.
     """
-    from sfd_jax.convert.weight_files import read_tree
+    from sfd_jax.convert.torch_files import read_torch_file
     from sfd_jax.data.published import open_latents, published_statistics
 
     must_be_local("--config.data.path", path)
@@ -148,7 +148,7 @@ def open_source(path: str, *, repa: bool):
         files = [folder / "latents_stats.pt", *[file for file in semantic if file.exists()]]
         if len(files) < 2 or not files[0].exists():
             raise SfdError(f"{folder} lacks latents_stats.pt and latents_sv_stats.pt, which belong to its shards")
-        return published_statistics(*map(read_tree, files[:2]))
+        return published_statistics(*map(read_torch_file, files[:2]))
 
     return open_latents(path, repa=repa, released_statistics=released_statistics)
 

@@ -74,24 +74,30 @@ def import_checkpoint(
     file = choose_state(tree, path, which)
     name, module = identify(file.state, path)
     stored = file.stored()
+    system, statistics = {}, None
     try:
         fields, notes = module.read_config(file.state, given, stored)
         network = Network(module.TABLE.network, fields)
+        if network.name == "lightning_dit":
+            statistics = _statistics(texture_statistics, semantic_statistics, stored, notes)
+            system, more = module.read_system(network.config, stored, statistics, semantic_channels)
+            notes += more + _average_notes(file, which)
+        elif (texture_statistics, semantic_statistics, semantic_channels) != (None, None, None):
+            raise SfdError(f"statistics and semantic channels belong to a diffusion network, this is {network.name}")
     except SfdError as error:
         raise SfdError(f"'{path}': {error}") from error
-    notes = file.notes + notes
+    if skipped := skipped_keys(module.TABLE, file.state):
+        notes.append(f"left out, arrays that the network does not use: {skipped}")
     source = f"'{path}' ({file.which} weights)"
     params = import_params(
         module.TABLE, file.state, network, source=source, place=place, allow_nonfinite=allow_nonfinite
     )
-    if skipped := skipped_keys(module.TABLE, file.state):
-        notes.append(f"left out, arrays that the network does not use: {skipped}")
     metadata = {
         "network": network.name,
         "network_config": network.config_dict(),
-        "latent_statistics": None,
+        "latent_statistics": statistics and statistics.to_dict(),
         "class_names": None,
-        "config": {},
+        "config": system,
         "step": step_of(path, file),
         "source": f"{Path(path).name} ({file.which} weights)",
         "foreign": {
@@ -101,18 +107,7 @@ def import_checkpoint(
             "kept": kept_as_stored(module.TABLE, file.state, network),
         },
     }
-    if network.name == "lightning_dit":
-        statistics = _statistics(texture_statistics, semantic_statistics)
-        system, more = module.read_system(network.config, stored, statistics, semantic_channels)
-        metadata |= {"config": system, "latent_statistics": statistics and statistics.to_dict()}
-        notes += more
-        if file.which == "raw" and which is None:
-            notes.append(
-                f"raw weights: the file holds no average beside '{file.name}'"
-                if file.name
-                else "the file holds one set of weights, and nothing tells whether they are averaged"
-            )
-    return Imported(network, params, metadata, notes)
+    return Imported(network, params, metadata, file.notes + notes)
 
 
 def identify(state: Mapping[str, Any], path) -> tuple[str, Any]:
@@ -166,7 +161,16 @@ def export_checkpoint(
     return state, module.wrap(state, metadata)
 
 
-def _statistics(texture, semantic) -> LatentStatistics | None:
+def _average_notes(file: WeightFile, which: str | None) -> list[str]:
+    """Say of a diffusion network's weights, whose samples depend on it, that they may not be averaged."""
+    if which is not None or file.which == "ema":
+        return []
+    if file.name:
+        return [f"raw weights: the file holds no average beside '{file.name}'"]
+    return ["the file holds one set of weights, and nothing tells whether they are averaged"]
+
+
+def _statistics(texture, semantic, stored: Mapping[str, Any], notes: list[str]) -> LatentStatistics | None:
     if texture is None and semantic is None:
         return None
     if texture is None:
@@ -174,10 +178,12 @@ def _statistics(texture, semantic) -> LatentStatistics | None:
     empty = np.zeros(0, np.float32)
     texture_mean, texture_std = read_statistics(texture)
     mean, std = (empty, empty) if semantic is None else read_statistics(semantic)
-    try:
-        return LatentStatistics(texture_mean, texture_std, mean, std)
-    except SfdError as error:
-        raise SfdError(f"'{texture}'" + f", '{semantic}'" * (semantic is not None) + f": {error}") from error
+    multiplier = stored.get("latent_multiplier", 1.0)
+    if multiplier != 1.0:
+        notes.append(f"latents are multiplied by {multiplier}: latent_multiplier of the config in the file")
+        if not isinstance(multiplier, (int, float)) or not 0 < multiplier < float("inf"):
+            raise SfdError(f"the config in the file says latent_multiplier {multiplier!r}, which is no positive number")
+    return LatentStatistics(texture_mean, texture_std, mean, std, multiplier)
 
 
 def step_of(path, file: WeightFile) -> int:

@@ -112,7 +112,7 @@ _FOLDERS: tuple[tuple[tuple[str, ...], Kind], ...] = (
 
 _WEIGHTS = ("*.safetensors", "*.pt", "*.pth", "*.ckpt", "*.bin")
 # What trainers write beside the weights.
-_BESIDE = ("optimizer*", "scheduler*", "scaler*", "sampler*", "dl_state*", "rng_state*", "random_states*", "training_args*")
+_BESIDE = ("optimizer*", "scheduler*", "scaler*", "sampler*", "dl_state*", "rng_state*", "random*", "training_args*")
 _HEAD = 4096
 _SHARD = re.compile(r"-(\d{5,})-of-(\d{5,})\.(safetensors|bin|pt)$")
 
@@ -172,7 +172,7 @@ def kind_of(path: Path) -> Kind:
             return SHARDED
         beginning = repr(" ".join(head.decode("utf-8", "replace").split())[:60])
         return Kind(f"text that begins with {beginning}", f"name the file of weights, or {_AGAIN}")
-    return SAFETENSORS if path.suffix == ".safetensors" else TORCH
+    return SAFETENSORS if path.suffix == ".safetensors" and head[:1] != b"\x80" else TORCH
 
 
 def _zip_kind(path: Path) -> Kind:

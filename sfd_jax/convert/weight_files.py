@@ -203,7 +203,7 @@ def _choose(tree: dict, sets: list[Weights], path, which: str | None) -> Weights
         raise SfdError(f"'{path}' holds several averages: {_listed(averages)}; take --weights NAME, one of these")
     if which != "raw" and averages:
         return averages[0]
-    if which is None and (lost := _lost_average(tree)):
+    if which is None and not averages and (lost := _lost_average(tree)):
         raise SfdError(
             f"'{path}': '{lost}' should be an average and holds no arrays; take --weights raw for the raw ones"
         )
@@ -256,16 +256,21 @@ def _averages_beside(path) -> list[str]:
             "give the average's own path, or take --weights raw"
         )
     objects = [name for name in names if name.startswith("custom_checkpoint_")]
-    return [f"{', '.join(objects)} may hold an average (Accelerate registers it so); it was not read"] if objects else []
+    return [f"not read, may hold an average (Accelerate registers it so): {', '.join(objects)}"] if objects else []
 
 
 def _lost_average(tree: dict) -> str | None:
     """Return the name of an entry that should be an average and has no arrays: cleared, or not readable."""
     for key, value in tree.items():
         words = set(_words(key))
-        if _role(key) == "ema" and not words & {"config", "cfg", "args", "kwargs", "rate", "decay"}:
-            if not isinstance(value, (int, float, str, type(None))) and not _arrays(value):
-                return str(key)
+        if words & {"config", "cfg", "args", "kwargs", "parameters", "hparams", "params", "groups", "rate", "decay"}:
+            continue
+        if isinstance(value, (bool, int, float, str, LazyArray, type(None))):
+            continue
+        if _role(key) == "ema":
+            return str(key)
+        if isinstance(value, dict) and (found := _lost_average(value)):
+            return f"{key}/{found}"
     return None
 
 
