@@ -162,7 +162,7 @@ def choose_state(tree: Any, path: str | os.PathLike, which: str | None = None) -
     sets = find_sets(tree)
     chosen = _choose(tree, sets, path, which)
     notes = _averages_beside(path) if which is None and chosen.which != "ema" else []
-    if chosen.name not in ("", EMA_KEY, *RAW_KEYS):
+    if chosen.name not in ((EMA_KEY,) if chosen.which == "ema" else ("", *RAW_KEYS)):
         notes.append(f"{'averaged ' * (chosen.which == 'ema')}weights: those of '{chosen.name}'")
     raw = _first_raw(sets)
     trained = _unwrap(raw.arrays, path)[0] if raw and raw is not chosen and chosen.which == "ema" else {}
@@ -183,7 +183,7 @@ def choose_state(tree: Any, path: str | os.PathLike, which: str | None = None) -
         )
     if chosen.name and chosen.others:
         more.append(f"left out of '{chosen.name}', no arrays: {', '.join(chosen.others)}")
-    extras = {k: v for k, v in tree.items() if isinstance(v, (int, float, str)) and k != "config"}
+    extras = {k: v for k, v in tree.items() if isinstance(v, (int, float, str)) and k not in ("config", *STEP_KEYS)}
     extras |= {k: step for k in STEP_KEYS if (step := _whole_number(tree.get(k))) is not None}
     return WeightFile(state, chosen.which or "raw", chosen.name, _config(tree, path), extras, notes + more)
 
