@@ -183,9 +183,13 @@ def choose_state(tree: Any, path: str | os.PathLike, which: str | None = None) -
         )
     if chosen.name and chosen.others:
         more.append(f"left out of '{chosen.name}', no arrays: {', '.join(chosen.others)}")
-    extras = {k: v for k, v in tree.items() if isinstance(v, (int, float, str)) and k not in ("config", *STEP_KEYS)}
-    extras |= {k: step for k in STEP_KEYS if (step := _whole_number(tree.get(k))) is not None}
-    return WeightFile(state, chosen.which or "raw", chosen.name, _config(tree, path), extras, notes + more)
+    beside, node = dict(tree), tree
+    for name in chosen.name.split("/")[:-1]:  # the dicts that hold the set, an average's own counters aside
+        node = node.get(name) if isinstance(node, dict) and not _role(name) else None
+        beside |= node if isinstance(node, dict) else {}
+    extras = {k: v for k, v in beside.items() if isinstance(v, (int, float, str)) and k not in ("config", *STEP_KEYS)}
+    extras |= {k: step for k in STEP_KEYS if (step := _whole_number(beside.get(k))) is not None}
+    return WeightFile(state, chosen.which or "raw", chosen.name, _config(beside, path), extras, notes + more)
 
 
 def _choose(tree: dict, sets: list[Weights], path, which: str | None) -> Weights:

@@ -229,6 +229,11 @@ def test_the_step(tmp_path, torch_file, name, beside, step):
     assert import_checkpoint(tmp_path / name).metadata["step"] == step
 
 
+def test_step_and_config_may_stand_one_level_down():
+    file = choose({"checkpoint": {"model": RAW, "ema": {"shadow": MEAN, "step": 9}, "step": 4, "config": {"a": 1}}})
+    assert file.extras == {"step": 4} and file.config == {"a": 1} and holds(file, MEAN)
+
+
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_weights_that_are_not_finite_stop_a_conversion(tmp_path, dtype, value):
