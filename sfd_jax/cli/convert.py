@@ -26,6 +26,8 @@ from sfd_jax.errors import SfdError
 
 def main(argv: list[str]) -> int:
     """Open the door: inspect, import or export, as the flags say."""
+    from sfd_jax.budget import allow
+
     parser = door_parser("convert", __doc__)
     parser.add_argument("path", help="a released file, or with --export a folder of our checkpoints")
     parser.add_argument("--inspect", action="store_true", help="only print what the file holds")
@@ -55,7 +57,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--format", help="with --export: another format of the same network, e.g. dinov2_hf"
     )
+    parser.add_argument(
+        "--max_gib", type=float, help="memory that reading may take, where a file asks for more than its size explains"
+    )
     args = parse_door(parser, argv)
+    allow(args.max_gib)
     if [bool(args.inspect), bool(args.out), bool(args.export)].count(True) != 1:
         raise SfdError("say what to do with it: --inspect, --out=DIR or --export=FILE")
     if args.inspect:

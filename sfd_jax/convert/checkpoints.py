@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from sfd_jax.convert import FORMATS
+from sfd_jax.convert.pickles import left_out
 from sfd_jax.convert.table import export_state, import_params, kept_as_stored, skipped_keys
 from sfd_jax.convert.weight_files import (
     STEP_KEYS,
@@ -88,6 +89,7 @@ def import_checkpoint(
         raise SfdError(f"'{path}': {error}") from error
     if skipped := skipped_keys(module.TABLE, file.state):
         notes.append(f"left out, arrays that the network does not use: {skipped}")
+    notes += left_out(tree)
     source = f"'{path}' ({file.which} weights)"
     params = import_params(
         module.TABLE, file.state, network, source=source, place=place, allow_nonfinite=allow_nonfinite

@@ -1,14 +1,22 @@
 """An array that is known by shape and dtype and read from its file only when asked for.
 
 A released checkpoint holds weights, their average and two optimizer moments; a conversion wants a
-quarter of it. Readers of this room return trees with `LazyArray` leaves, the engine loads one at a
+quarter of it. Readers of this package return trees with `LazyArray` leaves, the engine loads one at a
 time, and a dry look (`sfd convert --inspect`) loads none.
 """
 
 import dataclasses
+import math
+import os
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from sfd_jax.errors import SfdError
+
+MAX_RANK = 64  # of a NumPy array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +36,36 @@ class LazyArray:
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return np.asarray(self.load(), dtype=dtype)
 
-    def __setstate__(self, state):
-        # Unpickling fills this in for torch tensors; a hostile pickle could otherwise set fields.
-        raise TypeError("a LazyArray is made by a reader, never unpickled")
+
+def checked_shape(shape: Any, dtype: np.dtype) -> tuple[tuple[int, ...], int]:
+    """Return a shape that a file gives and the bytes that such an array takes.
+
+    Raises:
+      ValueError: NumPy has no array of this shape.
+    """
+    shape = tuple(shape[: MAX_RANK + 1]) if isinstance(shape, (list, tuple)) else (-1,)
+    if len(shape) > MAX_RANK or not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"an array of {len(shape)} dimensions or a negative size")
+    if math.prod(max(size, 1) for size in shape) * dtype.itemsize >= 2**63:
+        raise ValueError("an array larger than any memory")
+    return shape, math.prod(shape) * dtype.itemsize
+
+
+class Unchanged:
+    """Tell whether a file is still the one whose header was read.
+
+    Args:
+      path: the file.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self._stamp = path, _stamp(os.stat(path))
+
+    def check(self, stream) -> None:
+        """Raise SfdError where an open file is another one, or was written to."""
+        if _stamp(os.fstat(stream.fileno())) != self._stamp:
+            raise SfdError(f"'{self.path}' changed while it was being read; start again once it is complete")
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns

@@ -1,26 +1,29 @@
 """Read and write PyTorch's own files (.pt, .pth, .ckpt); reading runs no code and needs no torch.
 
-Such a file is a pickle, and a pickle can name any function and have it called. Here a name is
-looked up in a short list only; what it stands for is a recorder that keeps its arguments and does
-nothing with them (tensors, OmegaConf configs, optimizer odds and ends). Any other name is refused,
-and the error says which. So nothing of the file is ever imported or called.
-
-Two containers are understood: the zip archive (torch 1.6 and later) and the stream before it
-(which pytorch-fid's Inception weights still use). Only `write_torch_file` needs torch.
+Two containers are understood: the zip archive (torch 1.6 and later) and the stream before it (which
+pytorch-fid's Inception weights still use). Both hold a pickle, which `pickles.py` reads as data, and
+storages: flat runs of numbers that tensors are views of. A tensor's numbers are read when it is loaded:
+from the part of the storage that it covers, so that many views of one storage cost no more than one
+array each. Only `write_torch_file` needs torch.
 """
 
 import contextlib
+import dataclasses
+import io
 import os
-import pickle
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from sfd_jax.convert.lazy_array import LazyArray
+from sfd_jax.budget import Budget
+from sfd_jax.convert.lazy_array import LazyArray, Unchanged, checked_shape
+from sfd_jax.convert.pickles import Name, Record, plain, refusal, unpickle
 from sfd_jax.errors import SfdError
 
 
@@ -32,22 +35,22 @@ def read_torch_file(path: str | os.PathLike) -> Any:
 
     Returns:
       The saved tree of dicts, lists, tuples and scalars, with `LazyArray` leaves for tensors; an
-      OmegaConf config is a plain dict, other objects are `Record`s.
+      OmegaConf config is a plain dict, objects of other classes are `Record`s.
 
     Raises:
-      SfdError: no such file, not such a file, damaged or cut short, or it names something that is
-        not on the list (the message gives the name).
+      SfdError: no such file, not such a file, damaged or cut short, it would take more memory than
+        `budget.py` allows, or it names something that would be run (the message gives the name).
     """
     path = Path(path)
     if not path.is_file():
         raise SfdError(f"no file '{path}'")
     with _damage_explained(path):
-        if zipfile.is_zipfile(path):
-            return _read_zip(path)
         with path.open("rb") as stream:
             start = stream.read(len(_LEGACY_MAGIC))
         if start == _LEGACY_MAGIC:
             return _read_legacy(path)
+        if zipfile.is_zipfile(path):
+            return _read_zip(path)
     if start[:4] == b"PK\x03\x04":
         raise SfdError(
             f"'{path}' is cut short: its zip directory, which stands at the end, is missing; "
@@ -91,169 +94,199 @@ def write_torch_file(path: str | os.PathLike, tree: Any) -> None:
     unfinished.rename(path)
 
 
-class _Sealed(type):
-    """Forbid changing the recorders: a pickle can set attributes on whatever it was handed."""
-
-    def __setattr__(cls, name, value):
-        raise SfdError(f"refused: it tries to change {cls.__name__}")
-
-
-class Record(metaclass=_Sealed):
-    """Keep the name, arguments and state of an object that was not built."""
-
-    name = ""
-
-    def __init__(self, *args, **kwargs):
-        self.args, self.state = args, None
-
-    def __setstate__(self, state):
-        self.state = state
-
-    def __repr__(self):
-        return f"<{self.name}>"
-
-
-class _Dict(dict, metaclass=_Sealed):
-    """Stand for OrderedDict and defaultdict; what else they carry (`_metadata`) is dropped."""
-
-    def __init__(self, *args):
-        super().__init__(args[0] if args and isinstance(args[0], list) else ())
-
-    def __setstate__(self, state):
-        pass
-
-
-# Names whose recorder is inert. The list is what training scripts of this field leave behind in
-# their checkpoints; only names that are types or plain constructors belong here.
-_INERT = {
-    "builtins": "dict list tuple set frozenset int float complex bool str bytes long unicode",
-    "typing": "Any Union Optional Dict List Tuple",
-    "collections": "Counter deque",
-    "argparse": "Namespace",
-    "pathlib": "Path PosixPath PurePosixPath WindowsPath PureWindowsPath",
-    "_codecs": "encode",  # how Python 3 stores bytes for Python 2
-    "numpy": "dtype ndarray",
-    "numpy.core.multiarray": "scalar _reconstruct",
-    "numpy._core.multiarray": "scalar _reconstruct",
-    "torch": "Size device float16 float32 float64 bfloat16 int8 int16 int32 int64 uint8 bool",
-    "torch.nn.parameter": "Parameter",
-    "omegaconf.dictconfig": "DictConfig",
-    "omegaconf.listconfig": "ListConfig",
-    "omegaconf.base": "ContainerMetadata Metadata SCMode",
-    "omegaconf.nodes": "AnyNode StringNode IntegerNode FloatNode BooleanNode EnumNode BytesNode "
-    "PathNode",
-    "pytorch_lightning.callbacks.model_checkpoint": "ModelCheckpoint",
-    "pytorch_lightning.callbacks.early_stopping": "EarlyStopping",
-    "pytorch_lightning.utilities.parsing": "AttributeDict",
-}
-_INERT = {module: frozenset(names.split()) for module, names in _INERT.items()}
+# --- Storages and tensors ----------------------------------------------------------------------------
 
 _STORAGE_DTYPES = {
     "DoubleStorage": np.dtype(np.float64),
     "FloatStorage": np.dtype(np.float32),
     "HalfStorage": np.dtype(np.float16),
     "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "ComplexFloatStorage": np.dtype(np.complex64),
+    "ComplexDoubleStorage": np.dtype(np.complex128),
     "LongStorage": np.dtype(np.int64),
     "IntStorage": np.dtype(np.int32),
     "ShortStorage": np.dtype(np.int16),
     "CharStorage": np.dtype(np.int8),
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
+    "UntypedStorage": np.dtype(np.uint8),
 }
+# Types without a storage class of their own: `_rebuild_tensor_v3` names them beside an UntypedStorage.
+_TENSOR_DTYPES = {
+    f"torch.{name}": np.dtype(getattr(ml_dtypes, name, None) or name)
+    for name in "uint16 uint32 uint64 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu".split()
+}
+_CHUNK = 2**22  # bytes that are read at a time where only their checksum is wanted
 
 
+class _File:
+    """The file that is being read, and what it may take."""
+
+    def __init__(self, path: Path):
+        self.path, self.budget, self.unchanged = path, Budget(path), Unchanged(path)
+
+
+class _Bytes:
+    """A run of bytes in a file, read in parts.
+
+    Args:
+      file: the file.
+      start: where in the file.
+      size: how many, unpacked.
+      crc: CRC32 of all of them, compared when they are first read; None where the container has none.
+      packed: how many in the file, where they are compressed (deflate).
+    """
+
+    def __init__(self, file: _File, start: int, size: int, crc: int | None = None, packed: int | None = None):
+        self.file, self.start, self.size, self.crc, self.packed = file, start, size, crc, packed
+        self._all: np.ndarray | None = None
+        file.budget.take(0 if packed is None else size)
+
+    def read(self, first: int, last: int, wanted: int) -> np.ndarray:
+        """Return the bytes first..last, of which `wanted` will be used."""
+        if self._all is None and (first, last) != (0, self.size):
+            # Whoever takes every hundredth number comes a hundred times: all of them stay in memory then.
+            if self.packed is not None or last - first > 4 * wanted:
+                self.file.budget.take(self.size)
+                self._all = self.read(0, self.size, self.size)
+        if self._all is not None:
+            return self._all[first:last]
+        with _damage_explained(self.file.path), self.file.path.open("rb") as stream:
+            self.file.unchanged.check(stream)
+            if self.packed is not None:
+                packed = _read_exactly(stream, self.start, self.packed)
+                data = np.frombuffer(zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, self.size), np.uint8)
+            else:
+                if self.crc is not None and (first, last) != (0, self.size):
+                    crc = 0
+                    for start in range(0, self.size, _CHUNK):
+                        part = _read_exactly(stream, self.start + start, min(_CHUNK, self.size - start))
+                        crc = zlib.crc32(part, crc)
+                    self._compare(crc)
+                data = _read_exactly(stream, self.start + first, last - first)
+            if len(data) != last - first:
+                raise ValueError("a storage is shorter than it should be")
+            if self.crc is not None:
+                self._compare(zlib.crc32(data))
+            return data
+
+    def _compare(self, crc: int) -> None:
+        if crc != self.crc:
+            raise ValueError("the checksum of a storage is wrong")
+        self.crc = None
+
+
+def _read_exactly(stream, start: int, size: int) -> np.ndarray:
+    stream.seek(start)
+    data = np.fromfile(stream, np.uint8, size)
+    if len(data) != size:
+        raise ValueError(f"{size - len(data):,} bytes are missing")
+    return data
+
+
+@dataclasses.dataclass(frozen=True)
 class _Storage:
-    """A flat run of numbers in the file; `read` returns its bytes."""
+    """A flat run of numbers: `length` of `dtype`, the first at byte `start` of `data`."""
 
-    def __init__(self, dtype: np.dtype, length: int, read: Callable[[], bytes]):
-        self.dtype, self.length, self.read = dtype, length, read
+    dtype: np.dtype
+    length: int
+    data: _Bytes
+    start: int = 0
 
-    def __setstate__(self, state):
-        raise ValueError("a storage with a state")  # or a pickle could set `length` as it likes
 
+def _builders(file: _File) -> dict[str, Callable]:
+    """Return what stands for torch's functions that make tensors and parameters."""
 
-class _Tensor(metaclass=_Sealed):
-    """Answer torch._utils._rebuild_tensor_v2: a strided view of a storage, not yet read."""
-
-    def __new__(cls, storage, offset, shape, strides, *_) -> LazyArray:
-        shape, strides = tuple(shape), tuple(strides)
-        numbers = (offset, *shape, *strides)
-        if not isinstance(storage, _Storage) or len(shape) != len(strides):
+    def tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> LazyArray:
+        if not isinstance(storage, _Storage):
             raise ValueError("a tensor without storage")
-        if not all(isinstance(number, int) and number >= 0 for number in numbers):
-            raise ValueError("a tensor with a negative size")
-        empty = 0 in shape
-        last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides))
-        if not empty and last >= storage.length:
+        dtype = storage.dtype
+        shape, size = checked_shape(shape, dtype)
+        file.budget.take(size)
+        if not isinstance(strides, (list, tuple)) or len(strides) != len(shape):
+            raise ValueError("a tensor without strides")
+        if not all(type(number) is int and number >= 0 for number in (offset, *strides)):
+            raise ValueError("a tensor with a negative stride")
+        # The stride of an axis of one place is arbitrary.
+        strides = [stride if length > 1 else 0 for length, stride in zip(shape, strides)]
+        last = offset + sum((length - 1) * stride for length, stride in zip(shape, strides))
+        if size and last >= storage.length:
             raise ValueError("a tensor larger than its storage")
 
         def load() -> np.ndarray:
-            if empty:
-                return np.zeros(shape, storage.dtype)
+            if not size:
+                return np.zeros(shape, dtype)
+            width = dtype.itemsize
+            data = storage.data.read(storage.start + offset * width, storage.start + (last + 1) * width, size)
             # ndarray() checks the strides against the buffer once more; as_strided would not.
-            width = storage.dtype.itemsize
-            steps = tuple(stride * width for stride in strides)
-            return np.ndarray(shape, storage.dtype, storage.read(), offset * width, steps)
+            return np.ndarray(shape, dtype, data, 0, [stride * width for stride in strides])
 
-        return LazyArray(shape, storage.dtype, load)
+        return LazyArray(shape, dtype, load)
 
+    def tensor_v3(storage, offset, shape, strides, requires_grad, hooks, dtype, *rest) -> LazyArray:
+        kind = _TENSOR_DTYPES.get(dtype.name if isinstance(dtype, Name) else "")
+        if kind is None:
+            raise SfdError(f"refused: '{file.path}' holds a tensor of {dtype!r:.100}, which is not supported")
+        if not isinstance(storage, _Storage):
+            raise ValueError("a tensor without storage")
+        length = storage.length * storage.dtype.itemsize // kind.itemsize
+        return tensor(_Storage(kind, length, storage.data, storage.start), offset, shape, strides)
 
-class _Parameter(metaclass=_Sealed):
-    """Answer torch._utils._rebuild_parameter: the tensor itself."""
-
-    def __new__(cls, tensor, *_):
+    def parameter(tensor: Any = None, *_: Any) -> Any:
         return tensor
 
-
-# The recorders, made once; find_class below hands out nothing else.
-_RECORDERS = {
-    "collections.OrderedDict": _Dict,
-    "collections.defaultdict": _Dict,
-    "torch._utils._rebuild_tensor": _Tensor,
-    "torch._utils._rebuild_tensor_v2": _Tensor,
-    "torch._utils._rebuild_parameter": _Parameter,
-} | {
-    f"{module}.{name}": _Sealed(name, (Record,), {"name": f"{module}.{name}"})
-    for module, names in (_INERT | {"torch": _INERT["torch"] | set(_STORAGE_DTYPES)}).items()
-    for name in names
-}
+    return {
+        "torch._utils._rebuild_tensor": tensor,
+        "torch._utils._rebuild_tensor_v2": tensor,
+        "torch._utils._rebuild_tensor_v3": tensor_v3,
+        "torch._utils._rebuild_parameter": parameter,
+        "torch._utils._rebuild_parameter_with_state": parameter,
+        "torch.nn.parameter.Parameter": parameter,
+        "torch.nn.parameter.Buffer": parameter,
+    }
 
 
-class _Unpickler(pickle.Unpickler):
-    """Unpickle with recorders in place of every name; `storage` answers persistent ids."""
+def _persistent(file: _File, storage: Callable) -> Callable:
+    """Return what answers a pickle's persistent ids by `storage(dtype, key, length, view)`."""
 
-    def __init__(self, stream: BinaryIO, path: Path, storage: Callable | None = None):
-        super().__init__(stream, encoding="utf-8")
-        self._path, self._storage = path, storage
-
-    def find_class(self, module: str, name: str) -> Any:
-        module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
-        recorder = _RECORDERS.get(f"{module}.{name}")
-        if recorder is None:
-            raise SfdError(
-                f"refused: '{self._path}' asks for {module}.{name}, which is not on the list of "
-                "harmless names; no code is run from a checkpoint, and nothing of it was loaded "
-                "(if you trust the file, load it with torch and save its state dict alone)"
-            )
-        return recorder
-
-    def persistent_load(self, persistent_id: Any) -> _Storage:
+    def load(persistent_id: Any) -> _Storage:
         kind, storage_type, key, _, length, *view = persistent_id
-        if kind != "storage" or self._storage is None:
+        if kind != "storage" or not isinstance(storage_type, Name):
             raise SfdError(
-                f"refused: '{self._path}' holds a pickled {kind}, not weights alone; "
+                f"refused: '{file.path}' holds a pickled {kind!s:.20}, not weights alone; "
                 "load it with torch and save its state dict"
             )
-        dtype = _STORAGE_DTYPES.get(storage_type.name.removeprefix("torch."))
-        if dtype is None or not isinstance(length, int) or length < 0:
-            raise ValueError("a storage of unknown type")
-        return self._storage(dtype, str(key), length, view[0] if view else None)
+        dtype = _STORAGE_DTYPES.get(storage_type.name.rpartition(".")[2])
+        if dtype is None:
+            raise SfdError(
+                f"refused: '{file.path}' holds numbers of {storage_type.name[:100]}, which is not supported; "
+                "load it with torch and save ordinary tensors"
+            )
+        if type(length) is not int or length < 0 or not isinstance(key, (str, int)):
+            raise ValueError("a storage of unknown size")
+        return storage(dtype, str(key), length, view[0] if view else None)
+
+    return load
+
+
+def _tree(read: Any, file: _File) -> Any:
+    tree = plain(read, file.budget)
+    if isinstance(tree, Record):  # a whole module, or an attack
+        raise refusal(file.path, tree.name)
+    return tree
+
+
+# --- The two containers ------------------------------------------------------------------------------
 
 
 def _read_zip(path: Path) -> Any:
     """Read torch's zip archive: `NAME/data.pkl` and one member a storage, `NAME/data/KEY`."""
-    with zipfile.ZipFile(path) as archive:
-        members = {member.filename: member for member in archive.infolist()}
+    file = _File(path)
+    with path.open("rb") as stream, zipfile.ZipFile(stream) as archive:
+        listed = archive.infolist()
+        members = {member.filename: member for member in listed}
+        if len(members) != len(listed):
+            raise ValueError("two members of one name")
         pickles = [name for name in members if name.split("/")[1:] == ["data.pkl"]]
         if len(pickles) != 1:
             raise SfdError(
@@ -262,105 +295,96 @@ def _read_zip(path: Path) -> Any:
         root = pickles[0].removesuffix("data.pkl")
         if f"{root}constants.pkl" in members:
             raise SfdError(f"refused: '{path}' is a TorchScript program, not a file of weights")
-        if f"{root}byteorder" in members and archive.read(f"{root}byteorder") != b"little":
-            raise SfdError(f"'{path}' was written on a big-endian machine, which is not supported")
+        found: dict[str, _Bytes] = {}
+
+        def member(name: str) -> _Bytes:
+            """Find a member's bytes; zipfile's own reader neither seeks nor bounds what it unpacks."""
+            if name not in found:
+                info = members[name]
+                if info.flag_bits & 1:
+                    raise SfdError(f"'{path}' is encrypted ({name}); unpack it and zip it again without a password")
+                if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise SfdError(f"'{path}' is compressed by an unusual method ({name}); save it again with torch")
+                stream.seek(info.header_offset)
+                signature, name_length, extra_length = struct.unpack("<4s22xHH", stream.read(30))
+                start = stream.tell() + name_length + extra_length
+                if signature != b"PK\x03\x04" or start + info.compress_size > file.budget.size:
+                    raise ValueError(f"{name} is not where it should be")
+                stored = info.compress_type == zipfile.ZIP_STORED
+                if stored and info.compress_size != info.file_size:
+                    raise ValueError(f"{name} is of the wrong size")
+                packed = None if stored else info.compress_size
+                found[name] = _Bytes(file, start, info.file_size, info.CRC, packed)
+            return found[name]
+
+        def content(name: str) -> bytes:
+            data = member(name)
+            file.budget.take(data.size)
+            return data.read(0, data.size, data.size).tobytes()
 
         def storage(dtype: np.dtype, key: str, length: int, view: None) -> _Storage:
-            member = members.get(f"{root}data/{key}")
-            if member is None or member.file_size != length * dtype.itemsize:
+            name = f"{root}data/{key}"
+            if name not in members or members[name].file_size != length * dtype.itemsize:
                 raise ValueError(f"storage {key} is missing or of the wrong size")
+            return _Storage(dtype, length, member(name))
 
-            def read() -> bytes:
-                # Through zipfile, which checks the member's CRC.
-                with _damage_explained(path), zipfile.ZipFile(path) as archive:
-                    return archive.read(member)
-
-            return _Storage(dtype, length, read)
-
-        with archive.open(pickles[0]) as stream:
-            return _plain(_Unpickler(stream, path, storage).load())
+        if f"{root}byteorder" in members and content(f"{root}byteorder") != b"little":
+            raise SfdError(f"'{path}' was written on a big-endian machine, which is not supported")
+        pickled = io.BytesIO(content(pickles[0]))
+        return _tree(unpickle(pickled, file.budget, _builders(file), _persistent(file, storage)), file)
 
 
 # torch's first pickle of the older stream: the integer 0x1950a86a20f9469cfc6c under protocol 2.
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
+class _Stream:
+    """A file whose `read` allocates no more than there is, whatever a pickle asks for."""
+
+    def __init__(self, stream, size: int):
+        self.readline, self._stream, self._size = stream.readline, stream, size
+
+    def read(self, count: int) -> bytes:
+        return self._stream.read(count if count < 2**16 else min(count, self._size - self._stream.tell()))
+
+
 def _read_legacy(path: Path) -> Any:
     """Read the stream: magic, version, system, tree, storage keys (all pickles), storages."""
-    storages, offsets = {}, {}
+    file = _File(path)
+    storages: dict[str, _Storage] = {}
 
-    def storage(dtype: np.dtype, key: str, length: int, view: tuple | None) -> _Storage:
-        def read() -> bytes:
-            with _damage_explained(path), path.open("rb") as stream:
-                stream.seek(offsets[key])
-                data = stream.read(length * dtype.itemsize)
-            if len(data) != length * dtype.itemsize:
-                raise SfdError(f"'{path}' is cut short; copy or download it again")
-            return data
-
-        whole = storages.setdefault(key, _Storage(dtype, length, read))
+    def storage(dtype: np.dtype, key: str, length: int, view: Any) -> _Storage:
+        if key not in storages:
+            storages[key] = _Storage(dtype, length, _Bytes(file, 0, length * dtype.itemsize))
+        whole = storages[key]
+        if (whole.dtype, whole.length) != (dtype, length):
+            raise ValueError(f"storage {key} is of two types")
         if view is None:
             return whole
         _, start, size = view  # a storage that looks at a part of another
-
-        def read_part() -> bytes:
-            return whole.read()[start * dtype.itemsize : (start + size) * dtype.itemsize]
-
-        return _Storage(dtype, size, read_part)
+        if not (type(start) is type(size) is int and 0 <= start <= start + size <= length):
+            raise ValueError(f"a view beyond storage {key}")
+        return _Storage(dtype, size, whole.data, start * dtype.itemsize)
 
     with path.open("rb") as stream:
+        reader = _Stream(stream, file.budget.size)
         for _ in range(2):  # magic number, protocol version
-            _Unpickler(stream, path).load()
-        system = _Unpickler(stream, path).load()
+            unpickle(reader, file.budget)
+        system = unpickle(reader, file.budget)
         if not system.get("little_endian", True):
             raise SfdError(f"'{path}' was written on a big-endian machine, which is not supported")
-        tree = _plain(_Unpickler(stream, path, storage).load())
-        end = path.stat().st_size
-        for key in map(str, _Unpickler(stream, path).load()):
-            length = int.from_bytes(stream.read(8), "little")
-            offsets[key] = stream.tell()
-            stream.seek(length * storages[key].dtype.itemsize, os.SEEK_CUR)
-            if length != storages[key].length or stream.tell() > end:
-                raise ValueError(f"storage {key} is missing or of the wrong size")
-        if storages.keys() - offsets.keys():
+        tree = _tree(unpickle(reader, file.budget, _builders(file), _persistent(file, storage)), file)
+        keys = [str(key) for key in unpickle(reader, file.budget) if isinstance(key, (str, int))]
+        if sorted(keys) != sorted(storages):
             raise ValueError("storages are missing")
+        for key in keys:
+            length = int.from_bytes(stream.read(8), "little")
+            data = storages[key].data
+            data.start = stream.tell()
+            if length != storages[key].length or data.start + data.size > file.budget.size:
+                raise ValueError(f"storage {key} is missing or of the wrong size")
+            stream.seek(data.size, os.SEEK_CUR)
         return tree
-
-
-def _plain(tree: Any) -> Any:
-    """Turn recorders into plain containers: OmegaConf nodes into what they hold."""
-    seen: dict[int, Any] = {}  # one result an object, so that shared parts cost nothing
-
-    def walk(node):
-        if id(node) in seen:
-            return seen[id(node)]
-        if isinstance(node, dict):
-            result = seen[id(node)] = {}
-            result.update((_key(key), walk(value)) for key, value in node.items())
-            return result
-        if isinstance(node, (list, tuple)):
-            result = type(node)(walk(value) for value in node)
-        elif isinstance(node, Record) and isinstance(node.state, dict):
-            if "_content" in node.state:
-                result = walk(node.state["_content"])
-            elif "_val" in node.state:
-                result = walk(node.state["_val"])
-            elif node.name == "argparse.Namespace":
-                result = walk(node.state)
-            else:
-                result = node
-        elif isinstance(node, Record) and node.name == "torch.Size":
-            result = tuple(node.args[0])
-        else:
-            result = node
-        seen[id(node)] = result
-        return result
-
-    return walk(tree)
-
-
-def _key(key: Any) -> Any:
-    return key if isinstance(key, (str, int, float, bool, tuple)) else repr(key)
 
 
 @contextlib.contextmanager
@@ -373,7 +397,7 @@ def _damage_explained(path: Path):
     except FileNotFoundError as error:
         raise SfdError(f"no file '{path}'") from error
     except Exception as error:
-        reason = str(error) or type(error).__name__
+        reason = str(error)[:200] or type(error).__name__
         raise SfdError(
             f"'{path}' is damaged or cut short ({reason}); copy or download it again"
         ) from error

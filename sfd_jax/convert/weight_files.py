@@ -15,13 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import yaml
 
 from sfd_jax.convert import FORMATS
 from sfd_jax.convert.file_kinds import SAFETENSORS, SHARDED, Kind, find_weights, shards_of
 from sfd_jax.convert.lazy_array import LazyArray
+from sfd_jax.convert.safetensors_files import read_safetensors
 from sfd_jax.convert.torch_files import read_torch_file, write_torch_file
 from sfd_jax.errors import SfdError, nearest
 
@@ -42,6 +42,7 @@ WRAPPERS = {
 _COUNTERS = {"n_averaged", "num_updates", "decay", "ema_decay", "initted", "step", "num_batches_averaged"}
 # Fixed tables of the networks, which an average of trained parameters may lack.
 _NOT_TRAINED = ("pos_embed", "feat_rope.*")
+_MAX_CONFIG = 2**18  # characters of a config in YAML, its aliases written out
 STEP_KEYS = ("iteration", "global_step", "step", "train_steps", "train_step", "steps", "iterations", "iter", "it")
 
 
@@ -101,7 +102,7 @@ def read_tree(path: str | os.PathLike) -> Any:
 
 
 def _read_file(path: Path, kind: Kind) -> Any:
-    return _read_safetensors(path) if kind == SAFETENSORS else read_torch_file(path)
+    return read_safetensors(path) if kind == SAFETENSORS else read_torch_file(path)
 
 
 def find_sets(tree: Any) -> list[Weights]:
@@ -415,19 +416,30 @@ def read_statistics(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
     """Read a released statistics file (`{"mean", "std"}`, (1, C, 1, 1) each).
 
     Returns:
-      mean and std, (C,) float32.
+      mean and std, (C,) float32; finite, std positive.
 
     Raises:
-      SfdError: it is not such a file.
+      SfdError: it is not such a file, or a value cannot be the mean or deviation of a channel.
     """
     tree = read_tree(path)
-    arrays = [tree.get(key) if isinstance(tree, dict) else None for key in ("mean", "std")]
+    if not isinstance(tree, dict):
+        raise SfdError(f"'{path}' is no statistics file: it holds one {type(tree).__name__}, not 'mean' and 'std'")
+    arrays = [tree.get(key) for key in ("mean", "std")]
     if not all(isinstance(array, LazyArray) for array in arrays):
-        raise SfdError(f"'{path}' is no statistics file: it needs arrays 'mean' and 'std'")
-    mean, std = (np.asarray(array).astype(np.float32) for array in arrays)
-    if mean.shape != std.shape or mean.size != max(mean.shape, default=1):
-        raise SfdError(f"'{path}': mean {mean.shape} and std {std.shape} are not one value a channel")
-    return mean.reshape(-1), std.reshape(-1)
+        held = ", ".join(map(repr, list(tree)[:8])) or "nothing"
+        raise SfdError(f"'{path}' is no statistics file: it needs arrays 'mean' and 'std', and holds {held}")
+    shapes = [array.shape for array in arrays]
+    if shapes[0] != shapes[1] or not shapes[0] or math.prod(shapes[0]) != max(shapes[0]) or 0 in shapes[0]:
+        raise SfdError(f"'{path}': mean {shapes[0]} and std {shapes[1]} are not one value a channel, (1, C, 1, 1)")
+    if not all(array.dtype.name in ("float16", "bfloat16", "float32", "float64") for array in arrays):
+        raise SfdError(f"'{path}': mean is {arrays[0].dtype} and std {arrays[1].dtype}, expected floats")
+    with np.errstate(over="ignore"):  # an infinity of float32 is told below
+        mean, std = (np.asarray(array).astype(np.float32).reshape(-1) for array in arrays)
+    wrong = ~np.isfinite(mean) | ~np.isfinite(std) | (std <= 0)
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        raise SfdError(f"'{path}': channel {at} has mean {mean[at]} and std {std[at]}; latents cannot be normalised by it")
+    return mean, std
 
 
 def write_file(path: str | os.PathLike, state: dict[str, np.ndarray], tree: dict[str, Any]) -> None:
@@ -455,48 +467,74 @@ def describe(tree: Any) -> list[str]:
     """Return lines that say what a file holds, no array loaded."""
     lines: list[str] = []
 
-    def walk(node, name, depth):
-        indent = "  " * depth
+    def walk(node, name, depth) -> np.ndarray:
+        """Append the lines of a node; return how many arrays, numbers and bytes are in it."""
+        indent, held, at = "  " * depth, np.zeros(3, object), len(lines)
         if isinstance(node, LazyArray):
             lines.append(f"{indent}{name}  {list(node.shape)} {node.dtype.name}")
-        elif isinstance(node, dict):
-            arrays = _arrays(node)
-            numbers = sum(int(np.prod(a.shape)) for a in arrays)
-            size = sum(int(np.prod(a.shape)) * a.dtype.itemsize for a in arrays)
-            total = f"  {len(arrays)} arrays, {numbers:,} numbers, {size / 2**20:.1f} MiB" if arrays else ""
-            lines.append(f"{indent}{name}:{total}" if node else f"{indent}{name}: (empty)")
+            return np.array([1, math.prod(node.shape), math.prod(node.shape) * node.dtype.itemsize], object)
+        if isinstance(node, dict):
+            lines.append("")
             for key, value in node.items():
-                walk(value, key, depth + 1)
-        elif isinstance(node, (list, tuple)) and (_arrays(node) or len(node) > 16):
+                held += walk(value, key, depth + 1)
+            total = f"  {held[0]} arrays, {held[1]:,} numbers, {held[2] / 2**20:.1f} MiB" if held[0] else ""
+            lines[at] = f"{indent}{name}:{total}" if node else f"{indent}{name}: (empty)"
+        elif isinstance(node, (list, tuple)):
             lines.append(f"{indent}{name}: {len(node)} entries")
             for index, value in enumerate(node):
-                if isinstance(value, (dict, LazyArray)):
-                    walk(value, index, depth + 1)
+                if isinstance(value, (dict, list, tuple, LazyArray)):
+                    held += walk(value, index, depth + 1)
+            if not held[0] and len(node) <= 16:
+                lines[at:] = [f"{indent}{name}: {node!r}"]
         elif isinstance(node, str) and "\n" in node:
             lines.append(f"{indent}{name}: |")
             lines.extend(f"{indent}  {line}" for line in node.splitlines())
         else:
             lines.append(f"{indent}{name}: {node!r}")
+        return held
 
     walk(tree, "file", 0)
     return lines
 
 
-def _arrays(node) -> list[LazyArray]:
-    if isinstance(node, LazyArray):
-        return [node]
-    children = node.values() if isinstance(node, dict) else node if isinstance(node, (list, tuple)) else ()
-    return [array for child in children for array in _arrays(child)]
 
 
 def _config(beside: Mapping[str, Any], path) -> dict[str, Any]:
+    """Return the config beside the weights as JSON has it, since our checkpoint stores it so."""
     config = beside.get("config")
-    if isinstance(config, str):
-        try:
-            config = yaml.safe_load(config)
-        except yaml.YAMLError as error:
-            raise SfdError(f"'{path}': its config is not YAML: {error}") from error
-    return config if isinstance(config, dict) else {}
+    try:
+        if isinstance(config, str):
+            config = _yaml(config)
+        return json.loads(json.dumps(config, default=str, skipkeys=True)) if isinstance(config, dict) else {}
+    except (yaml.YAMLError, ValueError, OverflowError, TypeError, RecursionError) as error:
+        raise SfdError(f"'{path}': its config is not YAML that can be read: {error!s:.500}") from error
+
+
+def _yaml(text: str) -> Any:
+    """Read YAML whose aliases, written out, are no longer than the text may be."""
+    if len(text) > _MAX_CONFIG:
+        raise ValueError(f"it has {len(text):,} characters, more than {_MAX_CONFIG:,}")
+    sizes: dict[int, int] = {}
+
+    def size(node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = _MAX_CONFIG  # of a node inside itself
+            children = node.value if isinstance(node, yaml.CollectionNode) else ()
+            pairs = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+            sizes[id(node)] = 1 + sum(map(size, pairs)) + (0 if children else len(str(node.value)))
+            if sizes[id(node)] > _MAX_CONFIG:
+                raise ValueError("its aliases stand for more than any config holds")
+        return sizes[id(node)]
+
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        size(node)
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
 
 
 def _leaves(config: dict[str, Any]) -> dict[str, Any]:
@@ -506,45 +544,3 @@ def _leaves(config: dict[str, Any]) -> dict[str, Any]:
         if isinstance(group, dict):
             found = _leaves(group) | found
     return found
-
-
-_SAFETENSORS_DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
-
-
-def _read_safetensors(path: Path) -> dict[str, LazyArray]:
-    """Read a .safetensors file's directory; each array is read when asked for."""
-    import safetensors
-
-    if not path.is_file():
-        raise SfdError(f"no file '{path}'")
-
-    def lazy(file, key) -> LazyArray:
-        part = file.get_slice(key)
-        dtype = _SAFETENSORS_DTYPES.get(part.get_dtype())
-        if dtype is None:
-            raise SfdError(f"'{path}': {key} is of type {part.get_dtype()}, which is not supported")
-
-        def load() -> np.ndarray:
-            with safetensors.safe_open(path, "numpy") as file:
-                return file.get_tensor(key)
-
-        return LazyArray(tuple(part.get_shape()), dtype, load)
-
-    try:
-        with safetensors.safe_open(path, "numpy") as file:
-            return {key: lazy(file, key) for key in file.keys()}
-    except (safetensors.SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise SfdError(
-            f"'{path}' is no complete safetensors file ({error}); copy or download it again"
-        ) from error

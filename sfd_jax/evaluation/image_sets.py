@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,8 +14,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sfd_jax.budget import Budget
 from sfd_jax.data.images import center_crop
 from sfd_jax.errors import SfdError
+from sfd_jax.evaluation.npz import npz_names, open_array, read_npz
 
 JOB_NPZ = "samples.npz"  # what a sampling job calls its npz, beside its recipe
 IMAGE_FILES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -80,7 +81,7 @@ def open_image_set(path: str | Path, image_size: int | None = None) -> ImageSet:
 
 
 def _open_npz(path: Path) -> ImageSet:
-    shape = _npy_header(path, "arr_0")[0]
+    shape = _images_shape(path, "arr_0")
     return ImageSet(
         str(path),
         shape[0],
@@ -93,44 +94,28 @@ def _open_npz(path: Path) -> ImageSet:
 
 def _stream_npy(path: Path, name: str, n: int) -> Iterator[np.ndarray]:
     """Read an array inside an npz row by row, since a batch of 50,000 images takes 10 GB."""
-    shape, dtype, fortran = _npy_header(path, name)
-    if fortran:
-        raise SfdError(f"{path}: {name} is stored column by column; save it again with numpy.savez")
-    row = math.prod(shape[1:]) * dtype.itemsize
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
-            _read_header(file)
-            for start in range(0, shape[0], n):
-                count = min(n, shape[0] - start)
-                data = file.read(count * row)
-                if len(data) != count * row:
-                    raise SfdError(f"{path} is damaged: {name} ends after {start} of {shape[0]} images")
-                yield np.frombuffer(data, dtype).reshape(count, *shape[1:])
-    except (OSError, zipfile.BadZipFile, EOFError) as error:
-        raise SfdError(f"{path} is damaged: {error}") from error
+    with open_array(path, name) as (shape, dtype, fortran, file):
+        if fortran:
+            raise SfdError(f"{path}: {name} is stored column by column; save it again with numpy.savez")
+        row = math.prod(shape[1:]) * dtype.itemsize
+        Budget(path).take(min(n, shape[0]) * row)
+        for start in range(0, shape[0], n):
+            count = min(n, shape[0] - start)
+            data = file.read(count * row)
+            if len(data) != count * row:
+                raise SfdError(f"{path} is damaged: {name} ends after {start} of {shape[0]} images")
+            yield np.frombuffer(data, dtype).reshape(count, *shape[1:])
 
 
-def _npy_header(path: Path, name: str) -> tuple[tuple[int, ...], np.dtype, bool]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if f"{name}.npy" not in archive.namelist():
-                found = ", ".join(file.removesuffix(".npy") for file in archive.namelist()) or "nothing"
-                raise SfdError(f"{path} has no array '{name}' of uint8 images (N, H, W, 3); it holds {found}")
-            with archive.open(f"{name}.npy") as file:
-                shape, fortran, dtype = _read_header(file)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise SfdError(f"cannot read {path}: {error}") from error
-    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or shape[0] == 0:
-        raise SfdError(f"{path}: {name} is {dtype} {shape}; expected uint8 (N, H, W, 3) with N > 0")
-    return shape, dtype, fortran
-
-
-def _read_header(file):
-    version = np.lib.format.read_magic(file)
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in readers:
-        raise ValueError(f"npy format {version} is unknown")
-    return readers[version](file)
+def _images_shape(path: Path, name: str) -> tuple[int, ...]:
+    names = npz_names(path)
+    if name not in names:
+        found = ", ".join(names[:8]) or "nothing"
+        raise SfdError(f"{path} has no array '{name}' of uint8 images (N, H, W, 3); it holds {found}")
+    with open_array(path, name) as (shape, dtype, _, _):
+        if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
+            raise SfdError(f"{path}: {name} is {dtype} {shape}; expected uint8 (N, H, W, 3) with N > 0")
+        return shape
 
 
 # --- Chunks of a sampling job -----------------------------------------------------------------------
@@ -141,10 +126,12 @@ def _open_chunks(folder: Path, chunks: list[Path]) -> ImageSet:
     found = []
     for chunk in chunks:
         try:
-            with np.load(chunk) as file:
-                found.append(np.asarray(file["indices"]))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise SfdError(f"cannot read {chunk}: {error}; remove it and sample again") from error
+            rows = read_npz(chunk, ("indices",)).get("indices", np.zeros(0))
+        except SfdError as error:
+            raise SfdError(f"{error}; remove it and sample again") from error
+        if rows.dtype.kind not in "iu" or rows.ndim != 1 or not rows.size:
+            raise SfdError(f"{chunk} has no array 'indices' of whole numbers (N,); remove it and sample again")
+        found.append(rows)
     recipe = read_recipe(folder) or read_recipe(folder.parent)
     indices = np.concatenate(found)
     count = recipe["num_images"] if recipe and "num_images" in recipe else int(indices.max()) + 1
@@ -152,11 +139,11 @@ def _open_chunks(folder: Path, chunks: list[Path]) -> ImageSet:
     if (np.diff(indices) < 0).any():
         raise SfdError(f"{folder}: images are not in order in the chunks; the files were renamed")
 
-    size = _npy_header(chunks[0], "images")[0][1:3]
+    size = _images_shape(chunks[0], "images")[1:3]
 
     def pieces(n):
         for chunk, expected in zip(chunks, found, strict=True):
-            shape = _npy_header(chunk, "images")[0]
+            shape = _images_shape(chunk, "images")
             if shape[0] != len(expected) or shape[1:3] != size:
                 raise SfdError(
                     f"{chunk} holds {shape[0]} images of {shape[2]}x{shape[1]}; expected {len(expected)} of "
@@ -170,8 +157,10 @@ def _open_chunks(folder: Path, chunks: list[Path]) -> ImageSet:
 def _check_indices(indices: np.ndarray, count: int, where: str) -> None:
     present, times = np.unique(indices, return_counts=True)
     faults = []
-    if missing := sorted(set(range(count)) - set(present.tolist())):
-        faults.append(f"{len(missing)} of {count} images are missing, the first is {missing[0]}")
+    inside = present[(present >= 0) & (present < count)]
+    if len(inside) < count:
+        first = np.flatnonzero(np.append(inside, -1) != np.arange(len(inside) + 1))[0]
+        faults.append(f"{count - len(inside)} of {count} images are missing, the first is {first}")
     if (times > 1).any():
         faults.append(f"{int((times > 1).sum())} indices are there twice, the first is {present[times > 1][0]}")
     if strange := [index for index in present.tolist() if not 0 <= index < count]:

@@ -5,12 +5,12 @@ so each file names the extractor that made it by a hash of its weights, and is r
 """
 
 import dataclasses
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from sfd_jax.errors import SfdError
+from sfd_jax.evaluation.npz import read_npz
 from sfd_jax.files import appearing
 
 # Names of mean and covariance in a file, by feature: those of the ADM reference batches.
@@ -132,11 +132,8 @@ def load_statistics(path: str | Path) -> FeatureStatistics:
     Raises:
       SfdError: no such file, damaged, or without `mu` and `sigma`.
     """
-    try:
-        with np.load(path) as file:
-            arrays = {name: file[name] for name in file.files if name not in ("arr_0", "arr_1")}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise SfdError(f"cannot read statistics {path}: {error}") from error
+    gaussian_names = tuple(name for pair in FILE_NAMES.values() for name in pair)
+    arrays = read_npz(Path(path), (*gaussian_names, "extractor", "extractor_hash", "count", "source", "features"))
     gaussians = {}
     for feature, (mean, covariance) in FILE_NAMES.items():
         if mean in arrays and covariance in arrays:

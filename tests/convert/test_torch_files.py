@@ -1,5 +1,6 @@
 """Reading PyTorch files: right numbers, and nothing of theirs ever runs."""
 
+import logging
 import os
 import pickle
 import sys
@@ -130,10 +131,17 @@ def test_other_opcodes_are_refused_too(tmp_path, torch_file, opcodes, monkeypatc
 
 
 def test_listed_names_build_only_records(tmp_path, torch_file):
-    """Calls of listed names keep their arguments and do nothing: no file, no codec, no array."""
-    raw = b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x06\x00\x00\x00latin1tR"
-    path = write(tmp_path / "f.pt", torch_file({"x": torch_file.Raw(raw)}).zip_bytes())
-    assert repr(read_torch_file(path)["x"]) == "<_codecs.encode>"
+    """Calls of listed names keep their arguments and do nothing: no logger, no codec but latin-1."""
+    calls = {
+        "logger": b"clogging\ngetLogger\n(X\x04\x00\x00\x00sfd1tR",
+        "codec": b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x03\x00\x00\x00hextR",
+        "bytes": b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x06\x00\x00\x00latin1tR",
+    }
+    raw = {key: torch_file.Raw(call) for key, call in calls.items()}
+    read = read_torch_file(write(tmp_path / "f.pt", torch_file(raw).zip_bytes()))
+    assert repr(read["logger"]) == "<logging.getLogger>" and repr(read["codec"]) == "<builtins.bytes>"
+    assert read["bytes"] == b"a"
+    assert "sfd1" not in logging.Logger.manager.loggerDict
 
 
 @pytest.mark.parametrize(

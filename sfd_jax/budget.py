@@ -1,0 +1,57 @@
+"""How much memory the reading of a file of others may take: a multiple of its size, unless a flag allows more.
+
+A few bytes can ask for terabytes: a stride of zero, a compressed member of zeros, a list that holds
+itself twice a hundred times over. So whatever a file makes the readers of this package hold, or
+claims to hold, is counted here before it is made.
+"""
+
+import math
+import os
+from pathlib import Path
+
+from sfd_jax.errors import SfdError
+
+EXPANSION = 32  # bytes of memory for a byte of the file; a checkpoint with optimizer moments needs 1.1
+SPARE = 16 * 2**20  # bytes that a file of any size may take beside that
+LIMIT_GIB = 64.0  # never more than this, unless the flag --max_gib says so
+
+_given: int | None = None
+
+
+def allow(gib: float | None) -> None:
+    """Let files take up to so many GiB, whatever their size; None for the rule above.
+
+    Raises:
+      SfdError: not a positive number.
+    """
+    global _given
+    if gib is not None and not (math.isfinite(gib) and gib > 0):
+        raise SfdError(f"--max_gib={gib}: give a positive number of GiB")
+    _given = None if gib is None else int(gib * 2**30)
+
+
+class Budget:
+    """What the reading of one file may still take.
+
+    Args:
+      path: the file.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.size = path, os.path.getsize(path)
+        limit = min(EXPANSION * self.size + SPARE, int(LIMIT_GIB * 2**30))
+        self.total = self.left = limit if _given is None else _given
+
+    def take(self, count: int) -> None:
+        """Count `count` bytes.
+
+        Raises:
+          SfdError: that is more than is left.
+        """
+        self.left -= count
+        if self.left < 0:
+            raise SfdError(
+                f"refused: '{self.path}' has {self.size:,} bytes and asks for more than the {self.total:,} bytes of "
+                "memory it may take; it is damaged or made to do harm (if you trust it, `sfd convert --max_gib=N` "
+                "allows N GiB)"
+            )

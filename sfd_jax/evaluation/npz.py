@@ -1,0 +1,79 @@
+"""Read npz files made by others: arrays of numbers and text, whose headers are compared with the file's size."""
+
+import contextlib
+import math
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from sfd_jax.budget import Budget
+from sfd_jax.errors import SfdError
+
+
+def read_npz(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Read those of the named arrays that a file holds.
+
+    Raises:
+      SfdError: damaged, no npz, an array of objects, or more than `budget.py` allows.
+    """
+    arrays, budget = {}, None
+    for name in set(names) & set(npz_names(path)):
+        budget = budget or Budget(path)
+        with open_array(path, name) as (shape, dtype, fortran, file):
+            size = math.prod(shape) * dtype.itemsize
+            budget.take(size)
+            # Checksums are compared at a member's end.
+            data = file.read(size)
+            arrays[name] = np.ndarray(shape, dtype, data, order="F" if fortran else "C")
+    return arrays
+
+
+def npz_names(path: Path) -> list[str]:
+    """Return the names of the arrays in a file.
+
+    Raises:
+      SfdError: it is no npz.
+    """
+    with _damage_explained(path), zipfile.ZipFile(path) as archive:
+        return [name.removesuffix(".npy") for name in archive.namelist()]
+
+
+@contextlib.contextmanager
+def open_array(path: Path, name: str) -> Iterator[tuple[tuple[int, ...], np.dtype, bool, IO[bytes]]]:
+    """Open an array to be read in parts.
+
+    Yields:
+      Its shape, dtype, whether it is stored column by column, and the stream of its numbers.
+
+    Raises:
+      SfdError: no such array, damaged, or an array of objects.
+    """
+    with _damage_explained(path), zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(f"{name}.npy")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{name} is compressed by an unusual method")
+        with archive.open(info) as file:
+            version = np.lib.format.read_magic(file)
+            readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            if version not in readers:
+                raise ValueError(f"npy format {version} is unknown")
+            shape, fortran, dtype = readers[version](file)
+            if dtype.hasobject or not all(0 <= size < 2**62 for size in shape) or len(shape) > 64:
+                raise ValueError(f"{name} is {dtype} {shape}, not an array of numbers")
+            if math.prod(shape) * dtype.itemsize != info.file_size - file.tell():
+                raise ValueError(f"{name} is {dtype} {shape} by its header, but not by its size")
+            yield shape, dtype, fortran, file
+
+
+@contextlib.contextmanager
+def _damage_explained(path: Path):
+    try:
+        yield
+    except SfdError:
+        raise
+    except Exception as error:  # zipfile, numpy and the parser of headers tell damage by many types
+        reason = f"{error!s:.200}" or type(error).__name__
+        raise SfdError(f"cannot read {path}: it is damaged, or no npz of arrays ({reason})") from error

@@ -1,0 +1,249 @@
+"""Feed mutated files to the readers: `python tests/convert/fuzzing.py EXAMPLES [SEED]`.
+
+Run as a process of its own, so that a segmentation fault or a memory limit ends only this one. Each
+example must be read or be refused by SfdError, within a bound of memory and of time. The mutations know
+the containers: a pickle inside a zip is changed before its checksum is computed, as are arrays in an npz
+and the header of a .safetensors file.
+"""
+
+import argparse
+import collections
+import contextlib
+import datetime
+import io
+import json
+import pathlib
+import pickle
+import resource
+import struct
+import sys
+import tempfile
+import time
+import tracemalloc
+import types
+import zipfile
+
+import numpy as np
+import safetensors.numpy
+from conftest import TorchFile
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from sfd_jax.budget import Budget
+from sfd_jax.convert.lazy_array import LazyArray
+from sfd_jax.convert.pickles import left_out
+from sfd_jax.convert.weight_files import choose_state, describe, read_statistics, read_tree
+from sfd_jax.errors import SfdError
+from sfd_jax.evaluation.image_sets import open_image_set
+from sfd_jax.evaluation.reference import open_reference
+
+SECONDS = 5
+FOLDER = pathlib.Path(tempfile.mkdtemp(prefix="sfd_fuzz_"))
+A = np.arange(6, dtype=np.float32).reshape(2, 3)
+YAML = "model: &m\n  name: x\n  layers: [1, 2.5, .nan, 0x1f, 2024-01-01]\nother: *m\nlast:\n  <<: *m\n  text: 'a'\n"
+TREES = [
+    {"ema": {"a": A, "b": A[:1]}, "step": 7, "config": YAML},
+    {"mean": np.ones((1, 3, 1, 1), np.float32), "std": np.full((1, 3, 1, 1), 2, np.float32)},
+    {"state_dict": {"module.a": A, "module.b": A[0]}, "epoch": 3, "lr": 1e-4},
+]
+OBJECTS = {
+    "args": argparse.Namespace(lr=1e-4, path=pathlib.PurePosixPath("/a/b"), when=datetime.datetime(2024, 1, 2)),
+    "more": types.SimpleNamespace(tags={"a", "b"}, frozen=frozenset([1, 2]), queue=collections.deque([1, 2], 3)),
+    "count": collections.Counter("aab"),
+    "numpy": [np.float32(1.5), np.arange(4).reshape(2, 2), np.str_("x"), np.bool_(True)],
+    "numbers": [1, -1, 2**40, 2**100, 1e300, 1j, None, True, b"bytes", bytearray(b"more")],
+    "default": collections.defaultdict(list, {"a": [1]}),
+}
+PICKLES = [TorchFile(tree).pickle for tree in TREES] + [pickle.dumps(OBJECTS, protocol) for protocol in range(6)]
+OPCODES = [bytes([code]) for code in b"(.012FGIJKLMNPQRSTUVXabcdeghijlopqrstu}]]\x80\x81\x82\x85\x86\x87\x88\x89\x8a\x8b\x8c"
+           b"\x8d\x8e\x8f\x90\x91\x92\x93\x94\x95\x96\x97\x98B)"] + [
+    b"r\x00\x00\x00\x10", b"\x8d" + b"\xff" * 8, b"\x96" + struct.pack("<Q", 2**40), b"X\xff\xff\xff\x7f", b"}}]]((",
+    b"\x95" + struct.pack("<Q", 2**60), b"](2222222e", b"](h\x00h\x00e", b"q\x00h\x00", b"\x86q\x01h\x01", b"J\xff\xff\xff\xff",
+    b"ccollections\ndeque\n", b"ccollections\nOrderedDict\n)R", b"cx.y\nThing\n)\x81}b", b"cnumpy\ndtype\n(U\x02f4K\x00K\x01tR",
+    b"ctorch\nSize\n", b"(I1\nI2\nI3\nt", b"\x8a\x09" + b"\x7f" * 9, b"2222", b"\x94" * 4, b"h\x00h\x01s", b"cos\nsystem\n",
+]  # fmt: skip
+NUMBERS = [0, 1, 2, 3, 255, 2**15, 2**16, 2**28, 2**31 - 1, 2**31, 2**32 - 1, 2**33, 2**62, 2**63 - 1, 2**64 - 1]
+
+places = st.integers(0, 2**16)
+mutation = st.one_of(
+    st.tuples(st.just("byte"), places, st.integers(0, 255)),
+    st.tuples(st.just("cut"), places, st.integers(1, 40)),
+    st.tuples(st.just("insert"), places, st.sampled_from(OPCODES)),
+    st.tuples(st.just("repeat"), places, st.integers(2, 200)),
+    st.tuples(st.just("number"), places, st.sampled_from(NUMBERS), st.sampled_from(["<B", "<H", "<I", "<Q"])),
+    st.tuples(st.just("copy"), places, places),
+    st.tuples(st.just("digits"), places, st.sampled_from([b"-1", b"0", b"9" * 12, b"9" * 25, b"1e999", b"NaN", b"null"])),
+)
+mutations = st.lists(mutation, min_size=1, max_size=6)
+
+
+def mutated(data: bytes, changes) -> bytes:
+    for kind, place, value, *more in changes:
+        at = place % (len(data) + 1)
+        if kind == "byte":
+            data = data[:at] + bytes([value]) + data[at + 1 :]
+        elif kind == "cut":
+            data = data[:at] + data[at + value :]
+        elif kind == "insert":
+            data = data[:at] + value + data[at:]
+        elif kind == "repeat":
+            data = data[:at] + data[at : at + 8] * value + data[at + 8 :]
+        elif kind == "number":
+            size = struct.calcsize(more[0])
+            data = data[:at] + struct.pack(more[0], value % 2 ** (8 * size)) + data[at + size :]
+        elif kind == "copy":
+            source = value % (len(data) + 1)
+            data = data[:at] + data[source : source + 24] + data[at:]
+        elif kind == "digits":  # the next run of digits, as in JSON and npy headers
+            end = at = next((i for i in range(at, len(data)) if data[i : i + 1].isdigit()), len(data))
+            while data[end : end + 1].isdigit():
+                end += 1
+            data = data[:at] + value + data[end:]
+    return data
+
+
+def zipped(members: dict[str, bytes], compressed: bool) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def bounded(path: pathlib.Path):
+    """Allow SfdError only, the memory that the budget states, and a few seconds."""
+    start = time.perf_counter()
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    with contextlib.suppress(SfdError):
+        yield
+    peak = tracemalloc.get_traced_memory()[1] - before
+    assert peak < Budget(path).total, f"{peak:,} bytes of memory"
+    assert time.perf_counter() - start < SECONDS, "too slow"
+
+
+def check_weights(data: bytes, suffix: str) -> None:
+    path = FOLDER / f"f{suffix}"
+    path.write_bytes(data)
+    with bounded(path):
+        tree = read_tree(path)
+        describe(tree)
+        left_out(tree)
+        for array in arrays(tree):
+            with contextlib.suppress(SfdError):
+                read = np.asarray(array)
+                assert (read.shape, read.dtype) == (array.shape, array.dtype)
+                read.tobytes()
+        for which in ("ema", "raw"):
+            with contextlib.suppress(SfdError):
+                json.dumps(choose_state(tree, path, which).stored(), default=str)
+    with bounded(path):
+        mean, std = read_statistics(path)
+        assert mean.shape == std.shape and mean.dtype == std.dtype == np.float32 and np.all(std > 0)
+
+
+def arrays(node):
+    if isinstance(node, LazyArray):
+        yield node
+    elif isinstance(node, (dict, list, tuple)):
+        for child in node.values() if isinstance(node, dict) else node:
+            yield from arrays(child)
+
+
+@given(st.sampled_from(PICKLES), mutations, st.booleans(), st.booleans())
+def zips(pickled, changes, inside, compressed):
+    members = {"a/data.pkl": mutated(pickled, changes) if inside else pickled, "a/byteorder": b"little"}
+    data = zipped(members | {f"a/data/{i}": A.tobytes() for i in range(2)}, compressed)
+    check_weights(data if inside else mutated(data, changes), ".pt")
+
+
+@given(st.sampled_from([TorchFile(tree, legacy=True).legacy_bytes() for tree in TREES]), mutations)
+def older_streams(data, changes):
+    check_weights(data[:15] + mutated(data[15:], changes), ".pt")
+
+
+@given(mutations, st.booleans())
+def safetensors_files(changes, inside):
+    data = safetensors.numpy.save({"mean": A[:1], "std": A[1:], "c": np.arange(3)})
+    size = int.from_bytes(data[:8], "little")
+    if inside:
+        header = mutated(data[8 : 8 + size], changes)
+        data = struct.pack("<Q", len(header)) + header + data[8 + size :]
+    check_weights(data if inside else mutated(data, changes), ".safetensors")
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=True)
+    return buffer.getvalue()
+
+
+REFERENCE = {
+    "mu.npy": npy(np.zeros(3)),
+    "sigma.npy": npy(np.eye(3)),
+    "count.npy": npy(np.array(9)),
+    "extractor.npy": npy(np.array("inception")),
+    "arr_0.npy": npy(np.zeros((2, 4, 4, 3), np.uint8)),
+}
+OBJECT = npy(np.array([argparse.Namespace(a=1)], object))
+
+
+@given(st.sampled_from(sorted(REFERENCE)), mutations, st.sampled_from(["array", "object", "file"]), st.booleans())
+def npz_files(name, changes, kind, compressed):
+    members = REFERENCE | {name: mutated(OBJECT if kind == "object" else REFERENCE[name], changes)}
+    data = zipped(REFERENCE if kind == "file" else members, compressed)
+    path = FOLDER / "f.npz"
+    path.write_bytes(mutated(data, changes) if kind == "file" else data)
+    with bounded(path):
+        open_reference(path)
+    with bounded(path):
+        for piece in open_image_set(path).pieces(1):
+            assert piece.dtype == np.uint8 and piece.ndim == 4
+
+
+scalars = st.one_of(st.text(max_size=8), st.integers(-(2**31), 2**31 - 1), st.floats(allow_nan=False))
+values = st.one_of(scalars, st.lists(st.integers(0, 3), max_size=3).map(lambda shape: np.ones(shape, np.float32)))
+trees = st.recursive(values, lambda inner: st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=8)
+
+
+@given(trees, mutations, st.booleans())
+def parameter_trees(tree, changes, legacy):
+    """Trees of any shape come back as they were; their YAML configs may be anything."""
+    tree = {"ema": tree, "config": mutated(YAML.encode(), changes).decode("latin-1")}
+    file = TorchFile(tree, legacy=legacy)
+    data = file.legacy_bytes() if legacy else file.zip_bytes()
+    check_weights(data, ".pt")
+    same(read_tree(FOLDER / "f.pt"), tree)
+
+
+def same(read, written):
+    if isinstance(written, dict):
+        assert list(read) == list(written)
+        for key in written:
+            same(read[key], written[key])
+    elif isinstance(written, np.ndarray):
+        np.testing.assert_array_equal(np.asarray(read), written)
+    else:
+        assert type(read) is type(written) and read == written
+
+
+# How many of every 20 examples each gets.
+SHARES = {zips: 6, older_streams: 4, safetensors_files: 3, npz_files: 5, parameter_trees: 2}
+
+
+def main(examples: int, start: int) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30,) * 2)  # jax maps some of it
+    tracemalloc.start()
+    for test, share in SHARES.items():
+        before = time.time()
+        test = settings(
+            max_examples=examples * share // 20, deadline=None, database=None, suppress_health_check=list(HealthCheck),
+            phases=[Phase.generate, Phase.shrink],
+        )(seed(start)(test))  # fmt: skip
+        test()
+        print(f"{test.__name__}: {examples * share // 20} examples, {time.time() - before:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0)
