@@ -4,6 +4,7 @@ The metadata is what `training.checkpoint` saves beside parameters; its entry "f
 they came from and holds what an export needs to write the same bytes again.
 """
 
+import collections
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
@@ -121,9 +122,10 @@ def identify(state: Mapping[str, Any], path) -> tuple[str, Any]:
     for name, module in FORMATS.items():
         if module.recognises(state):
             return name, module
-    first = ", ".join(list(map(str, state))[:4])
+    first = collections.Counter(str(key).partition(".")[0] for key in state)
+    held = ", ".join(f"{name} ({count})" for name, count in first.most_common(6))
     raise SfdError(
-        f"'{path}' is none of the known networks ({', '.join(FORMATS)}); its keys begin with {first}"
+        f"'{path}' is none of the known networks ({', '.join(FORMATS)}), or several in one; its keys begin with {held}"
     )
 
 

@@ -161,9 +161,13 @@ def choose_state(tree: Any, path: str | os.PathLike, which: str | None = None) -
     if not isinstance(tree, dict) or not tree:
         raise SfdError(f"'{path}' holds a {type(tree).__name__}, not a dict of arrays")
     sets = find_sets(tree)
+    if _role(Path(path).stem) == "ema":
+        sets = [dataclasses.replace(s, which="ema") if s.name == "" else s for s in sets]
     chosen = _choose(tree, sets, path, which)
     notes = _averages_beside(path) if which is None and chosen.which != "ema" else []
-    if chosen.name not in ((EMA_KEY,) if chosen.which == "ema" else ("", *RAW_KEYS)):
+    if (chosen.name, chosen.which) == ("", "ema"):
+        notes.append("averaged weights: by the file's name")
+    elif chosen.name not in ((EMA_KEY,) if chosen.which == "ema" else ("", *RAW_KEYS)):
         notes.append(f"{'averaged ' * (chosen.which == 'ema')}weights: those of '{chosen.name}'")
     raw = _first_raw(sets)
     trained = _unwrap(raw.arrays, path)[0] if raw and raw is not chosen and chosen.which == "ema" else {}
@@ -255,6 +259,7 @@ def _averages_beside(path) -> list[str]:
       SfdError: by its name, something in the folder is the average.
     """
     names = sorted(entry.name for entry in Path(path).iterdir()) if Path(path).is_dir() else []
+    names = [name for name in names if name != find_weights(path)[0].name]
     if averages := [name for name in names if _role(name) == "ema"]:
         raise SfdError(
             f"'{path}' holds raw weights, and beside them averages: {', '.join(averages)}; "
@@ -268,7 +273,7 @@ def _lost_average(tree: dict) -> str | None:
     """Return the name of an entry that should be an average and has no arrays: cleared, or not readable."""
     for key, value in tree.items():
         words = set(_words(key))
-        if words & {"config", "cfg", "args", "kwargs", "parameters", "hparams", "params", "groups", "rate", "decay"}:
+        if words & {"config", "cfg", "args", "kwargs", "parameters", "hparams", "groups", "rate", "decay"}:
             continue
         if isinstance(value, (bool, int, float, str, LazyArray, type(None))):
             continue
@@ -288,7 +293,7 @@ def _role(name: Any) -> str:
     words = _words(name)
     if {"grad", "grads", "norm", "loss", "losses", "exp", "sq", "var"} & set(words):
         return ""  # averages of other things than weights
-    if {"raw", "online", "current", "collected", "stored", "backup", "non", "without"} & set(words):
+    if {"raw", "online", "current", "collected", "stored", "backup", "no", "non", "without"} & set(words):
         return "raw"
     averaged = {"ema", "emas", "averaged", "average", "avg", "swa", "shadow", "polyak"} & set(words)
     return "ema" if averaged else ""
@@ -395,6 +400,7 @@ def _read_shards(index: Path) -> dict[str, LazyArray]:
     place: dict[str, str] = {}
     faults = []
     shards = shards_of(index)
+    listed = {key for keys in shards.values() for key in keys}
     for name, keys in shards.items():
         held = _read_file(*find_weights(index.parent / name, whole=False))
         if not isinstance(held, dict) or not all(isinstance(array, LazyArray) for array in held.values()):
@@ -403,7 +409,7 @@ def _read_shards(index: Path) -> dict[str, LazyArray]:
         for key in held:
             if key in place:
                 faults.append(f"  twice     {key} is in {place[key]} and in {name}")
-            elif key not in keys and not any(key in others for others in shards.values()):
+            elif key not in listed:
                 faults.append(f"  extra     {key} of {name} is not in the index")
             place[key] = name
         arrays |= held

@@ -10,9 +10,11 @@ import safetensors.numpy
 from sfd_jax.cli.convert import main
 from sfd_jax.convert.checkpoints import export_checkpoint, import_checkpoint
 from sfd_jax.convert.lazy_array import LazyArray
-from sfd_jax.convert.weight_files import choose_state
+from sfd_jax.convert.table import key_shapes
+from sfd_jax.convert.weight_files import choose_state, find_sets
 from sfd_jax.errors import SfdError
 from tests.convert.test_checkpoints import dit_state, same_bytes
+from tests.convert.test_tables import NETWORKS, make
 
 RAW, MEAN = dit_state(0), dit_state(1)
 
@@ -101,6 +103,7 @@ def test_averages_are_used_under_whatever_name(name):
         # Sorted keys have lost the order of the parameters.
         ({"model": dict(sorted(RAW.items())), "ema": [MEAN[key] for key in sorted(MEAN)]}, "does not fit the order"),
         ({"ema": list(MEAN.values())}, "a list of arrays without names"),
+        ({"model": RAW, "ema_params": {}}, "'ema_params' should be an average and holds no arrays"),
         ({"model": RAW, "ema": {}}, "'ema' should be an average and holds no arrays"),
         ({"model": RAW, "ema": {"decay": 0.9, "updates": 3}}, "'ema' should be an average and holds no arrays"),
         ({"state_dict": RAW, "callbacks": {"EMA": {}}}, "'callbacks/EMA' should be an average"),
@@ -130,6 +133,25 @@ def test_one_of_several_is_taken_by_name():
 def test_settings_of_an_average_are_no_average(beside):
     file = choose({"model": RAW} | beside)
     assert file.which == "raw" and holds(file, RAW)
+
+
+def test_a_bare_state_dict_may_be_an_average_by_the_files_name(tmp_path):
+    for name, which in (("ema_0.9999_050000", "ema"), ("model_ema", "ema"), ("model", "raw")):
+        safetensors.numpy.save_file(MEAN, tmp_path / f"{name}.safetensors")
+        imported = import_checkpoint(tmp_path / f"{name}.safetensors")
+        assert imported.metadata["foreign"]["weights"] == which
+        assert ("averaged weights: by the file's name" in imported.notes) == (which == "ema")
+    folder = tmp_path / "only"
+    folder.mkdir()
+    safetensors.numpy.save_file(MEAN, folder / "ema.safetensors")
+    assert import_checkpoint(folder).network.name == "lightning_dit"
+
+
+def test_no_key_of_a_known_network_reads_as_an_average():
+    for name in NETWORKS:
+        _, module, network = make(name)
+        keys = key_shapes(module.TABLE, network)
+        assert find_sets({key: LazyArray((2,), np.dtype("f4"), None) for key in keys})[0].arrays.keys() == keys.keys()
 
 
 def test_raw_weights_without_an_average_are_said_to_be_so(tmp_path, torch_file):
