@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
 
 
 def _inspect(args) -> int:
-    from sfd_jax.convert.checkpoints import identify
+    from sfd_jax.convert.checkpoints import read_architecture
     from sfd_jax.convert.file_kinds import find_weights
     from sfd_jax.convert.weight_files import choose_state, describe, find_sets, read_tree
 
@@ -83,15 +83,15 @@ def _inspect(args) -> int:
         print(f"weights '{found.name}': {role}, {len(found.arrays)} arrays")
     try:
         file = choose_state(tree, args.path, args.weights)
-        name, module = identify(file.state, args.path)
-        stored = file.stored()
-        config, notes = module.read_config(file.state, _given(args), stored)
+        name, network, _, _, notes = read_architecture(
+            file, args.path, args.weights, _given(args), args.statistics, args.semantic_statistics, args.semantic_channels
+        )
     except SfdError as error:
         print(f"not convertible as it is: {error}")
         return 0
-    said = ", ".join(f"{k} {v}" for k, v in config.items())
+    said = ", ".join(f"{k} {v}" for k, v in network.config_dict().items())
     print(f"taken '{file.name}': format {name}, {file.which} weights: {said}")
-    _print_notes(file.notes + notes)
+    _print_notes(notes)
     return 0
 
 

@@ -74,6 +74,55 @@ def import_checkpoint(
     """
     tree = read_tree(path)
     file = choose_state(tree, path, which)
+    name, network, system, statistics, notes = read_architecture(
+        file, path, which, given, texture_statistics, semantic_statistics, semantic_channels
+    )
+    table = FORMATS[name].TABLE
+    notes += left_out(tree)
+    source = f"'{path}' ({file.which} weights)"
+    params = import_params(
+        table, file.state, network, source=source, place=place, allow_nonfinite=allow_nonfinite
+    )
+    metadata = {
+        "network": network.name,
+        "network_config": network.config_dict(),
+        "latent_statistics": statistics and statistics.to_dict(),
+        "class_names": None,
+        "config": system,
+        "step": step_of(path, file),
+        "source": f"{Path(path).name} ({file.which} weights)",
+        "foreign": {
+            "format": name,
+            "weights": file.which,
+            "config": file.config,
+            "kept": kept_as_stored(table, file.state, network),
+        },
+    }
+    return Imported(network, params, metadata, notes)
+
+
+def read_architecture(
+    file: WeightFile,
+    path,
+    which: str | None = None,
+    given: Mapping[str, Any] = {},
+    texture_statistics=None,
+    semantic_statistics=None,
+    semantic_channels: int | None = None,
+) -> tuple[str, Network, dict[str, Any], LatentStatistics | None, list[str]]:
+    """Say which network a file's weights are of; no array is read but the statistics.
+
+    Args:
+      file: from `choose_state`.
+      path, which, given, texture_statistics, semantic_statistics, semantic_channels: as in `import_checkpoint`.
+
+    Returns:
+      Its format (a key of FORMATS), the network, a diffusion network's `latents` and `clocks` and
+      statistics ({} and None for others), and notes.
+
+    Raises:
+      SfdError: not a known network, something must be stated, or what is stated does not fit.
+    """
     name, module = identify(file.state, path)
     stored = file.stored()
     system, statistics = {}, None
@@ -90,27 +139,7 @@ def import_checkpoint(
         raise SfdError(f"'{path}': {error}") from error
     if skipped := skipped_keys(module.TABLE, file.state):
         notes.append(f"left out, arrays that the network does not use: {skipped}")
-    notes += left_out(tree)
-    source = f"'{path}' ({file.which} weights)"
-    params = import_params(
-        module.TABLE, file.state, network, source=source, place=place, allow_nonfinite=allow_nonfinite
-    )
-    metadata = {
-        "network": network.name,
-        "network_config": network.config_dict(),
-        "latent_statistics": statistics and statistics.to_dict(),
-        "class_names": None,
-        "config": system,
-        "step": step_of(path, file),
-        "source": f"{Path(path).name} ({file.which} weights)",
-        "foreign": {
-            "format": name,
-            "weights": file.which,
-            "config": file.config,
-            "kept": kept_as_stored(module.TABLE, file.state, network),
-        },
-    }
-    return Imported(network, params, metadata, file.notes + notes)
+    return name, network, system, statistics, file.notes + notes
 
 
 def identify(state: Mapping[str, Any], path) -> tuple[str, Any]:
