@@ -3,15 +3,18 @@
   sfd convert --inspect FILE
       say what a file holds, without converting
   sfd convert FILE --out=DIR [--statistics=latents_stats.pt --semantic_statistics=latents_sv_stats.pt]
-      read .pt, .pth, .ckpt or .safetensors and write our checkpoint
+      read weights and write our checkpoint
   sfd convert DIR --export=FILE
       write our checkpoint as their file: .pt as the original code loads it (needs the extra
       `torch`), or .safetensors
 
+FILE is a PyTorch file (.pt, .pth, .ckpt, .bin), a safetensors file, an index of shards (*.index.json), or a
+folder that holds one of them; its content tells, not its name. Averaged weights are taken where there are
+any, under whatever name; raw ones only where there is no average or --weights=raw asks for them.
 Known networks: LightningDiT, Semantic VAE, texture VAE (latent-diffusion's and MAR's), DINOv2 with
-registers (original and Hugging Face names), the FID Inception network. The architecture is read off
-the shapes; what they do not tell is printed and can be stated with --set. No code of a file is run:
-one that asks for it is refused by name. Nothing is overwritten.
+registers (original and Hugging Face names), the FID Inception network, LPIPS. The architecture is read off
+the shapes; what they do not tell is printed and can be stated with --set, and so are keys that were
+renamed or left out. No code of a file is run: one that asks for it is refused by name. Nothing is overwritten.
 """
 
 import json
@@ -32,8 +35,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--export", help="file to write: NAME.pt or NAME.safetensors")
     parser.add_argument(
         "--weights",
-        choices=("ema", "raw"),
-        help="averaged or raw weights (default: the average where there is one)",
+        metavar="ema|raw|NAME",
+        help="averaged or raw weights, or a set by its name, see --inspect (default: the average, if any)",
+    )
+    parser.add_argument(
+        "--allow_nonfinite", action="store_true", help="convert weights that are NaN or infinite too"
     )
     parser.add_argument("--statistics", help="latents_stats.pt, mean and std of texture latents")
     parser.add_argument("--semantic_statistics", help="latents_sv_stats.pt, of semantic latents")
@@ -64,20 +70,27 @@ def main(argv: list[str]) -> int:
 
 
 def _inspect(args) -> int:
-    from sfd_jax.convert.checkpoints import identify
-    from sfd_jax.convert.weight_files import choose_state, describe, read_tree
+    from sfd_jax.convert.checkpoints import read_architecture
+    from sfd_jax.convert.file_kinds import find_weights
+    from sfd_jax.convert.weight_files import choose_state, describe, find_sets, read_tree
 
+    path, kind = find_weights(args.path)
     tree = read_tree(args.path)
+    print(f"{path}: {kind.what}")
     print("\n".join(describe(tree)))
+    for found in find_sets(tree):
+        role = {"ema": "averaged", "raw": "raw"}.get(found.which, "its name does not tell whether averaged")
+        print(f"weights '{found.name}': {role}, {len(found.arrays)} arrays")
     try:
         file = choose_state(tree, args.path, args.weights)
-        name, module = identify(file.state, args.path)
-        stored = file.stored()
-        config, notes = module.read_config(file.state, _given(args), stored)
+        name, network, _, _, notes = read_architecture(
+            file, args.path, args.weights, _given(args), args.statistics, args.semantic_statistics, args.semantic_channels
+        )
     except SfdError as error:
         print(f"not convertible as it is: {error}")
         return 0
-    print(f"format {name}, {file.which} weights: " + ", ".join(f"{k} {v}" for k, v in config.items()))
+    said = ", ".join(f"{k} {v}" for k, v in network.config_dict().items())
+    print(f"taken '{file.name}': format {name}, {file.which} weights: {said}")
     _print_notes(notes)
     return 0
 
@@ -93,6 +106,7 @@ def _import(args) -> int:
         texture_statistics=args.statistics,
         semantic_statistics=args.semantic_statistics,
         semantic_channels=args.semantic_channels,
+        allow_nonfinite=args.allow_nonfinite,
     )
     save_params(args.out, imported.params, imported.metadata)
     _print_notes(imported.notes)
@@ -106,8 +120,10 @@ def _export(args) -> int:
     from sfd_jax.convert.weight_files import write_file
     from sfd_jax.training.checkpoint import load_params
 
+    if args.weights not in (None, "ema", "raw"):
+        raise SfdError(f"--weights={args.weights}: a checkpoint of ours holds 'ema' and 'raw'")
     params, metadata = load_params(args.path, args.step, args.weights or "ema")
-    state, tree = export_checkpoint(params, metadata, args.format)
+    state, tree = export_checkpoint(params, metadata, args.format, allow_nonfinite=args.allow_nonfinite)
     write_file(args.export, state, tree)
     print(f"{metadata['network']}, {len(state)} arrays -> {args.export}")
     return 0

@@ -4,6 +4,7 @@ The metadata is what `training.checkpoint` saves beside parameters; its entry "f
 they came from and holds what an export needs to write the same bytes again.
 """
 
+import collections
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
@@ -14,8 +15,9 @@ import numpy as np
 
 from sfd_jax.convert import FORMATS
 from sfd_jax.convert.pickles import left_out
-from sfd_jax.convert.table import export_state, import_params, kept_as_stored
+from sfd_jax.convert.table import export_state, import_params, kept_as_stored, skipped_keys
 from sfd_jax.convert.weight_files import (
+    STEP_KEYS,
     WeightFile,
     choose_state,
     read_statistics,
@@ -51,17 +53,20 @@ def import_checkpoint(
     texture_statistics=None,
     semantic_statistics=None,
     semantic_channels: int | None = None,
+    allow_nonfinite: bool = False,
     place: Callable[[np.ndarray], Any] = lambda array: array,
 ) -> Imported:
     """Read a released file and turn it into our parameters.
 
     Args:
-      path: .pt, .pth, .ckpt or .safetensors.
-      which: "ema" or "raw" weights; None takes the average where there is one.
+      path: a PyTorch file, a safetensors file, an index of shards, or a folder that holds one of them.
+      which: "ema" or "raw" weights, or the name of a set in the file; None takes the average where
+        there is one.
       given: fields of the network's config to state beside what the shapes tell.
       texture_statistics, semantic_statistics: released statistics files, for a diffusion network.
       semantic_channels: how many of a two-clock network's channels are semantic, where neither the
         statistics nor the file tell.
+      allow_nonfinite: accept weights that are NaN or infinite.
       place: applied to each finished array of ours.
 
     Raises:
@@ -69,37 +74,72 @@ def import_checkpoint(
     """
     tree = read_tree(path)
     file = choose_state(tree, path, which)
-    name, module = identify(file.state, path)
-    stored = file.stored()
-    try:
-        fields, notes = module.read_config(file.state, given, stored)
-        network = Network(module.TABLE.network, fields)
-    except SfdError as error:
-        raise SfdError(f"'{path}': {error}") from error
-    notes = notes + left_out(tree)
+    name, network, system, statistics, notes = read_architecture(
+        file, path, which, given, texture_statistics, semantic_statistics, semantic_channels
+    )
+    table = FORMATS[name].TABLE
+    notes += left_out(tree)
     source = f"'{path}' ({file.which} weights)"
-    params = import_params(module.TABLE, file.state, network, source=source, place=place)
+    params = import_params(
+        table, file.state, network, source=source, place=place, allow_nonfinite=allow_nonfinite
+    )
     metadata = {
         "network": network.name,
         "network_config": network.config_dict(),
-        "latent_statistics": None,
+        "latent_statistics": statistics and statistics.to_dict(),
         "class_names": None,
-        "config": {},
-        "step": _step(path, file),
+        "config": system,
+        "step": step_of(path, file),
         "source": f"{Path(path).name} ({file.which} weights)",
         "foreign": {
             "format": name,
             "weights": file.which,
             "config": file.config,
-            "kept": kept_as_stored(module.TABLE, file.state, network),
+            "kept": kept_as_stored(table, file.state, network),
         },
     }
-    if network.name == "lightning_dit":
-        statistics = _statistics(texture_statistics, semantic_statistics)
-        system, more = module.read_system(network.config, stored, statistics, semantic_channels)
-        metadata |= {"config": system, "latent_statistics": statistics and statistics.to_dict()}
-        notes += more
     return Imported(network, params, metadata, notes)
+
+
+def read_architecture(
+    file: WeightFile,
+    path,
+    which: str | None = None,
+    given: Mapping[str, Any] = {},
+    texture_statistics=None,
+    semantic_statistics=None,
+    semantic_channels: int | None = None,
+) -> tuple[str, Network, dict[str, Any], LatentStatistics | None, list[str]]:
+    """Say which network a file's weights are of; no array is read but the statistics.
+
+    Args:
+      file: from `choose_state`.
+      path, which, given, texture_statistics, semantic_statistics, semantic_channels: as in `import_checkpoint`.
+
+    Returns:
+      Its format (a key of FORMATS), the network, a diffusion network's `latents` and `clocks` and
+      statistics ({} and None for others), and notes.
+
+    Raises:
+      SfdError: not a known network, something must be stated, or what is stated does not fit.
+    """
+    name, module = identify(file.state, path)
+    stored = file.stored()
+    system, statistics = {}, None
+    try:
+        fields, notes = module.read_config(file.state, given, stored)
+        network = Network(module.TABLE.network, fields)
+        if network.name == "lightning_dit":
+            statistics = _statistics(texture_statistics, semantic_statistics, stored, notes)
+            system, more = module.read_system(network.config, stored, statistics, semantic_channels)
+            notes += more + _average_notes(file, which)
+        elif (texture_statistics, semantic_statistics, semantic_channels) != (None, None, None):
+            raise SfdError(f"statistics and semantic channels belong to a diffusion network, this is {network.name}")
+    except SfdError as error:
+        raise SfdError(f"'{path}': {error}") from error
+    if skipped := skipped_keys(module.TABLE, file.state):
+        notes.append(f"left out, arrays that the network does not use: {skipped}")
+    return name, network, system, statistics, file.notes + notes
 
 
 def identify(state: Mapping[str, Any], path) -> tuple[str, Any]:
@@ -111,20 +151,26 @@ def identify(state: Mapping[str, Any], path) -> tuple[str, Any]:
     for name, module in FORMATS.items():
         if module.recognises(state):
             return name, module
-    first = ", ".join(list(map(str, state))[:4])
+    first = collections.Counter(str(key).partition(".")[0] for key in state)
+    held = ", ".join(f"{name} ({count})" for name, count in first.most_common(6))
     raise SfdError(
-        f"'{path}' is none of the known networks ({', '.join(FORMATS)}); its keys begin with {first}"
+        f"'{path}' is none of the known networks ({', '.join(FORMATS)}), or several in one; its keys begin with {held}"
     )
 
 
 def export_checkpoint(
-    params: Mapping[str, Any], metadata: Mapping[str, Any], format: str | None = None
+    params: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    format: str | None = None,
+    *,
+    allow_nonfinite: bool = False,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Turn our checkpoint into a released one.
 
     Args:
       params, metadata: as `training.checkpoint.load_params` returns them.
       format: a key of FORMATS where a network has several; by default the one it came from.
+      allow_nonfinite: write weights that are NaN or infinite.
 
     Returns:
       The state dict (what a .safetensors file holds), and the tree that the original code's .pt
@@ -144,11 +190,20 @@ def export_checkpoint(
         raise SfdError(f"format {name} is for {module.TABLE.network}, not for {metadata['network']}")
     network = Network(metadata["network"], metadata["network_config"])
     kept = foreign.get("kept") if foreign.get("format") == name else None
-    state = export_state(module.TABLE, params, network, kept)
+    state = export_state(module.TABLE, params, network, kept, allow_nonfinite=allow_nonfinite)
     return state, module.wrap(state, metadata)
 
 
-def _statistics(texture, semantic) -> LatentStatistics | None:
+def _average_notes(file: WeightFile, which: str | None) -> list[str]:
+    """Say of a diffusion network's weights, whose samples depend on it, that they may not be averaged."""
+    if which is not None or file.which == "ema":
+        return []
+    if file.name:
+        return [f"raw weights: the file holds no average beside '{file.name}'"]
+    return ["the file holds one set of weights, and nothing tells whether they are averaged"]
+
+
+def _statistics(texture, semantic, stored: Mapping[str, Any], notes: list[str]) -> LatentStatistics | None:
     if texture is None and semantic is None:
         return None
     if texture is None:
@@ -156,13 +211,24 @@ def _statistics(texture, semantic) -> LatentStatistics | None:
     empty = np.zeros(0, np.float32)
     texture_mean, texture_std = read_statistics(texture)
     mean, std = (empty, empty) if semantic is None else read_statistics(semantic)
-    return LatentStatistics(texture_mean, texture_std, mean, std)
+    multiplier = stored.get("latent_multiplier", 1.0)
+    if multiplier != 1.0:
+        notes.append(f"latents are multiplied by {multiplier}: latent_multiplier of the config in the file")
+        if not isinstance(multiplier, (int, float)) or not 0 < multiplier < float("inf"):
+            raise SfdError(f"the config in the file says latent_multiplier {multiplier!r}, which is no positive number")
+    return LatentStatistics(texture_mean, texture_std, mean, std, multiplier)
 
 
-def _step(path, file: WeightFile) -> int:
-    for key in ("iteration", "global_step", "step"):
-        if isinstance(file.extras.get(key), int):
+def step_of(path, file: WeightFile) -> int:
+    """Return the step of a file's weights: as the file says, else as its name does, else 0.
+
+    Released diffusion checkpoints are named NNNNNNN.pt. Eight digits and more are a date or a time.
+    """
+    for key in STEP_KEYS:
+        if key in file.extras:
             return file.extras[key]
-    # Released diffusion checkpoints are named by their step: NNNNNNN.pt.
-    match = re.match(r"\d+", Path(path).stem)
-    return int(match[0]) if match else 0
+    stem = Path(path).stem.lower()
+    match = re.fullmatch(r"(\d{1,7})", stem) or re.search(
+        r"(?:^|[^a-z])(?:step|steps|iter|iters|iteration)[-_=]?(\d{1,9})(?![\da-z.])|^checkpoint-(\d{1,9})$", stem
+    )
+    return int(next(filter(None, match.groups()))) if match else 0

@@ -22,6 +22,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
+from sfd_jax.convert.file_kinds import NPZ, kind_of
 from sfd_jax.errors import SfdError, nearest
 
 HUB = "https://huggingface.co"
@@ -133,6 +134,9 @@ def fetch(name: str, file: str | None = None, report: Callable[[str], None] = pr
     here = {path.name: path for path in folder.glob(basename) if path.suffix != ".part"}
     found = _choose(source, here, file)
     if found and (file or source.count > 1 or fnmatch.fnmatch(found[0].name, source.prefer)):
+        for path in found:
+            if wrong := _wrong_download(path):
+                raise SfdError(f"'{path}' is {wrong}; remove it and run the same command again")
         report(f"{name}: found {', '.join(map(str, found))}")
         return found
     try:
@@ -253,18 +257,30 @@ def _download_rest(remote: RemoteFile, part: Path, size: int | None) -> int | No
 
 def _check(remote: RemoteFile, part: Path, size: int | None) -> None:
     found = part.stat().st_size
+    wrong = _wrong_download(part, remote.name)
+    what = f" (it is {wrong})" if wrong else ""
     if remote.size not in (None, found) or size not in (None, found):
         part.unlink()
-        raise SfdError(f"{remote.url}: {found} bytes came, {remote.size or size} were expected; try again")
+        raise SfdError(f"{remote.url}: {found} bytes came{what}, {remote.size or size} were expected; try again")
     if remote.sha256:
         with part.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if not digest.startswith(remote.sha256):
             part.unlink()
             raise SfdError(
-                f"{remote.url}: its SHA-256 is {digest}, expected {remote.sha256}; it was damaged on "
+                f"{remote.url}: its SHA-256 is {digest}{what}, expected {remote.sha256}; it was damaged on "
                 "the way or exchanged, and was removed"
             )
+    if wrong:
+        part.unlink()
+        raise SfdError(f"{remote.url}: what came is {wrong}, and was removed")
+
+
+def _wrong_download(path: Path, name: str = "") -> str:
+    """Return what a download is where it can not be what its name says: a web page, a pointer, empty; else ""."""
+    kind = kind_of(path)
+    wanted = kind.what.startswith(NPZ) and (name or path.name).endswith(".npz")
+    return kind.what if kind.advice and not wanted else ""
 
 
 class _Unreachable(Exception):

@@ -66,7 +66,7 @@ TABLE = Table(
 
 def recognises(state: Mapping[str, Any]) -> bool:
     """Say whether a state dict is a LightningDiT's (or a DiT's), by its keys."""
-    return any(".adaLN_modulation." in key for key in state)
+    return any(re.match(r"(blocks\.\d+|final_layer)\.adaLN_modulation\.", key) for key in state)
 
 
 def read_config(
@@ -125,6 +125,11 @@ def read_config(
     rows = shape("y_embedder.embedding_table.weight")[0]
     config["null_label"] = given.get("null_label", stored.get("class_dropout_prob") != 0)
     config["num_classes"] = rows - config["null_label"]
+    if not {"null_label", "class_dropout_prob"} & (given.keys() | stored.keys()):
+        notes.append(
+            f"{config['num_classes']} classes and a null label: as released; {rows} rows of the label table do not "
+            "tell the last one's meaning (else --set null_label=false)"
+        )
     if any(key.startswith("repa_projector.") for key in state):
         config["repa_width"] = shape("repa_projector.0.weight")[0]
         config["repa_features"] = shape("repa_projector.4.weight")[0]
@@ -155,11 +160,21 @@ def read_system(
       The groups `latents` (where known) and `clocks` of a config (see configs/sfd.py), and notes.
 
     Raises:
-      SfdError: the number of semantic channels or the statistics do not fit the network.
+      SfdError: the number of semantic channels or the statistics do not fit the network, or the file's
+        config says that it predicts something else than the velocity of the linear path.
     """
     channels, notes = config.in_channels, []
     if stored.get("in_chans", channels) != channels:
         stored = {}  # the config of something else
+    for name, ours in (("prediction", "velocity"), ("path_type", "linear")):
+        if str(stored.get(name, ours)).lower() != ours:
+            raise SfdError(f"the config in the file says {name} {stored[name]}; only {ours} can be sampled here")
+    if "prediction" not in stored and not config.two_clocks:
+        notes.append(
+            "prediction: velocity, time from 0 (noise) to 1 (data), as LightningDiT and SiT have it; the file cannot "
+            "tell this from DiT's prediction of noise, which would be sampled wrongly"
+            + (", and learned sigma, which is dropped here, speaks for DiT" if config.learn_sigma else "")
+        )
     if statistics is not None:
         found = (statistics.texture_mean.size, statistics.semantic_mean.size)
         if sum(found) != channels or semantic_channels not in (None, found[1]):
@@ -171,6 +186,8 @@ def read_system(
         semantic_channels = found[1]
     else:
         notes.append("no latent statistics: sampling needs them, give --statistics (and --semantic_statistics)")
+    if semantic_channels is None and not config.two_clocks:
+        notes.append(f"all {channels} channels texture: there is one clock (else --semantic_channels)")
     if semantic_channels is None:
         semantic_channels = stored.get("semantic_chans") if config.two_clocks else 0
     if semantic_channels is None and channels == 48:
@@ -178,6 +195,8 @@ def read_system(
         notes.append("16 of 48 channels semantic: as released, the file does not tell")
     if config.two_clocks:
         clocks = {"name": "fixed_offset", "delta_t": stored.get("semfirst_delta_t", 0.3)}
+        if "semfirst_delta_t" not in stored:
+            notes.append("delta_t 0.3: as released, the file does not tell")
     else:
         clocks = {"name": "synchronous", "delta_t": 0.0}
     if semantic_channels is None:

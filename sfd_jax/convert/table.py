@@ -96,6 +96,7 @@ def import_params(
     network: Network,
     *,
     source: str = "this state dict",
+    allow_nonfinite: bool = False,
     place: Callable[[np.ndarray], Any] = lambda array: array,
 ) -> dict[str, Any]:
     """Turn their state dict into our parameters.
@@ -106,6 +107,7 @@ def import_params(
         dtype and `__array__`).
       network: what to fill; decides which arrays must be there.
       source: how errors name the state dict.
+      allow_nonfinite: accept weights that are NaN or infinite, or too large for float32.
       place: applied to each finished array of ours, e.g. `jax.device_put`; at most one finished
         array and one of theirs are in host memory beside what `place` returns.
 
@@ -114,47 +116,63 @@ def import_params(
 
     Raises:
       SfdError: names every missing, extra and misshapen array with the shapes, or a fixed table
-        that is not the one the architecture computes.
+        that is not the one the architecture computes; or every array with numbers that are not finite.
     """
     slots = list(_slots(table, network))
     _check_strictly(table, state, network, slots, source)
     shapes = _our_shapes(network)
     params: dict[str, Any] = {}
+    faults: list[str] = []
     for path, group in _grouped(slots):
         ours = np.empty(shapes[path], np.float32)
         for slot in group:
             theirs = [np.asarray(state[key]) for key in slot.keys]
             theirs = theirs[0] if len(theirs) == 1 else np.concatenate(theirs)
-            (ours if slot.layer is None else ours[slot.layer])[...] = slot.layout.to_ours(theirs)
+            target = ours if slot.layer is None else ours[slot.layer, ...]
+            with np.errstate(over="ignore", invalid="ignore"):  # counted below
+                target[...] = slot.layout.to_ours(theirs)
+            faults += _nonfinite(" and ".join(slot.keys), target)
         _put(params, path, place(ours))
+    _refuse_nonfinite(faults, source, allow_nonfinite)
     return params
 
 
 def export_state(
-    table: Table, params: Mapping[str, Any], network: Network, kept: Mapping[str, Any] | None = None
+    table: Table,
+    params: Mapping[str, Any],
+    network: Network,
+    kept: Mapping[str, Any] | None = None,
+    *,
+    allow_nonfinite: bool = False,
 ) -> dict[str, np.ndarray]:
     """Turn our parameters into their state dict, fixed tables included.
 
     Args:
       params: the nested dict of `network.init`.
       kept: what `kept_as_stored` returned at the import, for an export equal to the last bit.
+      allow_nonfinite: accept numbers that are NaN or infinite, or too large for the dtype to write.
 
     Returns:
       Arrays in row-major order by their key.
 
     Raises:
-      SfdError: `params` are not this network's; names every missing, extra and misshapen array.
+      SfdError: `params` are not this network's; names every missing, extra and misshapen array, or
+        every one that is not finite.
     """
     _check_ours(params, network)
     kept = kept or {}
     dtypes, tables = kept.get("dtypes", {}), kept.get("fixed", {})
     state = {}
+    faults: list[str] = []
     for path, group in _grouped(_slots(table, network)):
         ours = np.asarray(_get(params, path))
         for slot in group:
             array = slot.layout.to_theirs(ours if slot.layer is None else ours[slot.layer])
             for key, part in zip(slot.keys, np.split(array, len(slot.keys)) if slot.keys[1:] else [array]):
-                state[key] = np.array(part, _dtype(dtypes.get(key, "float32")), order="C")
+                with np.errstate(over="ignore", invalid="ignore"):  # counted below
+                    state[key] = np.array(part, _dtype(dtypes.get(key, "float32")), order="C")
+                faults += [] if allow_nonfinite else _nonfinite(key, state[key])
+    _refuse_nonfinite(faults, "this checkpoint", allow_nonfinite)
     for key, array in table.fixed(network.config).items():
         state[key] = _unpack(tables[key]) if key in tables else array
     return state
@@ -176,6 +194,12 @@ def kept_as_stored(table: Table, state: Mapping[str, Any], network: Network) -> 
             if theirs.dtype != ours.dtype or theirs.tobytes() != ours.tobytes():
                 fixed[key] = _pack(theirs)
     return {"dtypes": {k: d for k, d in dtypes.items() if d != "float32"}, "fixed": fixed}
+
+
+def skipped_keys(table: Table, state: Mapping[str, Any]) -> str:
+    """Return which of their keys are left out by the table's patterns, as "PATTERN (COUNT)"; "" for none."""
+    counts = [(p, sum(fnmatch.fnmatchcase(key, p) for key in state)) for p in table.skipped]
+    return ", ".join(f"{pattern} ({count})" for pattern, count in counts if count)
 
 
 def key_shapes(table: Table, network: Network) -> dict[str, tuple[int, ...]]:
@@ -261,6 +285,23 @@ def _check_ours(params, network: Network) -> None:
     if faults:
         raise SfdError(
             f"these parameters are not of {network.name} ({_described(network)}):\n" + "\n".join(faults)
+        )
+
+
+def _nonfinite(name: str, array: np.ndarray) -> list[str]:
+    """Return a line that names an array and counts its numbers that are not finite; nothing where all are."""
+    finite = np.isfinite(array)
+    if finite.all():
+        return []
+    nan = int(np.isnan(array).sum())
+    return [f"  {name}: {nan} NaN and {finite.size - int(finite.sum()) - nan} infinite of {finite.size}"]
+
+
+def _refuse_nonfinite(faults: list[str], source: str, allowed: bool) -> None:
+    if faults and not allowed:
+        raise SfdError(
+            f"{source}: {len(faults)} arrays have weights that are not finite numbers, as a run that diverged "
+            "leaves them; take an earlier checkpoint, or --allow_nonfinite:\n" + "\n".join(faults)
         )
 
 

@@ -6,9 +6,11 @@ a bare state dict, and .safetensors, which is one. Keys may carry the prefix of 
 """
 
 import dataclasses
+import fnmatch
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,17 +18,32 @@ from typing import Any
 import numpy as np
 import yaml
 
+from sfd_jax.convert import FORMATS
+from sfd_jax.convert.file_kinds import SAFETENSORS, SHARDED, Kind, find_weights, shards_of
 from sfd_jax.convert.lazy_array import LazyArray
 from sfd_jax.convert.safetensors_files import read_safetensors
 from sfd_jax.convert.torch_files import read_torch_file, write_torch_file
-from sfd_jax.errors import SfdError
+from sfd_jax.errors import SfdError, nearest
 
-# Where released files keep the weights being trained, in the order of preference.
-RAW_KEYS = ("model", "model_state_dict", "state_dict")
+# Where files keep the weights being trained, in the order of preference, and their average.
+RAW_KEYS = ("model", "model_state_dict", "state_dict", "params", "module", "net", "network", "weights")
 EMA_KEY = "ema"
-# Left by DistributedDataParallel and by torch.compile.
-WRAPPERS = ("module.", "_orig_mod.")
+# Modules that training puts around others; no network of ours has parts of these names.
+WRAPPERS = {
+    "module",  # DataParallel, AveragedModel
+    "_module",  # Opacus
+    "_orig_mod",  # torch.compile
+    "_checkpoint_wrapped_module",
+    "_fsdp_wrapped_module",
+    "_fpw_module",  # FSDP before torch 2
+    "_forward_module",  # Lightning Fabric
+}
+# What averages count with, beside the weights.
+_COUNTERS = {"n_averaged", "num_updates", "decay", "ema_decay", "initted", "step", "num_batches_averaged"}
+# Fixed tables of the networks, which an average of trained parameters may lack.
+_NOT_TRAINED = ("pos_embed", "feat_rope.*")
 _MAX_CONFIG = 2**18  # characters of a config in YAML, its aliases written out
+STEP_KEYS = ("iteration", "global_step", "step", "train_steps", "train_step", "steps", "iterations", "iter", "it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,32 +53,97 @@ class WeightFile:
     Args:
       state: arrays by key, prefixes of wrappers removed.
       which: "ema" or "raw".
-      prefix: the prefix that was removed.
+      name: where in the file it stands, "" for the file itself.
       config: the training config in the file (OmegaConf, YAML or a plain dict), {} where none.
       extras: the other entries that are plain scalars (iteration, input_dim, ...).
+      notes: sentences on what was chosen, renamed and left out.
     """
 
     state: dict[str, LazyArray]
     which: str
-    prefix: str
+    name: str
     config: dict[str, Any]
     extras: dict[str, Any]
+    notes: list[str]
 
     def stored(self) -> dict[str, Any]:
         """Return what the file says of itself, by last name: of its config and its scalars."""
         return _leaves(self.config) | self.extras
 
 
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A set of arrays found in a file.
+
+    Args:
+      name: the keys that lead to it, joined by slashes; then the prefix of its keys, if it has one.
+      which: "ema", "raw", or "" where its name does not tell.
+      arrays: by key; by number where the file holds a list in the order of the parameters.
+      others: keys beside them whose values are no arrays.
+    """
+
+    name: str
+    which: str
+    arrays: dict[Any, LazyArray]
+    others: list[str]
+
+
 def read_tree(path: str | os.PathLike) -> Any:
     """Read a file's whole tree, arrays as `LazyArray`; by content, not by suffix.
+
+    Args:
+      path: a file, an index of shards, or a folder that holds one of them.
 
     Raises:
       SfdError: not a file of a known format, damaged, or refused.
     """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
-    return read_torch_file(path)
+    path, kind = find_weights(path)
+    return _read_shards(path) if kind == SHARDED else _read_file(path, kind)
+
+
+def _read_file(path: Path, kind: Kind) -> Any:
+    return read_safetensors(path) if kind == SAFETENSORS else read_torch_file(path)
+
+
+def find_sets(tree: Any) -> list[Weights]:
+    """Return every set of weights in a file's tree; optimizers' moments and lone counters are none."""
+    found: dict[tuple[str, str], dict] = {}
+    others: dict[str, list[str]] = {}
+
+    def add(path, which, key, array):
+        found.setdefault(("/".join(map(str, path)), which), {})[key] = array
+
+    def walk(node, path):
+        which = next((role for part in reversed(path) if (role := _role(part))), "")
+        if len(path) == 1 and path[0] == "state_dict" and "current_model_state" in tree:
+            which = "ema"  # Lightning's WeightAveraging stores the two so
+        optimizer = any({"opt", "optim", "optimizer", "optimizers"} & set(_words(part)) for part in path)
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            if isinstance(value, (dict, list, tuple)):
+                walk(value, (*path, key))
+            elif not isinstance(value, LazyArray):
+                others.setdefault("/".join(map(str, path)), []).append(str(key))
+            elif isinstance(key, int) and which == "ema":
+                add(path, which, key, value)
+            elif optimizer and isinstance(path[-1], int) and _role(key) == "ema":
+                add((*path[:-1], "*", key), "ema", path[-1], value)
+            elif isinstance(key, str) and (which == "ema" or not optimizer):
+                # Lightning and ema-pytorch keep both in one state dict, under two prefixes.
+                parts = key.split(".")
+                at = next((i for i, part in enumerate(parts[:-1]) if _role(part)), None)
+                prefix, role = ("", which) if at is None else (".".join(parts[: at + 1]) + ".", _role(parts[at]))
+                if not role and (not path or path[-1] in RAW_KEYS):
+                    role = "raw"
+                add((*path, prefix) if prefix else path, role, key.removeprefix(prefix), value)
+
+    walk(tree, ())
+    sets = [
+        Weights(name, which, arrays, others.get(name, []))
+        for (name, which), arrays in found.items()
+        if not all(_is_counter(key, array) for key, array in arrays.items())
+    ]
+    # Lone arrays beside sets (a random state) are no weights.
+    return [s for s in sets if s.name or len(sets) == 1 or _known(s.arrays)]
 
 
 def choose_state(tree: Any, path: str | os.PathLike, which: str | None = None) -> WeightFile:
@@ -70,32 +152,270 @@ def choose_state(tree: Any, path: str | os.PathLike, which: str | None = None) -
     Args:
       tree: from `read_tree`.
       path: the file, for messages.
-      which: "ema", "raw", or None for the average where there is one.
+      which: "ema", "raw", the name of a set, or None for the average where there is one.
 
     Raises:
-      SfdError: the file holds no such weights; the message says what it holds.
+      SfdError: the file holds no such weights, or several and nothing tells which; the message says
+        what it holds. Raw weights never stand in for an average that is there but cannot be used.
     """
     if not isinstance(tree, dict) or not tree:
         raise SfdError(f"'{path}' holds a {type(tree).__name__}, not a dict of arrays")
-    states = {key: tree[key] for key in (EMA_KEY, *RAW_KEYS) if _is_state(tree.get(key))}
-    raw = next((key for key in RAW_KEYS if key in states), None)
-    if not states and any(isinstance(value, LazyArray) for value in tree.values()):
-        states, raw = {"": tree}, ""
-    if which is None:
-        which = "ema" if EMA_KEY in states else "raw"
-    key = EMA_KEY if which == "ema" else raw
-    if key is None or key not in states:
-        held = ", ".join(repr(key) for key in tree) or "nothing"
-        other = "--weights raw" if which == "ema" else "--weights ema"
-        hint = f"; take {other}" if states else ""
-        raise SfdError(f"'{path}' holds no {which} weights (it holds {held}){hint}")
-    state, prefix = _without_prefix(states[key])
-    strange = [key for key, value in state.items() if not isinstance(value, LazyArray)]
-    if strange:
-        raise SfdError(f"'{path}': not arrays: {', '.join(map(str, strange))}")
-    beside = {} if key == "" else tree
-    extras = {k: v for k, v in beside.items() if isinstance(v, (int, float, str)) and k != "config"}
-    return WeightFile(state, which, prefix, _config(beside, path), extras)
+    sets = find_sets(tree)
+    if _role(Path(path).stem) == "ema":
+        sets = [dataclasses.replace(s, which="ema") if s.name == "" else s for s in sets]
+    chosen = _choose(tree, sets, path, which)
+    notes = _averages_beside(path) if which is None and chosen.which != "ema" else []
+    if (chosen.name, chosen.which) == ("", "ema"):
+        notes.append("averaged weights: by the file's name")
+    elif chosen.name not in ((EMA_KEY,) if chosen.which == "ema" else ("", *RAW_KEYS)):
+        notes.append(f"{'averaged ' * (chosen.which == 'ema')}weights: those of '{chosen.name}'")
+    raw = _first_raw(sets)
+    trained = _unwrap(raw.arrays, path)[0] if raw and raw is not chosen and chosen.which == "ema" else {}
+    arrays = _named_like(chosen, raw, trained, path, notes) if trained else chosen.arrays
+    if any(isinstance(key, int) for key in arrays):
+        raise SfdError(
+            f"'{path}': '{chosen.name}' is a list of arrays without names, and no raw weights beside it tell them"
+        )
+    state, more = _unwrap(arrays, path)
+    fixed = [k for k in trained if k not in state and any(fnmatch.fnmatch(k, p) for p in _NOT_TRAINED)]
+    if fixed:
+        notes.append(f"not in the average, fixed tables taken from '{raw.name}': {', '.join(fixed)}")
+    state |= {key: trained[key] for key in fixed}
+    if trained and _known(trained) and not _known(state):
+        raise SfdError(
+            f"'{path}': '{chosen.name}' should be the average of '{raw.name}' but has other keys, such as "
+            f"{', '.join(list(state)[:3])}; take --weights raw for the raw ones"
+        )
+    if chosen.name and chosen.others:
+        more.append(f"left out of '{chosen.name}', no arrays: {', '.join(chosen.others)}")
+    beside, node = dict(tree), tree
+    for name in chosen.name.split("/")[:-1]:  # the dicts that hold the set, an average's own counters aside
+        node = node.get(name) if isinstance(node, dict) and not _role(name) else None
+        beside |= node if isinstance(node, dict) else {}
+    extras = {k: v for k, v in beside.items() if isinstance(v, (int, float, str)) and k not in ("config", *STEP_KEYS)}
+    extras |= {k: step for k in STEP_KEYS if (step := _whole_number(beside.get(k))) is not None}
+    return WeightFile(state, chosen.which or "raw", chosen.name, _config(beside, path), extras, notes + more)
+
+
+def _choose(tree: dict, sets: list[Weights], path, which: str | None) -> Weights:
+    held = ", ".join(f"'{s.name}'" if s.name else "arrays without a name" for s in sets)
+    names = [s.name for s in sets]
+    if which not in (None, "ema", "raw"):
+        if which not in names:
+            raise SfdError(f"'{path}' holds no weights named '{which}'; {nearest(which, names)}")
+        return sets[names.index(which)]
+    averages = [s for s in sets if s.which == "ema"]
+    if len(averages) > 1:  # those of another network aside
+        averages = [s for s in averages if 0 in s.arrays or _known(_unwrap(s.arrays, path)[0])] or averages
+    raw = _first_raw(sets)
+    if which != "raw" and len(averages) > 1:
+        raise SfdError(f"'{path}' holds several averages: {_listed(averages)}; take --weights NAME, one of these")
+    if which != "raw" and averages:
+        return averages[0]
+    if which is None and not averages and (lost := _lost_average(tree)):
+        raise SfdError(
+            f"'{path}': '{lost}' should be an average and holds no arrays; take --weights raw for the raw ones"
+        )
+    if which != "ema" and raw is None:
+        unnamed = [s for s in sets if not s.which]
+        unnamed = [s for s in unnamed if _known(_unwrap(s.arrays, path)[0])] or unnamed
+        if len(unnamed) > 1:
+            raise SfdError(
+                f"'{path}' holds several sets of weights: {_listed(unnamed)}; take --weights NAME, one of these"
+            )
+        if unnamed:
+            return unnamed[0]
+    if which == "ema" or raw is None:
+        held = held or "only " + ", ".join(map(repr, tree))
+        hint = f"; take --weights {'raw' if which == 'ema' else 'ema'}" if sets else ""
+        raise SfdError(f"'{path}' holds no {which or 'raw'} weights (it holds {held}){hint}")
+    keys = _unwrap(raw.arrays, path)[0].keys()
+    others = [s for s in sets if which is None and s.which != "ema" and s is not raw]
+    twins = [s for s in others if _unwrap(s.arrays, path)[0].keys() == keys]
+    if twins:
+        raise SfdError(
+            f"'{path}' holds weights of one network several times, and nothing tells which are averaged: "
+            f"{_listed([raw, *twins])}; take --weights NAME, one of these"
+        )
+    return raw
+
+
+def _listed(sets: list[Weights]) -> str:
+    return ", ".join(f"'{s.name}' ({len(s.arrays)} arrays)" for s in sets)
+
+
+def _first_raw(sets: list[Weights]) -> Weights | None:
+    def rank(found: Weights):
+        last = found.name.rsplit("/", 1)[-1]
+        return found.name.count("/"), RAW_KEYS.index(last) if last in RAW_KEYS else len(RAW_KEYS)
+
+    return min((s for s in sets if s.which == "raw"), key=rank, default=None)
+
+
+def _averages_beside(path) -> list[str]:
+    """Refuse raw weights of a folder where an average stands beside them; say where one may.
+
+    Raises:
+      SfdError: by its name, something in the folder is the average.
+    """
+    names = sorted(entry.name for entry in Path(path).iterdir()) if Path(path).is_dir() else []
+    names = [name for name in names if name != find_weights(path)[0].name]
+    if averages := [name for name in names if _role(name) == "ema"]:
+        raise SfdError(
+            f"'{path}' holds raw weights, and beside them averages: {', '.join(averages)}; "
+            "give the average's own path, or take --weights raw"
+        )
+    objects = [name for name in names if name.startswith("custom_checkpoint_")]
+    return [f"not read, may hold an average (Accelerate registers it so): {', '.join(objects)}"] if objects else []
+
+
+def _lost_average(tree: dict) -> str | None:
+    """Return the name of an entry that should be an average and has no arrays: cleared, or not readable."""
+    for key, value in tree.items():
+        words = set(_words(key))
+        if words & {"config", "cfg", "args", "kwargs", "parameters", "hparams", "groups", "rate", "decay"}:
+            continue
+        if isinstance(value, (bool, int, float, str, LazyArray, type(None))):
+            continue
+        if _role(key) == "ema":
+            return str(key)
+        if isinstance(value, dict) and (found := _lost_average(value)):
+            return f"{key}/{found}"
+    return None
+
+
+def _words(name: Any) -> list[str]:
+    return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", str(name))]
+
+
+def _role(name: Any) -> str:
+    """Say by a name whether weights are averaged ("ema") or being trained ("raw"); "" where it tells neither."""
+    words = _words(name)
+    if {"grad", "grads", "norm", "loss", "losses", "exp", "sq", "var"} & set(words):
+        return ""  # averages of other things than weights
+    if {"raw", "online", "current", "collected", "stored", "backup", "no", "non", "without"} & set(words):
+        return "raw"
+    averaged = {"ema", "emas", "averaged", "average", "avg", "swa", "shadow", "polyak"} & set(words)
+    return "ema" if averaged else ""
+
+
+def _known(state: Mapping[str, Any]) -> bool:
+    return any(module.recognises(state) for module in FORMATS.values())
+
+
+def _is_counter(key: Any, array: LazyArray) -> bool:
+    return str(key).rsplit(".", 1)[-1] in _COUNTERS and math.prod(array.shape) <= 1
+
+
+def _unwrap(arrays: Mapping[Any, LazyArray], path) -> tuple[dict[str, LazyArray], list[str]]:
+    """Leave out counters and take wrappers' names out of keys, wherever they stand; say so.
+
+    A name before all keys is a wrapper's too where a known network stands behind it.
+    """
+    counters = [str(key) for key, array in arrays.items() if _is_counter(key, array)]
+    removed: dict[str, int] = {}
+    origin: dict[str, str] = {}
+    for key in map(str, arrays):
+        if key in counters:
+            continue
+        parts = key.split(".")
+        name = ".".join(part for part in parts if part not in WRAPPERS)
+        if name in origin:
+            raise SfdError(f"'{path}': {origin[name]} and {key} are both {name} without the names of wrappers")
+        origin[name] = key
+        for part in WRAPPERS.intersection(parts):
+            removed[part] = removed.get(part, 0) + 1
+    state = {name: arrays[key] for name, key in origin.items()}
+    bare, before = state, []
+    while bare and not _known(bare):
+        first = {key.partition(".")[0] if "." in key else None for key in bare}
+        if len(first) > 1 or None in first:
+            break
+        before += first
+        bare = {key.partition(".")[2]: array for key, array in bare.items()}
+    if bare and before and _known(bare):
+        state, removed = bare, removed | {part: len(bare) for part in before}
+    notes = []
+    if removed:
+        what = ", ".join(f"'{part}.' from {count}" for part, count in sorted(removed.items()))
+        notes.append(f"names of wrappers removed: {what} of {len(state)} keys")
+    if counters:
+        notes.append(f"left out, counters of the average: {', '.join(counters)}")
+    return state, notes
+
+
+def _named_like(chosen: Weights, raw: Weights, trained: Mapping[str, LazyArray], path, notes) -> dict:
+    """Give an average that lost its keys those of the raw weights: a list, or names without dots.
+
+    Raises:
+      SfdError: counts or shapes do not tell which array is which.
+    """
+    arrays = chosen.arrays
+    if all(isinstance(key, int) for key in arrays):
+        shapes = [tuple(arrays[index].shape) for index in sorted(arrays)]
+        for patterns in ((), _NOT_TRAINED[1:], _NOT_TRAINED):
+            keys = [key for key in trained if not any(fnmatch.fnmatch(key, p) for p in patterns)]
+            if [tuple(trained[key].shape) for key in keys] == shapes and keys != sorted(keys):
+                notes.append(f"the average is a list; its keys are those of '{raw.name}', in their order")
+                return {key: arrays[index] for key, index in zip(keys, sorted(arrays))}
+        raise SfdError(
+            f"'{path}': '{chosen.name}' is a list of {len(arrays)} arrays that does not fit the order, number and "
+            f"shapes of the {len(trained)} of '{raw.name}'; take --weights raw for the raw ones"
+        )
+    if any("." in key for key in arrays):
+        return dict(arrays)
+    # latent-diffusion's LitEma takes the dots out of names.
+    dotted: dict[str, set[str]] = {}
+    for key in trained:
+        dotted.setdefault(key.replace(".", ""), set()).add(key)
+    named = {}
+    for key, array in arrays.items():
+        keys = next((dotted[key[at:]] for at in range(len(key)) if key[at:] in dotted), {key})
+        if len(keys) > 1 or keys & named.keys():
+            raise SfdError(f"'{path}': {key} of '{chosen.name}' could be several arrays of '{raw.name}'")
+        named[next(iter(keys))] = array
+    if named.keys() != arrays.keys():
+        notes.append(f"the keys of '{chosen.name}' have lost their dots; they are those of '{raw.name}'")
+    return named
+
+
+def _whole_number(value: Any) -> int | None:
+    """Return a step as int: a Python, NumPy or one-element tensor's number; None where it is none."""
+    if isinstance(value, LazyArray) and math.prod(value.shape) == 1:
+        value = np.asarray(value).reshape(())[()]
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.reshape(())[()]
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.number)):
+        return None
+    return int(value) if np.isfinite(value) and value >= 0 and value == int(value) else None
+
+
+def _read_shards(index: Path) -> dict[str, LazyArray]:
+    """Read the arrays of all shards of an index.
+
+    Raises:
+      SfdError: names shards and arrays that are missing, arrays in two shards or not in the index.
+    """
+    arrays: dict[str, LazyArray] = {}
+    place: dict[str, str] = {}
+    faults = []
+    shards = shards_of(index)
+    listed = {key for keys in shards.values() for key in keys}
+    for name, keys in shards.items():
+        held = _read_file(*find_weights(index.parent / name, whole=False))
+        if not isinstance(held, dict) or not all(isinstance(array, LazyArray) for array in held.values()):
+            raise SfdError(f"'{index.parent / name}' is no shard of '{index}': it holds other things than arrays")
+        faults += [f"  missing   {key} is not in {name}" for key in keys if key not in held]
+        for key in held:
+            if key in place:
+                faults.append(f"  twice     {key} is in {place[key]} and in {name}")
+            elif key not in listed:
+                faults.append(f"  extra     {key} of {name} is not in the index")
+            place[key] = name
+        arrays |= held
+    if faults:
+        raise SfdError(f"'{index}' and its shards disagree; copy all of them again:\n" + "\n".join(faults))
+    return arrays
 
 
 def read_statistics(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
@@ -183,19 +503,6 @@ def describe(tree: Any) -> list[str]:
     return lines
 
 
-def _is_state(node: Any) -> bool:
-    return isinstance(node, dict) and any(isinstance(value, LazyArray) for value in node.values())
-
-
-def _without_prefix(state: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    removed = ""
-    state = dict(state)
-    while True:
-        wrapper = next((w for w in WRAPPERS if all(str(key).startswith(w) for key in state)), None)
-        if wrapper is None:
-            return state, removed
-        state = {key.removeprefix(wrapper): value for key, value in state.items()}
-        removed += wrapper
 
 
 def _config(beside: Mapping[str, Any], path) -> dict[str, Any]:

@@ -154,6 +154,29 @@ def test_a_file_outside_the_hub(server):
     assert hub.fetch("adm_reference_256")[0].read_bytes() == DATA
 
 
+PAGE = b"<!DOCTYPE html><html><title>Log in</title></html>"
+
+
+def test_a_page_in_place_of_a_file_is_named_and_not_kept(server):
+    """A portal or a moved address answers every request with a page, and says 200."""
+    for name, folder, said in (
+        ("adm_reference_256", "/diffusion/jul-2021/ref_batches/imagenet/256/", "what came is a web page"),
+        ("inception", "/mseitzer/pytorch-fid/releases/download/fid_weights/", "SHA-256 .*it is a web page.*removed"),
+    ):
+        server.files["other"] = {folder + hub.CATALOGUE[name].files: PAGE}
+        with pytest.raises(SfdError, match=said):
+            hub.fetch(name)
+    assert not [path for path in hub.cache_dir().rglob("*") if path.is_file()]
+
+
+def test_a_wrong_file_put_there_by_hand_is_named(server):
+    folder = hub.cache_dir() / "downloads" / "texture_vae"
+    folder.mkdir(parents=True)
+    (folder / "ldm-imagenet256-f16d32-50ep.ckpt").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(SfdError, match="ckpt' is a Git LFS pointer.*remove it and run the same command again"):
+        hub.fetch("texture_vae")
+
+
 def test_offline_says_what_to_put_where_and_takes_it_from_there(monkeypatch, tmp_path):
     monkeypatch.setenv("SFD_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
