@@ -126,7 +126,7 @@ def test_check_store_names_each_fault(work, tmp_path):
     assert all(any(part in fault for fault in faults) for part in expected)
     path = tmp_path / "ours" / "manifest.json"
     written = path.read_text()
-    imagenet = {"label_counts": {str(label): 1 for label in range(1000)}}
+    imagenet = {"label_counts": {str(label): 6 * (label == 0) for label in range(1000)}}
     for changed in (imagenet, {"class_names": [str(i) for i in range(1000)], "config": {"split": "train"}}):
         path.write_text(json.dumps(json.loads(written) | changed))
         assert any("holds 6 images, not the expected 1,281,167" in fault for fault in check_store(path.parent))

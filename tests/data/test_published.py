@@ -9,9 +9,9 @@ from safetensors.numpy import load_file, save_file
 from sfd_jax.data.checks import check_published
 from sfd_jax.data.extract import repack
 from sfd_jax.data.pipeline import feature_transform, latent_transform, make_batches
-from sfd_jax.data.published import PublishedLatents, open_latents, published_statistics
+from sfd_jax.data.published import PublishedLatents, open_latents
 from sfd_jax.errors import SfdError
-from sfd_jax.latents import LatentLayout
+from sfd_jax.latents import LatentLayout, LatentStatistics
 
 KINDS = {"latents": 3, "latents_sv": 2, "feats_dino": 7}  # channels
 
@@ -72,7 +72,9 @@ def test_training_reads_released_shards_and_ours_alike(shards, tmp_path):
     folder, _ = shards
     repack(PublishedLatents(folder, repa=True), tmp_path / "ours", dtype="float32", shard_size=4)
     ours = open_latents(tmp_path / "ours", repa=True)
-    released = open_latents(folder, repa=True, released_statistics=lambda path: ours.statistics)
+    for name in ("latents_stats.pt", "latents_sv_stats.pt"):
+        (folder / name).touch()
+    released = open_latents(folder, repa=True, read_statistics=of(ours.statistics))
     batches = []
     for source in (ours, pickle.loads(pickle.dumps(released))):
         latents = latent_transform(LatentLayout(3, 2), source.statistics, repa=True)
@@ -87,12 +89,17 @@ def test_training_reads_released_shards_and_ours_alike(shards, tmp_path):
         open_latents(tmp_path)
 
 
+def of(statistics):
+    """Return what stands for the reader of `*_stats.pt`."""
+    texture, semantic = (
+        tuple(getattr(statistics, f"{group}_{name}") for name in ("mean", "std")) for group in ("texture", "semantic")
+    )
+    return lambda path: {"latents_stats.pt": texture, "latents_sv_stats.pt": semantic}[path.name]
+
+
 def test_repacking_keeps_every_record(shards, tmp_path):
     folder, whole = shards
-    released = published_statistics(
-        {"mean": np.full((1, 3, 1, 1), 2.0), "std": np.full((1, 3, 1, 1), 3.0)},
-        {"mean": np.zeros((1, 2, 1, 1)), "std": np.ones((1, 2, 1, 1))},
-    )
+    released = LatentStatistics([2.0] * 3, [3.0] * 3, [0.0] * 2, [1.0] * 2)
     source = PublishedLatents(folder, repa=True)
     store = repack(source, tmp_path / "ours", dtype="float32", shard_size=4, statistics=released)
     for flip in (np.zeros(10, bool), np.ones(10, bool)):
