@@ -90,6 +90,8 @@ class LatentStore:
         if manifest["shard_size"] < 1:
             raise ValueError(f"shard_size {manifest['shard_size']}")
         self.record_dtype = record_dtype(manifest["fields"])
+        if lacking := {"texture", "semantic", *PER_IMAGE} - set(self.record_dtype.names):
+            raise ValueError(f"its fields lack {', '.join(sorted(lacking))}")
         self.orientations = orientations(manifest["fields"])
         self.statistics = LatentStatistics.from_dict(manifest["statistics"])
         self.class_names = manifest["class_names"]

@@ -92,7 +92,7 @@ class PublishedLatents:
         self.names = _our_names(headers[0], repa, self.paths[0])
         self.flips = "latents_flip" in headers[0]
         self.fields = {}
-        both = [theirs + suffix for theirs in self.names.values() for suffix in FLIPS]
+        both = [theirs + suffix for suffix in FLIPS for theirs in self.names.values()]
         for path, header in zip(self.paths, headers):
             for name in both:
                 if (name in header) != (self.flips or not name.endswith("_flip")):
