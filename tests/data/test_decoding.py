@@ -172,6 +172,7 @@ def test_a_file_without_end_is_not_read_to_its_end(tmp_path, monkeypatch):
     broken_both_ways(path, "1,000 bytes that are read")
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_damage_of_every_kind_is_a_broken_image(tmp_path):
     """Bytes changed at random: pixels or a reason, never another exception; and no program is started for EPS."""
     random = np.random.default_rng(0)
