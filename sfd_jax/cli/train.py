@@ -92,11 +92,11 @@ def run(task, train, config, workdir, *, source, transform, metadata, params=Non
     from sfd_jax.training.held_out import held_out_metrics
     from sfd_jax.training.step import put_frozen
 
-    classes = getattr(task.network.config, "num_classes", None)
+    setting, classes = "model.num_classes", getattr(task.network.config, "num_classes", None)
     if config.loss.get("classification_weight"):
-        classes = config.loss.num_classes
-    if classes and (faults := check_labels(source, classes)):
-        raise SfdError(f"{faults[0]}; are these the data of this config, whose num_classes is {classes}?")
+        setting, classes = "loss.num_classes", config.loss.num_classes
+    if classes and (faults := check_labels(source, classes, setting)):
+        raise SfdError(faults[0])
     start(Job({"config": config.to_dict(), "images": len(source)}, folder=workdir))
     for note in getattr(source, "notes", ()):
         say(f"note: {note}")

@@ -89,7 +89,7 @@ def check_store(
     if expected_count is not None and found != expected_count:
         faults.append(f"{directory} holds {found:,} images, not the expected {expected_count:,}")
     limit = num_classes if num_classes is not None else len(names) if names else 2**31
-    faults += check_labels(store, limit)
+    faults += check_labels(store, limit, "model.num_classes" if num_classes is not None else "the number of class names")
     wanted = ["texture", "semantic"] + ["repa_features"] * repa
     wanted += [f"{name}_flip" for name in wanted] * flips
     for name in wanted:
@@ -124,12 +124,13 @@ def check_published(source: PublishedLatents, *, num_classes: int, flips: bool =
     return faults
 
 
-def check_labels(source: Any, num_classes: int) -> list[str]:
+def check_labels(source: Any, num_classes: int, setting: str = "model.num_classes") -> list[str]:
     """Check the label of every record, as far as they are known without reading the records.
 
     Args:
       source: of images or latents.
       num_classes: labels must be below.
+      setting: what a message calls it.
     """
     counts = source.label_counts() if hasattr(source, "label_counts") else {}
     labels = counts or range(len(getattr(source, "class_names", None) or ()))
@@ -137,7 +138,8 @@ def check_labels(source: Any, num_classes: int) -> list[str]:
     if not wrong:
         return []
     where, images = getattr(source, "directory", "the data"), sum(counts.get(label, 0) for label in wrong)
-    return [f"{where}: labels outside 0..{num_classes - 1}: {wrong[:5]} ({len(wrong):,} labels, {images:,} images)"]
+    return [f"{where}: labels outside 0..{num_classes - 1}: {wrong[:5]} ({len(wrong):,} labels, {images:,} images), but "
+            f"{setting}={num_classes}"]  # fmt: skip
 
 
 def check_writable(directory: str | os.PathLike, needed: int) -> list[str]:

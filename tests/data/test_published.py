@@ -138,3 +138,89 @@ def test_shards_of_the_parity_pack(parity_dir):
     texture = np.concatenate([part["latents_flip"] for part in parts])
     found = source.read(np.array([len(source) - 1]), np.array([True]))["texture"]
     np.testing.assert_array_equal(found[0], np.moveaxis(texture[-1], 0, -1))
+
+
+def rewrite(folder, name="rank02_shard001", **changes):
+    """Change arrays of one shard, or leave out those that are None."""
+    path = folder / f"latents_{name}.safetensors"
+    arrays = load_file(path) | changes
+    save_file({key: values for key, values in arrays.items() if values is not None}, path)
+
+
+NUMBERS = np.zeros((3, 2, 5, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"labels": np.arange(2)}, "shard001.*'feats_dino|'latents' is F32 .* with N = 2"),
+        ({"labels": np.arange(4)}, "is F32 .* with N = 4"),
+        ({"labels": np.arange(3) + 0.5}, "'labels' is F64 .*; expected whole numbers"),
+        ({"labels": np.arange(3).reshape(3, 1)}, r"'labels' is I64 \[3, 1\]"),
+        ({"labels": np.array([0, -1, 2])}, "labels reach from -1 to 2"),
+        ({"labels": np.array([0, 2**40, 2])}, "labels reach from 0 to 1099511627776"),
+        ({"labels": np.zeros(3, bool)}, "'labels' is BOOL"),
+        ({"latents_sv": NUMBERS[:2]}, r"'latents_sv' is F32 \[2, 2, 5, 3\].* with N = 3"),
+        ({"latents_sv_flip": NUMBERS[:2]}, "'latents_sv_flip' is F32 .* with N = 3"),
+        ({"latents_sv": NUMBERS[:, :1]}, r"'latents_sv' is F32 \(5, 3, 1\).*but F32 \(5, 3, 2\) elsewhere"),
+        ({"latents_sv_flip": NUMBERS[:, :1]}, "'latents_sv_flip' is F32 .* elsewhere"),
+        ({"latents": np.zeros((3, 3, 3, 5), np.float32)}, r"'latents' is F32 \(3, 5, 3\)"),
+        ({"latents": np.zeros((3, 3, 5, 3), np.float16)}, "'latents' is F16 .*but F32"),
+        ({"latents": np.zeros((3, 3, 5, 3), np.int32)}, "'latents' is I32 .*expected floating point"),
+        ({"latents": np.zeros((3, 45), np.float32)}, r"'latents' is F32 \[3, 45\]; expected .* \(N,C,H,W\)"),
+        ({"latents_sv_flip": None}, "does not hold the 'latents_sv_flip'"),
+        ({"latents_flip": None, "latents_sv_flip": None}, "does not hold the 'latents_flip'"),
+        ({"latents_sv": None, "latents_sv_flip": None, "latents_dino": NUMBERS}, "does not hold the 'latents_sv'"),
+    ],
+)
+def test_a_shard_that_disagrees_is_named_when_it_is_opened(shards, changes, words):
+    folder, _ = shards
+    rewrite(folder, **changes)
+    with pytest.raises(SfdError, match=words) as caught:
+        PublishedLatents(folder)
+    assert "latents_rank02_shard001.safetensors" in str(caught.value)
+
+
+def test_groups_of_two_grids_and_values_that_are_no_numbers(shards):
+    folder, whole = shards
+    rewrite(folder, "rank10_shard000", latents=np.where(np.arange(5)[:, None, None, None] == 2, np.nan, whole["latents"][5:]).astype(np.float32))
+    source = PublishedLatents(folder)
+    assert source.read(np.arange(5))["texture"].shape[0] == 5
+    with pytest.raises(SfdError, match="rank10_shard000.safetensors: 'latents' of row 2 is not finite"):
+        source.read(np.arange(10))
+    for name, rows in (("rank02_shard000", 2), ("rank02_shard001", 3), ("rank10_shard000", 5)):
+        rewrite(folder, name, latents_sv=np.zeros((rows, 2, 4, 4), np.float32), latents_sv_flip=np.zeros((rows, 2, 4, 4), np.float32))
+    with pytest.raises(SfdError, match=r"grids of 'latents' \(5, 3\) and 'latents_sv' \(4, 4\) differ"):
+        PublishedLatents(folder)
+
+
+def test_missing_shards_are_said_and_copies_refused(shards):
+    folder, _ = shards
+    assert "rank 0, rank 1, rank 3" in PublishedLatents(folder).notes[0]
+    (folder / "latents_rank02_shard001.safetensors").rename(folder / "latents_rank02_shard004.safetensors")
+    assert "rank 2 shard 1, rank 2 shard 2, rank 2 shard 3, " in PublishedLatents(folder).notes[0]
+    (folder / "latents_rank2_shard4.safetensors").write_bytes((folder / "latents_rank02_shard004.safetensors").read_bytes())
+    with pytest.raises(SfdError, match="two files are shard 4 of rank 2"):
+        PublishedLatents(folder)
+
+
+@pytest.mark.parametrize(
+    ("changed", "statistics", "words"),
+    [
+        ("latents_stats.pt", (np.zeros(32), np.ones(32)), "latents_stats.pt is of 32 channels, but 'latents' of the shards has 3"),
+        ("latents_sv_stats.pt", (np.zeros(3), np.ones(3)), "latents_sv_stats.pt is of 3 channels, but 'latents_sv' .* has 2"),
+        ("latents_sv_stats.pt", (np.zeros(2), np.array([1, 0])), "latents_sv_stats.pt: .* every std finite and positive"),
+        ("latents_stats.pt", (np.array([0, np.nan, 0]), np.ones(3)), "latents_stats.pt: every mean must be finite"),
+    ],
+)
+def test_statistics_of_something_else_are_named(shards, changed, statistics, words):
+    folder, _ = shards
+    whole = {"latents_stats.pt": (np.zeros(3), np.ones(3)), "latents_sv_stats.pt": (np.zeros(2), np.ones(2))}
+    with pytest.raises(SfdError, match="lacks latents_stats.pt"):
+        open_latents(folder, read_statistics=lambda path: whole[path.name])
+    for name in (*whole, "latents_dino_stats.pt"):  # the last is of the PCA variant, not of these shards
+        (folder / name).touch()
+    assert open_latents(folder, read_statistics=lambda path: whole[path.name]).statistics.texture_std.tolist() == [1] * 3
+    whole[changed] = statistics
+    with pytest.raises(SfdError, match=words):
+        open_latents(folder, read_statistics=lambda path: whole[path.name])
