@@ -10,6 +10,11 @@
   sfd extract ... --check
       look for faults before a long job, in seconds, and write nothing
 
+A folder or tar holds class folders (or class tars), below the name of the split or as they are. Labels number the
+sorted names; folders that are all numbers are labels by number. Hidden entries are left out; what else is no class is
+refused. An image of more than 89,478,485 pixels is a broken one; sfd_jax/data/decoding.py tells what becomes of
+transparency, animations and grey of more than 8 bits.
+
 CKPT are folders that `sfd convert` or one of the training doors made. Without --visual only texture
 latents are made. 512 px images are shown to the visual encoder in quarters of 256 px.
 
@@ -306,6 +311,8 @@ def _check_repack(args) -> int:
 
     faults = []
     source = PublishedLatents(args.repack, repa=args.repa)
+    for note in source.notes:
+        print(f"note: {note}")
     try:
         _released_statistics(args, source)
     except SfdError as error:

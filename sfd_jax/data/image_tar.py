@@ -43,7 +43,11 @@ class ImageTar:
         self.path = Path(path)
         if not self.path.is_file():
             raise SfdError(f"no tar file '{path}'")
-        stat = self.path.stat()
+        try:
+            self._open()
+        except OSError as error:
+            raise SfdError(f"cannot read tar file '{path}': {error.strerror}") from error
+        stat = os.fstat(self._file.fileno())
         stamp = np.array([INDEX_FORMAT, stat.st_size, stat.st_mtime_ns], np.int64)
         index = _load_index(self._index_path, stamp)
         if index is None:
@@ -59,7 +63,6 @@ class ImageTar:
         order = np.array([places[name] for name in found.paths])
         self.names, self.offsets, self.sizes = index["names"][order], index["offsets"][order], index["sizes"][order]
         self.labels, self.class_names, self.notes = found.labels, found.class_names, found.notes
-        self._open()
 
     @property
     def _index_path(self) -> Path:

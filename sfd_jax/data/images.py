@@ -105,7 +105,7 @@ class ImageSource:
         try:
             image, label = self.dataset[index]
             pixels = center_crop(to_rgb(image), self.image_size)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, SyntaxError, EOFError) as error:  # the last three of a Pillow image or an array
             raise BrokenImage(self.name(index), str(error) or type(error).__name__) from error
         if not 0 <= label < len(self.class_names):
             raise SfdError(f"{self.name(index)} has label {label}, but there are {len(self.class_names)} classes")
@@ -118,7 +118,8 @@ class ImageSource:
     def name(self, index: int) -> str:
         """Return what a person calls image `index`: its path where it has one."""
         name = getattr(self.dataset, "name", None)
-        return name(index) if name else f"image {index}"
+        name = name(index) if name else f"image {index}"
+        return name.encode(errors="backslashreplace").decode()  # a name that is no UTF-8 could not be printed
 
 
 class BrokenImage(SfdError):

@@ -102,6 +102,11 @@ class LatentStore:
             channels = self.record_dtype[group].shape[-1]
             if getattr(self.statistics, f"{group}_mean").size != channels:
                 raise ValueError(f"its {group} statistics are not of {channels} channels")
+        # A begun store keeps the hash of released statistics that it was given; others were measured.
+        given = manifest["config"].get("statistics", "measured")
+        whole = manifest["statistics"] == manifest.get("measured_statistics", manifest["statistics"])
+        if not (whole if given == "measured" else self.statistics.hash() == given):
+            raise ValueError("its statistics are not those that it was written with")
         texture, semantic = (self.record_dtype[group].shape for group in ("texture", "semantic"))
         if semantic[-1] and texture[:-1] != semantic[:-1]:
             raise ValueError(f"the grids of its texture {texture} and semantic {semantic} latents differ")

@@ -7,7 +7,9 @@ import dataclasses
 import hashlib
 import json
 import math
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +20,8 @@ from sfd_jax.data.class_folders import EXTENSIONS, walk
 from sfd_jax.data.decoding import center_crop, load_image, read_bytes, to_rgb
 from sfd_jax.errors import SfdError
 
+# By these Python and numpy tell a damaged npz; the last is for a compression or a cipher they do not know.
+_DAMAGED = (OSError, ValueError, EOFError, SyntaxError, struct.error, zipfile.BadZipFile, zlib.error, RuntimeError)
 JOB_NPZ = "samples.npz"  # what a sampling job calls its npz, beside its recipe
 
 
@@ -105,7 +109,7 @@ def _stream_npy(path: Path, name: str, n: int) -> Iterator[np.ndarray]:
                 if len(data) != count * row:
                     raise SfdError(f"{path} is damaged: {name} ends after {start} of {shape[0]} images")
                 yield np.frombuffer(data, dtype).reshape(count, *shape[1:])
-    except (OSError, zipfile.BadZipFile, EOFError) as error:
+    except _DAMAGED as error:
         raise SfdError(f"{path} is damaged: {error}") from error
 
 
@@ -117,7 +121,7 @@ def _npy_header(path: Path, name: str) -> tuple[tuple[int, ...], np.dtype, bool]
                 raise SfdError(f"{path} has no array '{name}' of uint8 images (N, H, W, 3); it holds {found}")
             with archive.open(f"{name}.npy") as file:
                 shape, fortran, dtype = _read_header(file)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except _DAMAGED as error:
         raise SfdError(f"cannot read {path}: {error}") from error
     if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or shape[0] == 0:
         raise SfdError(f"{path}: {name} is {dtype} {shape}; expected uint8 (N, H, W, 3) with N > 0")
@@ -142,7 +146,7 @@ def _open_chunks(folder: Path, chunks: list[Path]) -> ImageSet:
         try:
             with np.load(chunk) as file:
                 found.append(np.asarray(file["indices"]))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (*_DAMAGED, KeyError) as error:
             raise SfdError(f"cannot read {chunk}: {error}; remove it and sample again") from error
     recipe = read_recipe(folder) or read_recipe(folder.parent)
     indices = np.concatenate(found)

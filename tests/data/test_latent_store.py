@@ -276,7 +276,7 @@ def test_a_manifest_that_contradicts_itself_is_named(tmp_path, change, words):
         LatentStore(tmp_path)
 
 
-@pytest.mark.parametrize("name, value", [("texture_std", 0.0), ("semantic_mean", float("nan")), ("texture_mean", None)])
+@pytest.mark.parametrize("name, value", [("texture_std", 0.0), ("semantic_mean", float("nan")), ("texture_mean", None), ("texture_mean", 0.5)])
 def test_statistics_of_a_store_are_numbers_for_its_channels(tmp_path, name, value):
     run(tmp_path)
     path = tmp_path / "manifest.json"
@@ -284,7 +284,7 @@ def test_statistics_of_a_store_are_numbers_for_its_channels(tmp_path, name, valu
     values = manifest["statistics"][name]
     manifest["statistics"][name] = values[1:] if value is None else [value, *values[1:]]
     path.write_text(json.dumps(manifest))
-    with pytest.raises(SfdError, match="manifest.json is damaged.*(texture|semantic) statistics"):
+    with pytest.raises(SfdError, match="manifest.json is damaged.*(texture|semantic|its) statistics"):
         LatentStore(tmp_path)
 
 
