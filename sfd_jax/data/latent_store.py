@@ -263,8 +263,10 @@ class LatentStoreWriter:
         """Tell whether a shard is complete."""
         data, _ = self._paths(shard)
         try:
-            return data.stat().st_size == self.facts(shard)["bytes"]
-        except (OSError, ValueError, KeyError):  # missing, or facts that are damaged: it is redone
+            facts = self.facts(shard)
+            whole = {"name", "count", "bytes", "sha256", "moments", "label_counts", "skipped"} <= facts.keys()
+            return whole and data.stat().st_size == facts["bytes"]
+        except (OSError, ValueError, AttributeError):  # missing, or facts that are damaged: it is redone
             return False
 
     def facts(self, shard: int) -> dict:
