@@ -9,6 +9,7 @@ makes besides the decoded image stays below 4 * THIN times the target square.
 """
 
 import io
+import logging
 import os
 import warnings
 
@@ -23,6 +24,7 @@ FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"
 
 # Pillow warns of odd metadata and of large images; what matters of it becomes the reason of a broken image.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
@@ -123,7 +125,7 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     (x, columns), (y, rows) = _taps(image.width, width, left, size), _taps(image.height, height, top, size)
     image = image.crop((x.min(), y.min(), x.max() + 1, y.max() + 1))  # before an array is made of all of it
     axes = [(1, x - x.min(), columns), (0, y - y.min(), rows)]
-    # Pillow rounds between its two passes, and begins with the one that makes a thin image smaller.
+    # Pillow (13) rounds between its two passes, and begins with the rows where a tall image becomes smaller.
     pixels = np.asarray(image)
     for axis, places, weights in reversed(axes) if rows_first else axes:
         pixels = _weighted(pixels.swapaxes(0, axis), places, weights).swapaxes(0, axis)

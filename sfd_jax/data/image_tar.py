@@ -53,9 +53,10 @@ class ImageTar:
         if index is None:
             index = _index_tar(self.path)
             _save_index(self._index_path, {**index, "stamp": stamp})
-        names = [os.fsdecode(bytes(name)) for name in index["names"]]
-        folders = {os.fsdecode(bytes(name)) for name in index["folders"]}
-        folders |= {name[:end] for name in names for end, letter in enumerate(name) if letter == "/"}
+        names = [os.fsdecode(name) for name in index["names"].tolist()]
+        folders = {os.fsdecode(name) for name in index["folders"].tolist()}
+        above = {os.path.dirname(name) for name in names} | folders
+        folders |= {folder[:end] for folder in above for end in range(1, len(folder) + 1) if folder[end : end + 1] in ("", "/")}
         start = _start(names, folders, split)
         places = {name[len(start) :]: place for place, name in enumerate(names) if name.startswith(start)}
         folders = [folder[len(start) :] for folder in sorted(folders) if folder.startswith(start)]
