@@ -10,6 +10,11 @@
   sfd extract ... --check
       look for faults before a long job, in seconds, and write nothing
 
+A folder or tar holds class folders (or class tars), below the name of the split or as they are. Labels number the
+sorted names; folders that are all numbers are labels by number. Hidden entries are left out; what else is no class is
+refused. An image of more than 89,478,485 pixels is a broken one; sfd_jax/data/decoding.py tells what becomes of
+transparency, animations and grey of more than 8 bits.
+
 CKPT are folders that `sfd convert` or one of the training doors made. Without --visual only texture
 latents are made. 512 px images are shown to the visual encoder in quarters of 256 px.
 
@@ -52,7 +57,7 @@ def _parse(argv: list[str]):
     flag("--out", required=True, help="folder of the latent shards")
     flag("--images", help="folder, tar, tfds or digits")
     flag("--path", default="", help="the folder, the tar, or the name of the TFDS data set")
-    flag("--split", default="train", help="(default: %(default)s)")
+    flag("--split", default="train", help="folder in PATH; --split= reads PATH itself (default: %(default)s)")
     flag("--image_size", type=int, default=256, help="pixels a side (default: %(default)s)")
     flag("--texture_vae", metavar="CKPT", help="checkpoint of the texture VAE")
     flag("--visual", metavar="CKPT", help="checkpoint of the visual encoder (DINOv2)")
@@ -69,7 +74,7 @@ def _parse(argv: list[str]):
     flag("--batch_size", type=int, default=64, help="images a host encodes at once (default: 64)")
     flag("--shard_size", type=int, default=4096, help="images a shard (default: %(default)s)")
     flag("--workers", type=int, default=0, help="processes that read images (default: threads)")
-    flag("--max_broken", type=int, default=0, help="broken images to go on with (default: 0)")
+    flag("--max_broken", type=int, default=0, help="broken images to go on with, over all hosts (default: 0)")
     flag("--expect_count", type=int, help="with --check: images there must be (ImageNet's are known)")
     flag("--seed", type=int, default=0, help="of the posterior samples (default: %(default)s)")
     flag("--repack", metavar="FOLDER", help="folder of released shards, instead of images")
@@ -93,6 +98,8 @@ def _extract(args) -> int:
     source = open_images(args.images, args.path, args.split, args.image_size)
     needs = (args.texture_vae, args.visual, args.semantic_vae)
     hosts.start(Job({"flags": vars(args), "images": len(source)}, args.out, needs=needs))
+    for note in source.notes:
+        hosts.say(f"note: {note}")
     encoder, params, checkpoints = _encoder(args)
     mesh, sharding, whole = _shardings(args.batch_size)
     params = jax.device_put(params, whole)
@@ -242,8 +249,11 @@ def _repack(args) -> int:
     from sfd_jax.distributed.heartbeat import Heartbeat
     from sfd_jax.distributed.preflight import Job
 
-    source, statistics = PublishedLatents(args.repack, repa=args.repa), _released_statistics(args)
+    source = PublishedLatents(args.repack, repa=args.repa)
+    statistics = _released_statistics(args, source)
     hosts.start(Job({"flags": vars(args), "images": len(source)}, args.out))
+    for note in source.notes:
+        hosts.say(f"note: {note}")
     with Heartbeat(args.out, "extract"):
         store = repack(
             source,
@@ -258,22 +268,17 @@ def _repack(args) -> int:
     return 0
 
 
-def _released_statistics(args):
+def _released_statistics(args, source):
     """Read `*_stats.pt` beside the released shards; None where statistics are to be measured."""
-    from sfd_jax.convert.torch_files import read_torch_file
-    from sfd_jax.data.published import published_statistics
+    from sfd_jax.convert.weight_files import read_statistics
+    from sfd_jax.data.published import released_statistics
 
     if args.statistics == "measured":
         return None
-    folder = Path(args.repack)
-    semantic = [folder / f"latents_{name}_stats.pt" for name in ("sv", "dino")]
-    semantic = [path for path in semantic if path.exists()]
-    if not semantic or not (folder / "latents_stats.pt").exists():
-        raise SfdError(
-            f"{folder} lacks latents_stats.pt and latents_sv_stats.pt; copy them there, or take "
-            "--statistics=measured (which does not suit the released weights)"
-        )
-    return published_statistics(read_torch_file(folder / "latents_stats.pt"), read_torch_file(semantic[0]))
+    try:
+        return released_statistics(source, read_statistics)
+    except SfdError as error:
+        raise SfdError(f"{error}; or take --statistics=measured (which does not suit the released weights)") from error
 
 
 def _check_extract(args, source, encoder, params) -> int:
@@ -305,11 +310,13 @@ def _check_repack(args) -> int:
     from sfd_jax.data.published import PublishedLatents
 
     faults = []
+    source = PublishedLatents(args.repack, repa=args.repa)
+    for note in source.notes:
+        print(f"note: {note}")
     try:
-        _released_statistics(args)
+        _released_statistics(args, source)
     except SfdError as error:
         faults.append(str(error))
-    source = PublishedLatents(args.repack, repa=args.repa)
     if args.expect_count is not None and len(source) != args.expect_count:
         faults.append(f"the released shards hold {len(source):,} images, not {args.expect_count:,}")
     width = {"bfloat16": 2, "float32": 4}[args.dtype]
@@ -335,8 +342,28 @@ def _summary(store) -> str:
         f"{len(store):,} images in {len(store.shards)} shards, {size / 1e9:.3f} GB, "
         f"{size / max(1, len(store)):,.0f} bytes an image: {store.directory}"
     ]
+    if other := _unlike(manifest):
+        lines.append(f"note: {other}")
     lines += [f"skipped {fault['name']}: {fault['reason']}" for fault in manifest["skipped"]]
     return "\n".join(lines)
+
+
+def _unlike(manifest: dict) -> str:
+    """Return a sentence where released statistics do not describe the latents they came with, else ""."""
+    import numpy as np
+
+    for group in ("texture", "semantic"):
+        mean, std, true_mean, true_std = (
+            np.array(manifest[kind][f"{group}_{name}"])
+            for kind in ("statistics", "measured_statistics") for name in ("mean", "std")
+        )  # fmt: skip
+        shift, ratio = np.abs(true_mean - mean) / std, true_std / std
+        if shift.size and (shift.max() > 1 or ratio.max() > 2 or ratio.min() < 0.5):
+            return (
+                f"the released {group} statistics are not those of these latents: normalised by them, channels have means "
+                f"up to {shift.max():.2g} from 0 and standard deviations from {ratio.min():.2g} to {ratio.max():.2g}"
+            )
+    return ""
 
 
 if __name__ == "__main__":

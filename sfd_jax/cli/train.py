@@ -17,8 +17,6 @@ of another run is refused. After SIGTERM it saves and exits with status 75: star
 hosts, start the same command on all of them, with one work folder for all: a disk they share, or gs://.
 """
 
-from pathlib import Path
-
 from sfd_jax.cli.flags import door_parser, parse_door
 from sfd_jax.errors import SfdError
 from sfd_jax.files import must_be_local
@@ -81,11 +79,12 @@ def run(task, train, config, workdir, *, source, transform, metadata, params=Non
       held_out: (measure, source) to log on at each checkpoint.
 
     Raises:
-      SfdError: the hosts of the job do not go together; data and network do not fit; and whatever `fit` says.
+      SfdError: the hosts of the job do not go together; data and network do not fit, in any label; and whatever `fit` says.
     """
     import jax
 
     from sfd_jax.cli.build import mesh_from_config
+    from sfd_jax.data.checks import check_labels
     from sfd_jax.data.pipeline import make_batches, make_eval_batches
     from sfd_jax.distributed import say, start
     from sfd_jax.distributed.preflight import Job
@@ -93,7 +92,14 @@ def run(task, train, config, workdir, *, source, transform, metadata, params=Non
     from sfd_jax.training.held_out import held_out_metrics
     from sfd_jax.training.step import put_frozen
 
+    setting, classes = "model.num_classes", getattr(task.network.config, "num_classes", None)
+    if config.loss.get("classification_weight"):
+        setting, classes = "loss.num_classes", config.loss.num_classes
+    if classes and (faults := check_labels(source, classes, setting)):
+        raise SfdError(faults[0])
     start(Job({"config": config.to_dict(), "images": len(source)}, folder=workdir))
+    for note in getattr(source, "notes", ()):
+        say(f"note: {note}")
     mesh = mesh_from_config(config)
     host = {"host_index": jax.process_index(), "host_count": jax.process_count(), "workers": config.data.workers}
     batches = make_batches(
@@ -136,21 +142,13 @@ def open_source(path: str, *, repa: bool):
     Raises:
       SfdError: no path, no latents there, or released shards without their statistics.
     """
-    from sfd_jax.convert.torch_files import read_torch_file
-    from sfd_jax.data.published import open_latents, published_statistics
+    from sfd_jax.convert.weight_files import read_statistics
+    from sfd_jax.data.published import open_latents
 
     must_be_local("--config.data.path", path)
     if not path:
         raise SfdError("say where the latents are: --config.data.path=FOLDER, made by `sfd extract`")
-
-    def released_statistics(folder: Path):
-        semantic = [folder / f"latents_{name}_stats.pt" for name in ("sv", "dino")]
-        files = [folder / "latents_stats.pt", *[file for file in semantic if file.exists()]]
-        if len(files) < 2 or not files[0].exists():
-            raise SfdError(f"{folder} lacks latents_stats.pt and latents_sv_stats.pt, which belong to its shards")
-        return published_statistics(*map(read_torch_file, files[:2]))
-
-    return open_latents(path, repa=repa, released_statistics=released_statistics)
+    return open_latents(path, repa=repa, read_statistics=read_statistics)
 
 
 def check_channels(layout, statistics) -> None:
@@ -168,16 +166,13 @@ def check_batch(task, batch: dict) -> None:
     """Trace the loss on the shapes of a batch, so that data and network disagree now and not after a compile.
 
     Raises:
-      SfdError: what the network says of a batch that does not fit it; or labels outside its classes.
+      SfdError: what the network says of a batch that does not fit it.
     """
     import jax
     import numpy as np
 
-    labels, classes = batch["labels"], getattr(task.network.config, "num_classes", None)
-    if classes and not (0 <= labels.min() and labels.max() < classes):
-        raise SfdError(f"labels reach from {labels.min()} to {labels.max()}, but model.num_classes={classes}")
     shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in batch.items() if name != "index"}
-    shapes["positions"] = jax.ShapeDtypeStruct((len(labels),), np.int32)
+    shapes["positions"] = jax.ShapeDtypeStruct((len(batch["labels"]),), np.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     try:
         frozen = () if task.frozen is None else (task.frozen,)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
 
 from sfd_jax.data.images import BrokenImage
 from sfd_jax.data.latent_store import LatentStore
@@ -43,12 +42,9 @@ def check_images(
         faults.append(f"the images are {len(source):,}, not the expected {expected_count:,}")
     for index in _spread(len(source), sample):
         try:
-            label = source[index]["label"]
+            source[index]
         except BrokenImage as broken:
             broken_images.append(str(broken))
-            continue
-        if not 0 <= label < len(source.class_names):
-            faults.append(f"{source.name(index)} has label {label} of {len(source.class_names)} classes")
     return faults + (broken_images if len(broken_images) > max_broken else [])
 
 
@@ -89,13 +85,8 @@ def check_store(
     found = manifest["count"] + len(manifest["skipped"])
     if expected_count is not None and found != expected_count:
         faults.append(f"{directory} holds {found:,} images, not the expected {expected_count:,}")
-    limit = num_classes if num_classes is not None else len(names) if names else None
-    wrong = [
-        label for label in map(int, manifest["label_counts"])
-        if label < 0 or (limit is not None and label >= limit)
-    ]  # fmt: skip
-    if wrong:
-        faults.append(f"{directory} has labels outside 0..{limit - 1 if limit else ''}: {wrong[:5]}")
+    limit = num_classes if num_classes is not None else len(names) if names else 2**31
+    faults += check_labels(store, limit, "model.num_classes" if num_classes is not None else "the number of class names")
     wanted = ["texture", "semantic"] + ["repa_features"] * repa
     wanted += [f"{name}_flip" for name in wanted] * flips
     for name in wanted:
@@ -121,19 +112,31 @@ def check_published(source: PublishedLatents, *, num_classes: int, flips: bool =
     Returns:
       Faults, each a sentence.
     """
-    try:
-        labels = source.labels()
-    except (SafetensorError, OSError) as error:
-        return [f"{source.directory} is damaged ({error}); download it again"]
-    faults, seen, expected = [], np.unique(labels), IMAGENET_COUNTS["train"]
-    if len(seen) == 1000 and len(labels) != expected:
-        faults.append(f"{source.directory} holds {len(labels):,} images, not the expected {expected:,}; shards are missing")
-    wrong = seen[(seen < 0) | (seen >= num_classes)]
-    if wrong.size:
-        faults.append(f"{source.directory} has labels outside 0..{num_classes - 1}: {wrong[:5].tolist()}")
+    counts, expected = source.label_counts(), IMAGENET_COUNTS["train"]
+    faults = check_labels(source, num_classes)
+    if len(counts) == 1000 and len(source) != expected:
+        faults.append(f"{source.directory} holds {len(source):,} images, not the expected {expected:,}; shards are missing")
     if flips and not source.flips:
         faults.append(f"{source.directory} holds no flipped latents; train with --config.data.flips=False")
     return faults
+
+
+def check_labels(source: Any, num_classes: int, setting: str = "model.num_classes") -> list[str]:
+    """Check the label of every record, as far as they are known without reading the records.
+
+    Args:
+      source: of images or latents.
+      num_classes: labels must be below.
+      setting: what a message calls it.
+    """
+    counts = source.label_counts() if hasattr(source, "label_counts") else {}
+    labels = counts or range(len(getattr(source, "class_names", None) or ()))
+    wrong = sorted(label for label in labels if not 0 <= label < num_classes)
+    if not wrong:
+        return []
+    where, images = getattr(source, "directory", "the data"), sum(counts.get(label, 0) for label in wrong)
+    return [f"{where}: labels outside 0..{num_classes - 1}: {wrong[:5]} ({len(wrong):,} labels, {images:,} images), but "
+            f"{setting}={num_classes}"]  # fmt: skip
 
 
 def check_writable(directory: str | os.PathLike, needed: int) -> list[str]:

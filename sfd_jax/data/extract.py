@@ -72,7 +72,7 @@ def extract(
       host_index, host_count: this host writes every host_count-th shard.
       barrier: waits for the other hosts; needed where there are several.
       workers: processes that read images ahead.
-      max_broken: broken images to go on with.
+      max_broken: broken images to go on with, over all hosts.
       progress: show a bar; None shows it on a terminal.
 
     Returns:
@@ -164,9 +164,8 @@ def _fill(
     writer = LatentStoreWriter(out_dir, plan)
     shards = [s for s in range(plan.num_shards) if s % host_count == host_index]
     pending = [s for s in shards if not writer.is_done(s)]
-    for shard in set(shards) - set(pending):
-        for fault in writer.facts(shard)["skipped"]:
-            broken.add(BrokenImage(fault["name"], fault["reason"]))
+    counted: set[int] = set()
+    count_broken(writer, broken, counted)
     if pending:
         (Path(out_dir) / "manifest.json").unlink(missing_ok=True)
         check_space(out_dir, sum(len(plan.span(s)) for s in pending) * _bytes_per_image(plan))
@@ -181,13 +180,28 @@ def _fill(
             stream = images(np.concatenate([np.asarray(plan.span(s)) for s in pending]))
             for shard in pending:
                 _write_shard(writer, shard, stream, broken, bar)
+                count_broken(writer, broken, counted)  # the other hosts' too, so that none goes on for nothing
     if barrier is not None:
         barrier("latents: all shards written")
+    count_broken(writer, broken, counted)  # all of them, so that every host comes to the same end
     if host_index == 0 and (pending or not (Path(out_dir) / "manifest.json").exists()):
         writer.finish(statistics)
     if barrier is not None:
         barrier("latents: manifest written")
     return LatentStore(out_dir)
+
+
+def count_broken(writer: LatentStoreWriter, broken: BrokenImages, counted: set[int]) -> None:
+    """Add the broken images of the finished shards, of whatever host, that are not among the `counted` ones.
+
+    Raises:
+      SfdError: there are more than the job goes on with.
+    """
+    for shard in set(range(writer.plan.num_shards)) - counted:
+        if writer.is_done(shard):
+            counted.add(shard)
+            for fault in writer.facts(shard)["skipped"]:
+                broken.add(BrokenImage(fault["name"], fault["reason"]))
 
 
 def check_space(directory: str | os.PathLike, needed: int) -> None:

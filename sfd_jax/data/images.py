@@ -2,18 +2,18 @@
 
 A source is made of two parts. A *dataset* answers `len(dataset)`, `dataset[i] -> (image, label)` and
 has `class_names`; its image is whatever it has at hand: encoded bytes, an array, a Pillow image. An
-`ImageSource` turns that into pixels, the same way for all of them: RGB, then the ADM centre crop.
-To add a kind of dataset, write a class of that shape and a line in `KINDS`.
+`ImageSource` turns that into pixels, the same way for all of them (decoding.py): RGB, then the ADM centre crop.
+It may have `labels` (N,), `notes` (sentences on what was assumed) and `name(i)`. To add a kind of dataset, write a class of that shape and a line in `KINDS`.
 
 Pixels are uint8 (H,W,3), 0..255, H = W = image_size.
 """
 
-import io
+from collections import Counter
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
+from sfd_jax.data.decoding import center_crop, to_rgb
 from sfd_jax.errors import SfdError, nearest
 
 
@@ -34,7 +34,7 @@ def open_images(kind: str, path: str, split: str, image_size: int) -> "ImageSour
       kind: "folder" (a folder of class folders), "tar" (the ILSVRC tar of class tars, or a tar of
         class folders), "tfds" (a TensorFlow Datasets name, read without TensorFlow) or "digits".
       path: the folder, the tar file or the dataset's name; unused for "digits".
-      split: "train", "held_out" and so on. A folder uses `path/split` where that exists.
+      split: "train", "held_out" and so on: a folder below `path`, also inside a tar; "" for `path` itself.
       image_size: side of the square that every image is cropped to, in pixels.
 
     Returns:
@@ -63,9 +63,9 @@ def _open_folder(path: str, split: str) -> LabelledImages:
 
 
 def _open_tar(path: str, split: str) -> LabelledImages:
-    from sfd_jax.data.image_files import ImageTar
+    from sfd_jax.data.image_tar import ImageTar
 
-    return ImageTar(path)
+    return ImageTar(path, split)
 
 
 def _open_tfds(path: str, split: str) -> LabelledImages:
@@ -89,6 +89,7 @@ class ImageSource:
         self.dataset = dataset
         self.image_size = image_size
         self.class_names = list(dataset.class_names)
+        self.notes = list(getattr(dataset, "notes", ()))
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -98,22 +99,27 @@ class ImageSource:
 
         Raises:
           BrokenImage: the image cannot be read or decoded.
+          SfdError: its label is none of the classes'.
         """
         index = int(index)
         try:
             image, label = self.dataset[index]
             pixels = center_crop(to_rgb(image), self.image_size)
-        except UnidentifiedImageError as error:  # its own text holds a memory address
-            raise BrokenImage(self.name(index), "not an image of a known format") from error
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            # Pillow tells a broken file by any of these, depending on format and place.
+        except (OSError, ValueError, TypeError, SyntaxError, EOFError) as error:  # the last three of a Pillow image or an array
             raise BrokenImage(self.name(index), str(error) or type(error).__name__) from error
+        if not 0 <= label < len(self.class_names):
+            raise SfdError(f"{self.name(index)} has label {label}, but there are {len(self.class_names)} classes")
         return {"pixels": pixels, "label": int(label), "index": index}
+
+    def label_counts(self) -> dict[int, int]:
+        """Return how many images each label has; empty where the labels are only known by reading the images."""
+        return dict(Counter(getattr(self.dataset, "labels", np.empty(0, int)).tolist()))
 
     def name(self, index: int) -> str:
         """Return what a person calls image `index`: its path where it has one."""
         name = getattr(self.dataset, "name", None)
-        return name(index) if name else f"image {index}"
+        name = name(index) if name else f"image {index}"
+        return name.encode(errors="backslashreplace").decode()  # a name that is no UTF-8 could not be printed
 
 
 class BrokenImage(SfdError):
@@ -212,50 +218,3 @@ class Substituting:
                     raise
                 self.broken.add(fault)
                 index = (index + 1) % len(self)
-
-
-def to_rgb(image) -> Image.Image:
-    """Return an image of any kind as a Pillow image in RGB.
-
-    Grey, palette and CMYK images are converted as Pillow does; EXIF orientation is left alone, as in
-    the reference preprocessing.
-
-    Args:
-      image: encoded bytes, a uint8 array (H,W), (H,W,1) or (H,W,3), or a Pillow image.
-
-    Raises:
-      OSError, ValueError, SyntaxError, EOFError: the bytes are no whole image.
-    """
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)
-    elif not isinstance(image, Image.Image):
-        image = Image.open(io.BytesIO(image))
-    image.load()
-    if image.mode.startswith("I;16"):  # 16-bit grey: Pillow's own conversion clips at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """Crop the central square the way the ADM suite does.
-
-    Args:
-      image: RGB, any size.
-      size: side of the result, in pixels.
-
-    Returns:
-      uint8 (size, size, 3).
-
-    Source: `center_crop_arr` of guided-diffusion: halve with a box filter while the shorter side is
-      at least twice the target, resize it to the target bicubic, cut out the middle.
-    """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize(
-        (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
-    )
-    pixels = np.asarray(image)
-    top = (pixels.shape[0] - size) // 2
-    left = (pixels.shape[1] - size) // 2
-    return np.ascontiguousarray(pixels[top : top + size, left : left + size])

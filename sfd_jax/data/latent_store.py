@@ -61,17 +61,19 @@ class LatentStore:
       class_names: list of names, or None.
 
     Raises:
-      SfdError: no manifest, one of another format, or a shard that is missing or of another length.
+      SfdError: no manifest, one of another format or that contradicts itself, or a shard that is missing or of
+        another length.
     """
 
     def __init__(self, directory: str | os.PathLike):
         self.directory = Path(directory)
         self.manifest = _read_manifest(self.directory)
-        self.record_dtype = record_dtype(self.manifest["fields"])
-        self.orientations = orientations(self.manifest["fields"])
-        self.statistics = LatentStatistics.from_dict(self.manifest["statistics"])
-        self.class_names = self.manifest["class_names"]
-        self.shards = self.manifest["shards"]
+        try:
+            self._read_parts()
+        except (AttributeError, KeyError, TypeError, ValueError, SfdError) as error:
+            raise SfdError(
+                f"{self.directory / 'manifest.json'} is damaged ({error}); delete it and run the command that made it again"
+            ) from error
         self._ends = np.cumsum([shard["count"] for shard in self.shards])
         self._readers: dict[int, ArrayRecordReader] = {}
         self._lock = threading.Lock()
@@ -81,6 +83,33 @@ class LatentStore:
             if size != shard["bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes, not {shard['bytes']}"
                 raise self._damaged(shard, found)
+
+    def _read_parts(self) -> None:
+        """Read the manifest's entries, and compare them with each other."""
+        manifest = self.manifest
+        if manifest["shard_size"] < 1:
+            raise ValueError(f"shard_size {manifest['shard_size']}")
+        self.record_dtype = record_dtype(manifest["fields"])
+        if lacking := {"texture", "semantic", *PER_IMAGE} - set(self.record_dtype.names):
+            raise ValueError(f"its fields lack {', '.join(sorted(lacking))}")
+        self.orientations = orientations(manifest["fields"])
+        self.statistics = LatentStatistics.from_dict(manifest["statistics"])
+        self.class_names = manifest["class_names"]
+        self.shards = [{key: shard[key] for key in ("name", "count", "bytes", "sha256")} for shard in manifest["shards"]]
+        if not sum(shard["count"] for shard in self.shards) == sum(self.label_counts().values()) == manifest["count"] > 0:
+            raise ValueError("the counts of its shards, its labels and its images differ, or are 0")
+        for group in ("texture", "semantic"):
+            channels = self.record_dtype[group].shape[-1]
+            if getattr(self.statistics, f"{group}_mean").size != channels:
+                raise ValueError(f"its {group} statistics are not of {channels} channels")
+        # A begun store keeps the hash of released statistics that it was given; others were measured.
+        given = manifest["config"].get("statistics", "measured")
+        whole = manifest["statistics"] == manifest.get("measured_statistics", manifest["statistics"])
+        if not (whole if given == "measured" else self.statistics.hash() == given):
+            raise ValueError("its statistics are not those that it was written with")
+        texture, semantic = (self.record_dtype[group].shape for group in ("texture", "semantic"))
+        if semantic[-1] and texture[:-1] != semantic[:-1]:
+            raise ValueError(f"the grids of its texture {texture} and semantic {semantic} latents differ")
 
     def __len__(self) -> int:
         return self.manifest["count"]
@@ -115,12 +144,19 @@ class LatentStore:
             try:
                 # A range of one: `read([number])` takes half as long again, a list of many twice as long.
                 raw = self._reader(shard).read(number, number + 1)[0]
-                record = np.frombuffer(raw, layout)[0]
+                [record] = np.frombuffer(raw, layout)
             except (RuntimeError, ValueError, OSError, IndexError) as error:
                 raise self._damaged(self.shards[shard], f"cannot be read ({error})") from error
             for name, values in batch.items():
                 values[row] = record[name]
+        strangers = batch["index"] // self.manifest["shard_size"] != shards
+        if strangers.any():
+            raise self._damaged(self.shards[int(shards[strangers][0])], "holds the images of another shard")
         return batch
+
+    def label_counts(self) -> dict[int, int]:
+        """Return how many images each label has."""
+        return {int(label): count for label, count in self.manifest["label_counts"].items()}
 
     def verify(self, shards: list[int] | None = None) -> None:
         """Compare shards with their checksums, reading them whole.
@@ -139,11 +175,15 @@ class LatentStore:
     def _reader(self, number: int) -> ArrayRecordReader:
         with self._lock:
             if number not in self._readers:
-                self._readers[number] = ArrayRecordReader(
+                reader = ArrayRecordReader(
                     str(self.directory / self.shards[number]["name"]),
                     "readahead_buffer_size:0",  # random access
                     file_reader_buffer_size=16384,  # for what surrounds a record; the record is read past it
                 )
+                expected = self.shards[number]["count"] * self.orientations
+                if reader.num_records() != expected:
+                    raise ValueError(f"it holds {reader.num_records()} records, not {expected}")
+                self._readers[number] = reader
             return self._readers[number]
 
     def _damaged(self, shard: dict, what: str) -> SfdError:
@@ -223,8 +263,10 @@ class LatentStoreWriter:
         """Tell whether a shard is complete."""
         data, _ = self._paths(shard)
         try:
-            return data.stat().st_size == self.facts(shard)["bytes"]
-        except (OSError, ValueError, KeyError):  # missing, or facts that are damaged: it is redone
+            facts = self.facts(shard)
+            whole = {"name", "count", "bytes", "sha256", "moments", "label_counts", "skipped"} <= facts.keys()
+            return whole and data.stat().st_size == facts["bytes"]
+        except (OSError, ValueError, AttributeError):  # missing, or facts that are damaged: it is redone
             return False
 
     def facts(self, shard: int) -> dict:

@@ -16,16 +16,27 @@ class WithPixels:
       images: the `ImageSource` they were made from.
 
     Raises:
-      SfdError (when read): an image is missing, broken, or has another label than its latents: then
+      SfdError: there are more or fewer images. When read: an image is missing, broken, or has another label than its latents: then
         these are not the images that the latents were made from.
     """
 
     def __init__(self, latents: Any, images: Any):
         self.latents, self.images = latents, images
         self.statistics, self.class_names = latents.statistics, latents.class_names
+        self.notes = [*getattr(latents, "notes", ()), *getattr(images, "notes", ())]
+        total = getattr(latents, "manifest", {}).get("total", len(images))
+        if total != len(images):
+            raise SfdError(
+                f"the latents were made from {total:,} images, but there are {len(images):,}: data.images names other "
+                "ones than the latents were made from"
+            )
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    def label_counts(self) -> dict[int, int]:
+        """Return how many images each label has."""
+        return self.latents.label_counts()
 
     def read(self, indices: np.ndarray, flip: np.ndarray) -> dict[str, np.ndarray]:
         """Return the records stacked, with `pixels` uint8 (B,H,W,3); mirror images where `flip` (B,)."""

@@ -61,5 +61,5 @@ def load_pca(path: str | os.PathLike) -> dict[str, np.ndarray]:
     try:
         with np.load(path) as file:
             return {name: file[name] for name in ("mean", "components", "explained")}
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except Exception as error:  # numpy tells a damaged file by many types
         raise SfdError(f"{path} is damaged ({error}); delete it to fit it again") from error

@@ -25,6 +25,7 @@ from sfd_jax.data.latent_store import FLIPS, LatentStore, refuse_flips
 from sfd_jax.errors import SfdError
 from sfd_jax.latents import LatentStatistics
 
+CHANNELS_FIRST = ("latents", "latents_sv", "latents_dino", "feats_dino")
 _FILE = re.compile(r"latents_rank(\d+)_shard(\d+)\.safetensors")
 
 
@@ -32,26 +33,26 @@ def open_latents(
     directory: str | os.PathLike,
     *,
     repa: bool = False,
-    released_statistics: Callable[[Path], LatentStatistics] | None = None,
+    read_statistics: Callable[[Path], tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> "LatentStore | PublishedLatents":
     """Open latents to train on: our store, or released shards as they are.
 
     Args:
       directory: of either.
       repa: the stored features are wanted. (A store of ours reads what it holds in any case.)
-      released_statistics: reads the `*_stats.pt` of a folder of released shards.
+      read_statistics: reads mean and std (C,) from a released `*_stats.pt`; None leaves released shards without.
 
     Returns:
       A random-access source with `statistics` and `class_names`.
 
     Raises:
-      SfdError: neither is there, or it is damaged.
+      SfdError: neither is there, or it is damaged, or its parts do not belong together.
     """
     if next(Path(directory).glob("latents_rank*_shard*.safetensors"), None) is None:
         return LatentStore(directory)
     source = PublishedLatents(directory, repa=repa)
-    if released_statistics is not None:
-        source.statistics = released_statistics(source.directory)
+    if read_statistics is not None:
+        source.statistics = released_statistics(source, read_statistics)
     return source
 
 
@@ -67,9 +68,11 @@ class PublishedLatents:
       class_names: None; released shards do not hold them.
       flips: the mirror images' arrays are there too.
       fields: name -> (dtype, shape) of an image's arrays, from the headers; the mirror image's end in _flip.
+      notes: sentences on what was assumed.
 
     Raises:
-      SfdError: no shards, one that is damaged, or shards that differ in what they hold.
+      SfdError: no shards, one that is damaged or whose arrays are not of the same images, or shards that differ in
+        what they hold.
     """
 
     def __init__(self, directory: str | os.PathLike, *, repa: bool = False):
@@ -83,21 +86,34 @@ class PublishedLatents:
         self.paths = sorted(found, key=_rank_and_shard)
         self._open_files: dict[int, Any] = {}
         self._lock = threading.Lock()
+        self.notes = _gaps([_rank_and_shard(path) for path in self.paths])
         headers = [_header(path) for path in self.paths]
         self._ends = np.cumsum([header["labels"][1][0] for header in headers])
         self.names = _our_names(headers[0], repa, self.paths[0])
-        self.flips = all(f"{theirs}_flip" in headers[0] for theirs in self.names.values())
+        self.flips = "latents_flip" in headers[0]
         self.fields = {}
-        for suffix in FLIPS if self.flips else FLIPS[:1]:
+        both = [theirs + suffix for suffix in FLIPS for theirs in self.names.values()]
+        for path, header in zip(self.paths, headers):
+            for name in both:
+                if (name in header) != (self.flips or not name.endswith("_flip")):
+                    raise SfdError(f"{path} {'holds' if name in header else 'does not hold'} the '{name}', unlike "
+                                   f"{self.paths[0].name} or its other arrays; do they belong together?")  # fmt: skip
+        for path, header in zip(self.paths, headers):
             for ours, theirs in self.names.items():
-                dtype, shape = headers[0][theirs + suffix]
-                self.fields[ours + suffix] = (dtype, _our_shape(ours, shape[1:]))
-                for path, header in zip(self.paths, headers):
-                    if theirs + suffix not in header or header[theirs + suffix][1][1:] != shape[1:]:
-                        raise SfdError(
-                            f"{path} does not hold the '{theirs + suffix}' of {self.paths[0].name}, "
-                            f"{list(shape[1:])} an image; do the shards belong together?"
-                        )
+                for suffix in FLIPS if self.flips else FLIPS[:1]:
+                    dtype, (_, *shape) = header[theirs + suffix]
+                    field = (dtype, _our_shape(ours, shape))
+                    expected = self.fields.setdefault(ours + suffix, self.fields.get(ours, field))
+                    if field != expected:
+                        raise SfdError(f"{path}: '{theirs + suffix}' is {field[0]} {field[1]} an image (channels last), but "
+                                       f"{expected[0]} {expected[1]} elsewhere; do the shards belong together?")  # fmt: skip
+        texture, semantic = (self.fields[group][1][:2] for group in ("texture", "semantic"))
+        if texture != semantic:
+            raise SfdError(f"{self.paths[0]}: the grids of '{self.names['texture']}' {texture} and "
+                           f"'{self.names['semantic']}' {semantic} differ; do they belong together?")  # fmt: skip
+        for path, labels in zip(self.paths, self._labels()):
+            if labels.size and not 0 <= labels.min() <= labels.max() < 2**31:
+                raise SfdError(f"{path}: labels reach from {labels.min()} to {labels.max()}; expected 0 and above")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -129,8 +145,14 @@ class PublishedLatents:
 
     def labels(self) -> np.ndarray:
         """Return the labels of all images, int64 (N,)."""
-        parts = [self._file(number).get_tensor("labels") for number in range(len(self.paths))]
-        return np.concatenate(parts).astype(np.int64)
+        return np.concatenate(self._labels()).astype(np.int64)
+
+    def label_counts(self) -> dict[int, int]:
+        """Return how many images each label has."""
+        return dict(zip(*(values.tolist() for values in np.unique(self.labels(), return_counts=True))))
+
+    def _labels(self) -> list[np.ndarray]:
+        return [self._file(number).get_tensor("labels") for number in range(len(self.paths))]
 
     def _row(self, index: int, suffix: str) -> dict[str, np.ndarray]:
         number = int(np.searchsorted(self._ends, index, side="right"))
@@ -139,6 +161,8 @@ class PublishedLatents:
         values = {"label": file.get_slice("labels")[row : row + 1][0]}
         for ours, theirs in self.names.items():
             values[ours] = _our_layout(ours, file.get_slice(theirs + suffix)[row : row + 1][0])
+            if not np.isfinite(values[ours]).all():
+                raise SfdError(f"{self.paths[number]}: '{theirs + suffix}' of row {row} is not finite; download it again")
         return values
 
     def _file(self, number: int) -> Any:
@@ -155,22 +179,42 @@ class PublishedLatents:
         self.statistics = state["statistics"]
 
 
-def published_statistics(texture: dict[str, Any], semantic: dict[str, Any]) -> LatentStatistics:
-    """Build statistics from the contents of `latents_stats.pt` and `latents_sv_stats.pt`.
+def released_statistics(
+    source: PublishedLatents, read: Callable[[Path], tuple[np.ndarray, np.ndarray]]
+) -> LatentStatistics:
+    """Read the `*_stats.pt` beside released shards.
 
     Args:
-      texture, semantic: {"mean", "std"}, each of shape (1,C,1,1).
+      source: the shards.
+      read: reads mean and std, float (C,) each, from a file.
 
     Raises:
-      SfdError: a part is missing.
+      SfdError: a file is missing, damaged, or of another number of channels than the latents.
     """
-    for name, stats in (("texture", texture), ("semantic", semantic)):
-        for key in ("mean", "std"):
-            if key not in stats:
-                raise SfdError(f"the {name} statistics hold no '{key}', only {', '.join(stats)}")
-    flat = [np.asarray(stats[key], np.float32).reshape(-1)
-            for stats in (texture, semantic) for key in ("mean", "std")]  # fmt: skip
-    return LatentStatistics(*flat)
+    parts = []
+    for group, theirs in source.names.items():
+        if group not in ("texture", "semantic"):
+            continue
+        path, channels = source.directory / f"{theirs}_stats.pt", source.fields[group][1][-1]
+        if not path.exists():
+            raise SfdError(f"{source.directory} lacks {path.name}, which belongs to its shards; copy it there")
+        mean, std = read(path)
+        if not mean.size == std.size == channels:
+            raise SfdError(f"{path} is of {mean.size} channels, but '{theirs}' of the shards has {channels}: it is of others")
+        if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
+            raise SfdError(f"{path}: every mean must be finite and every std finite and positive; download it again")
+        parts += [mean, std]
+    return LatentStatistics(*parts)
+
+
+def _gaps(numbers: list[tuple[int, ...]]) -> list[str]:
+    """Return notes on shards that are missing between others; refuse two of one number."""
+    if twice := [number for number in numbers if numbers.count(number) > 1]:
+        raise SfdError(f"two files are shard {twice[0][1]} of rank {twice[0][0]}; remove the copy")
+    ranks = {rank: {shard for other, shard in numbers if other == rank} for rank, _ in numbers}
+    missing = [f"rank {rank} shard {shard}" for rank, shards in ranks.items() for shard in range(max(shards)) if shard not in shards]
+    missing += [f"rank {rank}" for rank in range(max(ranks)) if rank not in ranks]
+    return [f"shards are missing between those there are: {', '.join(missing[:5])} ({len(missing)} in all)"] if missing else []
 
 
 def _rank_and_shard(path: Path) -> tuple[int, ...]:
@@ -186,6 +230,13 @@ def _header(path: Path) -> dict[str, tuple[str, list[int]]]:
         raise SfdError(f"{path} is damaged ({error}); download it again") from error
     if "labels" not in header or "latents" not in header:
         raise SfdError(f"{path} holds no 'latents' and 'labels'; is it a shard of latents?")
+    kind, rows = header["labels"]
+    if len(rows) != 1 or rows[0] == 0 or kind[0] not in "IU":
+        raise SfdError(f"{path}: 'labels' is {kind} {rows}; expected whole numbers, one an image")
+    for name in (theirs + suffix for theirs in CHANNELS_FIRST for suffix in FLIPS if theirs + suffix in header):
+        kind, shape = header[name]
+        if len(shape) != 4 or shape[0] != rows[0] or 0 in shape or kind not in ("F32", "F16", "BF16", "F64"):
+            raise SfdError(f"{path}: '{name}' is {kind} {shape}; expected floating point (N,C,H,W) with N = {rows[0]}, as 'labels' has")
     return header
 
 

@@ -12,15 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from sfd_jax.budget import Budget
-from sfd_jax.data.images import center_crop
+from sfd_jax.data.class_folders import EXTENSIONS, walk
+from sfd_jax.data.decoding import center_crop, load_image, read_bytes, to_rgb
 from sfd_jax.errors import SfdError
 from sfd_jax.evaluation.npz import npz_names, open_array, read_npz
 
 JOB_NPZ = "samples.npz"  # what a sampling job calls its npz, beside its recipe
-IMAGE_FILES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,9 +185,9 @@ def read_recipe(folder: Path) -> dict | None:
 
 
 def _open_folder(folder: Path, image_size: int | None) -> ImageSet:
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_FILES)
+    files = sorted(folder / name for name in walk(folder)[0])
     if not files:
-        raise SfdError(f"{folder} holds no image files ({', '.join(sorted(IMAGE_FILES))}) and no chunks")
+        raise SfdError(f"{folder} holds no image files ({', '.join(EXTENSIONS)}) and no chunks")
     in_one_folder = len({file.parent for file in files}) == 1
     if image_size is None and in_one_folder and all(file.stem.isdecimal() for file in files):
         # Numbered files are a sampler's: a gap means that it was not done.
@@ -236,12 +235,11 @@ def read_image(file: Path, image_size: int | None = None) -> np.ndarray:
       SfdError: not an image, or without `image_size` not 8-bit RGB.
     """
     try:
-        with Image.open(file) as image:
-            image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        image = load_image(read_bytes(file))
+        if image_size is not None:
+            return center_crop(to_rgb(image), image_size)
+    except (OSError, ValueError) as error:
         raise SfdError(f"cannot read image {file}: {error}") from error
-    if image_size is not None:
-        return center_crop(image.convert("RGB"), image_size)
     if image.mode != "RGB":
         raise SfdError(f"{file} is of mode {image.mode}; expected 8-bit RGB, as samples are saved")
     return np.asarray(image)

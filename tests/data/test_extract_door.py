@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 from sfd_jax.cli.main import main
 from sfd_jax.data.checks import check_store, check_writable
 from sfd_jax.data.latent_store import LatentStore
+from sfd_jax.data.published import PublishedLatents
 from sfd_jax.models import Network
 from sfd_jax.training.checkpoint import save_params
 
@@ -64,7 +65,8 @@ def test_images_to_shards(work, capsys):
     refusal = capsys.readouterr().err
     assert "belongs to another run" in refusal and "config.repa: there false, here true" in refusal
     assert main(flags(work, out, semantic, "--max_broken=1")) == 0
-    assert "10 images in 3 shards" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "10 images in 3 shards" in printed and "images has no split 'train': its own folders are taken" in printed
     store = LatentStore(out)
     assert len(store) == COUNT - 1 and store.class_names == ["cat", "dog"]
     assert store.manifest["label_counts"] == {"0": 6, "1": 4}
@@ -126,7 +128,7 @@ def test_check_store_names_each_fault(work, tmp_path):
     assert all(any(part in fault for fault in faults) for part in expected)
     path = tmp_path / "ours" / "manifest.json"
     written = path.read_text()
-    imagenet = {"label_counts": {str(label): 1 for label in range(1000)}}
+    imagenet = {"label_counts": {str(label): 6 * (label == 0) for label in range(1000)}}
     for changed in (imagenet, {"class_names": [str(i) for i in range(1000)], "config": {"split": "train"}}):
         path.write_text(json.dumps(json.loads(written) | changed))
         assert any("holds 6 images, not the expected 1,281,167" in fault for fault in check_store(path.parent))
@@ -162,3 +164,18 @@ def test_released_statistics_come_along(parity_dir, tmp_path, capsys):
 def test_impossible_flags_are_answered(arguments, message, capsys):
     assert main(["extract", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_released_statistics_that_do_not_describe_the_latents_are_said(parity_dir, tmp_path, capsys, monkeypatch):
+    """Of the right shapes, so that only the measured ones can tell."""
+    released = parity_dir / "files" / "latents"
+    source, statistics = PublishedLatents(released), {}
+    for group, theirs in source.names.items():
+        values = source.read(np.arange(len(source)))[group].astype(np.float32)
+        statistics[f"{theirs}_stats.pt"] = values.mean((0, 1, 2)), values.std((0, 1, 2))
+    monkeypatch.setattr("sfd_jax.convert.weight_files.read_statistics", lambda path: statistics[path.name])
+    assert main(["extract", f"--repack={released}", f"--out={tmp_path / 'right'}"]) == 0
+    assert "note:" not in capsys.readouterr().out
+    statistics["latents_stats.pt"] = tuple(10 * value for value in statistics["latents_stats.pt"])
+    assert main(["extract", f"--repack={released}", f"--out={tmp_path / 'wrong'}"]) == 0
+    assert "note: the released texture statistics are not those of these latents" in capsys.readouterr().out

@@ -251,3 +251,80 @@ def store_plan(directory):
     plan = json.loads((directory / "plan.json").read_text())
     plan.pop("format")
     return Plan(**plan)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"count": 5}, "counts of its shards, its labels and its images differ"),
+        ({"label_counts": {"0": 1}}, "counts of its shards, its labels and its images differ"),
+        ({"shards": []}, "counts of its shards"),
+        ({"shards": [{"name": "latents-00000.ar"}]}, "damaged .'count'"),
+        ({"shards": 3}, "damaged"),
+        ({"fields": {}}, "fields lack index, label, semantic, texture"),
+        ({"fields": {"texture": {"dtype": "int8", "shape": []}}}, "unknown dtype 'int8'"),
+        ({"shard_size": 0}, "shard_size 0"),
+        ({"statistics": {}}, "missing"),
+        ({"statistics": None}, "damaged"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_named(tmp_path, change, words):
+    run(tmp_path)
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(SfdError, match=f"manifest.json is damaged.*{words}|manifest.json is {words}"):
+        LatentStore(tmp_path)
+
+
+@pytest.mark.parametrize("name, value", [("texture_std", 0.0), ("semantic_mean", float("nan")), ("texture_mean", None), ("texture_mean", 0.5)])
+def test_statistics_of_a_store_are_numbers_for_its_channels(tmp_path, name, value):
+    run(tmp_path)
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    values = manifest["statistics"][name]
+    manifest["statistics"][name] = values[1:] if value is None else [value, *values[1:]]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(SfdError, match="manifest.json is damaged.*(texture|semantic|its) statistics"):
+        LatentStore(tmp_path)
+
+
+def test_a_flipped_bit_of_a_record_is_named_or_changes_nothing(tmp_path):
+    good = run(tmp_path).read(np.arange(COUNT))
+    shard = tmp_path / "latents-00002.ar"
+    data, random, named = shard.read_bytes(), np.random.default_rng(0), 0
+    for place in random.integers(0, len(data), 300):
+        changed = bytearray(data)
+        changed[place] ^= 1 << random.integers(8)
+        shard.write_bytes(changed)
+        try:
+            found = LatentStore(tmp_path).read(np.arange(COUNT))
+            assert all((found[name] == good[name]).all() for name in good)
+        except SfdError as error:
+            assert "latents-00002.ar" in str(error)
+            named += 1
+    assert named > 10
+
+
+def test_a_shard_in_the_place_of_another_is_named(tmp_path):
+    run(tmp_path)
+    first, second = tmp_path / "latents-00000.ar", tmp_path / "latents-00001.ar"
+    swapped = first.read_bytes(), second.read_bytes()
+    assert len(swapped[0]) == len(swapped[1])
+    first.write_bytes(swapped[1]), second.write_bytes(swapped[0])
+    with pytest.raises(SfdError, match="latents-00001.ar holds the images of another shard"):
+        LatentStore(tmp_path).read(np.array([7]))
+    first.write_bytes((tmp_path / "latents-00004.ar").read_bytes())  # has fewer records
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["shards"][0]["bytes"] = first.stat().st_size
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(SfdError, match="latents-00000.ar cannot be read .it holds 6 records, not 10"):
+        LatentStore(tmp_path).read(np.array([0]))
+
+
+def test_hosts_count_each_others_broken_images(tmp_path):
+    """Host 1 has had two, so host 0 ends with its first one."""
+    with pytest.raises(SfdError, match="not finished"):  # host 0 has not written its shards
+        run(tmp_path, Noise(broken=(6, 7)), host_index=1, host_count=2, max_broken=2, barrier=lambda name: None)
+    with pytest.raises(SfdError, match="3 broken images, more than the 2 allowed") as caught:
+        run(tmp_path, Noise(broken=(1, 6, 7)), host_index=0, host_count=2, max_broken=2, barrier=lambda name: None)
+    assert all(f"noise/{index}.jpg" in str(caught.value) for index in (1, 6, 7))

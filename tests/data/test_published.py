@@ -9,9 +9,9 @@ from safetensors.numpy import load_file, save_file
 from sfd_jax.data.checks import check_published
 from sfd_jax.data.extract import repack
 from sfd_jax.data.pipeline import feature_transform, latent_transform, make_batches
-from sfd_jax.data.published import PublishedLatents, open_latents, published_statistics
+from sfd_jax.data.published import PublishedLatents, open_latents
 from sfd_jax.errors import SfdError
-from sfd_jax.latents import LatentLayout
+from sfd_jax.latents import LatentLayout, LatentStatistics
 
 KINDS = {"latents": 3, "latents_sv": 2, "feats_dino": 7}  # channels
 
@@ -72,7 +72,9 @@ def test_training_reads_released_shards_and_ours_alike(shards, tmp_path):
     folder, _ = shards
     repack(PublishedLatents(folder, repa=True), tmp_path / "ours", dtype="float32", shard_size=4)
     ours = open_latents(tmp_path / "ours", repa=True)
-    released = open_latents(folder, repa=True, released_statistics=lambda path: ours.statistics)
+    for name in ("latents_stats.pt", "latents_sv_stats.pt"):
+        (folder / name).touch()
+    released = open_latents(folder, repa=True, read_statistics=of(ours.statistics))
     batches = []
     for source in (ours, pickle.loads(pickle.dumps(released))):
         latents = latent_transform(LatentLayout(3, 2), source.statistics, repa=True)
@@ -87,12 +89,17 @@ def test_training_reads_released_shards_and_ours_alike(shards, tmp_path):
         open_latents(tmp_path)
 
 
+def of(statistics):
+    """Return what stands for the reader of `*_stats.pt`."""
+    texture, semantic = (
+        tuple(getattr(statistics, f"{group}_{name}") for name in ("mean", "std")) for group in ("texture", "semantic")
+    )
+    return lambda path: {"latents_stats.pt": texture, "latents_sv_stats.pt": semantic}[path.name]
+
+
 def test_repacking_keeps_every_record(shards, tmp_path):
     folder, whole = shards
-    released = published_statistics(
-        {"mean": np.full((1, 3, 1, 1), 2.0), "std": np.full((1, 3, 1, 1), 3.0)},
-        {"mean": np.zeros((1, 2, 1, 1)), "std": np.ones((1, 2, 1, 1))},
-    )
+    released = LatentStatistics([2.0] * 3, [3.0] * 3, [0.0] * 2, [1.0] * 2)
     source = PublishedLatents(folder, repa=True)
     store = repack(source, tmp_path / "ours", dtype="float32", shard_size=4, statistics=released)
     for flip in (np.zeros(10, bool), np.ones(10, bool)):
@@ -131,3 +138,89 @@ def test_shards_of_the_parity_pack(parity_dir):
     texture = np.concatenate([part["latents_flip"] for part in parts])
     found = source.read(np.array([len(source) - 1]), np.array([True]))["texture"]
     np.testing.assert_array_equal(found[0], np.moveaxis(texture[-1], 0, -1))
+
+
+def rewrite(folder, name="rank02_shard001", **changes):
+    """Change arrays of one shard, or leave out those that are None."""
+    path = folder / f"latents_{name}.safetensors"
+    arrays = load_file(path) | changes
+    save_file({key: values for key, values in arrays.items() if values is not None}, path)
+
+
+NUMBERS = np.zeros((3, 2, 5, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"labels": np.arange(2)}, "shard001.*'feats_dino|'latents' is F32 .* with N = 2"),
+        ({"labels": np.arange(4)}, "is F32 .* with N = 4"),
+        ({"labels": np.arange(3) + 0.5}, "'labels' is F64 .*; expected whole numbers"),
+        ({"labels": np.arange(3).reshape(3, 1)}, r"'labels' is I64 \[3, 1\]"),
+        ({"labels": np.array([0, -1, 2])}, "labels reach from -1 to 2"),
+        ({"labels": np.array([0, 2**40, 2])}, "labels reach from 0 to 1099511627776"),
+        ({"labels": np.zeros(3, bool)}, "'labels' is BOOL"),
+        ({"latents_sv": NUMBERS[:2]}, r"'latents_sv' is F32 \[2, 2, 5, 3\].* with N = 3"),
+        ({"latents_sv_flip": NUMBERS[:2]}, "'latents_sv_flip' is F32 .* with N = 3"),
+        ({"latents_sv": NUMBERS[:, :1]}, r"'latents_sv' is F32 \(5, 3, 1\).*but F32 \(5, 3, 2\) elsewhere"),
+        ({"latents_sv_flip": NUMBERS[:, :1]}, "'latents_sv_flip' is F32 .* elsewhere"),
+        ({"latents": np.zeros((3, 3, 3, 5), np.float32)}, r"'latents' is F32 \(3, 5, 3\)"),
+        ({"latents": np.zeros((3, 3, 5, 3), np.float16)}, "'latents' is F16 .*but F32"),
+        ({"latents": np.zeros((3, 3, 5, 3), np.int32)}, "'latents' is I32 .*expected floating point"),
+        ({"latents": np.zeros((3, 45), np.float32)}, r"'latents' is F32 \[3, 45\]; expected .* \(N,C,H,W\)"),
+        ({"latents_sv_flip": None}, "does not hold the 'latents_sv_flip'"),
+        ({"latents_flip": None, "latents_sv_flip": None}, "does not hold the 'latents_flip'"),
+        ({"latents_sv": None, "latents_sv_flip": None, "latents_dino": NUMBERS}, "does not hold the 'latents_sv'"),
+    ],
+)
+def test_a_shard_that_disagrees_is_named_when_it_is_opened(shards, changes, words):
+    folder, _ = shards
+    rewrite(folder, **changes)
+    with pytest.raises(SfdError, match=words) as caught:
+        PublishedLatents(folder)
+    assert "latents_rank02_shard001.safetensors" in str(caught.value)
+
+
+def test_groups_of_two_grids_and_values_that_are_no_numbers(shards):
+    folder, whole = shards
+    rewrite(folder, "rank10_shard000", latents=np.where(np.arange(5)[:, None, None, None] == 2, np.nan, whole["latents"][5:]).astype(np.float32))
+    source = PublishedLatents(folder)
+    assert source.read(np.arange(5))["texture"].shape[0] == 5
+    with pytest.raises(SfdError, match="rank10_shard000.safetensors: 'latents' of row 2 is not finite"):
+        source.read(np.arange(10))
+    for name, rows in (("rank02_shard000", 2), ("rank02_shard001", 3), ("rank10_shard000", 5)):
+        rewrite(folder, name, latents_sv=np.zeros((rows, 2, 4, 4), np.float32), latents_sv_flip=np.zeros((rows, 2, 4, 4), np.float32))
+    with pytest.raises(SfdError, match=r"grids of 'latents' \(5, 3\) and 'latents_sv' \(4, 4\) differ"):
+        PublishedLatents(folder)
+
+
+def test_missing_shards_are_said_and_copies_refused(shards):
+    folder, _ = shards
+    assert "rank 0, rank 1, rank 3" in PublishedLatents(folder).notes[0]
+    (folder / "latents_rank02_shard001.safetensors").rename(folder / "latents_rank02_shard004.safetensors")
+    assert "rank 2 shard 1, rank 2 shard 2, rank 2 shard 3, " in PublishedLatents(folder).notes[0]
+    (folder / "latents_rank2_shard4.safetensors").write_bytes((folder / "latents_rank02_shard004.safetensors").read_bytes())
+    with pytest.raises(SfdError, match="two files are shard 4 of rank 2"):
+        PublishedLatents(folder)
+
+
+@pytest.mark.parametrize(
+    ("changed", "statistics", "words"),
+    [
+        ("latents_stats.pt", (np.zeros(32), np.ones(32)), "latents_stats.pt is of 32 channels, but 'latents' of the shards has 3"),
+        ("latents_sv_stats.pt", (np.zeros(3), np.ones(3)), "latents_sv_stats.pt is of 3 channels, but 'latents_sv' .* has 2"),
+        ("latents_sv_stats.pt", (np.zeros(2), np.array([1, 0])), "latents_sv_stats.pt: .* every std finite and positive"),
+        ("latents_stats.pt", (np.array([0, np.nan, 0]), np.ones(3)), "latents_stats.pt: every mean must be finite"),
+    ],
+)
+def test_statistics_of_something_else_are_named(shards, changed, statistics, words):
+    folder, _ = shards
+    whole = {"latents_stats.pt": (np.zeros(3), np.ones(3)), "latents_sv_stats.pt": (np.zeros(2), np.ones(2))}
+    with pytest.raises(SfdError, match="lacks latents_stats.pt"):
+        open_latents(folder, read_statistics=lambda path: whole[path.name])
+    for name in (*whole, "latents_dino_stats.pt"):  # the last is of the PCA variant, not of these shards
+        (folder / name).touch()
+    assert open_latents(folder, read_statistics=lambda path: whole[path.name]).statistics.texture_std.tolist() == [1] * 3
+    whole[changed] = statistics
+    with pytest.raises(SfdError, match=words):
+        open_latents(folder, read_statistics=lambda path: whole[path.name])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -42,6 +43,11 @@ def work(tmp_path_factory):
 def start(work: Path, out: Path, count: int) -> list[subprocess.Popen]:
     """Start the doors as `count` processes with four devices in all."""
     out.mkdir()
+    return launch([str(Path(__file__).with_name("doors.py")), str(work), str(out)], count)
+
+
+def launch(arguments: list[str], count: int) -> list[subprocess.Popen]:
+    """Start Python with these arguments as `count` processes of one job, with four devices in all."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -50,8 +56,7 @@ def start(work: Path, out: Path, count: int) -> list[subprocess.Popen]:
         own = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index),
                "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // count}",
                "SFD_EXPECT_PROCESSES": str(count), "SFD_EXPECT_DEVICES": "4"}  # fmt: skip
-        command = [sys.executable, str(Path(__file__).with_name("doors.py")), str(work), str(out)]
-        processes.append(subprocess.Popen(command, env=os.environ | own, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        processes.append(subprocess.Popen([sys.executable, *arguments], env=os.environ | own, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
     return processes
 
 
@@ -91,3 +96,23 @@ def test_two_hosts_do_what_one_does(work, tmp_path):
     assert "fd_dinov2" in "".join(first) and not second
     beats = sorted(path.relative_to(two).as_posix() for path in two.rglob("heartbeats/*"))
     assert beats == [f"{job}/heartbeats/process_0000{i}.json" for job in ("latents", "run", "samples") for i in (0, 1)][:-1]
+
+
+@pytest.mark.slow
+def test_broken_images_are_counted_over_all_hosts(work, tmp_path):
+    """One broken image on each of two hosts: none has two, and the job has; what is written stays for the next try."""
+    shutil.copytree(work / "images", tmp_path / "images")
+    for name in ("class0/10.png", "class2/12.png"):  # numbers 1 and 5, in the first shard of each host
+        (tmp_path / "images" / name).write_bytes(b"no image")
+    command = ["-m", "sfd_jax.cli.main", "extract", "--images=folder", f"--path={tmp_path / 'images'}", f"--out={tmp_path / 'latents'}",
+               "--image_size=16", f"--texture_vae={work / 'texture_vae'}", "--batch_size=4", "--shard_size=4"]  # fmt: skip
+    for limit, status in ((1, 2), (2, 0)):
+        processes = launch([*command, f"--max_broken={limit}"], 2)
+        ends = [process.communicate(timeout=300) for process in processes]
+        assert [process.returncode for process in processes] == [status] * 2, ends
+        assert (tmp_path / "latents" / "manifest.json").exists() == (limit == 2)
+        if limit == 1:
+            told = ends[0][1]
+            assert "2 broken images, more than the 1 allowed" in told and "class0/10.png" in told and "class2/12.png" in told
+    store = LatentStore(tmp_path / "latents")
+    assert [len({fault["index"] // 4 % 2 for fault in store.manifest["skipped"]}), len(store)] == [2, 18]

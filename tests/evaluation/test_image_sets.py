@@ -94,6 +94,24 @@ def flipped_npz(path):
     return file
 
 
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_changed_byte_of_a_compressed_npz_is_damage_or_changes_nothing(tmp_path, chunked):
+    file = tmp_path / ("chunk_00000000_00000010.npz" if chunked else "x.npz")
+    arrays = {"images": IMAGES, "indices": np.arange(11)} if chunked else {"arr_0": IMAGES}
+    np.savez_compressed(file, **arrays)
+    whole, random, named = file.read_bytes(), np.random.default_rng(0), 0
+    for place in random.integers(0, len(whole), 200):
+        data = bytearray(whole)
+        data[place] ^= 1 << random.integers(8)
+        file.write_bytes(data)
+        try:
+            np.testing.assert_array_equal(read(open_image_set(tmp_path if chunked else file)), IMAGES)
+        except SfdError as error:
+            assert file.name in str(error)
+            named += 1
+    assert named > 100
+
+
 def grey_png(path):
     folder = write_pngs(path / "p")
     Image.new("L", (7, 5)).save(folder / "3.png")

@@ -7,6 +7,7 @@ from sfd_jax.cli.build import train_config
 from sfd_jax.cli.flags import load_config
 from sfd_jax.cli.main import open_door
 from sfd_jax.cli.train import main
+from sfd_jax.cli.train_semvae import main as train_semvae
 from sfd_jax.data.latent_store import LatentStore, LatentStoreWriter, Plan, latent_fields
 from sfd_jax.models import Network
 from sfd_jax.training import load_params
@@ -84,6 +85,25 @@ def test_faults_of_the_config_are_told_before_training(flag, message, latents, t
 
 
 @pytest.mark.slow
+def test_the_label_of_every_record_is_checked_before_training(latents, tmp_path, capsys):
+    """The one label that is too large is the last record's, which the first batch does not hold."""
+    store = tmp_path / "latents"
+    fields = latent_fields((4, 4, 8), (4, 4, 4), dtype="float32", flips=True, repa_shape=(16, 24))
+    writer = LatentStoreWriter(store, Plan(20, 20, fields, {}, {}, None))
+    with writer.open_shard(0) as records:
+        for index in range(20):
+            arrays = {name: np.random.default_rng(index).standard_normal(field["shape"]) for name, field in fields.items()}
+            records.add({**arrays, "label": 10 if index == 19 else index % 10, "index": index})
+    writer.finish()
+    run = tmp_path / "run"
+    words = f"{store}: labels outside 0..9: [10] (1 labels, 1 images)"
+    for flags in ((), ("--check",)):
+        assert train(run, store, *flags) == 2 and words in capsys.readouterr().err
+    semvae = [f"--config.data.path={store}", "--config.loss.classification_weight=1.0", "--config.loss.num_classes=10"]
+    assert open_door(train_semvae, "train_semvae", ["--config=configs/semantic_vae.py:tiny", f"--workdir={run}", *semvae]) == 2
+    assert words in capsys.readouterr().err and not run.exists()
+
+
 def test_train_semvae_from_stored_features(latents, tmp_path):
     from sfd_jax.cli.train_semvae import main
 
