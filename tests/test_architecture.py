@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "generation": {"latents", "models", "diffusion", "data", "distributed", "training"},
     "evaluation": {"models", "distributed", "data"},
     "convert": {"latents", "models"},
-    "parity": {"latents", "models", "diffusion", "distributed", "training", "evaluation", "convert"},
+    "parity": {"latents", "models", "diffusion", "distributed", "training", "generation", "evaluation", "convert"},
     "pod": {"latents", "models", "data", "distributed", "training", "generation", "evaluation"},
     "cli": {"latents", "models", "diffusion", "data", "distributed", "training", "generation",
             "evaluation", "convert", "parity", "pod"},

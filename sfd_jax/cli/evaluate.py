@@ -44,6 +44,8 @@ def main(argv: list[str]) -> int:
     if distributed.is_host0():
         for name, value in report["scores"].items():
             print(f"{name:<10} {value:.6g}")
+        for note in report.get("notes", []):
+            print(f"note: {note}")
         if args.out:
             _write_new(Path(args.out), report)
             print(args.out)
@@ -107,11 +109,14 @@ def _evaluate(args) -> dict:
     if args.save_statistics:
         _save_statistics(args, reference)
     results = compare(samples, comparisons, progress=True, **_batches(args))
+    found = list(dict.fromkeys(note for values in results for note in values.pop("notes", ())))
+    if samples.count < 10_000:
+        found.append(f"scores of {samples.count:,} images are biased (FID upwards, IS downwards); published tables use 50,000")
     scores = {}
     for comparison, values in zip(comparisons, results, strict=True):
         is_inception = comparison.extractor.name == "inception"
         scores |= values if is_inception else {f"fd_{comparison.extractor.name}": values["fid"]}
-    return {"scores": scores, "recipe": recipe() | _judges(comparisons) | {"num_images": samples.count}}
+    return {"scores": scores, "notes": found, "recipe": recipe() | _judges(comparisons) | {"num_images": samples.count}}
 
 
 def _finished(args):

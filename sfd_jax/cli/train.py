@@ -86,7 +86,7 @@ def run(task, train, config, workdir, *, source, transform, metadata, params=Non
     from sfd_jax.cli.build import mesh_from_config
     from sfd_jax.data.checks import check_labels
     from sfd_jax.data.pipeline import make_batches, make_eval_batches
-    from sfd_jax.distributed import say, start
+    from sfd_jax.distributed import host_rows, say, start
     from sfd_jax.distributed.preflight import Job
     from sfd_jax.training import fit
     from sfd_jax.training.held_out import held_out_metrics
@@ -101,23 +101,24 @@ def run(task, train, config, workdir, *, source, transform, metadata, params=Non
     for note in getattr(source, "notes", ()):
         say(f"note: {note}")
     mesh = mesh_from_config(config)
-    host = {"host_index": jax.process_index(), "host_count": jax.process_count(), "workers": config.data.workers}
+    rows, workers = host_rows(mesh, train.global_batch_size), config.data.workers
     batches = make_batches(
         source,
         seed=config.seed,
         global_batch_size=train.global_batch_size,
+        rows=rows,
         transform=transform,
+        workers=workers,
         flips=config.data.flips,
-        **host,
     )
     check_batch(task, batches.at(0))
     evaluate = None
     if held_out:
         measure, held_out_source = held_out
-        per_host = train.global_batch_size // jax.process_count()
+        host = {"host_index": jax.process_index(), "host_count": jax.process_count(), "workers": workers}
         evaluate = held_out_metrics(
             measure,
-            lambda: make_eval_batches(held_out_source, batch_size=per_host, transform=transform, **host),
+            lambda: make_eval_batches(held_out_source, batch_size=len(rows), transform=transform, **host),
             mesh,
             put_frozen(task, mesh),
         )

@@ -1,9 +1,10 @@
-"""Batches as a function of (seed, step, host).
+"""Batches as a function of (seed, step, rows).
 
 Training reads the source as an endless stream of positions; position p is element `p % N` of epoch
 `p // N`, and every epoch has its own shuffling. Global batch number `step` is the positions
-`step * G ... (step + 1) * G - 1`; host h of H takes the h-th of H equal parts of it. So the step is
-the whole state of the loader, and any number of hosts sees the same global batches. Nothing is
+`step * G ... (step + 1) * G - 1`; a host reads those rows of it that its devices hold
+(`distributed.host_rows`). So the step is the whole state of the loader, and any number of hosts, with
+devices in any order, sees the same global batches. Nothing is
 dropped at an epoch's edge.
 
 A source answers `len(source)` and `source[i] -> dict`; flips mirror its `pixels`. One that also has
@@ -34,8 +35,7 @@ def make_batches(
     *,
     seed: int,
     global_batch_size: int,
-    host_index: int = 0,
-    host_count: int = 1,
+    rows: np.ndarray | None = None,
     transform: Transform | None = None,
     workers: int = 0,
     flips: bool = False,
@@ -48,7 +48,7 @@ def make_batches(
       source: random access to records.
       seed: decides order and flips, together with the epoch.
       global_batch_size: images in a batch over all hosts.
-      host_index, host_count: which part of each batch is wanted.
+      rows: int (B,) in [0, global_batch_size), the rows of each batch that are wanted; None for all.
       transform: see `latent_transform` and `pixel_transform`; None leaves the records alone.
       workers: processes that prepare batches ahead; 0 does so in threads of this process.
       flips: flip each image with probability 1/2, once for all its arrays.
@@ -59,21 +59,15 @@ def make_batches(
       `batches`: call `batches(start_step)` for an endless iterator, `batches.at(step)` for one batch.
 
     Raises:
-      SfdError: an empty source, or a batch that the hosts cannot share equally.
+      SfdError: an empty source.
     """
     if len(source) == 0:
         raise SfdError("cannot make batches of an empty source")
-    if global_batch_size % host_count:
-        raise SfdError(
-            f"global_batch_size {global_batch_size} cannot be shared equally by {host_count} hosts; "
-            f"choose a multiple of {host_count}"
-        )
     return TrainBatches(
         source=InMemory(source, flips) if cache else source,
         seed=seed,
         global_batch_size=global_batch_size,
-        host_index=host_index,
-        host_count=host_count,
+        rows=np.arange(global_batch_size) if rows is None else np.asarray(rows),
         transform=transform,
         workers=workers,
         flips=flips,
@@ -88,8 +82,7 @@ class TrainBatches:
     source: Any
     seed: int
     global_batch_size: int
-    host_index: int
-    host_count: int
+    rows: np.ndarray
     transform: Transform | None
     workers: int
     flips: bool
@@ -100,11 +93,9 @@ class TrainBatches:
         return prefetch(self.at, start_step, _LAST_STEP, self.workers)
 
     def at(self, step: int) -> Batch:
-        """Return this host's part of global batch `step`; arrays lead with B = G / host_count."""
-        per_host = self.global_batch_size // self.host_count
-        first = step * self.global_batch_size + self.host_index * per_host
-        epochs, indices = self.order(np.arange(first, first + per_host))
-        flip = flip_of(self.seed, epochs, indices) if self.flips else np.zeros(per_host, bool)
+        """Return the wanted rows of global batch `step`; arrays lead with B."""
+        epochs, indices = self.order(step * self.global_batch_size + self.rows)
+        flip = flip_of(self.seed, epochs, indices) if self.flips else np.zeros(len(self.rows), bool)
         batch = read_records(self.source, indices, flip)
         return self.transform(batch) if self.transform else batch
 

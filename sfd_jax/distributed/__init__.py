@@ -9,6 +9,7 @@ from sfd_jax.distributed.mesh import make_mesh
 from sfd_jax.distributed.sharding import (
     batch_sharding,
     gather_params,
+    host_rows,
     mesh_context,
     param_shardings,
     put_batch,
@@ -23,6 +24,7 @@ __all__ = [
     "barrier",
     "batch_sharding",
     "gather_params",
+    "host_rows",
     "is_host0",
     "make_mesh",
     "mesh_context",

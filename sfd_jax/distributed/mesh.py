@@ -32,7 +32,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
       A Mesh of shape (data, fsdp) over all `devices`.
 
     Raises:
-      SfdError: the sizes do not multiply to the number of devices, or do not fit the slices.
+      SfdError: the sizes do not multiply to the number of devices, or do not fit the slices; or chips of two devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -41,6 +41,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
         raise SfdError(
             f"mesh.data={data} does not divide over {slices} slices: parameters are split inside a slice only, "
             f"so make mesh.data a multiple of {slices} (here at most mesh.fsdp={len(devices) // slices})"
+        )
+    kind = devices[0].device_kind
+    if kind not in ("TPU v2", "TPU v3") and any(getattr(device, "core_on_chip", 0) for device in devices):
+        raise SfdError(
+            f"each {kind} chip shows several devices, where a mesh needs one a chip (megacore), as Cloud TPU VMs have "
+            "it: leave the chips' mode alone, or describe the topology with chip_config_name='megacore'"
         )
     if slices > 1:
         grid = mesh_utils.create_hybrid_device_mesh((data // slices, fsdp), (slices, 1), devices)

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sfd_jax.distributed.mesh import AXES
+from sfd_jax.errors import SfdError
 
 # Below this many elements an array costs less repeated on every chip (32 KiB in float32) than gathered.
 MIN_ELEMENTS = 8192
@@ -109,18 +110,57 @@ def _mesh():
     return mesh if mesh.axis_names == AXES and not mesh.manual_axes else None
 
 
+def host_rows(mesh: Mesh, global_batch_size: int) -> np.ndarray:
+    """Return which rows of a global batch this host's devices hold.
+
+    On a TPU slice these are no contiguous block: the mesh follows the wires between chips, not the hosts.
+
+    Args:
+      mesh: the mesh.
+      global_batch_size: rows of the batch over all hosts.
+
+    Returns:
+      int64 (per-host B,), ascending; over all hosts each of 0..global_batch_size-1 once.
+
+    Raises:
+      SfdError: the batch does not divide over the mesh.
+    """
+    if global_batch_size % mesh.size:
+        raise SfdError(f"a batch of {global_batch_size} rows does not divide over {mesh.size} devices")
+    blocks = batch_sharding(mesh).addressable_devices_indices_map((global_batch_size,)).values()
+    return np.sort(np.concatenate([np.arange(global_batch_size)[block] for block in blocks]))
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Make global arrays from this host's rows of a batch.
 
     Args:
-      batch: name to (per-host B, ...) array; every host passes its own rows, in host order.
+      batch: name to (per-host B, ...) array; every host passes the rows that `host_rows` names, in that order.
       mesh: the mesh; its size divides the global batch.
 
     Returns:
-      name to (global B, ...) array, first axis split over the mesh.
+      name to (global B, ...) array, first axis split over the mesh: the same rows in the same places on any number
+      of hosts and in any order of devices.
+
+    Raises:
+      SfdError: the rows do not divide over this host's devices.
     """
     sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+    devices = len(sharding.addressable_devices)
+
+    def put(array):
+        if len(array) % devices:
+            raise SfdError(f"{len(array)} rows of a batch do not divide over {devices} devices of this host")
+        size = len(array) // devices * mesh.size
+        rows = host_rows(mesh, size)
+
+        def block(index):
+            first = np.searchsorted(rows, index[0].start or 0)
+            return array[first : first + size // mesh.size]
+
+        return jax.make_array_from_callback((size, *array.shape[1:]), sharding, block)
+
+    return {name: put(np.asarray(array)) for name, array in batch.items()}
 
 
 def put_same(tree, shardings):

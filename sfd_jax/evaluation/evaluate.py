@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
@@ -61,7 +62,7 @@ def evaluate(
       **options: see `compare`.
 
     Returns:
-      Metric name -> value.
+      Metric name -> value; and under "notes" a list of sentences where there is something to say beside the values.
 
     Raises:
       SfdError: an unknown metric, one that the extractor or the reference cannot give, statistics of
@@ -93,7 +94,7 @@ def compare(
       progress: show bars on stderr.
 
     Returns:
-      For each comparison, metric name -> value.
+      For each comparison, what `evaluate` returns.
 
     Raises:
       SfdError: as `evaluate`.
@@ -102,17 +103,22 @@ def compare(
         _check(samples, comparison)
     options = dict(batch_size=batch_size, split_size=split_size, mesh=mesh, progress=progress)
     references = [_reference_statistics(comparison, options) for comparison in comparisons]
+    of_score = []
     gathered = gather(
         samples,
         [comparison.extractor for comparison in comparisons],
         keep_features=[comparison.keeps_features for comparison in comparisons],
         label="samples",
+        notes=of_score,
         **options,
     )
-    return [
-        measure(ours, reference, score, comparison.metrics)
-        for comparison, reference, (ours, score) in zip(comparisons, references, gathered, strict=True)
-    ]
+    results = []
+    for comparison, reference, (ours, score) in zip(comparisons, references, gathered, strict=True):
+        results.append(measure(ours, reference, score, comparison.metrics))
+        notes = [*comparison.reference.notes, *(of_score if "is" in comparison.metrics else ())]
+        if notes:
+            results[-1]["notes"] = notes
+    return results
 
 
 def _check(samples: ImageSet, comparison: Comparison) -> None:
@@ -128,6 +134,7 @@ def _check(samples: ImageSet, comparison: Comparison) -> None:
     if known is None:
         return
     known.check_extractor(extractor.name, extractor.hash, reference.name)
+    _check_widths(samples, reference, extractor)
     if comparison.keeps_features and known.features is None and reference.images is None:
         raise SfdError(
             f"{reference.name} has mean and covariance but no images, which {', '.join(_of_features(metrics))} need; "
@@ -135,6 +142,18 @@ def _check(samples: ImageSet, comparison: Comparison) -> None:
         )
     if "sfid" in metrics and "spatial" not in known.gaussians:
         raise SfdError(f"{reference.name} has no `mu_s` and `sigma_s`, which 'sfid' needs")
+
+
+def _check_widths(samples: ImageSet, reference: Reference, extractor: Extractor) -> None:
+    """Refuse stored statistics of other widths than the extractor's features, found without computing any."""
+    size = samples.size or (reference.images and reference.images.size) or (256, 256)
+    answers = jax.eval_shape(extractor.apply, extractor.params, jax.ShapeDtypeStruct((1, *size, 3), np.float32))
+    for name, (mean, _) in reference.statistics.gaussians.items():
+        if name in answers and answers[name].shape[1] != len(mean):
+            raise SfdError(
+                f"{reference.name} holds statistics of {len(mean)} features, but extractor '{extractor.name}' gives "
+                f"{answers[name].shape[1]} ('{name}'); they are of another network or layer"
+            )
 
 
 def _of_features(metrics: tuple[str, ...]) -> list[str]:
@@ -188,6 +207,7 @@ def gather(
     mesh: Mesh | None = None,
     progress: bool = False,
     label: str = "images",
+    notes: list[str] | None = None,
 ) -> list[tuple[FeatureStatistics, float | None]]:
     """Read images once and keep what the metrics need of them.
 
@@ -197,6 +217,7 @@ def gather(
       keep_features: for each extractor, whether to keep all images' features too.
       batch_size, split_size, mesh, progress: as for `compare`.
       label: what the bar and messages call the set.
+      notes: gets the sentences that belong beside the inception score.
 
     Returns:
       For each extractor (statistics, inception score); the score is None where it gives no probabilities.
@@ -217,6 +238,9 @@ def gather(
             bar.update(len(answers[0]["features"]))
     if count != images.count:
         raise SfdError(f"{label} {images.name}: expected {images.count} images, read {count}")
+    if notes is not None:
+        told = [note for part in collected if part.score.count for note in part.score.notes()]
+        notes.extend(dict.fromkeys(told))
     source = images.hash() if images.hash else ""
     return [part.finish(extractor, source) for part, extractor in zip(collected, extractors, strict=True)]
 

@@ -67,13 +67,34 @@ def open_image_set(path: str | Path, image_size: int | None = None) -> ImageSet:
     """
     path = Path(path)
     if path.is_dir():
-        for folder in (path, path / "chunks"):
-            if chunks := sorted(folder.glob("chunk_*.npz")):
-                return _open_chunks(path, chunks)
-        return _open_folder(path, image_size)
-    if not path.is_file():
+        images = _open_directory(path, image_size)
+    elif path.is_file():
+        images = _open_npz(path)
+    else:
         raise SfdError(f"no images at {path}: give an npz, or a folder of PNGs or chunks")
-    return _open_npz(path)
+    promised = (images.recipe or {}).get("num_images", images.count)
+    if images.count != promised:
+        raise SfdError(
+            f"{path} holds {images.count} images, but its recipe.json is of {promised}: {_UNFINISHED}"
+        )
+    return images
+
+
+_UNFINISHED = "finish sampling (the same `sfd sample` goes on), or sample again into an empty folder"
+
+
+def _open_directory(path: Path, image_size: int | None) -> ImageSet:
+    if (path / JOB_NPZ).is_file():  # it appeared when it was complete; the chunks may be gone since
+        return _open_npz(path / JOB_NPZ)
+    for folder in (path, path / "chunks"):
+        if chunks := sorted(folder.glob("chunk_*.npz")):
+            return _open_chunks(path, chunks)
+    promised = (read_recipe(path) or {}).get("num_images")
+    if promised is None:
+        return _open_folder(path, image_size)
+    if not (path / "images").is_dir():
+        raise SfdError(f"{path} is a sampling job of which all {promised} images are missing: {_UNFINISHED}")
+    return _open_folder(path / "images", image_size)  # beside them lies grid.png, which is no sample
 
 
 # --- One npz ----------------------------------------------------------------------------------------
@@ -165,7 +186,7 @@ def _check_indices(indices: np.ndarray, count: int, where: str) -> None:
     if strange := [index for index in present.tolist() if not 0 <= index < count]:
         faults.append(f"index {strange[0]} is outside 0..{count - 1}")
     if faults:
-        raise SfdError(f"{where}: {'; '.join(faults)}. Finish sampling, or sample again into an empty folder")
+        raise SfdError(f"{where}: {'; '.join(faults)}: {_UNFINISHED}")
 
 
 def read_recipe(folder: Path) -> dict | None:

@@ -1,9 +1,8 @@
 """What samples are measured against: an ADM reference batch, a statistics file, or images."""
 
 import dataclasses
+import zipfile
 from pathlib import Path
-
-import numpy as np
 
 from sfd_jax.errors import SfdError
 from sfd_jax.evaluation.features import Extractor
@@ -20,12 +19,14 @@ class Reference:
       statistics: those stored with it, which are then used and not computed again.
       images: its images.
       hash: hex digest of the files.
+      notes: what was assumed of it.
     """
 
     name: str
     statistics: FeatureStatistics | None
     images: ImageSet | None
     hash: str
+    notes: tuple[str, ...] = ()
 
     def for_extractor(self, extractor: Extractor) -> "Reference":
         """Return what of this reference serves another extractor: its images, where statistics are not its own.
@@ -37,7 +38,7 @@ class Reference:
             return self
         if self.images is None:
             self.statistics.check_extractor(extractor.name, extractor.hash, self.name)
-        return dataclasses.replace(self, statistics=None)
+        return dataclasses.replace(self, statistics=None, notes=())
 
 
 def open_reference(path: str | Path, image_size: int | None = None) -> Reference:
@@ -45,7 +46,8 @@ def open_reference(path: str | Path, image_size: int | None = None) -> Reference
 
     Args:
       path: an ADM reference batch (npz with `arr_0`, and `mu`, `sigma`, `mu_s`, `sigma_s` that are used
-        when present); a statistics file of `sfd evaluate --save_statistics`; an npz or a folder of images.
+        when present); a statistics file of `sfd evaluate --save_statistics`, or of another tool with `mu` and
+        `sigma` (pytorch-fid, clean-fid), which is taken for Inception's; an npz or a folder of images.
       image_size: crop the image files of a folder to squares of this size.
 
     Raises:
@@ -66,14 +68,22 @@ def open_reference(path: str | Path, image_size: int | None = None) -> Reference
     if statistics is None and images is None:
         raise SfdError(
             f"{path} is no reference: expected `arr_0` (uint8 images) or `mu` and `sigma`, found "
-            f"{', '.join(names) or 'no arrays'}"
+            f"{', '.join(names[:10]) or 'no arrays'}"
         )
-    return Reference(str(path), statistics, images, hash_files([path]))
+    notes = ()
+    if images is None and "extractor" not in names:
+        notes = (
+            f"{path} does not say which network its statistics are of; they are taken for those of Inception on images "
+            "resized as in the ADM suite, where another tool's resize moves FID by tenths",
+        )
+    return Reference(str(path), statistics, images, hash_files([path]), notes)
 
 
 def _array_names(path: Path) -> list[str]:
     try:
-        with np.load(path) as file:
-            return list(file.files)
-    except Exception as error:  # numpy tells a file that is no npz by several types
-        raise SfdError(f"{path} is no npz: {error}") from error
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist()]
+    except (OSError, zipfile.BadZipFile) as error:
+        raise SfdError(
+            f"{path} is no npz ({error}): give an npz with `mu` and `sigma` or with images `arr_0`, or a folder of images"
+        ) from error

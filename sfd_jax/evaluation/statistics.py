@@ -11,6 +11,7 @@ import numpy as np
 
 from sfd_jax.errors import SfdError
 from sfd_jax.evaluation.npz import read_npz
+from sfd_jax.evaluation.metrics import check_gaussian
 from sfd_jax.files import appearing
 
 # Names of mean and covariance in a file, by feature: those of the ADM reference batches.
@@ -127,33 +128,60 @@ def save_statistics(path: str | Path, statistics: FeatureStatistics) -> None:
 
 
 def load_statistics(path: str | Path) -> FeatureStatistics:
-    """Read statistics that `save_statistics` or the ADM suite wrote.
+    """Read statistics that `save_statistics`, the ADM suite or another tool (pytorch-fid, clean-fid) wrote.
 
     Raises:
-      SfdError: no such file, damaged, or without `mu` and `sigma`.
+      SfdError: no such file, damaged, without `mu` and `sigma`, or with values that cannot be those of features: see
+        `metrics.check_gaussian`; a count below 2; features that are not those of `mu` and `sigma`.
     """
     gaussian_names = tuple(name for pair in FILE_NAMES.values() for name in pair)
     arrays = read_npz(Path(path), (*gaussian_names, "extractor", "extractor_hash", "count", "source", "features"))
     gaussians = {}
     for feature, (mean, covariance) in FILE_NAMES.items():
-        if mean in arrays and covariance in arrays:
-            gaussians[feature] = _checked(arrays[mean], arrays[covariance], f"{path}: {mean}, {covariance}")
+        if (mean in arrays) != (covariance in arrays):
+            raise SfdError(f"{path} holds only one of `{mean}` and `{covariance}`; statistics have both")
+        if mean in arrays:
+            gaussians[feature] = check_gaussian(arrays[mean], arrays[covariance], f"{path}: {mean}, {covariance}")
     if "features" not in gaussians:
         raise SfdError(f"{path} holds no statistics: expected arrays `mu` (D,) and `sigma` (D, D)")
+    for name in ("extractor", "extractor_hash", "source"):
+        if name in arrays and (arrays[name].shape != () or arrays[name].dtype.kind != "U"):
+            raise SfdError(f"{path}: `{name}` is {arrays[name].dtype} {arrays[name].shape}; expected one text")
+    count = _count(arrays["count"], path) if "count" in arrays else 0
+    features = arrays.get("features")
+    if features is not None:
+        _check_features(features, count, *gaussians["features"], path)
     return FeatureStatistics(
         extractor=str(arrays.get("extractor", "inception")),  # ADM's files are all of Inception
         extractor_hash=str(arrays.get("extractor_hash", "")),
-        count=int(arrays.get("count", 0)),
+        count=count,
         gaussians=gaussians,
         source=str(arrays.get("source", "")),
-        features=arrays.get("features"),
+        features=features,
     )
 
 
-def _checked(mean: np.ndarray, covariance: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
-    mean, covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
-    if mean.ndim != 1 or covariance.shape != mean.shape * 2:
-        raise SfdError(f"{where}: expected (D,) and (D, D), found {mean.shape} and {covariance.shape}")
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise SfdError(f"{where}: a value is not finite")
-    return mean, covariance
+def _count(stored: np.ndarray, path) -> int:
+    """Return a file's number of images; one number in an array will do."""
+    number = stored.reshape(-1)[0] if stored.size == 1 and stored.dtype.kind in "fiu" else np.nan
+    if not (np.isfinite(number) and number == int(number) and number >= 2):
+        raise SfdError(f"{path}: `count` is {stored.tolist()}; expected the number of images, a whole number above 1")
+    return int(number)
+
+
+def _check_features(features: np.ndarray, count: int, mean: np.ndarray, covariance: np.ndarray, path) -> None:
+    """Raise SfdError unless features have the mean and variances that are stored beside them, to 1e-3 of the largest."""
+    rows = count or len(features) if features.ndim else 0
+    if features.dtype.kind != "f" or features.shape != (rows, len(mean)) or rows < 2:
+        raise SfdError(
+            f"{path}: `features` are {features.dtype} {features.shape}; expected floats ({count or 'N'}, {len(mean)})"
+        )
+    sums, squares, variances = np.zeros(len(mean)), np.zeros(len(mean)), np.diagonal(covariance)
+    for start in range(0, rows, 4096):
+        centred = features[start : start + 4096].astype(np.float64) - mean
+        sums += centred.sum(axis=0)
+        squares += np.square(centred).sum(axis=0)
+    off, largest = np.abs(sums).max() / rows, variances.max()
+    is_mean = off <= 1e-3 * (np.abs(mean).max() + np.sqrt(largest))
+    if not (is_mean and np.abs(squares / (rows - 1) - variances).max() <= 1e-3 * largest):
+        raise SfdError(f"{path}: `mu` and `sigma` are not those of the `features` beside them; make the statistics again")

@@ -136,6 +136,7 @@ class Sampler:
         # Both programs are given all weights, used or not: so what XLA says one needs is what the device holds.
         options = {"out_shardings": replicated(self.mesh), "keep_unused": True}
         self._run_sample, self._run_decode = jax.jit(self._sample, **options), jax.jit(self._decode, **options)
+        self._run_integrate = jax.jit(self._integrate, **options)
 
     def __call__(
         self, indices: np.ndarray, labels: np.ndarray, batch_size: int | None = None
@@ -178,6 +179,20 @@ class Sampler:
         batches = self._batches(np.asarray(indices), np.asarray(labels), batch_size)
         return np.concatenate([np.asarray(self._run_sample(self._params, *batch)[0])[:n] for n, *batch in batches])
 
+    def integrate(self, noise: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, int]:
+        """Integrate from given noise, by the program that makes samples; for comparisons with other code.
+
+        Args:
+          noise: (n, H, W, C) float32, n a multiple of the devices.
+          labels: (n,) ints.
+
+        Returns:
+          latents (n, H, W, C) float32, normalised, and the network calls over the whole batch.
+        """
+        batch = put_same((np.asarray(noise, np.float32), np.asarray(labels, np.int32)), batch_sharding(self.mesh))
+        latents, calls, _ = self._run_integrate(self._params, *batch)
+        return np.asarray(latents), int(np.max(calls))
+
     def trajectory(
         self, indices: np.ndarray, labels: np.ndarray, taus: Sequence[float]
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -194,7 +209,7 @@ class Sampler:
         count, *batch = next(self._batches(np.asarray(indices), np.asarray(labels), None))
 
         def follow(params, indices, labels):
-            problem = self._problem(params, indices, labels)
+            problem = self._problem(params, sample_noise(self._seed, indices, self._latent_shape), labels)
             latents = trajectory(problem.pop("velocity_fn"), problem.pop("noise"), taus, **problem)
             return latents, jax.lax.map(lambda moment: self._decode(params, moment)[0], latents)
 
@@ -241,10 +256,13 @@ class Sampler:
 
     def _sample(self, params, indices, labels):
         """Return latents (B, H, W, C), the calls of each sample, (B,), and whether it came to its end, (B,)."""
-        latents, stats = sample(**self._problem(params, indices, labels))
+        return self._integrate(params, sample_noise(self._seed, indices, self._latent_shape), labels)
+
+    def _integrate(self, params, noise, labels):
+        latents, stats = sample(**self._problem(params, noise, labels))
         return latents, jnp.sum(stats.sample_nfe, axis=1), stats.converged
 
-    def _problem(self, params, indices, labels) -> dict:
+    def _problem(self, params, noise, labels) -> dict:
         """Return the arguments of `sample`: what to integrate, from where, and how."""
         config = self._config
         jumps = () if config.guidance == "none" else guidance.jumps(
@@ -254,7 +272,7 @@ class Sampler:
         )
         return {
             "velocity_fn": self._velocity_fn(params, labels),
-            "noise": sample_noise(self._seed, indices, self._latent_shape),
+            "noise": noise,
             "layout": self._layout,
             "clocks": self._clocks,
             "solver": config.solver_config(),

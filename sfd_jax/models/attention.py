@@ -3,13 +3,11 @@
 Axis letters: B batch, N tokens, K heads, E head width, D width.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sfd_jax.models.layers import XAVIER, dense
+from sfd_jax.models.layers import XAVIER, dense, precision_of
 from sfd_jax.models.positions import rotate
 
 
@@ -71,7 +69,10 @@ def _backward(kept, d_out):
 
 
 plain_attention.defvjp(_forward, _backward)
-_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _product(axes, x, y):
+    return jnp.einsum(axes, x, y, precision=precision_of(x.dtype), preferred_element_type=jnp.float32)
 
 
 class SelfAttention(nnx.Module):

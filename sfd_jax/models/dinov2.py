@@ -40,7 +40,6 @@ from sfd_jax.models.layers import (
     check_dtype,
     gelu_exact,
     layer_norm,
-    matmul_precision,
 )
 from sfd_jax.models.resize import resize_bicubic
 from sfd_jax.models.stack import REMAT, run_stack, stack
@@ -166,18 +165,17 @@ class DinoV2(nnx.Module):
             h % c.patch_size == 0 and w % c.patch_size == 0,
             f"images of {h} x {w} do not divide by patch_size {c.patch_size}: resize them first",
         )
-        with matmul_precision(c.compute_dtype):
-            positions = self.positions(h // c.patch_size, w // c.patch_size)
-            patches = self.patch_embed(pixels.astype(jnp.float32)) + positions
-            # The class token has a position of its own; registers have none.
-            cls_token = self.cls_token[...] + self.pos_embed[...][:, :1]
-            tokens = [jnp.broadcast_to(cls_token, (b, 1, c.width))]
-            if c.num_registers:
-                shape = (b, c.num_registers, c.width)
-                tokens.append(jnp.broadcast_to(self.register_tokens[...], shape))
-            tokens = jnp.concatenate([*tokens, patches], axis=1)
-            tokens = run_stack(self.blocks, tokens, scan=c.scan_blocks, remat=c.remat)
-            tokens = self.norm(tokens)
+        positions = self.positions(h // c.patch_size, w // c.patch_size)
+        patches = self.patch_embed(pixels.astype(jnp.float32)) + positions
+        # The class token has a position of its own; registers have none.
+        cls_token = self.cls_token[...] + self.pos_embed[...][:, :1]
+        tokens = [jnp.broadcast_to(cls_token, (b, 1, c.width))]
+        if c.num_registers:
+            shape = (b, c.num_registers, c.width)
+            tokens.append(jnp.broadcast_to(self.register_tokens[...], shape))
+        tokens = jnp.concatenate([*tokens, patches], axis=1)
+        tokens = run_stack(self.blocks, tokens, scan=c.scan_blocks, remat=c.remat)
+        tokens = self.norm(tokens)
         first_patch = 1 + c.num_registers
         return {
             "patch_tokens": tokens[:, first_patch:],

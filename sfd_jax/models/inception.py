@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sfd_jax.models.layers import FAN_IN, dense
+from sfd_jax.models.layers import FAN_IN, dense, precision_of
 from sfd_jax.models.resize import resize_bilinear_tf1
 
 IMAGE_SIZE = 299
@@ -71,8 +71,7 @@ class Inception(nnx.Module):
           dict of float32 arrays: pool (B, 2048), spatial (B, 17*17*7 = 2023, channels fastest),
           logits_unbiased (B, 1008): pool times the classifier without its bias.
         """
-        with jax.default_matmul_precision("highest"):
-            return self._features(self.resize(images))
+        return self._features(self.resize(images))
 
     def resize(self, images):
         """Resize images (B, H, W, 3) of 0..255 to 299 x 299 as TensorFlow 1 did, values kept."""
@@ -95,7 +94,7 @@ class Inception(nnx.Module):
         return {
             "pool": pool,
             "spatial": spatial.reshape(spatial.shape[0], -1),
-            "logits_unbiased": pool @ self.fc.kernel[...],
+            "logits_unbiased": jnp.matmul(pool, self.fc.kernel[...], precision="highest"),
         }
 
 
@@ -116,6 +115,7 @@ class ConvNorm(nnx.Module):
             padding=((pad_h, pad_h), (pad_w, pad_w)),
             use_bias=False,
             kernel_init=FAN_IN,
+            precision=precision_of(jnp.float32),
             rngs=rngs,
         )
         self.bn = StoredNorm(channels)

@@ -1,10 +1,10 @@
 """Leaves shared by the networks: dense and normalisation layers, patch embedding, MLPs.
 
 Parameters are float32. `dtype` is the dtype of the matmul alone; normalisation is always computed
-and returned in float32. Axis letters: B batch, H W grid, C channels, N tokens, D width, P patch.
+and returned in float32. Products of float32 arrays are float32 on every backend, in networks that
+otherwise compute in bfloat16 too: see `precision_of`. Axis letters: B batch, H W grid, C channels, N tokens, D width, P patch.
 """
 
-import contextlib
 import functools
 
 import jax
@@ -32,40 +32,49 @@ def dense(features_in, features_out, *, rngs, init=XAVIER, dtype=jnp.float32) ->
     )
 
 
-def _dot_general(x, kernel, dimension_numbers, precision=None, **options):
+def precision_of(dtype) -> jax.lax.Precision | None:
+    """Return the precision at which arrays of a dtype are multiplied: float32 means float32.
+
+    By default a TPU multiplies float32 arrays in bfloat16 and a GPU in TF32, and results would not be those of the
+    published networks. An argument of each product, since a context (`jax.default_matmul_precision`) is left before
+    a gradient of our own is traced.
+    """
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def _dot_general(x, kernel, dimension_numbers, **options):
     """Stand in for `jax.lax.dot_general` in nnx.Linear."""
     assert dimension_numbers == (((x.ndim - 1,), (0,)), ((), ())), dimension_numbers
     assert not any(options.values()), options
-    # The context of `matmul_precision` is left before the backward pass is traced.
-    return product(x, kernel, precision or jax.config.jax_default_matmul_precision)
+    return product(x, kernel)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def product(x: jax.Array, kernel: jax.Array, precision=None) -> jax.Array:
+@jax.custom_vjp
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Multiply (..., I) with (I, O) to (..., O); on CPUs with a faster gradient of the kernel.
 
     That gradient contracts both of its factors over their rows. XLA's library of CPU matmuls takes no such
     product, and a slower one is taken that copies first; with `x` transposed in memory beforehand it does. The
     training step of B/1 takes a sixth less (docs/performance.md). Other platforms, and bfloat16, get JAX's gradient.
     """
-    return _plain_product(x, kernel, precision)
+    return _plain_product(x, kernel)
 
 
-def _plain_product(x, kernel, precision):
-    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=precision)
+def _plain_product(x, kernel):
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=precision_of(x.dtype))
 
 
-def _product_forward(x, kernel, precision):
+def _product_forward(x, kernel):
     # Not `product`: inside of it, remat policies would not see the matmul that they are to keep.
-    return _plain_product(x, kernel, precision), (x, kernel)
+    return _plain_product(x, kernel), (x, kernel)
 
 
-def _product_backward(precision, kept, gradient):
+def _product_backward(kept, gradient):
     def as_jax_does(x, kernel, gradient):
-        return jax.vjp(lambda *factors: _plain_product(*factors, precision), x, kernel)[1](gradient)
+        return jax.vjp(_plain_product, x, kernel)[1](gradient)
 
     def for_cpu(x, kernel, gradient):
-        matmul = functools.partial(jnp.matmul, precision=precision)
+        matmul = functools.partial(jnp.matmul, precision=precision_of(gradient.dtype))
         # The barrier keeps XLA from folding the transposition back into the product.
         columns = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
         return matmul(gradient, kernel.T), matmul(columns, gradient.reshape(-1, gradient.shape[-1]))
@@ -118,20 +127,10 @@ def conv(channels_in, channels_out, kernel_size, *, rngs, dtype=jnp.float32, **o
         (kernel_size, kernel_size),
         kernel_init=FAN_IN,
         dtype=dtype,
+        precision=precision_of(dtype),
         rngs=rngs,
         **options,
     )
-
-
-def matmul_precision(compute_dtype: str):
-    """Return the context in which an encoder or decoder computes.
-
-    float32 means float32: by default a TPU multiplies float32 arrays in bfloat16, and features and
-    images would not be those of the published networks. With "bfloat16" nothing is changed.
-    """
-    if compute_dtype == "float32":
-        return jax.default_matmul_precision("highest")
-    return contextlib.nullcontext()
 
 
 class PatchEmbed(nnx.Module):
@@ -151,7 +150,7 @@ class PatchEmbed(nnx.Module):
         b, h, w, _ = images.shape
         patches = images.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
         patches = patches.reshape(b, (h // p) * (w // p), p * p * c)
-        return patches @ self.kernel[...].reshape(p * p * c, d) + self.bias[...][None, None]
+        return product(patches, self.kernel[...].reshape(p * p * c, d)) + self.bias[...][None, None]
 
 
 def unpatchify(tokens, grid_size, patch_size):
@@ -193,11 +192,10 @@ def _halves(layer: nnx.Linear, x: jax.Array) -> list[jax.Array]:
     Cut out of one product, their gradients would have to be written side by side again before the backward pass can
     multiply them: 4 % of XL's step on a GPU.
     """
-    precision = jax.config.jax_default_matmul_precision  # as in `_dot_general`
     x, kernel, bias = (a.astype(layer.dtype) for a in (x, layer.kernel[...], layer.bias[...]))
     bias = bias.reshape(*(1,) * (x.ndim - 1), -1)
     parts = zip(jnp.split(kernel, 2, axis=-1), jnp.split(bias, 2, axis=-1), strict=True)
-    return [product(x, kernel, precision) + bias for kernel, bias in parts]
+    return [product(x, kernel) + bias for kernel, bias in parts]
 
 
 def gelu_exact(x):

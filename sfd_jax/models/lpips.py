@@ -64,14 +64,13 @@ class Lpips(nnx.Module):
         Args:
           pixels, others: (B, H, W, 3), about [-1, 1]; H and W at least 16.
         """
-        with jax.default_matmul_precision("highest"):
-            distance = jnp.zeros(len(pixels))
-            for weights, ours, theirs in zip(
-                self.weights, self.features(pixels), self.features(others), strict=True
-            ):
-                squares = (_unit(ours) - _unit(theirs)) ** 2
-                distance += (squares @ weights[0, 0]).mean(axis=(1, 2, 3))
-            return distance
+        distance = jnp.zeros(len(pixels))
+        for weights, ours, theirs in zip(
+            self.weights, self.features(pixels), self.features(others), strict=True
+        ):
+            squares = (_unit(ours) - _unit(theirs)) ** 2
+            distance += jnp.matmul(squares, weights[0, 0], precision="highest").mean(axis=(1, 2, 3))
+        return distance
 
     def features(self, pixels):
         """Return the features (B, h, w, C) at the end of each slice."""

@@ -76,7 +76,6 @@ def tf1_matrix(size_in: int, size_out: int) -> np.ndarray:
 
 def _resize(images, rows, columns):
     # Bytes carry more digits than bfloat16: the resize is exact on every backend.
-    with jax.default_matmul_precision("highest"):
-        images = images.astype(jnp.float32)
-        images = jnp.einsum("oh,bhwc->bowc", rows, images)
-        return jnp.einsum("ow,bhwc->bhoc", columns, images)
+    images = images.astype(jnp.float32)
+    images = jnp.einsum("oh,bhwc->bowc", rows, images, precision="highest")
+    return jnp.einsum("ow,bhwc->bhoc", columns, images, precision="highest")

@@ -36,7 +36,6 @@ from sfd_jax.models.layers import (
     dense,
     gelu_exact,
     layer_norm,
-    matmul_precision,
 )
 from sfd_jax.models.posterior import sample_posterior, split_moments
 
@@ -96,14 +95,12 @@ class SemanticVAE(nnx.Module):
 
         The plain autoencoder's logvar is None and its mean is the latent.
         """
-        with matmul_precision(self.config.compute_dtype):
-            moments = self.encoder(features).astype(jnp.float32)
+        moments = self.encoder(features).astype(jnp.float32)
         return split_moments(moments) if self.config.variational else (moments, None)
 
     def decode(self, latents):
         """Return features (B, N, F) float32 of semantic latents (B, N, Z), not normalised."""
-        with matmul_precision(self.config.compute_dtype):
-            return self.decoder(latents).astype(jnp.float32)
+        return self.decoder(latents).astype(jnp.float32)
 
     def __call__(self, features, noise=None):
         """Return (reconstruction (B, N, F), mean, logvar); noise (B, N, Z) samples the posterior."""

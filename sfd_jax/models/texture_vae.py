@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sfd_jax.models.attention import attend
-from sfd_jax.models.layers import check, check_dtype, conv, group_norm, matmul_precision
+from sfd_jax.models.layers import check, check_dtype, conv, group_norm
 from sfd_jax.models.posterior import sample_posterior, split_moments
 
 
@@ -120,14 +120,12 @@ class TextureVAE(nnx.Module):
             f"images of {pixels.shape[1]} x {pixels.shape[2]} do not divide by {f}, the texture "
             "VAE's downsampling: choose another image size",
         )
-        with matmul_precision(self.config.compute_dtype):
-            moments = self.quant_conv(self.encoder(pixels))
+        moments = self.quant_conv(self.encoder(pixels))
         return split_moments(moments.astype(jnp.float32))
 
     def decode(self, raw_latents):
         """Return pixels (B, H, W, 3) float32, about [-1, 1], of raw latents (B, h, w, Z)."""
-        with matmul_precision(self.config.compute_dtype):
-            return self.decoder(self.post_quant_conv(raw_latents)).astype(jnp.float32)
+        return self.decoder(self.post_quant_conv(raw_latents)).astype(jnp.float32)
 
     def __call__(self, pixels, noise=None):
         """Return (reconstruction, mean, logvar); noise (B, h, w, Z) samples the posterior."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from sfd_jax.errors import SfdError
-from sfd_jax.evaluation.metrics import frechet_distance, inception_score, precision_recall
+from sfd_jax.evaluation.metrics import RunningInceptionScore, frechet_distance, precision_recall
 from sfd_jax.parity.check import Check, relative_error
 from sfd_jax.parity.pack import Case
 
@@ -18,14 +18,14 @@ def check_metrics(case: Case, dtype: str) -> Iterator[Check]:
     reference, sample = case.array("in_reference"), case.array("in_sample")
     low_reference, low_sample = case.array("in_low_reference"), case.array("in_low_sample")
     precision, recall = precision_recall(reference, sample, k=_told(case, r"k=(\d+)"))
-    split_size = _told(case, r"splits of (\d+)")
-    score = inception_score(case.array("in_probs"), split_size=split_size)
+    score = RunningInceptionScore(split_size=_told(case, r"splits of (\d+)"))
+    score.add(case.array("in_probs"))
     for quantity, answer, ours in (
         ("FID", "out_fid", _frechet(reference, sample)),
         ("FID, fewer images than features", "out_fid_low_rank", _frechet(low_reference, low_sample)),
         ("precision", "out_precision", precision),
         ("recall", "out_recall", recall),
-        ("inception score", "out_inception_score", score),
+        ("inception score", "out_inception_score", score.value),
     ):
         yield Check(case.name, quantity, relative_error(ours, case.array(answer)), BOUND)
 

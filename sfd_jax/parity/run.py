@@ -4,8 +4,6 @@ import fnmatch
 import os
 from collections.abc import Iterator
 
-import jax
-
 from sfd_jax.errors import SfdError
 from sfd_jax.parity.check import Check
 from sfd_jax.parity.dit import check_full, check_small
@@ -38,7 +36,7 @@ COMPARISONS = {
 
 
 def run_case(directory: str | os.PathLike, name: str, dtype: str = "float32") -> Iterator[Check]:
-    """Compare one case of a pack, at highest matmul precision.
+    """Compare one case of a pack.
 
     Args:
       directory: the pack.
@@ -59,8 +57,7 @@ def run_case(directory: str | os.PathLike, name: str, dtype: str = "float32") ->
         return
     try:
         case = Case(directory, name)
-        with jax.default_matmul_precision("highest"):
-            yield from compare(case, dtype)
+        yield from compare(case, dtype)
         for answer in case.unread():
             yield broken(answer, "an answer that nothing was compared with")
     except SfdError as error:

@@ -9,14 +9,15 @@ away, and the closest counts. The exact flow is several times farther off than t
 still tells the released controller from a better one.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 
-from sfd_jax.diffusion.guidance import autoguidance, classifier_free, conditional
-from sfd_jax.diffusion.sampling import SolverConfig, sample
+from sfd_jax.distributed import make_mesh
+from sfd_jax.generation.sampler import SampleConfig, Sampler
+from sfd_jax.latents import LatentStatistics
+from sfd_jax.models import Network
 from sfd_jax.parity.check import Check, close_by, relative_error
 from sfd_jax.parity.dit import AUTOGUIDANCE_SCALE, clocks_of, layout_of, load_dit
 from sfd_jax.parity.pack import Case
@@ -33,31 +34,33 @@ STAGED_NFE = {"float32": 0.4, "bfloat16": 3.0}
 RUNS = 16
 
 # What the JSON does not name; these reproduce the answers. Guidance of `dopri5_cfg`:
-CFG = dict(scale=1.5, interval_start=0.1, interval_groups="both")
+CFG = dict(guidance="cfg", guidance_scale=1.5, guidance_interval_start=0.1, guidance_interval_groups="both")
+AUTOGUIDANCE = dict(guidance="autoguidance", guidance_scale=AUTOGUIDANCE_SCALE)
 TIMESTEP_SHIFT = 0.3  # of `euler_shift`
 CALLS_PER_STEP = {"euler": 1, "heun": 2, "midpoint": 2, "rk4": 4}
 
 
 def check_ode(case: Case, dtype: str) -> Iterator[Check]:
     """Compare every sampler in published mode, and dopri5 in staged mode with the exact flow."""
-    network, params = load_dit(case, dtype)
-    noise, labels = case.images("in_z"), case.array("in_y").astype(np.int32)
-    apply = functools.partial(network.apply, params)
-    velocity_fns = _velocity_fns(case, apply, labels, network.config.num_classes, dtype)
+    networks = {"model": load_dit(case, dtype)}
+    if "weak_config" in case.spec:
+        networks["weak"] = load_dit(case, dtype, "weak_config", "weak_params", "weak_seed")
+    labels, noise = case.array("in_y").astype(np.int32), case.images("in_z")
+    guidances = {"cfg": CFG, "autoguidance": AUTOGUIDANCE}
 
     for name, published_nfe in case.get("nfe").items():
         method, _, variant = name.partition("_")
         method = {"heun2": "heun"}.get(method, method)
         adaptive = method == "dopri5"
-        sampler = _sampler(
-            case,
-            velocity_fns.get(variant, velocity_fns[""]),
-            name=method,
+        config = SampleConfig(
+            solver=method,
             mode="published",
             # The JSON tells calls, not grid points.
             num_steps=published_nfe // CALLS_PER_STEP.get(method, 1) + 1,
             timestep_shift=TIMESTEP_SHIFT if variant == "shift" else 0.0,
+            **guidances.get(variant, {}),
         )
+        sampler = _sampler(case, networks, labels, config)
         bound = (ADAPTIVE_BOUND if adaptive else FIXED_BOUND)[dtype]
         published = case.images(f"out_{name}")
         error, nfe, runs = _closest(sampler, noise, published, bound, RUNS if adaptive else 1)
@@ -72,7 +75,8 @@ def check_ode(case: Case, dtype: str) -> Iterator[Check]:
         if not case.has(f"out_exact{suffix}"):
             continue
         exact, published = case.images(f"out_exact{suffix}"), case.images(f"out_dopri5{suffix}")
-        latents, nfe = _sampler(case, velocity_fns[variant], name="dopri5", mode="staged")(noise)
+        config = SampleConfig(solver="dopri5", mode="staged", **guidances.get(variant, {}))
+        latents, nfe = _sampler(case, networks, labels, config)(noise)
         published_error = relative_error(published, exact)
         error = relative_error(latents, exact)
         bound = STAGED_ERROR * published_error if dtype == "float32" else ADAPTIVE_BOUND[dtype]
@@ -84,37 +88,26 @@ def check_ode(case: Case, dtype: str) -> Iterator[Check]:
         yield Check(case.name, f"dopri5{suffix} staged: share of calls", share, STAGED_NFE[dtype], note)
 
 
-def _velocity_fns(
-    case: Case, apply: Callable, labels: np.ndarray, null_label: int, dtype: str
-) -> dict[str, Callable]:
-    """Return the velocity functions by the ending of the samplers' names."""
+def _sampler(case: Case, networks: dict, labels: np.ndarray, config: SampleConfig) -> Callable:
+    """Return a function from noise to (latents, network calls): what `sfd sample` runs, up to the decoder."""
     layout = layout_of(case)
-    velocity_fns = {
-        "": conditional(apply, labels),
-        "cfg": classifier_free(apply, labels, null_label=null_label, layout=layout, **CFG),
-    }
-    if "weak_config" in case.spec:
-        weak, weak_params = load_dit(case, dtype, "weak_config", "weak_params", "weak_seed")
-        velocity_fns["autoguidance"] = autoguidance(
-            apply,
-            functools.partial(weak.apply, weak_params),
-            labels,
-            layout=layout,
-            scale=AUTOGUIDANCE_SCALE,
-        )
-    return velocity_fns
-
-
-def _sampler(case: Case, velocity_fn: Callable, **settings) -> Callable:
-    """Return a compiled function from noise to (latents, network calls)."""
-    layout, clocks, solver = layout_of(case), clocks_of(case), SolverConfig(**settings)
-    run = jax.jit(lambda z: sample(velocity_fn, z, layout=layout, clocks=clocks, solver=solver))
-
-    def sampler(noise: np.ndarray) -> tuple[np.ndarray, int]:
-        latents, stats = run(noise)
-        return np.asarray(latents), int(stats.nfe)
-
-    return sampler
+    # A sampler has a decoder; nothing asks it here.
+    vae = Network("texture_vae", {"ch": 1, "ch_mult": (1,), "norm_groups": 1, "z_channels": layout.texture_channels})
+    nothing = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), vae.abstract_params())
+    ones = np.ones(layout.channels, np.float32)
+    texture, semantic = layout.split(ones)
+    sampler = Sampler(
+        networks["model"],
+        (vae, nothing),
+        layout=layout,
+        statistics=LatentStatistics(0 * texture, texture, 0 * semantic, semantic),
+        clocks=clocks_of(case),
+        config=config,
+        weak=networks["weak"] if config.guidance == "autoguidance" else None,
+        # One device: the released error control looks at the batch, which must not be padded.
+        mesh=make_mesh(devices=jax.devices()[:1]),
+    )
+    return lambda noise: sampler.integrate(noise, labels)
 
 
 def _closest(

@@ -16,7 +16,7 @@ from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from sfd_jax.distributed import barrier, is_host0, put_batch, say
+from sfd_jax.distributed import barrier, host_rows, is_host0, put_batch, say
 from sfd_jax.distributed.heartbeat import Heartbeat
 from sfd_jax.distributed.hosts import preemption_watch
 from sfd_jax.errors import SfdError, TryAgain
@@ -57,7 +57,8 @@ def fit(
 
     Args:
       task: what is trained.
-      batches: start_step -> iterator over this host's batches, each name to (per-host B, ...) array.
+      batches: start_step -> iterator over this host's rows of each batch (`distributed.host_rows`), name to
+        (per-host B, ...) array.
       config: length, batch, EMA, optimizer and intervals.
       workdir: folder of the run, local or gs://.
       mesh: from `make_mesh`.
@@ -118,7 +119,7 @@ def fit(
                     # A machine that shuts down tells the loader's processes too: new ones for the last steps.
                     iterator = batches(step - 1)
                     rows = next(iterator)
-                batch = put_batch(_checked(rows, config), mesh)
+                batch = put_batch(_checked(rows, config, mesh), mesh)
                 before = metrics
                 with jax.transfer_guard("disallow"):  # an accidental copy to the host would stall every step
                     state, metrics = train_step(state, batch, key)
@@ -182,9 +183,9 @@ def _bar(name: str, first: int, steps: int, progress: bool) -> tqdm:
     )
 
 
-def _checked(batch: dict[str, np.ndarray], config: TrainConfig) -> dict[str, np.ndarray]:
+def _checked(batch: dict[str, np.ndarray], config: TrainConfig, mesh: Mesh) -> dict[str, np.ndarray]:
     """Return what the loss reads of a batch, its size checked; `index` is for the host alone."""
-    rows = config.global_batch_size // jax.process_count()
+    rows = len(host_rows(mesh, config.global_batch_size))
     for name, array in batch.items():
         if len(array) != rows:
             raise SfdError(

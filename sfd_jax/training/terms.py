@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from sfd_jax.models.layers import product
+
 
 def gaussian_kl(mean: jax.Array, logvar: jax.Array) -> jax.Array:
     """Return KL(N(mean, exp(logvar)) || N(0, 1)), summed over all but the first axis: (B,)."""
@@ -39,4 +41,4 @@ def linear_head(key: jax.Array, features: int, classes: int) -> dict[str, jax.Ar
 
 def apply_head(head: dict[str, jax.Array], features: jax.Array) -> jax.Array:
     """Return logits (B, K) of features (B, F)."""
-    return features @ head["kernel"] + head["bias"][None]
+    return product(features, head["kernel"]) + head["bias"][None]

@@ -29,7 +29,7 @@ def trouble(phase: str) -> None:
 
 def main(argv: list[str]) -> int:
     trouble("flags")
-    from sfd_jax.distributed import hosts, make_mesh, sharding
+    from sfd_jax.distributed import host_rows, hosts, make_mesh, sharding
     from sfd_jax.distributed.preflight import Job
 
     folder, steps = os.environ["RUN"], int(os.environ.get("END", "8"))
@@ -41,8 +41,8 @@ def main(argv: list[str]) -> int:
     from sfd_jax.training import Checkpointer, Task, fit
 
     sharding.MIN_ELEMENTS = 1
-    index, count, task = jax.process_index(), jax.process_count(), toy_task()
-    rows, save = 16 // count, Checkpointer.save
+    task, save, mesh = toy_task(), Checkpointer.save, make_mesh(2, -1)
+    rows = host_rows(mesh, 16)
 
     def batches(start):
         for step, batch in enumerate(toy_batches()(start), start + 1):
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
                 trouble("step")
             if steps > 100:  # a run that only a signal ends need not hurry
                 time.sleep(0.01)
-            yield {name: array[index * rows : (index + 1) * rows] for name, array in batch.items()}
+            yield {name: array[rows] for name, array in batch.items()}
 
     def init(key):
         trouble("compile")
@@ -68,7 +68,6 @@ def main(argv: list[str]) -> int:
         return {}
 
     Checkpointer.save = save_in_trouble
-    mesh = make_mesh(2, -1)
     config = toy_config(steps=steps, checkpoint_every=2)
     state = fit(Task("toy", None, init, task.loss), batches, config, folder, mesh=mesh, evaluate=evaluate, progress=False)
     kernel = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))(state.params["hidden"]["kernel"])

@@ -133,6 +133,43 @@ def test_statistics_of_another_extractor_are_refused(tmp_path, change):
         evaluate(image_set_of("samples", SAMPLES), open_reference(tmp_path / "s.npz"), other, metrics=("fid",))
 
 
+def no_pieces(n):
+    raise AssertionError("samples are made before what cannot be measured is refused")
+
+
+@pytest.mark.parametrize("size", [(5, 3), None])
+def test_widths_are_compared_before_the_first_sample(tmp_path, size):
+    samples = dataclasses.replace(image_set_of("samples", SAMPLES), pieces=no_pieces, size=size)
+    extractor = stand_in()
+    if size is None:  # not known before reading; extractors resize to their own
+        extractor = dataclasses.replace(extractor, apply=lambda params, x: {"features": x[:, 0, :7, 0]})
+    for arrays, words in ((dict(mu=np.zeros(8), sigma=np.eye(8)), "of 8 features, but extractor 'inception' gives 7"),
+                          (dict(mu=np.zeros(7), sigma=np.eye(7), mu_s=np.zeros(2), sigma_s=np.eye(2)), "gives 3 .'spatial'.")):
+        if size is None and "mu_s" in arrays:
+            continue
+        np.savez(tmp_path / "r.npz", **arrays)
+        with pytest.raises(SfdError, match=words):
+            evaluate(samples, open_reference(tmp_path / "r.npz"), extractor, metrics=("fid",))
+
+
+def test_notes_stand_beside_the_scores(tmp_path):
+    """Images of two classes in turn or one after the other; statistics whose network nobody names."""
+    classes = np.arange(300) % 2
+    images = lambda classes: image_set_of("samples", SAMPLES // 8 + np.uint8(200) * (classes[:, None, None, None] == 1))  # noqa: E731
+    bright = dataclasses.replace(stand_in(), apply=lambda params, x: stand_in().apply(params, x) | {
+        "probabilities": jax.nn.one_hot((x.mean(axis=(1, 2, 3)) > 128).astype(int), 2)})  # fmt: skip
+    measured = lambda classes, **options: evaluate(  # noqa: E731
+        images(classes), reference_of(REFERENCE), bright, metrics=("is",), split_size=100, **options)  # fmt: skip
+    shuffled, in_order = measured(classes), measured(np.sort(classes))
+    assert shuffled == {"is": pytest.approx(2.0)} and in_order["is"] < 1.7
+    assert len(in_order["notes"]) == 1 and "sorted by class" in in_order["notes"][0]
+    assert "notes" not in measured(np.random.default_rng(0).permutation(classes))
+
+    np.savez(tmp_path / "r.npz", mu=np.zeros(7), sigma=np.eye(7))
+    told = evaluate(images(classes), open_reference(tmp_path / "r.npz"), bright, metrics=("fid",))["notes"]
+    assert len(told) == 1 and "does not say which network" in told[0]
+
+
 def nan_extractor():
     extractor = stand_in()
     poison = lambda images: jnp.where(images[:, 0, 0, 0] == 255, jnp.nan, 0.0)  # noqa: E731

@@ -58,6 +58,35 @@ def test_chunks_are_read_in_order_and_know_their_number(tmp_path):
     assert image_set.count == 11 and image_set.recipe["seed"] == 3
 
 
+@pytest.mark.parametrize("with_chunks", [False, True])
+def test_a_job_without_all_its_chunks_is_its_npz(tmp_path, with_chunks):
+    folder = write_chunks(tmp_path / "job", [(0, 4)] if with_chunks else [], {"num_images": 11, "seed": 3})
+    np.savez(folder / "samples.npz", arr_0=IMAGES, arr_1=np.zeros(11, int))
+    Image.new("RGB", (50, 50)).save(folder / "grid.png")
+    image_set = open_image_set(folder)
+    np.testing.assert_array_equal(read(image_set), IMAGES)
+    assert image_set.recipe["seed"] == 3
+    assert image_set.hash() == open_image_set(folder / "samples.npz").hash()
+
+
+def test_a_job_of_pngs_alone_is_its_images(tmp_path):
+    folder = write_chunks(tmp_path / "job", [], {"num_images": 11})
+    Image.new("RGB", (50, 50)).save(folder / "grid.png")
+    write_pngs(folder / "images")
+    np.testing.assert_array_equal(read(open_image_set(folder)), IMAGES)
+
+
+def short_npz(path):
+    folder = write_chunks(path / "j", [], {"num_images": 12})
+    np.savez(folder / "samples.npz", arr_0=IMAGES)
+    return folder
+
+
+def short_pngs(path):
+    folder = write_chunks(path / "j", [], {"num_images": 13})
+    return write_pngs(folder / "images")
+
+
 def test_hash_follows_the_content(tmp_path):
     np.savez(tmp_path / "a.npz", arr_0=IMAGES)
     np.savez(tmp_path / "b.npz", arr_0=IMAGES + 1)
@@ -145,6 +174,11 @@ def empty(path):
         (lambda path: write_chunks(path / "j", [(0, 4), (6, 11)]), "2 of 11 images are missing, the first is 4"),
         (lambda path: write_chunks(path / "j", [(0, 4), (3, 11)]), "1 indices are there twice, the first is 3"),
         (lambda path: write_chunks(path / "j", [(0, 9)], {"num_images": 11}), "2 of 11 images are missing"),
+        (lambda path: write_chunks(path / "j", [], {"num_images": 11}), "j is a sampling job of which all 11 images are missing"),
+        (short_npz, "j holds 11 images, but its recipe.json is of 12: finish sampling"),
+        (short_pngs, "images holds 11 images, but its recipe.json is of 13: finish sampling"),
+        (lambda path: broken_npz(path, arr_0=np.moveaxis(IMAGES, -1, 1)), r"x.npz: arr_0 is uint8 \(11, 3, 5, 7\)"),
+        (lambda path: broken_npz(path, arr_0=IMAGES / np.float32(127.5) - 1), "x.npz: arr_0 is float32.*of bytes 0..255"),
         (lambda path: path / "nowhere", "no images at .*nowhere"),
     ],
 )

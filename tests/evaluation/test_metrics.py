@@ -1,5 +1,7 @@
 """Metrics against answers known by hand, definitions written out again, and the published evaluator."""
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -86,6 +88,40 @@ def test_frechet_distance_refuses_what_does_not_fit():
         frechet_distance(np.zeros(3), np.eye(3), np.zeros(2), np.eye(2))
     with pytest.raises(SfdError, match="not finite"):
         frechet_distance(np.full(3, np.nan), np.eye(3), np.zeros(3), np.eye(3))
+
+
+def test_frechet_distance_refuses_what_is_no_covariance():
+    good = np.zeros(3), np.eye(3)
+    for bad, words in ((-np.eye(3), "negative eigenvalues"), (np.triu(np.ones((3, 3))), "not symmetric")):
+        for pair in ((*good, good[0], bad), (good[0], bad, *good)):
+            with pytest.raises(SfdError, match=words):
+                frechet_distance(*pair)
+    # Rounding of float32 is none of this, and gives no negative distance.
+    rows = np.random.default_rng(0).standard_normal((20, 64)) * 30
+    mean, covariance = gaussian_of(rows)
+    rounded = covariance.astype(np.float32)
+    assert np.linalg.eigvalsh(rounded.astype(np.float64))[0] < 0
+    assert 0 <= frechet_distance(mean, rounded, mean, covariance) < 1e-4 * np.trace(covariance)
+
+
+def test_scores_that_depend_on_the_order_warn():
+    classes = np.repeat(np.arange(50), 40)  # 2,000 rows, in splits of 500
+    rows = np.eye(50)[classes] * 0.9 + 0.002
+    shuffled = np.random.default_rng(0).permutation(rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        good = inception_score(shuffled, split_size=500)
+        inception_score(rows[np.arange(2000).reshape(50, 40).T.ravel()], split_size=500)  # classes in turn
+        inception_score(rows, split_size=2000)  # one split has no order
+        for seed in range(20):
+            inception_score(np.random.default_rng(seed).permutation(rows), split_size=500)
+    with pytest.warns(UserWarning, match="sorted by class"):
+        assert inception_score(rows, split_size=500) < 0.5 * good
+    halves = np.concatenate([shuffled[np.argmax(shuffled, axis=1) < 25], shuffled[np.argmax(shuffled, axis=1) >= 25]])
+    with pytest.warns(UserWarning, match="sorted by class"):
+        assert inception_score(halves, split_size=500) < 0.8 * good  # no runs of one class, and still in order
+    with pytest.warns(UserWarning, match="5 splits, of which the last has 1 images and the others 499"):
+        inception_score(shuffled[:1997], split_size=499)
 
 
 def test_inception_score_by_hand():

@@ -69,6 +69,16 @@ def test_samples_are_images_and_differ(whole):
     assert (nfe == 4).all()  # five points, four Euler steps
 
 
+def test_given_noise_is_integrated_as_samples_are(whole):
+    """`sfd verify` compares by this with the published code what `sfd sample` makes."""
+    sampler, *_, latents = whole
+    indices = np.arange(8)
+    noise = sample_noise(11, indices.astype(np.uint32), (4, 4, 5))
+    found, calls = sampler.integrate(noise, labels_of(indices))
+    np.testing.assert_allclose(found, latents[:8], rtol=1e-6, atol=1e-6)  # a batch of another size
+    assert calls == 4
+
+
 @pytest.mark.parametrize(("devices", "fsdp", "batch_size"), [(1, 1, 4), (8, 4, 7)])
 def test_batch_size_and_devices_change_nothing_but_rounding(whole, devices, fsdp, batch_size):
     _, images, _, latents = whole

@@ -1,0 +1,95 @@
+"""Hosts whose devices interleave in the mesh, as on a TPU slice, take the same steps as one host."""
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from sfd_jax import libtpu
+from sfd_jax.distributed import host_rows, make_mesh, put_batch
+from sfd_jax.errors import SfdError
+
+IN_ORDER = list(range(8))
+# Processes, the devices in the mesh's order, parts of the batch. The second is how a v5e:4x4 has its hosts.
+JOBS = {
+    "one": (1, IN_ORDER, 1),
+    "two": (2, [0, 1, 4, 5, 6, 7, 2, 3], 1),
+    "four, in parts": (4, [6, 1, 4, 0, 3, 7, 2, 5], 2),
+}
+
+
+def start(out: Path, count: int, order: list[int], parts: int) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count}"}
+    script = str(Path(__file__).with_name("shuffled_job.py"))
+    return [
+        subprocess.Popen([sys.executable, script, *map(str, (out, port, count, index, json.dumps(order), parts))],
+                         env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for index in range(count)
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder, found = tmp_path_factory.mktemp("shuffled"), {}
+    for name, job in JOBS.items():  # one job after the other: they would only take the cores from each other
+        processes = start(folder / f"{name}.npz", *job)
+        said = [process.communicate(timeout=600)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0] * job[0], said
+        with np.load(folder / f"{name}.npz") as file:
+            found[name] = dict(file)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(JOBS)[1:])
+def test_hosts_with_shuffled_devices_take_the_steps_of_one(results, name):
+    one, other = results["one"], results[name]
+    assert one.keys() == other.keys()
+    drawn = [key for key in one if any(f"_{kind}_" in key for kind in ("noise", "t", "dropped"))]
+    assert len(drawn) == 3 * 3 * 23 and len({float(one[key][0]) for key in drawn if "_noise_" in key}) > 30
+    for key in one:
+        if key.startswith("batch") or key in drawn:
+            np.testing.assert_array_equal(one[key], other[key], err_msg=key)
+        else:  # sums over the batch run in another order
+            np.testing.assert_allclose(one[key], other[key], rtol=1e-5, atol=1e-5, err_msg=key)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: `bash scripts/setup.sh pod`")
+def test_rows_of_a_host_on_a_slice():
+    libtpu.expect_no_machine()
+    from jax.experimental import topologies
+
+    devices = lambda name, **options: topologies.get_topology_desc(name, platform="tpu", **options).devices
+    mesh = make_mesh(devices=devices("v5e:4x4"))
+    assert [device.process_index for device in mesh.devices.flat] == [0, 0, 1, 1, 1, 1, 0, 2, 3, 3, 3, 3, 2, 2, 2, 0]
+    assert host_rows(mesh, 32).tolist() == [0, 1, 2, 3, 12, 13, 30, 31]  # those of process 0, which this one is
+    # A v4 chip has two cores, which are one device ("megacore") unless the topology says otherwise.
+    with pytest.raises(SfdError, match="chip_config_name='megacore'"):
+        make_mesh(devices=devices("v4:2x2x4"))
+    assert make_mesh(devices=devices("v4:2x2x4", chip_config_name="megacore")).size == 16
+
+
+def test_rows_that_do_not_divide_are_refused():
+    mesh = make_mesh(4, 2)
+    np.testing.assert_array_equal(host_rows(mesh, 16), np.arange(16))
+    with pytest.raises(SfdError, match="12 rows does not divide over 8 devices"):
+        host_rows(mesh, 12)
+    with pytest.raises(SfdError, match="12 rows of a batch do not divide over 8 devices"):
+        put_batch({"x": np.zeros(12)}, mesh)
+
+
+def test_a_mesh_in_any_order_holds_the_batch_in_its_own():
+    shuffled = np.array(jax.devices())[[5, 0, 3, 6, 1, 7, 4, 2]].reshape(4, 2)
+    mesh = jax.sharding.Mesh(shuffled, ("data", "fsdp"))
+    x = np.arange(48).reshape(16, 3)
+    np.testing.assert_array_equal(put_batch({"x": x[host_rows(mesh, 16)]}, mesh)["x"], x)
