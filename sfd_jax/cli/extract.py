@@ -86,6 +86,7 @@ def _extract(args) -> int:
     from sfd_jax.data.images import open_images
     from sfd_jax.distributed import hosts
     from sfd_jax.distributed.heartbeat import Heartbeat
+    from sfd_jax.distributed.lock import FolderLock
     from sfd_jax.distributed.preflight import Job
     from sfd_jax.models.fingerprint import params_hash
     from sfd_jax.models.latent_encoder import jit_encoder
@@ -98,8 +99,6 @@ def _extract(args) -> int:
     params = jax.device_put(params, whole)
     if args.check:
         return _check_extract(args, source, encoder, params)
-    if args.pca:
-        params["pca"] = _pca(args, source, encoder, params, sharding, whole)
     jitted, done = jit_encoder(encoder, mesh), itertools.count(1)
 
     def encode(pixels, index):
@@ -107,7 +106,9 @@ def _extract(args) -> int:
             heartbeat.at(next(done) * len(pixels))
         return jitted(params, pixels, index)
 
-    with Heartbeat(args.out, "extract") as heartbeat:
+    with FolderLock(args.out), Heartbeat(args.out, "extract") as heartbeat:
+        if args.pca:
+            params["pca"] = _pca(args, source, encoder, params, sharding, whole)
         store = extract(
             source,
             encode,
@@ -240,11 +241,12 @@ def _repack(args) -> int:
     from sfd_jax.data.published import PublishedLatents
     from sfd_jax.distributed import hosts
     from sfd_jax.distributed.heartbeat import Heartbeat
+    from sfd_jax.distributed.lock import FolderLock
     from sfd_jax.distributed.preflight import Job
 
     source, statistics = PublishedLatents(args.repack, repa=args.repa), _released_statistics(args)
     hosts.start(Job({"flags": vars(args), "images": len(source)}, args.out))
-    with Heartbeat(args.out, "extract"):
+    with FolderLock(args.out), Heartbeat(args.out, "extract"):
         store = repack(
             source,
             args.out,

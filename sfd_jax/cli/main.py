@@ -25,9 +25,14 @@ DOORS = {
 }
 
 # What to do where a device's memory does not suffice; other doors are told nothing.
-_training = "nothing saved is lost; try --config.{}train.accumulation=2 (or 4, 8, ...) or a smaller train.global_batch_size"
+# What is said of training may be done on a begun run (`FREE_KEYS` of training/record.py; tests/cli/test_memory_advice.py).
+_training = (
+    "nothing saved is lost; go on with {}--config.train.accumulation=2 (or 4, 8, ...), or on more devices, with "
+    "--config.mesh.data=1 --config.mesh.fsdp=-1 to split the weights (a smaller train.global_batch_size makes another "
+    "run, in a new --workdir)"
+)
 SMALLER = {
-    "train": _training.format("model.remat=full, --config."),
+    "train": _training.format("--config.model.remat=full, "),
     "train_semvae": _training.format(""),
     "train_texture_vae": _training.format(""),
     "sample": "try a smaller --batch_size, or --fsdp to split the weights; images already made are kept",
