@@ -1,8 +1,10 @@
 """`sfd <door> ...`: find the door, open it, and turn errors meant for the user into exit status 2."""
 
+import contextlib
 import importlib
 import os
 import select
+import signal
 import sys
 from pathlib import Path
 
@@ -89,6 +91,8 @@ def open_door(door_main, name: str, arguments: list[str]) -> int:
         tell_hosts(name, error.status, str(error))
         return error.status
     except KeyboardInterrupt:
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only disturb the end
         print(f"sfd {name}: interrupted; run the same command again to go on", file=sys.stderr, flush=True)
         tell_hosts(name, 130, "interrupted")
         return 130
