@@ -97,7 +97,11 @@ def run(task, train, config, workdir, *, source, transform, metadata, params=Non
     from sfd_jax.training.held_out import held_out_metrics
     from sfd_jax.training.step import put_frozen
 
-    known = {"data_hash": data_hash(source), "init": None if params is None else params_hash(params)}
+    known = {
+        "data_hash": data_hash(source),
+        "held_out_hash": data_hash(held_out[1]) if held_out else None,
+        "init": None if params is None else params_hash(params),
+    }
     start(Job({"config": config.to_dict(), "images": len(source), **known}, folder=workdir))
     mesh = mesh_from_config(config)
     host = {"host_index": jax.process_index(), "host_count": jax.process_count(), "workers": config.data.workers}

@@ -86,7 +86,7 @@ def fit(
 def _fit(lock, task, batches, config, workdir, mesh, seed, metadata, params, evaluate, progress) -> TrainState:
     # --- Work folder: one folder, one run -----------------------------------------------------------------
     metadata = _complete(metadata, task, seed, params)
-    names = ("task", "seed", "network_config", "config", "latent_statistics", "frozen", "init", "data_hash")
+    names = ("task", "seed", "network_config", "config", "latent_statistics", "frozen", "init", "data_hash", "held_out_hash")
     record = {name: metadata[name] for name in names if name in metadata}
     record["fit"] = dataclasses.asdict(config)
     claimed = claim_workdir(workdir, record, may_extend=config.optimizer.schedule == "constant")

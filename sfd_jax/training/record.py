@@ -58,7 +58,7 @@ def _compare(path: epath.Path, old: dict, new: dict, may_extend: bool) -> None:
     if new.get("init") is None or "init" not in old:
         free += ("init",)
     if "data_hash" not in old:
-        free += ("data_hash",)
+        free += ("data_hash", "held_out_hash")
     differing = [
         line
         for key, line in differences(old, new).items()
