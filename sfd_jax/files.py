@@ -1,6 +1,7 @@
 """Files that are whole or not there, and the records by which a folder knows its own run."""
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -35,9 +36,37 @@ def appearing(path: str | os.PathLike, *, shared: bool = False) -> Iterator[Path
         sync(part)
         os.replace(part, path)
         sync(path.parent)
-    except BaseException:
-        part.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = os.fspath(path)  # a failed write does not know it
         raise
+
+
+def disk_fault(error: BaseException | None) -> str | None:
+    """Return a sentence where an error, or what caused it, says that a disk takes no more; else None."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+            return (
+                f"cannot write {error.filename or 'a file or the output'}: {os.strerror(error.errno)}; make room or choose "
+                "another folder, then run the same command again"
+            )
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def write_new(path: str | os.PathLike, text: str) -> None:
+    """Write a text file that is whole or not there, and never over another one.
+
+    An empty file takes the name for a moment, which works without hard links and on FUSE mounts of buckets too.
+
+    Raises:
+      OSError: as the disk raises it; FileExistsError where the name is taken.
+    """
+    with appearing(path, shared=True) as part:
+        part.write_text(text)
+        open(path, "x").close()
 
 
 def sync(path: Path) -> None:

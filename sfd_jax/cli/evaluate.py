@@ -23,7 +23,7 @@ from pathlib import Path
 from sfd_jax.cli.flags import door_parser, parse_door
 from sfd_jax.cli.sampling_flags import add_sampling_flags, open_sampler
 from sfd_jax.errors import SfdError
-from sfd_jax.files import must_be_local
+from sfd_jax.files import must_be_local, write_new
 
 
 def main(argv: list[str]) -> int:
@@ -47,7 +47,11 @@ def main(argv: list[str]) -> int:
         for note in report.get("notes", []):
             print(f"note: {note}")
         if args.out:
-            _write_new(Path(args.out), report)
+            try:
+                Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+                write_new(args.out, json.dumps(report, indent=2) + "\n")
+            except OSError as error:
+                raise SfdError(f"cannot write {args.out}: {error}") from error
             print(args.out)
     return 0
 
@@ -237,19 +241,6 @@ def _judges(comparisons) -> dict:
         "versions": {"sfd_jax": __version__, "jax": jax.__version__},
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
-
-
-def _write_new(path: Path, report: dict) -> None:
-    """Write the JSON under its name once it is complete, and never over another file."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
-        os.link(temporary, path)  # unlike a rename, refuses where the name has been taken meanwhile
-    except OSError as error:
-        raise SfdError(f"cannot write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

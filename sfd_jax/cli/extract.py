@@ -91,6 +91,7 @@ def _extract(args) -> int:
     from sfd_jax.data.images import open_images
     from sfd_jax.distributed import hosts
     from sfd_jax.distributed.heartbeat import Heartbeat
+    from sfd_jax.distributed.lock import FolderLock
     from sfd_jax.distributed.preflight import Job
     from sfd_jax.models.fingerprint import params_hash
     from sfd_jax.models.latent_encoder import jit_encoder
@@ -105,8 +106,6 @@ def _extract(args) -> int:
     params = jax.device_put(params, whole)
     if args.check:
         return _check_extract(args, source, encoder, params)
-    if args.pca:
-        params["pca"] = _pca(args, source, encoder, params, sharding, whole)
     jitted, done = jit_encoder(encoder, mesh), itertools.count(1)
 
     def encode(pixels, index):
@@ -114,7 +113,9 @@ def _extract(args) -> int:
             heartbeat.at(next(done) * len(pixels))
         return jitted(params, pixels, index)
 
-    with Heartbeat(args.out, "extract") as heartbeat:
+    with FolderLock(args.out), Heartbeat(args.out, "extract") as heartbeat:
+        if args.pca:
+            params["pca"] = _pca(args, source, encoder, params, sharding, whole)
         store = extract(
             source,
             encode,
@@ -247,6 +248,7 @@ def _repack(args) -> int:
     from sfd_jax.data.published import PublishedLatents
     from sfd_jax.distributed import hosts
     from sfd_jax.distributed.heartbeat import Heartbeat
+    from sfd_jax.distributed.lock import FolderLock
     from sfd_jax.distributed.preflight import Job
 
     source = PublishedLatents(args.repack, repa=args.repa)
@@ -254,7 +256,7 @@ def _repack(args) -> int:
     hosts.start(Job({"flags": vars(args), "images": len(source)}, args.out))
     for note in source.notes:
         hosts.say(f"note: {note}")
-    with Heartbeat(args.out, "extract"):
+    with FolderLock(args.out), Heartbeat(args.out, "extract"):
         store = repack(
             source,
             args.out,

@@ -1,12 +1,16 @@
 """`sfd <door> ...`: find the door, open it, and turn errors meant for the user into exit status 2."""
 
+import contextlib
 import importlib
 import os
+import select
+import signal
 import sys
 from pathlib import Path
 
 from sfd_jax import libtpu
 from sfd_jax.errors import SfdError, nearest
+from sfd_jax.files import disk_fault
 
 # One line a door, in the order in which a project uses them.
 DOORS = {
@@ -25,9 +29,14 @@ DOORS = {
 }
 
 # What to do where a device's memory does not suffice; other doors are told nothing.
-_training = "nothing saved is lost; try --config.{}train.accumulation=2 (or 4, 8, ...) or a smaller train.global_batch_size"
+# What is said of training may be done on a begun run (`FREE_KEYS` of training/record.py; tests/cli/test_memory_advice.py).
+_training = (
+    "nothing saved is lost; go on with {}--config.train.accumulation=2 (or 4, 8, ...), or on more devices, with "
+    "--config.mesh.data=1 --config.mesh.fsdp=-1 to split the weights (a smaller train.global_batch_size makes another "
+    "run, in a new --workdir)"
+)
 SMALLER = {
-    "train": _training.format("model.remat=full, --config."),
+    "train": _training.format("--config.model.remat=full, "),
     "train_semvae": _training.format(""),
     "train_texture_vae": _training.format(""),
     "sample": "try a smaller --batch_size, or --fsdp to split the weights; images already made are kept",
@@ -49,25 +58,25 @@ def usage() -> str:
 def main(argv: list[str]) -> int:
     """Open the door named by `argv[0]` with the remaining arguments and return its exit status."""
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0
+        return open_door(lambda _: print(usage()), "help", [])
     if argv[0] == "--version":
         from sfd_jax import __version__
 
-        print(__version__)
-        return 0
+        return open_door(lambda _: print(__version__), "version", [])
     door, *arguments = argv
     if door not in DOORS:
         print(f"sfd: unknown door '{door}'; {nearest(door, DOORS)}", file=sys.stderr)
         return 2
-    return open_door(importlib.import_module(f"sfd_jax.cli.{door}").main, door, arguments)
+    # Imported within: Ctrl-C may come at any moment.
+    return open_door(lambda arguments: importlib.import_module(f"sfd_jax.cli.{door}").main(arguments), door, arguments)
 
 
 def open_door(door_main, name: str, arguments: list[str]) -> int:
     """Run one door and return its exit status.
 
-    An SfdError becomes one message on stderr and its own status (2: mend it, 75: start again), a device without enough
-    memory one that says what to make smaller, Ctrl-C 130, a closed pipe 0. The other hosts of a job learn of each end
+    An SfdError becomes one message on stderr and its own status (2: fix it, 75: start again), a full disk one that names
+    the file, a device without enough memory one that says what to make smaller, Ctrl-C 130, a standard output that
+    nobody reads any more 0; any other broken pipe is a fault. The other hosts of a job learn of each end
     that is none of theirs (see distributed/hosts.py).
     """
     keep_compilations()
@@ -82,22 +91,26 @@ def open_door(door_main, name: str, arguments: list[str]) -> int:
         tell_hosts(name, error.status, str(error))
         return error.status
     except KeyboardInterrupt:
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only disturb the end
         print(f"sfd {name}: interrupted; run the same command again to go on", file=sys.stderr, flush=True)
         tell_hosts(name, 130, "interrupted")
         return 130
-    except BrokenPipeError:
-        # `sfd ... | head` has seen enough; Python's own flush at exit must not complain of it either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except SystemExit:  # `--help`, or a SIGTERM that all hosts have heeded
         tell_hosts(name, 0)
         raise
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            _drop_output()  # `sfd ... | head` has seen enough
+            return 0
+        message = disk_fault(error)
         # By its name: a door may have failed before JAX was imported.
         if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(error):
             hint = SMALLER.get(name, "take a smaller model or batch")
             message = f"a device's memory does not suffice: {hint}\n  {str(error).strip().splitlines()[0]}"
+        if message:
             print(f"sfd {name}: {message}", file=sys.stderr, flush=True)
+            _drop_output()
             tell_hosts(name, SfdError.status, message)
             return SfdError.status
         if _joins_hosts(name):
@@ -105,6 +118,24 @@ def open_door(door_main, name: str, arguments: list[str]) -> int:
 
             hosts.broke(error)
         raise
+
+
+def _nobody_reads() -> bool:
+    """Return whether standard output is a pipe or socket whose other end is closed."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (OSError, ValueError):  # not a file
+        return False
+
+
+def _drop_output() -> None:
+    """Lose what standard output does not take, of which Python's own flush at exit would complain again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def keep_compilations() -> None:

@@ -33,6 +33,7 @@ def main(argv: list[str]) -> int:
 
     from sfd_jax import distributed
     from sfd_jax.distributed.heartbeat import Heartbeat
+    from sfd_jax.distributed.lock import FolderLock
     from sfd_jax.distributed.preflight import Job
     from sfd_jax.generation import make_images, write_grid, write_pngs, write_samples_npz
 
@@ -45,15 +46,16 @@ def main(argv: list[str]) -> int:
         heartbeat.at(int(indices[-1]) + 1)
         return made
 
-    with Heartbeat(args.out if distributed.is_host0() else None, "sample") as heartbeat:
-        make_images(make, labels, args.out, recipe=recipe, batch_size=batch_size, chunk_size=args.chunk_size)
-    if distributed.is_host0():
-        written = [write_grid(args.out, sampler.class_names)]
-        written += [] if args.no_npz else [write_samples_npz(args.out)]
-        written += [write_pngs(args.out)] if args.png else []
-        print(f"{len(labels)} images of {sampler.image_size} x {sampler.image_size}")
-        for path in written:
-            print(path)
+    with FolderLock(args.out):
+        with Heartbeat(args.out if distributed.is_host0() else None, "sample") as heartbeat:
+            make_images(make, labels, args.out, recipe=recipe, batch_size=batch_size, chunk_size=args.chunk_size)
+        if distributed.is_host0():
+            written = [write_grid(args.out, sampler.class_names)]
+            written += [] if args.no_npz else [write_samples_npz(args.out)]
+            written += [write_pngs(args.out)] if args.png else []
+            print(f"{len(labels)} images of {sampler.image_size} x {sampler.image_size}")
+            for path in written:
+                print(path)
     return 0
 
 

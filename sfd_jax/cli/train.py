@@ -6,15 +6,17 @@
   sfd train ... --config.data.repa_source=semvae --config.data.semantic_vae=CKPT
       REPA without stored features; or `online` from the images: see docs/repa.md
   sfd train ... --init=CKPT
-      start from the weights of another run, or from converted ones
+      start from the weights of another run, or from converted ones; they become part of the run
   sfd train ... --check
       look for faults before a long job, and train nothing
 
 The latents are those of `sfd extract`, or a folder of released shards. The work folder gets checkpoints/
 (weights, EMA, optimizer and all that sampling needs), metrics.jsonl, tensorboard/ and run.json. Started again
 with the same flags the run goes on from its newest checkpoint, bit for bit as if it had not stopped; a folder
-of another run is refused. After SIGTERM it saves and exits with status 75: start it again later. On several
-hosts, start the same command on all of them, with one work folder for all: a disk they share, or gs://.
+of another run, or one in which a run is at work, is refused. What saves memory (model.remat, model.scan_blocks,
+train.accumulation, mesh) and the place of the data may change on a begun run. After SIGTERM it saves and exits
+with status 75: start it again later. On several hosts, start the same command on all of them, with one work
+folder for all: a disk they share, or gs://.
 """
 
 from sfd_jax.cli.flags import door_parser, parse_door
@@ -85,9 +87,11 @@ def run(task, train, config, workdir, *, source, transform, metadata, params=Non
 
     from sfd_jax.cli.build import mesh_from_config
     from sfd_jax.data.checks import check_labels
+    from sfd_jax.data.fingerprint import data_hash
     from sfd_jax.data.pipeline import make_batches, make_eval_batches
     from sfd_jax.distributed import host_rows, say, start
     from sfd_jax.distributed.preflight import Job
+    from sfd_jax.models.fingerprint import params_hash
     from sfd_jax.training import fit
     from sfd_jax.training.held_out import held_out_metrics
     from sfd_jax.training.step import put_frozen
@@ -97,7 +101,12 @@ def run(task, train, config, workdir, *, source, transform, metadata, params=Non
         setting, classes = "loss.num_classes", config.loss.num_classes
     if classes and (faults := check_labels(source, classes, setting)):
         raise SfdError(faults[0])
-    start(Job({"config": config.to_dict(), "images": len(source)}, folder=workdir))
+    known = {
+        "data_hash": data_hash(source),
+        "held_out_hash": data_hash(held_out[1]) if held_out else None,
+        "init": None if params is None else params_hash(params),
+    }
+    start(Job({"config": config.to_dict(), "images": len(source), **known}, folder=workdir))
     for note in getattr(source, "notes", ()):
         say(f"note: {note}")
     mesh = mesh_from_config(config)
@@ -130,7 +139,7 @@ def run(task, train, config, workdir, *, source, transform, metadata, params=Non
         workdir,
         mesh=mesh,
         seed=config.seed,
-        metadata={"config": config.to_dict(), **metadata},
+        metadata={"config": config.to_dict(), **known, **metadata},
         params=params,
         evaluate=evaluate,
     )

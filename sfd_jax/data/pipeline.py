@@ -14,7 +14,9 @@ records: latents cannot be mirrored, theirs are stored. Grain does the prefetchi
 
 import dataclasses
 import functools
+import signal
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
@@ -269,8 +271,21 @@ def prefetch(
     else:
         two_threads = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)  # more would leave the cache
         iterator = iter(dataset.to_iter_dataset(two_threads))
+    # Ctrl-C reaches the whole process group. The processes, started by the first `next`, inherit that they do not hear
+    # it (this one ends them); here it is only late.
+    before = None
+    if workers:
+        resource_tracker.ensure_running()  # its own start would unblock the signal
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        yield from iterator
+        try:
+            first = next(iterator, None)
+        finally:
+            if before is not None:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if first is not None:
+            yield first
+            yield from iterator
     finally:  # also when the generator is dropped: the processes and their shared memory go with it
         iterator.close()
 

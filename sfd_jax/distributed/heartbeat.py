@@ -6,7 +6,6 @@ old `time` says that the process is dead or stopped, an old `step_time` under a 
 something else than steps: compiling, evaluating, or waiting for another host.
 """
 
-import contextlib
 import json
 import os
 import socket
@@ -16,13 +15,17 @@ import time
 import jax
 from etils import epath
 
-from sfd_jax.files import write_anywhere
+from sfd_jax.errors import SfdError
+from sfd_jax.files import disk_fault, write_anywhere
 
 PERIOD = 10.0  # seconds between two beats
 
 
 class Heartbeat:
-    """Write the file now, every ten seconds, and at the end of the `with`; failing to is not the job's failure."""
+    """Write the file now, every ten seconds, and at the end of the `with`.
+
+    Failing to is not the job's failure, unless the disk is full: then the next `at` says so.
+    """
 
     current: "Heartbeat | None" = None
 
@@ -39,13 +42,16 @@ class Heartbeat:
         self._step: int | None = None
         self._step_time: float | None = None
         self._status: int | None = None
+        self._fault: str | None = None
         self._who = {"process": index, "processes": jax.process_count(), "host": socket.gethostname()}
         self._end = threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def at(self, step: int) -> None:
-        """Note that a step, or an image, is done."""
+        """Note that a step, or an image, is done; raises SfdError where the disk is full."""
+        if self._fault:
+            raise SfdError(self._fault)
         self._step, self._step_time = step, time.time()
 
     def end(self, status: int) -> None:
@@ -78,5 +84,8 @@ class Heartbeat:
             return
         beat = {**self._who, "pid": os.getpid(), "time": round(time.time(), 3), "phase": self.phase, "step": self._step,
                 "step_time": self._step_time and round(self._step_time, 3), "status": self._status}  # fmt: skip
-        with contextlib.suppress(Exception):
+        try:
             write_anywhere(self.path, json.dumps(beat) + "\n")
+            self._fault = None
+        except Exception as error:
+            self._fault = disk_fault(error)

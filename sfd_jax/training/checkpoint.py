@@ -5,18 +5,22 @@ A folder of checkpoints holds one folder a step, visible only once complete:
     <step>/params, <step>/ema_params   the network's, nested dicts of float32 arrays
     <step>/progress                    optimizer state, counters, and whatever else is trained beside the
                                        network (classifier heads); only in checkpoints of a run
-    <step>/metadata                    JSON: network, its config, latent statistics, class names, step, source
+    <step>/metadata                    JSON: network, its config, latent statistics, class names, step, source;
+                                       and the checksums of itself and of every array (checksums.py)
 
+What is read is compared with its checksum. Checkpoints written before there were any are read with a line that says so.
 `save_params` writes the same layout with `params` alone, so converted and trained weights are read alike.
 Orbax writes to local disks and to gs:// paths, in the background where it can.
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 
 import jax
@@ -24,14 +28,30 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from sfd_jax.distributed import say
 from sfd_jax.errors import SfdError
+from sfd_jax.training.checksums import checksums
 from sfd_jax.training.state import TrainState
 
 _STATE_ITEMS = ("params", "ema_params", "progress")
+_DAMAGED = "copy it here again, or remove that folder to use the checkpoint before it"
+_INCOMPLETE = "an incomplete copy? Copy it here again, or remove that folder to use the checkpoint before it"
 
 # Each of Orbax's threads logs a failed write with its traceback; the one SfdError raised here says it all.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
+
+_unraisable = sys.unraisablehook
+
+
+def _without_echoes(report) -> None:
+    # A read that failed leaves TensorStore's other reads calling into an event loop that is closed by then.
+    code = getattr(report.object, "cr_code", None)
+    if str(report.exc_value) != "Event loop is closed" and "orbax" not in getattr(code, "co_filename", ""):
+        _unraisable(report)
+
+
+sys.unraisablehook = _without_echoes
 
 
 class Checkpointer:
@@ -70,12 +90,11 @@ class Checkpointer:
         Raises:
           SfdError: this save, or the one before it, could not be written.
         """
-        items = {name: ocp.args.PyTreeSave(tree) for name, tree in _to_items(state).items()}
-        items["metadata"] = ocp.args.JsonSave(_json({**metadata, "step": step}))
+        items = _save_args(_to_items(state), {**metadata, "step": step})
         self.wait()
         with _writing(f"checkpoint of step {step} cannot be written to {self.directory}"):
             _check_room(self.directory, state)
-            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+            self._manager.save(step, args=items, force=True)
 
     def restore(self, abstract_state: TrainState, step: int | None = None) -> TrainState:
         """Read a state into the shapes, dtypes and shardings of `abstract_state`.
@@ -85,13 +104,16 @@ class Checkpointer:
           step: which checkpoint; the newest by default.
 
         Raises:
-          SfdError: there is none, it cannot be read, or an array is missing, extra or misshapen: the message
-            names all of them.
+          SfdError: there is none, it cannot be read, or an array is damaged, missing, extra or misshapen: the
+            message names all of them.
         """
         step = self.latest_step() if step is None else step
         if step is None:
             raise SfdError(f"{self.directory} holds no complete checkpoint")
-        return _from_items(_read(self.directory / str(step), _to_items(abstract_state)))
+        items, metadata = _read(self.directory / str(step), _to_items(abstract_state))
+        if metadata["step"] != step:
+            raise SfdError(f"{self.directory / str(step)} holds step {metadata['step']}; give the folder its name back")
+        return _from_items(items)
 
     def wait(self) -> None:
         """Block until all saves are complete; raise SfdError where one failed."""
@@ -120,9 +142,7 @@ def save_params(directory, params: dict, metadata: dict) -> None:
     target = _folder(directory) / str(step)
     if target.exists():
         raise SfdError(f"{target} exists already; nothing was written. Remove it or choose another folder")
-    items = ocp.args.Composite(
-        params=ocp.args.PyTreeSave(params), metadata=ocp.args.JsonSave(_json({**metadata, "step": step}))
-    )
+    items = _save_args({"params": params}, {**metadata, "step": step})
     with _writing(f"parameters cannot be written to {target}"), _composite() as checkpointer:
         checkpointer.save(target, args=items)
 
@@ -141,24 +161,24 @@ def load_params(directory, step: int | None = None, which: str = "ema", abstract
       (params, metadata).
 
     Raises:
-      SfdError: no such checkpoint, or arrays that do not fit `abstract`: all are named.
+      SfdError: no such checkpoint; parameters are missing, the average of a run too; or arrays are damaged or do not
+        fit `abstract`: all are named.
     """
     if which not in ("ema", "raw"):
         raise SfdError(f"which='{which}': a checkpoint holds 'ema' and 'raw' parameters")
     path = find_checkpoint(directory, step)
-    item = "ema_params" if which == "ema" and (path / "ema_params").exists() else "params"
-    return _read(path, {item: abstract})[item], load_metadata(path)
+    item = "ema_params" if which == "ema" and "ema_params" in _items_of(path, *_read_metadata(path)) else "params"
+    items, metadata = _read(path, {item: abstract})
+    return items[item], metadata
 
 
 def load_metadata(directory, step: int | None = None) -> dict:
     """Read a checkpoint's metadata alone.
 
     Raises:
-      SfdError: no such checkpoint, or it cannot be read.
+      SfdError: no such checkpoint, or its metadata are missing or damaged.
     """
-    path = find_checkpoint(directory, step)
-    with _reading(path), _composite() as checkpointer:
-        return checkpointer.restore(path, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())).metadata
+    return _read_metadata(find_checkpoint(directory, step))[0]
 
 
 def find_checkpoint(directory, step: int | None = None) -> epath.Path:
@@ -174,7 +194,7 @@ def find_checkpoint(directory, step: int | None = None) -> epath.Path:
     root = _folder(directory)
     if not root.exists():
         raise SfdError(f"no checkpoint folder {root}")
-    if (root / "params").exists() and (root / "metadata").exists():
+    if any((root / item).exists() for item in (*_STATE_ITEMS, "metadata")):
         return root
     if (root / "checkpoints").exists():
         root = root / "checkpoints"
@@ -227,28 +247,87 @@ def _check_room(directory: epath.Path, tree) -> None:
         raise OSError(f"it takes {needed / 2**20:,.1f} MiB and the disk has {free / 2**20:,.1f} MiB left")
 
 
-def _read(path: epath.Path, targets: dict) -> dict:
-    """Read items of one checkpoint, each into its abstract tree, or as stored where that is None."""
-    with _reading(path), _composite() as checkpointer:
-        stored = checkpointer.metadata(path).item_metadata
-        stored = {name: stored[name].tree if stored.get(name) is not None else {} for name in targets}
+def _save_args(items: dict, metadata: dict) -> ocp.args.Composite:
+    """Return what Orbax is to write; the checksums are taken before the arrays may be donated."""
+    metadata = _json(metadata)
+    sums = {name: checksums(tree) for name, tree in items.items()}
+    stored = {"metadata": metadata, "checksums": sums, "sha256": _sha256(metadata, sums)}
+    args = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
+    return ocp.args.Composite(**args, metadata=ocp.args.JsonSave(stored))
+
+
+def _sha256(metadata: dict, sums: dict) -> str:
+    return hashlib.sha256(json.dumps([metadata, sums], sort_keys=True).encode()).hexdigest()
+
+
+def _read_metadata(path: epath.Path) -> tuple[dict, dict | None]:
+    """Return a checkpoint's metadata and its checksums: item -> path -> digits, None in one written without."""
+    if not (path / "metadata").exists():
+        raise SfdError(f"checkpoint {path} lacks its metadata: {_INCOMPLETE}")
+    with _reading(path / "metadata"), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        stored = checkpointer.restore(path / "metadata", args=ocp.args.JsonRestore())
+    if "step" in stored:  # as it was written before there were checksums
+        return stored, None
+    if stored.keys() != {"metadata", "checksums", "sha256"} or stored["sha256"] != _sha256(
+        stored["metadata"], stored["checksums"]
+    ):
+        raise SfdError(f"checkpoint {path} is damaged: its metadata do not have their checksum; {_DAMAGED}")
+    return stored["metadata"], stored["checksums"]
+
+
+def _items_of(path: epath.Path, metadata: dict, sums: dict | None) -> set[str]:
+    """Return the names of the items of arrays that a checkpoint was written with."""
+    if sums is not None:
+        return set(sums)
+    return set(_STATE_ITEMS) if "task" in metadata or (path / "progress").exists() else {"params"}
+
+
+def _read(path: epath.Path, targets: dict) -> tuple[dict, dict]:
+    """Read items of one checkpoint, each into its abstract tree, or as stored where that is None; and the metadata."""
+    metadata, sums = _read_metadata(path)
+    items = _items_of(path, metadata, sums)
+    if missing := [name for name in targets if not (path / name).exists()]:
+        why = _INCOMPLETE if items.issuperset(missing) else "it was not written by a run; `--init` starts one from it"
+        raise SfdError(f"checkpoint {path} lacks its {' and '.join(missing)}: {why}")
+    restored = _read_items(path, targets)
+    if sums is None:
+        say(f"{path} was written without checksums: damage in it would not be noticed")
+        return restored, metadata
+    found = {f"{name}.{key}": value for name in targets for key, value in checksums(restored[name]).items()}
+    wanted = {f"{name}.{key}": value for name in targets for key, value in sums[name].items()}
+    if damaged := sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)):
+        raise SfdError(
+            f"checkpoint {path} is damaged: {len(damaged)} arrays do not have their checksum; {_DAMAGED}:\n  "
+            + "\n  ".join(damaged)
+        )
+    return restored, metadata
+
+
+def _read_items(path: epath.Path, targets: dict) -> dict:
+    restored, stored = {}, {}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        for name in targets:
+            with _reading(path / name):
+                found = checkpointer.metadata(path / name).item_metadata
+                if found is None:  # Orbax's answer to whatever it cannot read
+                    raise ValueError("the list of its arrays is damaged or missing")
+                stored[name] = found.tree
         _check_arrays(path, {name: tree for name, tree in targets.items() if tree is not None}, stored)
-        args = {}
         for name, target in targets.items():
             if target is None:
-                as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored[name])
-                args[name] = ocp.args.PyTreeRestore(restore_args=as_numpy)
+                restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored[name])
             else:
                 restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-                args[name] = ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
-        restored = checkpointer.restore(path, args=ocp.args.Composite(**args))
-        return {name: restored[name] for name in targets}
+            with _reading(path / name):
+                args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
+                restored[name] = checkpointer.restore(path / name, args=args)
+    return restored
 
 
 def _check_arrays(path: epath.Path, targets: dict, stored: dict) -> None:
     """Raise one SfdError that names every array in which the checkpoint and the target differ."""
-    wanted = _shapes(targets)
-    found = _shapes({name: stored[name] for name in targets})
+    wanted, wanted_types = _shapes(targets)
+    found, types = _shapes({name: stored[name] for name in targets})
     faults = [f"missing: {name} {wanted[name]}" for name in sorted(wanted.keys() - found.keys())]
     faults += [f"extra: {name} {found[name]}" for name in sorted(found.keys() - wanted.keys())]
     faults += [
@@ -256,6 +335,8 @@ def _check_arrays(path: epath.Path, targets: dict, stored: dict) -> None:
         for name in sorted(wanted.keys() & found.keys())
         if wanted[name] != found[name]
     ]
+    both = sorted(name for name in wanted.keys() & found.keys() if wanted_types[name] != types[name])
+    faults += [f"of another type: {name} is {types[name]}, expected {wanted_types[name]}" for name in both]
     if faults:
         raise SfdError(
             f"checkpoint {path} does not fit this network; {len(faults)} arrays differ (was it trained with "
@@ -263,9 +344,10 @@ def _check_arrays(path: epath.Path, targets: dict, stored: dict) -> None:
         )
 
 
-def _shapes(tree) -> dict[str, tuple[int, ...]]:
+def _shapes(tree) -> tuple[dict[str, tuple[int, ...]], dict[str, np.dtype]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(key, simple=True, separator="."): tuple(leaf.shape) for key, leaf in leaves}
+    named = {jax.tree_util.keystr(key, simple=True, separator="."): leaf for key, leaf in leaves}
+    return {name: tuple(x.shape) for name, x in named.items()}, {name: np.dtype(x.dtype) for name, x in named.items()}
 
 
 def _composite() -> ocp.Checkpointer:
@@ -300,6 +382,7 @@ def _writing(fault: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _reading(path: epath.Path) -> Iterator[None]:
+    """Name the item at `path` in whatever Orbax and TensorStore raise for a file that they cannot read."""
     try:
         yield
     except SfdError:
@@ -308,8 +391,7 @@ def _reading(path: epath.Path) -> Iterator[None]:
         if _of_other_hosts(error):
             raise
         raise SfdError(
-            f"checkpoint {path} cannot be read: {_reason(error)}. If it is damaged, remove that folder to use the "
-            "one before it"
+            f"checkpoint {path.parent} cannot be read: {path.name}: {_reason(error)}. If it is damaged: {_DAMAGED}"
         ) from error
 
 
@@ -322,6 +404,6 @@ def _of_other_hosts(error: BaseException | None) -> bool:
 
 def _reason(error: Exception) -> str:
     """Return the one line of an error that helps; TensorStore hides the system's own word in a long message."""
-    text = str(error) or type(error).__name__
+    text = str(error) if isinstance(error, (OSError, ValueError)) and str(error) else f"{type(error).__name__}: {error}"
     code = re.search(r"os_error_code='(\d+)'", text)
     return os.strerror(int(code[1])) if code else text.strip().splitlines()[0][:300]

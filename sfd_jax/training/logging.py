@@ -1,7 +1,7 @@
 """What a run writes while it goes: `metrics.jsonl`, one JSON object a line, and TensorBoard event files.
 
 tensorboardX writes the events whether TensorFlow is there or not: one way for everybody, where clu's writers
-would need TensorFlow, and it can mark the rows after a restored step as void, which they cannot.
+would need TensorFlow.
 
 Nothing can be appended to an object of a bucket. There both files grow in a local folder, and are copied whole once a
 minute and before each checkpoint: rows behind the newest checkpoint are written again by the run that goes on from it.
@@ -41,7 +41,9 @@ class MetricsLog:
         self._events = self._local = None
         if not is_host0():
             return
-        from tensorboardX import SummaryWriter
+        # Its SummaryWriter writes from a thread, whose faults nobody would hear of.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         try:
             rows = "".join(json.dumps(row) + "\n" for row in read_metrics(workdir) if row["step"] <= restored_step)
@@ -52,12 +54,12 @@ class MetricsLog:
                 grow = Path(self._local.name)
                 (grow / "metrics.jsonl").write_text(rows)
             self._path, self._copied = grow / "metrics.jsonl", time.monotonic()
-            self._events = SummaryWriter(
-                str(grow / "tensorboard"),
-                purge_step=restored_step + 1,
-                # Two starts within one second must not share a file.
-                filename_suffix=f".{os.getpid()}",
-            )
+            (grow / "tensorboard").mkdir(exist_ok=True)
+            # Two starts within one second must not share a file.
+            self._events = EventsWriter(str(grow / "tensorboard" / "events"), f".{os.getpid()}")
+            # Rows from here on that an earlier start wrote are void.
+            restart = SessionLog(status=SessionLog.START)
+            self._events.write_event(Event(wall_time=time.time(), step=restored_step + 1, session_log=restart))
         except Exception as error:
             raise SfdError(f"cannot write metrics to {self._folder}: {error}") from error
 
@@ -74,13 +76,16 @@ class MetricsLog:
         """
         if self._events is None:
             return
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
         row = {"step": step, "time": round(time.time(), 3)}
         row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
         try:
             with self._path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             for name, value in values.items():
-                self._events.add_scalar(name, value, step)
+                self._events.write_event(Event(wall_time=row["time"], step=step, summary=scalar(name, value)))
             self._events.flush()
             if self._local and safely:
                 self._copy()
@@ -93,9 +98,13 @@ class MetricsLog:
             ) from error
 
     def close(self) -> None:
-        """Close the files; what a bucket lacks of them is copied, or, where it cannot be, left out."""
+        """Close the files; what a bucket lacks of them is copied, or, where it cannot be, left out.
+
+        What the disk does not take here `write` has complained of already: it leaves nothing in a buffer.
+        """
         if self._events is not None:
-            self._events.close()
+            with contextlib.suppress(OSError):
+                self._events.close()
         if self._local:
             with contextlib.suppress(Exception):
                 self._copy()

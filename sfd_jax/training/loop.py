@@ -19,6 +19,7 @@ from tqdm import tqdm
 from sfd_jax.distributed import barrier, host_rows, is_host0, put_batch, say
 from sfd_jax.distributed.heartbeat import Heartbeat
 from sfd_jax.distributed.hosts import preemption_watch
+from sfd_jax.distributed.lock import FolderLock
 from sfd_jax.errors import SfdError, TryAgain
 from sfd_jax.models.fingerprint import params_hash
 from sfd_jax.training.checkpoint import Checkpointer
@@ -65,7 +66,8 @@ def fit(
       seed: seed of initial parameters and of the loss's randomness.
       metadata: JSON-able dict saved with each checkpoint (see checkpoint.py); its "config" and
         "latent_statistics" are part of what makes this run this run.
-      params: parameters to start from instead of drawn ones, where there is no checkpoint.
+      params: parameters to start from instead of drawn ones, where there is no checkpoint; their hash becomes part
+        of the run, which goes on from a checkpoint with them or with None.
       evaluate: (state, step) -> numbers for the log, called before each checkpoint.
       progress: show a progress bar on host 0.
 
@@ -73,24 +75,31 @@ def fit(
       The final TrainState.
 
     Raises:
-      SfdError: the folder is another run's or cannot be written, a batch has the wrong size, or
+      SfdError: the folder is another run's, is in use or cannot be written, a batch has the wrong size, or
         `config.max_bad_steps` steps in a row were not finite.
       Preempted: SIGTERM came; the state is saved. One that comes before the first step is done ends the process at
         once, with the same status.
     """
+    with FolderLock(workdir) as lock:
+        return _fit(lock, task, batches, config, epath.Path(workdir), mesh, seed, metadata or {}, params, evaluate, progress)
+
+
+def _fit(lock, task, batches, config, workdir, mesh, seed, metadata, params, evaluate, progress) -> TrainState:
     # --- Work folder: one folder, one run -----------------------------------------------------------------
-    workdir = epath.Path(workdir)
-    metadata = _complete(metadata or {}, task, seed)
-    names = ("task", "seed", "network_config", "config", "latent_statistics", "frozen")
+    metadata = _complete(metadata, task, seed, params)
+    names = ("task", "seed", "network_config", "config", "latent_statistics", "frozen", "init", "data_hash", "held_out_hash")
     record = {name: metadata[name] for name in names if name in metadata}
     record["fit"] = dataclasses.asdict(config)
-    claim_workdir(workdir, record, may_extend=config.optimizer.schedule == "constant")
+    claimed = claim_workdir(workdir, record, may_extend=config.optimizer.schedule == "constant")
 
     # --- State: the newest checkpoint, else the given parameters, else fresh ones; born sharded -------------
     optimizer = make_optimizer(config.optimizer, config.steps)
     train_step = make_train_step(task, optimizer, config, mesh)
     checkpointer = Checkpointer(workdir / "checkpoints", config.keep_last, config.keep_every)
     first = checkpointer.latest_step() or 0
+    if not first and claimed.get("init") and params is None:
+        raise SfdError(f"{workdir} was begun with --init and has no checkpoint yet: give the same --init again")
+    metadata["init"] = claimed.get("init")
     if first:
         state = checkpointer.restore(abstract_state(task, optimizer, mesh))
         say(f"{task.name}: goes on from step {first} of {config.steps}")
@@ -134,6 +143,7 @@ def fit(
                 if not (save_now or step % config.log_every == 0):
                     continue
 
+                lock.check()
                 values = mean_metrics(total)
                 _stop_if_bad(state, step, config, checkpointer.latest_step())
                 seconds, clock = time.monotonic() - clock, time.monotonic()
@@ -160,11 +170,13 @@ def fit(
     return state
 
 
-def _complete(metadata: dict, task: Task, seed: int) -> dict:
+def _complete(metadata: dict, task: Task, seed: int, params: dict | None) -> dict:
     network = task.network
     known = {"network": network.name, "network_config": network.config_dict()} if network is not None else {}
     if task.frozen is not None:
         known["frozen"] = params_hash(task.frozen)
+    if "init" not in metadata:
+        known["init"] = None if params is None else params_hash(params)
     return {"source": "trained by sfd_jax", **known, **metadata, "task": task.name, "seed": seed}
 
 

@@ -8,12 +8,16 @@ from sfd_jax.distributed import is_host0
 from sfd_jax.errors import SfdError
 from sfd_jax.files import differences, write_anywhere
 
-# What may differ when a run goes on: how often it speaks and saves, where it runs, what is done afterwards.
-FREE_KEYS = ("log_every", "checkpoint_every", "keep_last", "keep_every", "max_bad_steps", "workers")
+# What may differ when a run goes on: how often it speaks and saves, where it runs and how it saves memory (both change
+# the rounding and nothing else), what is done afterwards.
+FREE_KEYS = ("log_every", "checkpoint_every", "keep_last", "keep_every", "max_bad_steps", "workers", "remat",
+             "scan_blocks", "accumulation")  # fmt: skip
+# Where data and frozen networks lie, where the record tells by hashes which they are.
+PLACES = ("path", "held_out_path", "semantic_vae", "visual_encoder", "lpips")
 FREE_GROUPS = ("mesh", "sample", "evaluate", "demo")
 
 
-def claim_workdir(workdir, record: dict, may_extend: bool) -> None:
+def claim_workdir(workdir, record: dict, may_extend: bool) -> dict:
     """Write the run's record into its folder, or check that the folder holds this very run.
 
     Args:
@@ -21,15 +25,27 @@ def claim_workdir(workdir, record: dict, may_extend: bool) -> None:
       record: JSON-able dict of everything that decides the run's numbers.
       may_extend: whether `steps` may differ too, as it may under a schedule that does not depend on it.
 
+    Returns:
+      The record that the folder holds.
+
     Raises:
-      SfdError: the folder is another run's (each differing key is named), or cannot be written.
+      SfdError: the folder is another run's (each differing key is named), lost its record, or cannot be written.
     """
     path = epath.Path(workdir) / "run.json"
     try:
         if path.exists():
-            _compare(path, json.loads(path.read_text()), record, may_extend)
-        elif is_host0():
+            old = json.loads(path.read_text())
+            _compare(path, old, record, may_extend)
+            return old
+        checkpoints = path.parent / "checkpoints"
+        if is_host0():
+            if checkpoints.exists() and any(folder.name.isdigit() for folder in checkpoints.iterdir()):
+                raise SfdError(
+                    f"{path.parent} holds checkpoints but no run.json, which tells what run they are of (an incomplete "
+                    "copy?); copy it here too, or take another --workdir"
+                )
             write_anywhere(path, json.dumps(record, indent=1, sort_keys=True))
+        return record
     except SfdError:
         raise
     except Exception as error:  # a bucket's client has types of its own, and may be missing
@@ -37,7 +53,12 @@ def claim_workdir(workdir, record: dict, may_extend: bool) -> None:
 
 
 def _compare(path: epath.Path, old: dict, new: dict, may_extend: bool) -> None:
-    free = (*FREE_KEYS, "steps") if may_extend else FREE_KEYS
+    free = (*FREE_KEYS, *(("steps",) if may_extend else ()), *(PLACES if "data_hash" in old else ()))
+    # A begun run needs no weights to start from any more; one begun before they were recorded cannot tell.
+    if new.get("init") is None or "init" not in old:
+        free += ("init",)
+    if "data_hash" not in old:
+        free += ("data_hash", "held_out_hash")
     differing = [
         line
         for key, line in differences(old, new).items()

@@ -1,6 +1,7 @@
 """The doors `sample` and `evaluate` from checkpoints on disk to files, with a small network for Inception."""
 
 import json
+import os
 import re
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from sfd_jax.cli import evaluate as evaluate_door
 from sfd_jax.cli import sample as sample_door
 from sfd_jax.cli.main import open_door
+from sfd_jax.distributed.lock import FolderLock
 from sfd_jax.evaluation import Extractor
 from sfd_jax.latents import LatentStatistics
 from sfd_jax.models import Network
@@ -99,6 +101,12 @@ def test_from_checkpoint_to_scores(flags, stand_in, tmp_path, capsys):
     assert open_door(evaluate_door.main, "evaluate", again) == 2
     assert open_door(sample_door.main, "sample", [*sample, "--seed=1"]) == 2
     assert "npz.json exists already" in (err := capsys.readouterr().err) and "seed: there 0, here 1" in err
+
+
+def test_a_second_start_in_a_folder_at_work_is_refused(flags, tmp_path, capsys):
+    with FolderLock(tmp_path):
+        assert open_door(sample_door.main, "sample", [*flags["model"], f"--out={tmp_path}"]) == 2
+    assert "is in use by process" in capsys.readouterr().err and os.listdir(tmp_path) == [".lock"]
 
 
 def test_saved_statistics_serve_as_reference(stand_in, tmp_path):

@@ -63,6 +63,27 @@ def test_a_run_goes_on_from_a_bucket(bucket, whole):
         train(run, toy_config(ema_decay=0.5))
 
 
+def test_a_second_start_in_a_bucket_is_refused(bucket, whole, monkeypatch):
+    monkeypatch.setattr("sfd_jax.distributed.lock.PERIOD", 0.2)
+    run, refused = "gs://bucket/runs/twice", []
+    names = ("metrics.jsonl", "run.json", "tensorboard")  # the rest is written in the background
+    contents = lambda: {name: value for name, value in bucket.objects.items() if any(part in name for part in names)}
+
+    def batches(start):
+        for step, batch in enumerate(toy_batches()(start), start + 1):
+            if step == 4:
+                before = contents()
+                with pytest.raises(SfdError, match=f"in use by process {os.getpid()} on"):
+                    train(run)
+                refused.append(contents() == before)
+            yield batch
+
+    mesh = make_mesh(devices=jax.devices()[:1])
+    state = fit(toy_task(), batches, toy_config(), run, mesh=mesh, seed=3, progress=False)
+    check_same(jax.device_get(state), run, whole)
+    assert refused == [True] and "runs/twice/.lock" not in bucket.objects
+
+
 def test_what_is_kept_in_a_bucket(bucket):
     from sfd_jax.training import init_state, make_optimizer
 

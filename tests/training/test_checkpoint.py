@@ -1,16 +1,20 @@
 """Checkpoints: what comes back, what is kept, and what is said when something does not fit."""
 
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from toy_training import toy_task
 
 from sfd_jax.distributed import make_mesh
 from sfd_jax.errors import SfdError
 from sfd_jax.training import (
     Checkpointer, OptimizerConfig, Task, abstract_state, init_state, load_metadata, load_params, make_optimizer,
-    save_params,
+    checksums, save_params,
 )
 
 OPTIMIZER = make_optimizer(OptimizerConfig(clip_norm=1.0), 10)
@@ -107,6 +111,89 @@ def test_absent_and_damaged_checkpoints(tmp_path, state):
         data.write_bytes(b"damaged")
     with pytest.raises(SfdError, match="cannot be read.*damaged"):
         load_params(tmp_path)
+
+
+@pytest.fixture
+def saved(tmp_path, mesh):
+    """A checkpoint of a run, large enough that arrays lie outside of TensorStore's index: (folder, target, its contents)."""
+    task = Task("large", None, lambda key: {"kernel": jax.random.normal(key, (64, 32)), "bias": jnp.ones(3)}, None)
+    checkpointer = Checkpointer(tmp_path / "checkpoints")
+    checkpointer.save(3, init_state(task, OPTIMIZER, mesh, 0), {"task": "large", "latent_statistics": {"mean": [0.5]}})
+    checkpointer.wait()
+    target = abstract_state(task, OPTIMIZER, mesh)
+    return tmp_path / "checkpoints" / "3", target, read_all(tmp_path / "checkpoints" / "3", target)
+
+
+def read_all(folder, target):
+    state = Checkpointer(folder.parent).restore(target, 3)
+    return jax.device_get((state, load_params(folder), load_params(folder, which="raw")))
+
+
+def test_a_flipped_bit_in_any_file_is_named_or_read_by_nobody(saved):
+    folder, target, whole = saved
+    rng, refused, named = np.random.default_rng(0), set(), 0
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.stat().st_size]
+    for file in files:
+        data = file.read_bytes()
+        for place in rng.integers(0, len(data), 3):
+            damaged = bytearray(data)
+            damaged[place] ^= 1 << int(rng.integers(8))
+            file.write_bytes(damaged)
+            try:
+                assert jax.tree.all(jax.tree.map(np.array_equal, read_all(folder, target), whole)), f"{file} at {place}"
+            except SfdError as error:
+                refused.add(file.relative_to(folder).parts[0])
+                named += "kernel" in str(error)
+        file.write_bytes(data)
+    assert refused == {"params", "ema_params", "progress", "metadata"} and named >= 6  # twice three bits in the kernels
+    assert jax.tree.all(jax.tree.map(np.array_equal, read_all(folder, target), whole))
+
+
+@pytest.mark.parametrize("item", ["params", "ema_params", "progress", "metadata"])
+def test_a_checkpoint_that_lacks_an_item_says_which(saved, item):
+    folder, target, _ = saved
+    shutil.rmtree(folder / item)
+    with pytest.raises(SfdError, match=f"lacks its {item}: an incomplete copy"):
+        Checkpointer(folder.parent).restore(target)
+    if item != "progress":
+        with pytest.raises(SfdError, match=f"lacks its {item}"):
+            load_params(folder, which={"params": "raw"}.get(item, "ema"))
+
+
+def test_checkpoints_without_checksums_are_read_with_a_line(saved, capsys):
+    folder, target, whole = saved
+    file = folder / "metadata" / "metadata"
+    file.write_text(json.dumps(json.loads(file.read_text())["metadata"]))  # as it was written before
+    jax.tree.map(np.testing.assert_array_equal, read_all(folder, target), whole)
+    assert "written without checksums" in capsys.readouterr().out
+    shutil.rmtree(folder / "ema_params")
+    with pytest.raises(SfdError, match="lacks its ema_params"):
+        load_params(folder)
+
+
+def test_checksums_do_not_depend_on_where_an_array_lies():
+    rng = np.random.default_rng(0)
+    mesh = make_mesh(2, 4)
+    for dtype in ("float32", "bfloat16", "int32", "bool"):
+        array = np.asarray(jnp.asarray(rng.standard_normal((3, 8, 16)), dtype))
+        split = jax.device_put(array, NamedSharding(mesh, PartitionSpec(None, "data", "fsdp")))
+        (value,) = checksums.checksums({"a": array}).values()
+        assert {value} == set(checksums.checksums({"a": split}).values()) == {f"{int(checksums._on_device(split)):08x}"}
+        swapped = array.copy()
+        swapped[0, 0, 0], swapped[0, 0, 1] = array[0, 0, 1], array[0, 0, 0]
+        assert np.array_equal(swapped, array) or checksums.checksums({"a": swapped})["a"] != value
+    large = rng.integers(0, 2**32, 2**18 + 5, np.uint32)  # more than is mixed at once
+    assert checksums._on_host(large) == int(checksums._on_device(jnp.asarray(large)))
+
+
+def test_a_folder_of_another_step_and_arrays_of_another_type(saved):
+    folder, target, _ = saved
+    half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), target.params)
+    with pytest.raises(SfdError, match="of another type: params.kernel is float32, expected bfloat16"):
+        load_params(folder, which="raw", abstract=half)
+    folder.rename(folder.parent / "5")
+    with pytest.raises(SfdError, match="5 holds step 3"):
+        Checkpointer(folder.parent).restore(target)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

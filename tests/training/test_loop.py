@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -17,6 +18,7 @@ from toy_training import toy_batches, toy_config, toy_task
 
 from sfd_jax.distributed import make_mesh
 from sfd_jax.errors import SfdError
+from sfd_jax.models.fingerprint import params_hash
 from sfd_jax.training import EXIT_PREEMPTED, OptimizerConfig, Preempted, fit, load_params
 from sfd_jax.training.logging import read_metrics
 
@@ -135,7 +137,45 @@ def test_given_parameters_are_where_a_fresh_run_starts(whole, tmp_path):
     started = train(tmp_path, still, params=params)
     assert_same(state.params, started.params)
     assert_same(state.params, started.ema_params)
-    assert_same(started, train(tmp_path, still, params=jax.tree.map(lambda x: 0 * x, params)))  # a checkpoint wins
+    # They are part of the run, which needs them no more once it has a checkpoint.
+    assert load_params(tmp_path)[1]["init"] == json.loads((tmp_path / "run.json").read_text())["init"] == params_hash(params)
+    assert_same(started, train(tmp_path, still, params=params))
+    assert_same(started, train(tmp_path, still))
+    assert load_params(tmp_path)[1]["init"] == params_hash(params)
+    other = jax.tree.map(lambda x: 0 * x, params)
+    with pytest.raises(SfdError, match='init: there ".*, here "'):
+        train(tmp_path, still, params=other)
+    with pytest.raises(SfdError, match='init: there null, here "'):
+        train(folder, params=params)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(SfdError, match="give the same --init again"):
+        train(tmp_path, still)
+
+
+def test_a_record_from_before_hashes_and_a_lost_one(whole, tmp_path):
+    train(tmp_path, toy_config(steps=4))
+    record = json.loads((tmp_path / "run.json").read_text())
+    del record["init"]
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert_same(whole[0], train(tmp_path, params=load_params(whole[1], which="raw")[0]))
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(SfdError, match="holds checkpoints but no run.json"):
+        train(tmp_path)
+
+
+def test_what_saves_memory_and_the_place_of_data_may_change(tmp_path):
+    metadata = {"network_config": {"width": 8, "remat": "none", "scan_blocks": None}, "data_hash": "a",
+                "config": {"model": {"remat": "auto"}, "mesh": {"fsdp": 1}, "data": {"path": "here", "images": {"path": ""}}}}
+    changed = {"network_config": {"width": 8, "remat": "full", "scan_blocks": False}, "data_hash": "a",
+               "config": {"model": {"remat": "full"}, "mesh": {"fsdp": 2}, "data": {"path": "there", "images": {"path": "x"}}}}
+    train(tmp_path, toy_config(steps=2), metadata=metadata)
+    train(tmp_path, toy_config(steps=4, accumulation=2), metadata=changed)
+    with pytest.raises(SfdError, match='data_hash: there "a", here "b"'):
+        train(tmp_path, metadata={**metadata, "data_hash": "b"})
+    with pytest.raises(SfdError, match="network_config.width: there 8, here 16"):
+        train(tmp_path, metadata={**metadata, "network_config": {"width": 16}})
+    with pytest.raises(SfdError, match="fit.global_batch_size: there 16, here 8"):
+        train(tmp_path, toy_config(global_batch_size=8), metadata=metadata)
 
 
 def test_too_many_bad_steps_stop_the_run_and_name_the_step(tmp_path):
@@ -159,6 +199,33 @@ def test_another_run_may_not_use_the_folder(whole):
         train(folder, seed=4)
     assert json.loads((folder / "run.json").read_text())["fit"]["ema_decay"] == 0.9
     train(folder, toy_config(log_every=5, keep_last=1))  # these may change
+
+
+def test_a_second_start_is_refused_and_touches_nothing(whole, tmp_path):
+    """From within the run's own loop: it is at work, with a checkpoint and one under way."""
+    seen = []
+
+    def batches(start):
+        for step, batch in enumerate(toy_batches()(start), start + 1):
+            if step == 4:
+                leftover = tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp"  # what a clean-up would remove
+                leftover.mkdir()
+                before = listing(tmp_path)
+                with pytest.raises(SfdError, match=f"in use by process {os.getpid()} on"):
+                    train(tmp_path)
+                seen.append(listing(tmp_path) == before)
+                leftover.rmdir()  # fails where it is gone
+            yield batch
+
+    assert_same(whole[0], train(tmp_path, batches=batches))
+    assert seen == [True]
+    assert without_time(read_metrics(tmp_path)) == without_time(read_metrics(whole[1]))
+
+
+def listing(folder):
+    """What a run leaves alone for a moment: its background writes checkpoints and heartbeats."""
+    parts = (folder, folder / "tensorboard")
+    return {str(file): file.stat().st_mtime_ns for part in parts for file in part.iterdir() if file.name not in ("checkpoints", "heartbeats")}
 
 
 def test_steps_may_change_only_where_the_schedule_does_not_hang_on_them(tmp_path):

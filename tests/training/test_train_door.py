@@ -1,11 +1,15 @@
 """`sfd train` with the tiny form of the shipped recipe, on a store made here."""
 
+import json
+import re
+import shutil
+
 import numpy as np
 import pytest
 
 from sfd_jax.cli.build import train_config
 from sfd_jax.cli.flags import load_config
-from sfd_jax.cli.main import open_door
+from sfd_jax.cli.main import SMALLER, open_door
 from sfd_jax.cli.train import main
 from sfd_jax.cli.train_semvae import main as train_semvae
 from sfd_jax.data.latent_store import LatentStore, LatentStoreWriter, Plan, latent_fields
@@ -55,6 +59,25 @@ def test_the_shipped_recipe_trains_and_goes_on(latents, tmp_path, capsys):
 
     assert train(run, latents, "--config.clocks.delta_t=0.5", *small) == 2
     assert "config.clocks.delta_t: there 0.3, here 0.5" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_the_advice_on_memory_says_can_be_done_on_a_begun_run(latents, tmp_path, capsys):
+    small = ("--config.model.depth=2", "--config.model.remat=none", "--config.train.global_batch_size=16")
+    run = tmp_path / "run"
+    assert train(run, latents, *small) == 0
+    advice = re.findall(r"--config[.\w]+=-?\w+", SMALLER["train"])
+    assert [flag.split(".")[-1].split("=")[0] for flag in advice] == ["remat", "accumulation", "data", "fsdp"]
+    moved = shutil.copytree(latents, tmp_path / "moved")
+    for flags in (advice, ["--config.model.scan_blocks=False"]):
+        shutil.rmtree(run / "checkpoints" / "4")
+        assert train(run, moved, *small, *flags) == 0
+        assert "goes on from step 2 of 4" in capsys.readouterr().out
+    manifest = json.loads((moved / "manifest.json").read_text())
+    manifest["shards"][1]["sha256"] = "0" * 64  # other latents
+    (moved / "manifest.json").write_text(json.dumps(manifest))
+    assert train(run, moved, *small) == 2
+    assert "data_hash: there" in capsys.readouterr().err
 
 
 def test_check_names_faults_without_training(latents, tmp_path, capsys):

@@ -27,20 +27,22 @@ def main(argv: list[str]) -> int:
 
     from sfd_jax.cli.demo import results, stages
     from sfd_jax.cli.demo.record import DemoRecord
+    from sfd_jax.distributed.lock import FolderLock
 
     workdir = Path(args.workdir).absolute()
-    demo = stages.Demo(args.config, workdir)
-    record = DemoRecord(workdir, args.config.to_dict())
-    record.run("texture_vae", "texture VAE: 32x32 pixels to 4x4 latents", lambda: stages.train_texture_vae(demo))
-    record.run("encoder", "visual encoder, a small ViT with registers", lambda: stages.train_encoder(demo))
-    record.run("semantic_vae", "Semantic VAE on the encoder's patch features", lambda: stages.train_semantic_vae(demo))
-    record.run("latents", "training digits to latent shards with statistics", lambda: stages.extract_latents(demo))
-    record.run("diffusion", "two-clock diffusion model", lambda: stages.train_diffusion(demo, "diffusion"))
-    record.run("weak", "weaker model for AutoGuidance", lambda: stages.train_diffusion(demo, "weak"))
-    record.run("sample", "new digits", lambda: results.make_samples(demo))
-    record.run("metrics", "judge them beside real ones", lambda: results.measure(demo))
-    record.run("pictures", "samples.png, stages.png, losses.png", lambda: results.draw_pictures(demo))
-    results.write_report(demo, record.stages)
+    with FolderLock(workdir):
+        demo = stages.Demo(args.config, workdir)
+        record = DemoRecord(workdir, args.config.to_dict())
+        record.run("texture_vae", "texture VAE: 32x32 pixels to 4x4 latents", lambda: stages.train_texture_vae(demo))
+        record.run("encoder", "visual encoder, a small ViT with registers", lambda: stages.train_encoder(demo))
+        record.run("semantic_vae", "Semantic VAE on the encoder's patch features", lambda: stages.train_semantic_vae(demo))
+        record.run("latents", "training digits to latent shards with statistics", lambda: stages.extract_latents(demo))
+        record.run("diffusion", "two-clock diffusion model", lambda: stages.train_diffusion(demo, "diffusion"))
+        record.run("weak", "weaker model for AutoGuidance", lambda: stages.train_diffusion(demo, "weak"))
+        record.run("sample", "new digits", lambda: results.make_samples(demo))
+        record.run("metrics", "judge them beside real ones", lambda: results.measure(demo))
+        record.run("pictures", "samples.png, stages.png, losses.png", lambda: results.draw_pictures(demo))
+        results.write_report(demo, record.stages)
     _print_summary(workdir, record.stages)
     return 0
 

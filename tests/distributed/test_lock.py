@@ -1,0 +1,96 @@
+"""One command at a time in a folder, on a disk and where there is no flock; a killed holder never blocks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sfd_jax.distributed import lock
+from sfd_jax.distributed.lock import FolderLock
+from sfd_jax.errors import SfdError
+
+ROOT = Path(__file__).resolve().parents[2]
+HOLD = """
+import os, sys, time
+from sfd_jax.distributed import lock
+lock.PERIOD = 0.2
+if sys.argv[2] == "lease":
+    lock.FolderLock._flock = lambda self: False
+with lock.FolderLock(sys.argv[1]):
+    if os.fork() == 0:  # as a loader's process
+        time.sleep(5)
+        os._exit(0)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def lease(monkeypatch):
+    """No flock, as in a bucket, and short times."""
+    monkeypatch.setattr(lock, "PERIOD", 0.2)
+    monkeypatch.setattr(lock, "STALE", 3.0)
+    monkeypatch.setattr(lock, "_SETTLE", 0.3)
+    monkeypatch.setattr(FolderLock, "_flock", lambda self: False)
+
+
+@pytest.fixture(params=["flock", "lease"])
+def kind(request):
+    if request.param == "lease":
+        request.getfixturevalue("lease")
+    return request.param
+
+
+def hold(folder, kind) -> subprocess.Popen:
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, folder, kind], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    return holder
+
+
+def test_a_second_start_is_refused_until_the_first_is_gone(kind, tmp_path):
+    holder = hold(tmp_path, kind)
+    try:
+        with pytest.raises(SfdError, match=f"in use by process {holder.pid} on .*nothing was touched"):
+            FolderLock(tmp_path).__enter__()
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    start = time.monotonic()
+    with FolderLock(tmp_path):  # the holder's child still lives
+        assert time.monotonic() - start < 2
+    with FolderLock(tmp_path) as again:
+        again.check()
+
+
+def test_a_lease_of_another_machine_is_watched_and_then_taken_over(lease, tmp_path, capsys):
+    (tmp_path / ".lock").write_text(json.dumps({"host": "other", "space": "", "pid": 1, "since": "x", "token": "y"}))
+    start = time.monotonic()
+    with FolderLock(tmp_path) as mine:
+        assert 3 <= time.monotonic() - start < 8
+        assert "process 1 on other (since x) may be at work here; waiting 3 s" in capsys.readouterr().out
+        # This process is stopped for long, and another one takes over.
+        (tmp_path / ".lock").write_text(json.dumps({"host": "other", "token": "z"}))
+        deadline = time.monotonic() + 5
+        with pytest.raises(SfdError, match="another one has gone on here since"):
+            while time.monotonic() < deadline:
+                mine.check()
+                time.sleep(0.05)
+    assert json.loads((tmp_path / ".lock").read_text())["token"] == "z"  # not ours to remove
+
+
+def test_of_two_that_take_a_lease_at_once_one_has_it(lease, monkeypatch, tmp_path):
+    first = FolderLock(tmp_path)
+    monkeypatch.setattr(lock.time, "sleep", lambda _: FolderLock(tmp_path)._write())  # another one, meanwhile
+    with pytest.raises(SfdError, match="in use by"):
+        first.__enter__()
+
+
+def test_a_damaged_lock_file_blocks_nobody(kind, tmp_path):
+    (tmp_path / ".lock").write_bytes(b"\xff\x00")
+    with FolderLock(tmp_path):
+        assert os.listdir(tmp_path) == [".lock"]
