@@ -54,6 +54,8 @@ def main(argv: list[str]) -> int:
         print(f"{len(labels)} images of {sampler.image_size} x {sampler.image_size}")
         for path in written:
             print(path)
+        for note in sampler.recipe["notes"]:
+            print(f"note: {note}")
     return 0
 
 

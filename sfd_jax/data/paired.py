@@ -23,6 +23,7 @@ class WithPixels:
     def __init__(self, latents: Any, images: Any):
         self.latents, self.images = latents, images
         self.statistics, self.class_names = latents.statistics, latents.class_names
+        self.origin = getattr(latents, "origin", None)
 
     def __len__(self) -> int:
         return len(self.latents)

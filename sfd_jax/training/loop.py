@@ -23,7 +23,7 @@ from sfd_jax.errors import SfdError, TryAgain
 from sfd_jax.models.fingerprint import params_hash
 from sfd_jax.training.checkpoint import Checkpointer
 from sfd_jax.training.logging import MetricsLog
-from sfd_jax.training.optimizer import make_optimizer
+from sfd_jax.training.optimizer import check_average, make_optimizer
 from sfd_jax.training.randomness import stream_key
 from sfd_jax.training.record import claim_workdir
 from sfd_jax.training.state import TrainState, abstract_state, init_state, state_from_params
@@ -80,6 +80,7 @@ def fit(
     # --- Work folder: one folder, one run -----------------------------------------------------------------
     workdir = epath.Path(workdir)
     metadata = _complete(metadata or {}, task, seed)
+    metadata["average"] = {"decay": config.ema_decay, "from": "drawn weights" if params is None else "given weights"}
     names = ("task", "seed", "network_config", "config", "latent_statistics", "frozen")
     record = {name: metadata[name] for name in names if name in metadata}
     record["fit"] = dataclasses.asdict(config)
@@ -96,6 +97,8 @@ def fit(
     elif params is not None:
         state = state_from_params(params, optimizer, mesh)
     else:
+        for note in check_average(config.ema_decay, config.steps):
+            say(f"note: {note}")
         state = init_state(task, optimizer, mesh, seed)
     key = stream_key(seed, "loss", mesh)
 

@@ -15,13 +15,11 @@ from sfd_jax.training.logging import read_metrics
 TINY = "--config=configs/sfd.py:xl,tiny"
 
 
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory):
+def make_store(folder, seed=0, config={}, weights={}):
     """Twenty images of the tiny recipe's shapes."""
-    folder = tmp_path_factory.mktemp("latents")
     fields = latent_fields((4, 4, 8), (4, 4, 4), dtype="float32", flips=True, repa_shape=(16, 24))
-    writer = LatentStoreWriter(folder, Plan(20, 16, fields, {}, {}, [f"class {i}" for i in range(10)]))
-    rng = np.random.default_rng(0)
+    writer = LatentStoreWriter(folder, Plan(20, 16, fields, config, weights, [f"class {i}" for i in range(10)]))
+    rng = np.random.default_rng(seed)
     for shard in range(2):
         with writer.open_shard(shard) as records:
             for index in writer.plan.span(shard):
@@ -29,6 +27,11 @@ def latents(tmp_path_factory):
                 records.add({**arrays, "label": index % 10, "index": index})
     writer.finish()
     return folder
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("latents"))
 
 
 def train(workdir, latents, *flags):
@@ -84,18 +87,20 @@ def test_faults_of_the_config_are_told_before_training(flag, message, latents, t
 
 
 @pytest.mark.slow
-def test_train_semvae_from_stored_features(latents, tmp_path):
+def test_train_semvae_from_stored_features(latents, tmp_path, capsys):
     from sfd_jax.cli.train_semvae import main
 
-    flags = ["--config=configs/semantic_vae.py:tiny", f"--workdir={tmp_path}", f"--config.data.path={latents}",
-             f"--config.data.held_out_path={latents}"]
-    assert open_door(main, "train_semvae", flags) == 0
+    others = make_store(tmp_path / "held_out", seed=1)
+    flags = ["--config=configs/semantic_vae.py:tiny", f"--workdir={tmp_path}", f"--config.data.path={latents}"]
+    assert open_door(main, "train_semvae", [*flags, f"--config.data.held_out_path={latents}"]) == 2
+    assert "the held-out data are training data" in capsys.readouterr().err
+    assert open_door(main, "train_semvae", [*flags, f"--config.data.held_out_path={others}"]) == 0
     last = read_metrics(tmp_path)[-1]
     assert {"mse", "cosine_token", "kl", "held_out_cosine", "held_out_mse"} <= last.keys()
     params, metadata = load_params(tmp_path)
     network = Network(metadata["network"], metadata["network_config"])
     # The held-out numbers count each of the 20 rows once, although batches of 8 are filled up to 24.
-    features = LatentStore(latents).read(np.arange(20))["repa_features"].astype(np.float32)
+    features = LatentStore(others).read(np.arange(20))["repa_features"].astype(np.float32)
     mean, _ = network.apply(params, features, method="encode")
     error = np.square(np.asarray(network.apply(params, mean, method="decode")) - features)
     np.testing.assert_allclose(last["held_out_mse"], error.mean(), rtol=1e-2)  # bfloat16
