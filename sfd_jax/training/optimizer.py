@@ -145,11 +145,13 @@ def average_notes(metadata: Mapping[str, Any]) -> list[str]:
       metadata: of the checkpoint; "which" says whether the averaged ("ema") or the raw weights are taken.
     """
     train = (metadata.get("config") or {}).get("train") or {}
-    average = metadata.get("average") or {"decay": train.get("ema_decay", 0.0), "from": "drawn weights"}
-    share = average["decay"] ** metadata.get("step", 0)
-    if metadata.get("which") == "raw" or average["from"] != "drawn weights" or share <= INITIAL_SHARE:
+    average = metadata.get("average") or {"decay": train.get("ema_decay"), "from": "drawn weights"}
+    decay, step = average["decay"], metadata.get("step") or 0
+    if not decay or metadata.get("which") == "raw" or average["from"] != "drawn weights":
+        return []
+    if (share := decay**step) <= INITIAL_SHARE:
         return []
     return [
-        f"{checkpoint_name(metadata)}: at step {metadata.get('step', 0):,} the averaged weights still hold {share:.1%} of "
-        f"the initial ones (ema_decay={average['decay']}); --weights=raw takes the network as trained"
+        f"{checkpoint_name(metadata)}: at step {step:,} the averaged weights still hold {share:.1%} of "
+        f"the initial ones (ema_decay={decay}); --weights=raw takes the network as trained"
     ]
