@@ -38,8 +38,8 @@ def check_held_out(source: Any, held_out: Any, *, compared: int = 16, searched: 
         same = len(source) == len(held_out)
         shared = sum(same and _content(source, index) == _content(held_out, index) for index in chosen)
     files = [getattr(getattr(each, "dataset", None), "paths", np.zeros(0, np.bytes_)) for each in (source, held_out)]
-    # Two drawings of one digit may be the same; a set that was not kept apart shares more than that.
-    if np.intersect1d(*files).size or shared > len(chosen) // 4:
+    # One picture may be in a data set twice.
+    if np.intersect1d(*files).size or shared >= min(2, len(chosen)):
         raise SfdError(
             "the held-out data are training data: held_out_ figures would be of what was trained on. Name another "
             "data.held_out_split or data.held_out_path, or none"

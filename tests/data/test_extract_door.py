@@ -12,7 +12,8 @@ from sfd_jax.cli.main import main
 from sfd_jax.data.checks import check_store, check_writable
 from sfd_jax.data.latent_store import LatentStore
 from sfd_jax.models import Network
-from sfd_jax.training.checkpoint import save_params
+from sfd_jax.models.fingerprint import params_hash
+from sfd_jax.training.checkpoint import load_params, save_params
 
 NETWORKS = {
     "texture_vae": dict(
@@ -162,3 +163,44 @@ def test_released_statistics_come_along(parity_dir, tmp_path, capsys):
 def test_impossible_flags_are_answered(arguments, message, capsys):
     assert main(["extract", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_encoders_that_do_not_fit_each_other_or_the_images(work, tmp_path, capsys):
+    def answer(*more):
+        assert main(flags(work, tmp_path / "out", *more, "--check")) == 2
+        return capsys.readouterr().err
+
+    semantic = f"--semantic_vae={work / 'semantic_vae'}"
+    assert "images of 15 px do not divide by 2, the texture VAE's downsampling: 14 or 16 px" in answer(semantic, "--image_size=15")
+    assert "images of 5 px do not divide by 2, the texture VAE's downsampling (--tile_size): 4 or 6" in answer(
+        semantic, "--image_size=10", "--tile_size=5"
+    )
+    assert "images of 20 px do not divide by 8, the tile_size" in answer(semantic, "--image_size=20")
+    for flag, holds, expected in (("texture_vae", "dinov2", "texture_vae"), ("visual", "semantic_vae", "dinov2"),
+                                  ("semantic_vae", "texture_vae", "semantic_vae")):  # fmt: skip
+        wrong = f"--{flag}={work / holds}"
+        assert f"{wrong} holds '{holds}', expected '{expected}'" in answer(semantic, wrong)
+    params, metadata = load_params(work / "semantic_vae")
+    encoder = params_hash(load_params(work / "dinov2")[0])
+    for name, hash in (("own", encoder), ("other", "4" * 64)):
+        save_params(tmp_path / name, params, {**metadata, "latents": {"weights": {"visual": hash}}})
+    assert "was trained on another encoder's features: visual" in answer(f"--semantic_vae={tmp_path / 'other'}")
+    assert main(flags(work, tmp_path / "out", f"--semantic_vae={tmp_path / 'own'}", "--max_broken=1", "--check")) == 0
+    wide = Network("semantic_vae", NETWORKS["semantic_vae"] | {"input_dim": 9})
+    save_params(tmp_path / "wide", wide.init(jax.random.key(0)), {"network": wide.name, "network_config": wide.config_dict()})
+    assert "compresses features of 9, but the visual encoder makes features of 8" in answer(f"--semantic_vae={tmp_path / 'wide'}")
+
+
+def test_a_store_tells_what_made_it_and_takes_nothing_from_another_vae(work, tmp_path, capsys):
+    out, semantic = tmp_path / "latents", f"--semantic_vae={work / 'semantic_vae'}"
+    assert main(flags(work, out, semantic, "--max_broken=1")) == 0
+    store = LatentStore(out)
+    hashes = {name: params_hash(load_params(work / folder)[0]) for name, folder in
+              (("texture_vae", "texture_vae"), ("visual", "dinov2"), ("semantic_vae", "semantic_vae"))}  # fmt: skip
+    assert store.origin == {"weights": hashes, "image_size": 16, "labels": [0, 1]}
+    params, metadata = load_params(work / "texture_vae")
+    save_params(tmp_path / "other", jax.tree.map(lambda leaf: 2 * leaf, params), metadata)
+    (out / "latents-00001.ar").unlink()
+    capsys.readouterr()
+    assert main(flags(work, out, semantic, "--max_broken=1", f"--texture_vae={tmp_path / 'other'}")) == 2
+    assert f'weights.texture_vae: there "{hashes["texture_vae"][:20]}' in capsys.readouterr().err
