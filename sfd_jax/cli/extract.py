@@ -20,6 +20,7 @@ all of them: they share the shards; DIR must be one folder for all.
 
 import functools
 import itertools
+import math
 from pathlib import Path
 
 from sfd_jax.cli.flags import door_parser, parse_door
@@ -148,16 +149,22 @@ def _encoder(args):
                 hosts.say(f"note: {note}")
     texture, visual = networks["texture_vae"], None
     check_divides(args.image_size, texture.config.downsampling, "the texture VAE's downsampling")
-    if "semantic_vae" in networks:  # the last metadata are its
-        seen = {"weights": {"visual": params_hash(params["visual"])}}
-        if differing := other_makers(seen, metadata.get("latents")):
-            raise SfdError(f"--semantic_vae={args.semantic_vae} was trained on another encoder's features: {differing[0]}")
     if "visual" in networks:
         # The size at which its patches are as many as the texture latents (256 px: 16 x 14 = 224).
         tile = min(args.image_size, args.tile_size)
         check_divides(tile, texture.config.downsampling, "the texture VAE's downsampling (--tile_size)")
         view = tile // texture.config.downsampling * networks["visual"].config.patch_size
         visual = VisualEncoder(networks["visual"], view_size=view, tile_size=args.tile_size)
+    if "semantic_vae" in networks:
+        trained_on = metadata.get("latents") or {}  # of its checkpoint, the last one read
+        if differing := other_makers({"weights": {"visual": params_hash(params["visual"])}}, trained_on):
+            raise SfdError(f"--semantic_vae={args.semantic_vae} was trained on another encoder's features: {differing[0]}")
+        side, tokens = tile // texture.config.downsampling, trained_on.get("tokens")
+        if networks["semantic_vae"].config.arch == "transformer" and tokens not in (None, side**2):  # others take each alone
+            raise SfdError(
+                f"--semantic_vae={args.semantic_vae} was trained on {tokens} tokens at once, but a tile of {tile} px has "
+                f"{side**2}: --tile_size={math.isqrt(tokens) * texture.config.downsampling} would do"
+            )
     encoder = LatentEncoder(
         texture,
         visual,

@@ -29,6 +29,7 @@ def main(argv: list[str]) -> int:
     from sfd_jax.data.published import open_latents
     from sfd_jax.models import Network
     from sfd_jax.models.fingerprint import params_hash
+    from sfd_jax.training import load_metadata
     from sfd_jax.training.semantic_vae import SemanticVAELoss, measure_semantic_vae, semantic_vae_task
 
     network = Network("semantic_vae", config.model.to_dict())
@@ -37,10 +38,12 @@ def main(argv: list[str]) -> int:
     if data.visual_encoder:
         source, held_out_source, maker = _open_images(config)
         transform, weights = pixel_transform, {"visual": params_hash(maker.params)}
+        tokens = (data.view_size // load_metadata(data.visual_encoder)["network_config"]["patch_size"]) ** 2
     elif data.path:
         source = open_latents(data.path, repa=True)
         held_out_source = open_latents(data.held_out_path, repa=True) if data.held_out_path else None
         weights = {name: digest for name, digest in source.origin["weights"].items() if name == "visual"}
+        tokens = len(source[0]["repa_features"])
     else:
         raise SfdError(
             "say where the features are: --config.data.path=FOLDER, made by `sfd extract --repa`; or what to make "
@@ -56,7 +59,7 @@ def main(argv: list[str]) -> int:
         args.workdir,
         source=source,
         transform=transform,
-        metadata={"latents": {"weights": weights}},  # of the encoder whose features it compresses
+        metadata={"latents": {"weights": weights, "tokens": tokens}},  # of what it compresses: whose features, how many
         held_out=(measure, held_out_source) if held_out_source else None,
     )
     return 0

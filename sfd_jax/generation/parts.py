@@ -21,6 +21,7 @@ def check_parts(
     weak: Checkpoint | None,
     hashes: Mapping[str, str],
     statistics: LatentStatistics,
+    image_size: int,
     other_texture_vae: bool,
 ) -> list[str]:
     """Compare a sampler's checkpoints.
@@ -29,6 +30,7 @@ def check_parts(
       model, texture_vae, weak: the checkpoints.
       hashes: "model", "texture_vae" and, where there is one, "weak" -> `params_hash`.
       statistics: what the model's latents were normalised with.
+      image_size: side of the images that come out, in pixels.
       other_texture_vae: the texture VAE is meant to be another one than made the latents.
 
     Returns:
@@ -38,6 +40,9 @@ def check_parts(
       SfdError: two checkpoints do not belong together; both are named.
     """
     notes = _check_texture_vae(model[1], texture_vae[1], hashes["texture_vae"], other_texture_vae)
+    made_from = (model[1].get("latents") or {}).get("image_size")
+    if made_from not in (None, image_size):
+        notes.append(f"images come out at {image_size} px; the model's latents were made from images of {made_from} px")
     if weak is not None:
         notes += _check_weak(model, weak, hashes, statistics)
     known = (model[1].get("network_config") or {}).get("num_classes", 0)

@@ -383,7 +383,8 @@ def make_sampler(
     described = {name: _describe(part) for name, part in parts.items() if part}
     hashes = {name: part["hash"] for name, part in described.items()}
     compared = weak if config.guidance == "autoguidance" else None  # else it is refused for not being used
-    notes = check_parts(model, texture_vae, compared, hashes, statistics, other_texture_vae)
+    image_size = networks["model"].config.input_size * networks["texture_vae"].config.downsampling
+    notes = check_parts(model, texture_vae, compared, hashes, statistics, image_size, other_texture_vae)
     recipe = {
         "model": described["model"],
         "weak_model": described.get("weak"),

@@ -77,7 +77,14 @@ def test_images_to_shards(work, capsys):
     mirror = store.read(np.array([0]), np.array([True]))["texture"][0]
     assert mirror.shape == (8, 8, 3) and not np.array_equal(mirror, record["texture"])
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    hashes = {name: params_hash(load_params(work / folder)[0]) for name, folder in
+              (("texture_vae", "texture_vae"), ("visual", "dinov2"), ("semantic_vae", "semantic_vae"))}  # fmt: skip
+    assert store.origin == {"weights": hashes, "image_size": 16, "labels": [0, 1]}  # what checkpoints keep of it
     (out / "latents-00001.ar").unlink()
+    params, metadata = load_params(work / "texture_vae")
+    save_params(work / "other", jax.tree.map(lambda leaf: 2 * leaf, params), metadata)
+    assert main(flags(work, out, semantic, "--max_broken=1", f"--texture_vae={work / 'other'}")) == 2
+    assert f'weights.texture_vae: there "{hashes["texture_vae"][:20]}' in capsys.readouterr().err
     assert main(flags(work, out, semantic, "--max_broken=1")) == 0
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
 
@@ -186,21 +193,13 @@ def test_encoders_that_do_not_fit_each_other_or_the_images(work, tmp_path, capsy
         save_params(tmp_path / name, params, {**metadata, "latents": {"weights": {"visual": hash}}})
     assert "was trained on another encoder's features: visual" in answer(f"--semantic_vae={tmp_path / 'other'}")
     assert main(flags(work, tmp_path / "out", f"--semantic_vae={tmp_path / 'own'}", "--max_broken=1", "--check")) == 0
-    wide = Network("semantic_vae", NETWORKS["semantic_vae"] | {"input_dim": 9})
-    save_params(tmp_path / "wide", wide.init(jax.random.key(0)), {"network": wide.name, "network_config": wide.config_dict()})
+    small = dict(hidden_dim=4, transformer_heads=2, transformer_blocks=1)
+    for name, changes, more in (("wide", {"input_dim": 9}, {}),
+                                ("long", {"arch": "transformer", **small}, {"latents": {"tokens": 64}})):  # fmt: skip
+        network = Network("semantic_vae", NETWORKS["semantic_vae"] | changes)
+        metadata = {"network": network.name, "network_config": network.config_dict(), **more}
+        save_params(tmp_path / name, network.init(jax.random.key(0)), metadata)
     assert "compresses features of 9, but the visual encoder makes features of 8" in answer(f"--semantic_vae={tmp_path / 'wide'}")
-
-
-def test_a_store_tells_what_made_it_and_takes_nothing_from_another_vae(work, tmp_path, capsys):
-    out, semantic = tmp_path / "latents", f"--semantic_vae={work / 'semantic_vae'}"
-    assert main(flags(work, out, semantic, "--max_broken=1")) == 0
-    store = LatentStore(out)
-    hashes = {name: params_hash(load_params(work / folder)[0]) for name, folder in
-              (("texture_vae", "texture_vae"), ("visual", "dinov2"), ("semantic_vae", "semantic_vae"))}  # fmt: skip
-    assert store.origin == {"weights": hashes, "image_size": 16, "labels": [0, 1]}
-    params, metadata = load_params(work / "texture_vae")
-    save_params(tmp_path / "other", jax.tree.map(lambda leaf: 2 * leaf, params), metadata)
-    (out / "latents-00001.ar").unlink()
-    capsys.readouterr()
-    assert main(flags(work, out, semantic, "--max_broken=1", f"--texture_vae={tmp_path / 'other'}")) == 2
-    assert f'weights.texture_vae: there "{hashes["texture_vae"][:20]}' in capsys.readouterr().err
+    long = f"--semantic_vae={tmp_path / 'long'}"
+    assert "trained on 64 tokens at once, but a tile of 8 px has 16: --tile_size=16 would do" in answer(long)
+    assert main(flags(work, tmp_path / "out", long, "--max_broken=1", "--check", "--tile_size=16")) == 0
