@@ -376,6 +376,9 @@ def make_sampler(
             f"{checkpoint_name(metadata)} holds no latent statistics, without which its latents cannot be decoded; "
             "give those of its training latents with --latent_store (they are never computed anew)"
         )
+    dropout = ((metadata.get("config") or {}).get("loss") or {}).get("label_dropout")
+    if config.guidance == "cfg" and dropout == 0:
+        raise SfdError(f"guidance 'cfg' needs a null label, which {checkpoint_name(metadata)} never saw: label_dropout was 0")
     layout = LatentLayout(len(statistics.texture_mean), len(statistics.semantic_mean))
     if clocks is None:
         clocks = _clocks_of(metadata, networks["model"])

@@ -67,6 +67,13 @@ def test_a_weak_model_of_the_same_system_is_taken():
     assert "3 steps" in note
 
 
+def test_guidance_without_a_label_needs_one_that_was_trained():
+    guided = SampleConfig(solver="euler", num_steps=5, guidance="cfg", guidance_scale=2.0)
+    assert notes(model(config={"loss": {"label_dropout": 0.1}}), vae(), guided) == []
+    with pytest.raises(SfdError, match="label_dropout was 0"):
+        make_sampler(model(config={"loss": {"label_dropout": 0.0}}), vae(), guided)
+
+
 def test_statistics_given_beside_the_checkpoints_own():
     own = LatentStatistics.from_dict(statistics())
     assert make_sampler(model(), vae(), EULER, statistics=own).recipe["latent_statistics"] == own.hash()
