@@ -125,7 +125,10 @@ def _check_own(latents: Any, name: str, params: dict) -> None:
     from sfd_jax.distributed import say
     from sfd_jax.models.fingerprint import params_hash
 
-    made_by = latents.origin["weights"].get(name)
+    weights = latents.origin["weights"]
+    made_by = weights.get(name)
+    if weights and made_by is None:
+        raise SfdError(f"the latents were made by {', '.join(weights)}, not by a '{name}': take another data.repa_source")
     if made_by is None:
         say(f"note: the latents do not tell which '{name}' made them; that the one given did was not checked")
     elif made_by != params_hash(params):

@@ -39,6 +39,8 @@ def main(argv: list[str]) -> int:
     needs = (args.checkpoint, args.texture_vae, args.weak, args.latent_store)
     distributed.start(Job({"flags": vars(args)}, args.out, shared=False, needs=needs))
     sampler, labels, recipe, batch_size = open_sampler(args)
+    for note in recipe["notes"]:
+        distributed.say(f"note: {note}")
 
     def make(indices, labels):
         made = sampler(indices, labels, batch_size=batch_size)  # the last batch is padded, so one compilation serves all
@@ -54,8 +56,6 @@ def main(argv: list[str]) -> int:
         print(f"{len(labels)} images of {sampler.image_size} x {sampler.image_size}")
         for path in written:
             print(path)
-        for note in sampler.recipe["notes"]:
-            print(f"note: {note}")
     return 0
 
 

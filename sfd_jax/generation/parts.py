@@ -98,6 +98,9 @@ def _check_weak(model: Checkpoint, weak: Checkpoint, hashes: Mapping[str, str], 
         raise SfdError(f"{names} were trained with other latent statistics: their latents are not the same")
     if None not in (pair := [each.get("class_names") for each in (theirs, ours)]) and pair[0] != pair[1]:
         raise SfdError(f"{names} have other class names: one label would mean two classes")
+    classes = [trained_labels(each, each["network_config"]["num_classes"]) for each in (theirs, ours)]
+    if missing := sorted(set(classes[1].tolist()) - set(classes[0].tolist())):
+        raise SfdError(f"{names} were not trained on the same classes: {len(missing)} are missing, the first is {missing[0]}")
     clocks = [(each.get("config") or {}).get("clocks") for each in (theirs, ours)]
     if None not in clocks and len({repr(make_clocks(c["name"], delta_t=c["delta_t"])) for c in clocks}) > 1:
         raise SfdError(f"{names} were trained with other clocks: {clocks[0]} and {clocks[1]}")

@@ -50,6 +50,7 @@ def test_the_texture_vae_is_the_one_that_made_the_latents():
     (lambda: model(5, 8, latents={**OURS, "weights": {"texture_vae": OURS["weights"]["texture_vae"]}}), "semantic_vae none"),
     (lambda: model(5, 8, latent_statistics=statistics() | {"texture_std": [2.0, 2.0, 2.1]}), "other latent statistics"),
     (lambda: model(5, 8, class_names=[f"name {i}" for i in reversed(range(CLASSES))]), "other class names"),
+    (lambda: model(5, 8, latents={**OURS, "labels": [0, 1, 4]}), "2 are missing, the first is 2"),
     (lambda: model(5, 8, config={"clocks": {"name": "fixed_offset", "delta_t": 0.5}}), "other clocks"),
 ])  # fmt: skip
 def test_a_weak_model_of_another_system_is_refused(weak, words):

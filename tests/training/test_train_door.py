@@ -156,6 +156,8 @@ def test_targets_are_made_by_what_made_the_latents(tmp_path, capsys):
     assert "made with other weights of 'visual'" in answer(other, *online)
     assert "do not tell which 'semantic_vae' made them" in answer(unknown, *semvae)
     assert "no faults found" in answer(own, *semvae)
+    principal = make_store(tmp_path / "pca", weights={"visual": made_visual, "pca": "5" * 64})
+    assert "made by visual, pca, not by a 'semantic_vae'" in answer(principal, *semvae)
     narrow = [semvae[0], f"--config.data.semantic_vae={narrow}"]
     assert "model.repa_features=24, but data.semantic_vae makes features of 20" in answer(other, *narrow)
     assert "data.tile_grid=3 does not divide model.input_size=4: 4 or a divisor" in answer(own, *semvae, "--config.data.tile_grid=3")
