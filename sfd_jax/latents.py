@@ -151,9 +151,34 @@ class LatentStatistics:
             )
         return cls(**fields)
 
+    def same_scale(self, other: "LatentStatistics") -> bool:
+        """Tell whether both normalise latents alike, to a hundredth of a standard deviation."""
+        ours, theirs = ([s.texture_mean, s.texture_std, s.semantic_mean, s.semantic_std] for s in (self, other))
+        if [a.shape for a in ours] != [a.shape for a in theirs] or self.multiplier != other.multiplier:
+            return False
+        return all((np.abs(a - b) <= 0.01 * ours[1 + i // 2 * 2]).all() for i, (a, b) in enumerate(zip(ours, theirs)))
+
     def hash(self) -> str:
         """Return a hex digest that names these statistics in reports."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def other_makers(latents: dict[str, Any] | None, others: dict[str, Any] | None) -> list[str]:
+    """Name the networks in whose weights the makers of two sets of latents differ.
+
+    Args:
+      latents, others: "latents" of a checkpoint's metadata, or a source's `origin`: "weights" has the hash of each
+        network that made them, none where that is not known; what one of the two does not tell is not compared.
+
+    Returns:
+      "texture_vae 0123456789ab, not ba9876543210" for each network that differs.
+    """
+    ours, theirs = ((origin or {}).get("weights") or {} for origin in (latents, others))
+    if not (ours and theirs):
+        return []
+    short = lambda weights, name: weights.get(name, "none")[:12]
+    names = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    return [f"{name} {short(ours, name)}, not {short(theirs, name)}" for name in names]
 
 
 def normalised_composite(

@@ -13,7 +13,7 @@ pt_inception-2015-12-05; --dinov2 adds the Frechet distance in DINOv2 features.
 
 The scores are printed and written to --out as JSON, together with what decides them: hashes of checkpoints,
 statistics, extractor and reference, sampler, network calls, labels, dtype, seed and N. A file that is there
-already is not overwritten.
+already is not overwritten. Lines that begin with "note:" say what was assumed.
 """
 
 import json
@@ -21,7 +21,7 @@ import os
 from pathlib import Path
 
 from sfd_jax.cli.flags import door_parser, parse_door
-from sfd_jax.cli.sampling_flags import add_sampling_flags, open_sampler
+from sfd_jax.cli.sampling_flags import add_sampling_flags, load_checkpoint, open_sampler
 from sfd_jax.errors import SfdError
 from sfd_jax.files import must_be_local, write_new
 
@@ -68,7 +68,8 @@ def _parse(argv: list[str]):
          help="crop a reference folder's images to this size, as the ADM suite does (default: take them as they are)")
     flag("--inception", metavar="DIR", help="checkpoint of the 2015 Inception, as `sfd convert` writes it")
     flag("--dinov2", metavar="DIR",
-         help="DINOv2 checkpoint: adds fd_dinov2, the Frechet distance in its class tokens (published: ViT-L/14)")
+         help="DINOv2 checkpoint: adds fd_dinov2, the Frechet distance in its class tokens; of another encoder than the "
+         "published ViT-L/14 it is called fd_ and that encoder's name")
     flag("--lpips", metavar="DIR", help="checkpoint of LPIPS; without it --reconstruction leaves lpips out")
     flag("--metrics", default="fid,sfid,is,precision,recall",
          help="comma-separated, out of fid, sfid, is, precision, recall, kid (default: %(default)s)")
@@ -113,14 +114,20 @@ def _evaluate(args) -> dict:
     if args.save_statistics:
         _save_statistics(args, reference)
     results = compare(samples, comparisons, progress=True, **_batches(args))
-    found = list(dict.fromkeys(note for values in results for note in values.pop("notes", ())))
+    scores, told = {}, recipe()
+    notes = list((told["sampling"] or {}).get("notes", []))
+    notes += dict.fromkeys(note for values in results for note in values.pop("notes", ()))
     if samples.count < 10_000:
-        found.append(f"scores of {samples.count:,} images are biased (FID upwards, IS downwards); published tables use 50,000")
-    scores = {}
+        notes.append(f"scores of {samples.count:,} images are biased (FID upwards, IS downwards); published tables use 50,000")
     for comparison, values in zip(comparisons, results, strict=True):
-        is_inception = comparison.extractor.name == "inception"
-        scores |= values if is_inception else {f"fd_{comparison.extractor.name}": values["fid"]}
-    return {"scores": scores, "notes": found, "recipe": recipe() | _judges(comparisons) | {"num_images": samples.count}}
+        name = comparison.extractor.name
+        scores |= values if name == "inception" else {f"fd_{name}": values["fid"]}
+        if name not in ("inception", "dinov2"):
+            notes.append(
+                f"fd_{name} is the Frechet distance in features of --dinov2={args.dinov2}, at {comparison.extractor.settings}; "
+                "published FD-DINOv2 is of DINOv2 ViT-L/14 without registers"
+            )
+    return {"scores": scores, "notes": notes, "recipe": told | _judges(comparisons) | {"num_images": samples.count}}
 
 
 def _finished(args):
@@ -188,12 +195,12 @@ def _reconstruction(args) -> dict:
     from sfd_jax.evaluation import open_image_set
     from sfd_jax.evaluation.reconstruction import evaluate_reconstruction
     from sfd_jax.models.fingerprint import params_hash
-    from sfd_jax.training import load_params
+    from sfd_jax.training.optimizer import average_notes
 
     images = open_image_set(args.reference, args.image_size)
     extractor = _extractor("inception", args.inception)
-    vae = load_params(args.texture_vae, which=args.weights)
-    lpips = load_params(args.lpips) if args.lpips else None
+    vae = load_checkpoint("--texture_vae", args.texture_vae, weights=args.weights)
+    lpips = load_checkpoint("--lpips", args.lpips) if args.lpips else None
     scores = evaluate_reconstruction(
         images, vae, extractor, lpips, seed=args.seed, progress=True, **_batches(args)
     )
@@ -205,7 +212,7 @@ def _reconstruction(args) -> dict:
         "extractors": {extractor.name: extractor.hash},
         "seed": args.seed,
     }
-    return {"scores": scores, "recipe": recipe}
+    return {"scores": scores, "notes": average_notes(vae[1]), "recipe": recipe}
 
 
 def _batches(args) -> dict:
@@ -218,9 +225,8 @@ def _batches(args) -> dict:
 
 def _extractor(name: str, directory: str):
     from sfd_jax.evaluation import dinov2_extractor, inception_extractor
-    from sfd_jax.training import load_params
 
-    return {"inception": inception_extractor, "dinov2": dinov2_extractor}[name](load_params(directory))
+    return {"inception": inception_extractor, "dinov2": dinov2_extractor}[name](load_checkpoint(f"--{name}", directory))
 
 
 def _judges(comparisons) -> dict:

@@ -25,6 +25,7 @@ all of them: they share the shards; DIR must be one folder for all.
 
 import functools
 import itertools
+import math
 from pathlib import Path
 
 from sfd_jax.cli.flags import door_parser, parse_door
@@ -136,26 +137,42 @@ def _extract(args) -> int:
 
 def _encoder(args):
     """Return the encoder, its parameters, and which checkpoints they are from."""
-    from sfd_jax.models import Network
+    from sfd_jax.cli.sampling_flags import load_checkpoint
+    from sfd_jax.distributed import hosts
+    from sfd_jax.latents import other_makers
+    from sfd_jax.models import network_of
+    from sfd_jax.models.fingerprint import params_hash
     from sfd_jax.models.latent_encoder import LatentEncoder, VisualEncoder
-    from sfd_jax.training.checkpoint import load_params
+    from sfd_jax.models.layers import check_divides
+    from sfd_jax.training.optimizer import average_notes
 
     networks, params, checkpoints = {}, {}, {}
     wanted = {"texture_vae": args.texture_vae, "visual": args.visual, "semantic_vae": args.semantic_vae}
     for name, path in wanted.items():
         if path:
-            params[name], metadata = load_params(path, which=args.weights)
-            networks[name] = Network(metadata["network"], metadata["network_config"])
+            params[name], metadata = load_checkpoint(f"--{name}", path, weights=args.weights)
+            networks[name] = network_of(metadata, "dinov2" if name == "visual" else name)
             checkpoints[name] = {key: metadata.get(key) for key in ("source", "step")}
-            kind = "dinov2" if name == "visual" else name
-            if metadata["network"] != kind:
-                raise SfdError(f"--{name.replace('_', '-')}={path} holds a {metadata['network']}, not a {kind}")
+            for note in average_notes(metadata):
+                hosts.say(f"note: {note}")
     texture, visual = networks["texture_vae"], None
+    check_divides(args.image_size, texture.config.downsampling, "the texture VAE's downsampling")
     if "visual" in networks:
         # The size at which its patches are as many as the texture latents (256 px: 16 x 14 = 224).
         tile = min(args.image_size, args.tile_size)
+        check_divides(tile, texture.config.downsampling, "the texture VAE's downsampling (--tile_size)")
         view = tile // texture.config.downsampling * networks["visual"].config.patch_size
         visual = VisualEncoder(networks["visual"], view_size=view, tile_size=args.tile_size)
+    if "semantic_vae" in networks:
+        trained_on = metadata.get("latents") or {}  # of its checkpoint, the last one read
+        if differing := other_makers({"weights": {"visual": params_hash(params["visual"])}}, trained_on):
+            raise SfdError(f"--semantic_vae={args.semantic_vae} was trained on another encoder's features: {differing[0]}")
+        side, tokens = tile // texture.config.downsampling, trained_on.get("tokens")
+        if networks["semantic_vae"].config.arch == "transformer" and tokens not in (None, side**2):  # others take each alone
+            raise SfdError(
+                f"--semantic_vae={args.semantic_vae} was trained on {tokens} tokens at once, but a tile of {tile} px has "
+                f"{side**2}: --tile_size={math.isqrt(tokens) * texture.config.downsampling} would do"
+            )
     encoder = LatentEncoder(
         texture,
         visual,

@@ -53,6 +53,8 @@ def open_targets(config: Any, layout: Any, latents: Any):
                 f"latents have {stored} semantic ones: they are not its own"
             )
         _check_own(latents, "semantic_vae", params)
+        _check_width(config, network.config.input_dim, "data.semantic_vae")
+        _check_tiles(config)
         return latents, semvae_features(network, params, layout, latents.statistics, data.tile_grid)
     if kind == "online":
         from sfd_jax.data.images import open_images
@@ -61,12 +63,42 @@ def open_targets(config: Any, layout: Any, latents: Any):
 
         network, params = open_frozen(data.visual_encoder, "dinov2", dtype)
         _check_own(latents, "visual", params)
+        _check_width(config, network.config.width, "data.visual_encoder")
+        _check_images(config, latents)
         # A tile's patches are as many as its latent pixels: 256 px are 16 x 16, seen at 16 x 14 = 224 px.
         side = min(data.tile_grid, config.model.input_size)
         tile_size = data.images.image_size * side // config.model.input_size
         encoder = VisualEncoder(network, view_size=side * network.config.patch_size, tile_size=tile_size)
-        return WithPixels(latents, open_images(**data.images)), online_features(encoder, params)
+        images = open_images(**data.images)
+        total = getattr(latents, "manifest", {}).get("total")
+        if latents.origin["weights"] and total != len(images):
+            raise SfdError(f"the latents were made from {total:,} images, but data.images names {len(images):,}: other ones")
+        return WithPixels(latents, images), online_features(encoder, params)
     return latents, None
+
+
+def _check_width(config: Any, width: int, field: str) -> None:
+    if config.model.repa_features != width:
+        raise SfdError(f"model.repa_features={config.model.repa_features}, but {field} makes features of {width}")
+
+
+def _check_tiles(config: Any) -> None:
+    grid, tile = config.model.input_size, config.data.tile_grid
+    if tile < 1 or grid > tile and grid % tile:
+        raise SfdError(f"data.tile_grid={tile} does not divide model.input_size={grid}: {grid} or a divisor of it would do")
+
+
+def _check_images(config: Any, latents: Any) -> None:
+    """Raise SfdError where data.images are of another size than the latents were made from, or do not fit the grid."""
+    size, grid, made_from = config.data.images.image_size, config.model.input_size, latents.origin["image_size"]
+    _check_tiles(config)
+    if made_from not in (None, size):
+        raise SfdError(f"the latents were made from images of {made_from} px, but data.images.image_size={size}")
+    if size % grid:
+        low = size // grid * grid
+        raise SfdError(
+            f"data.images.image_size={size} does not divide by model.input_size={grid}: {low or grid} or {low + grid} would do"
+        )
 
 
 def open_frozen(path: str, kind: str, compute_dtype: str):
@@ -75,26 +107,31 @@ def open_frozen(path: str, kind: str, compute_dtype: str):
     Raises:
       SfdError: nothing there, or a network of another kind.
     """
-    from sfd_jax.distributed import start
-    from sfd_jax.models import Network
+    from sfd_jax.distributed import say, start
+    from sfd_jax.models import network_of
     from sfd_jax.training import load_params
+    from sfd_jax.training.optimizer import average_notes
 
     start()  # Orbax asks JAX for its devices
     params, metadata = load_params(path)
-    if metadata["network"] != kind:
-        raise SfdError(f"{path} holds a {metadata['network']}, not a {kind}")
-    settings = dict(metadata["network_config"])
-    if "compute_dtype" in Network(kind, settings).config_dict():
-        settings["compute_dtype"] = compute_dtype
-    return Network(kind, settings), params
+    metadata["given_as"] = path
+    for note in average_notes(metadata):
+        say(f"note: {note}")
+    return network_of(metadata, kind, compute_dtype=compute_dtype), params
 
 
 def _check_own(latents: Any, name: str, params: dict) -> None:
-    """Raise SfdError where a store says that its latents were made by other weights than these."""
+    """Raise SfdError where a source says that its latents were made by other weights than these."""
+    from sfd_jax.distributed import say
     from sfd_jax.models.fingerprint import params_hash
 
-    made_by = getattr(latents, "manifest", {}).get("weights", {}).get(name)
-    if made_by and made_by != params_hash(params):
+    weights = latents.origin["weights"]
+    made_by = weights.get(name)
+    if weights and made_by is None:
+        raise SfdError(f"the latents were made by {', '.join(weights)}, not by a '{name}': take another data.repa_source")
+    if made_by is None:
+        say(f"note: the latents do not tell which '{name}' made them; that the one given did was not checked")
+    elif made_by != params_hash(params):
         raise SfdError(
             f"the latents were made with other weights of '{name}' than the checkpoint holds "
             f"({made_by[:12]}, not {params_hash(params)[:12]}): give the one that extracted them"

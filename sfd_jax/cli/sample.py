@@ -40,6 +40,8 @@ def main(argv: list[str]) -> int:
     needs = (args.checkpoint, args.texture_vae, args.weak, args.latent_store)
     distributed.start(Job({"flags": vars(args)}, args.out, shared=False, needs=needs))
     sampler, labels, recipe, batch_size = open_sampler(args)
+    for note in recipe["notes"]:
+        distributed.say(f"note: {note}")
 
     def make(indices, labels):
         made = sampler(indices, labels, batch_size=batch_size)  # the last batch is padded, so one compilation serves all

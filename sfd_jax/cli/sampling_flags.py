@@ -15,6 +15,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser, required: bool) -> None:
          help="a run's work folder, or a converted or trained checkpoint of the diffusion model")
     flag("--texture_vae", required=required, metavar="DIR", help="checkpoint of the texture VAE that decodes")
     flag("--weak", metavar="DIR", help="checkpoint of AutoGuidance's weaker model")
+    flag("--other_texture_vae", action="store_true",
+         help="--texture_vae is meant to be another one than made the model's latents, e.g. with a finetuned decoder")
     flag("--step", type=int, help="which step's checkpoint (default: the newest)")
     flag("--weak_step", type=int, help="the same for --weak")
     flag("--weights", choices=("ema", "raw"), default="ema",
@@ -65,6 +67,14 @@ def add_sampling_flags(parser: argparse.ArgumentParser, required: bool) -> None:
          help="split the parameters over this many devices, where one cannot hold them (default: %(default)s)")
 
 
+def load_checkpoint(flag: str, directory: str, step: int | None = None, weights: str = "ema") -> tuple[dict, dict]:
+    """Return (params, metadata) of the checkpoint that a flag names; messages about it will name the flag too."""
+    from sfd_jax.training import load_params
+
+    params, metadata = load_params(directory, step, weights)
+    return params, {**metadata, "which": weights, "given_as": f"{flag}={directory}"}
+
+
 def open_sampler(args: argparse.Namespace):
     """Open what the flags name.
 
@@ -78,7 +88,7 @@ def open_sampler(args: argparse.Namespace):
 
     from sfd_jax.distributed import make_mesh
     from sfd_jax.generation import SampleConfig, make_labels, make_sampler
-    from sfd_jax.training import load_params
+    from sfd_jax.latents import other_makers
 
     if not (args.checkpoint and args.texture_vae):
         raise SfdError("sampling needs --checkpoint and --texture_vae")
@@ -89,22 +99,25 @@ def open_sampler(args: argparse.Namespace):
     config = SampleConfig(**{field.name: values[field.name] for field in dataclasses.fields(SampleConfig)})
     mesh = make_mesh(fsdp=args.fsdp)
 
-    def load(directory, step=None):
-        params, metadata = load_params(directory, step, args.weights)
-        return params, {**metadata, "which": args.weights}
-
+    params, metadata = load_checkpoint("--checkpoint", args.checkpoint, args.step, args.weights)
+    store = _open_store(args.latent_store)
+    if store is not None:
+        if differing := other_makers(store.origin, metadata.get("latents")):
+            raise SfdError(f"--latent_store={args.latent_store} holds other latents than --checkpoint was trained on: {differing[0]}")
+        metadata = {**metadata, "latents": metadata.get("latents") or store.origin}
     sampler = make_sampler(
-        load(args.checkpoint, args.step),
-        load(args.texture_vae),
+        (params, metadata),
+        _load_texture_vae(args, metadata),
         config,
-        weak=load(args.weak, args.weak_step) if args.weak else None,
+        weak=load_checkpoint("--weak", args.weak, args.weak_step, args.weights) if args.weak else None,
         seed=args.seed,
-        statistics=_statistics(args.latent_store),
+        statistics=store and store.statistics,
         compute_dtype=args.dtype,
         mesh=mesh,
+        other_texture_vae=args.other_texture_vae,
     )
     num = 50_000 if args.num is None else args.num
-    labels = make_labels(args.labels, num, sampler.num_classes, sampler.class_names, args.seed)
+    labels = make_labels(args.labels, num, sampler.num_classes, sampler.class_names, args.seed, sampler.labels)
     recipe = {**sampler.recipe, "labels": {"mode": args.labels, "hash": _hash(labels)}}
     batch_size = args.batch_size * mesh.size
     if config.mode == "published" and config.solver == "dopri5":
@@ -112,12 +125,24 @@ def open_sampler(args: argparse.Namespace):
     return sampler, labels, recipe, batch_size
 
 
-def _statistics(latent_store: str | None):
+def _load_texture_vae(args: argparse.Namespace, model: dict) -> tuple[dict, dict]:
+    """Return the texture VAE; where it holds averaged and raw weights, those that made the model's latents."""
+    from sfd_jax.generation.parts import made_latents
+    from sfd_jax.models.fingerprint import params_hash
+
+    given, wanted = load_checkpoint("--texture_vae", args.texture_vae, weights=args.weights), made_latents(model)
+    if wanted is not None and params_hash(given[0]) != wanted:
+        other = load_checkpoint("--texture_vae", args.texture_vae, weights={"ema": "raw", "raw": "ema"}[args.weights])
+        return other if params_hash(other[0]) == wanted else given
+    return given
+
+
+def _open_store(latent_store: str | None):
     if latent_store is None:
         return None
     from sfd_jax.data.latent_store import LatentStore
 
-    return LatentStore(latent_store).statistics
+    return LatentStore(latent_store)
 
 
 def _hash(labels: np.ndarray) -> str:

@@ -36,15 +36,23 @@ def main(argv: list[str]) -> int:
     from sfd_jax.cli.build import layout_from_config, task_from_config, train_config
     from sfd_jax.cli.repa import check_repa_source, open_targets
     from sfd_jax.data.pipeline import latent_transform
+    from sfd_jax.training.optimizer import check_average
 
     # --- What the config says, before any device is touched --------------------------------------------------
     task, layout, train = task_from_config(config), layout_from_config(config), train_config(config)
     repa = check_repa_source(config) == "stored"
     source = open_source(config.data.path, repa=repa)
     check_channels(layout, source.statistics)
+    notes = check_classes("model.num_classes", config.model.num_classes, source)
     source, targets = open_targets(config, layout, source)
     task = task_from_config(config, targets)
+    if args.init:
+        notes += check_init(args.init, task.network, source)
+    else:
+        notes += check_average(train.ema_decay, train.steps) if args.check else []  # `fit` says it too
     if args.check:
+        for note in notes:
+            print(f"note: {note}")
         return _check(args, config, source, task, repa)
 
     # --- Devices, data, training -----------------------------------------------------------------------------
@@ -60,13 +68,18 @@ def main(argv: list[str]) -> int:
         args.workdir,
         source=source,
         transform=latent_transform(layout, source.statistics, repa=repa),
-        metadata={"latent_statistics": source.statistics.to_dict(), "class_names": source.class_names},
+        metadata={
+            "latent_statistics": source.statistics.to_dict(),
+            "class_names": source.class_names,
+            "latents": source.origin,
+        },
         params=load_params(args.init, abstract=task.network.abstract_params())[0] if args.init else None,
+        notes=notes,
     )
     return 0
 
 
-def run(task, train, config, workdir, *, source, transform, metadata, params=None, held_out=None) -> None:
+def run(task, train, config, workdir, *, source, transform, metadata, params=None, held_out=None, notes=()) -> None:
     """Train a task on a source of records: what all training doors do once they have read their flags.
 
     Args:
@@ -79,6 +92,7 @@ def run(task, train, config, workdir, *, source, transform, metadata, params=Non
       metadata: what the checkpoints shall carry beside the config.
       params: weights to start from.
       held_out: (measure, source) to log on at each checkpoint.
+      notes: sentences to say at the start.
 
     Raises:
       SfdError: the hosts of the job do not go together; data and network do not fit, in any label; and whatever `fit` says.
@@ -93,7 +107,7 @@ def run(task, train, config, workdir, *, source, transform, metadata, params=Non
     from sfd_jax.distributed.preflight import Job
     from sfd_jax.models.fingerprint import params_hash
     from sfd_jax.training import fit
-    from sfd_jax.training.held_out import held_out_metrics
+    from sfd_jax.training.held_out import check_held_out, held_out_metrics
     from sfd_jax.training.step import put_frozen
 
     setting, classes = "model.num_classes", getattr(task.network.config, "num_classes", None)
@@ -125,13 +139,14 @@ def run(task, train, config, workdir, *, source, transform, metadata, params=Non
     if held_out:
         measure, held_out_source = held_out
         host = {"host_index": jax.process_index(), "host_count": jax.process_count(), "workers": workers}
+        check_held_out(source, held_out_source)
         evaluate = held_out_metrics(
             measure,
             lambda: make_eval_batches(held_out_source, batch_size=len(rows), transform=transform, **host),
             mesh,
             put_frozen(task, mesh),
         )
-    say(describe(task, train, source, mesh, workdir))
+    say("\n".join([describe(task, train, source, mesh, workdir), *(f"note: {note}" for note in notes)]))
     fit(
         task,
         batches,
@@ -170,6 +185,58 @@ def check_channels(layout, statistics) -> None:
             f"latents.texture_channels={layout.texture_channels} and "
             f"latents.semantic_channels={layout.semantic_channels}"
         )
+
+
+def check_classes(field: str, num_classes: int, source) -> list[str]:
+    """Compare the classes of a network with those of its data.
+
+    Args:
+      field: what the config calls the number, for messages.
+      num_classes: of the network.
+      source: records; its `origin` tells their labels, and its `class_names` what may come.
+
+    Returns:
+      A sentence where some of the network's classes have no data.
+
+    Raises:
+      SfdError: there are more classes than the network has.
+    """
+    origin, names = getattr(source, "origin", None), source.class_names
+    labels = origin["labels"] if origin else range(len(names or ()))
+    wanted = max([len(names or ()), *(label + 1 for label in labels)])
+    if wanted > num_classes:
+        raise SfdError(f"the data have {wanted} classes, but {field}={num_classes}: set {field}={wanted}")
+    if missing := num_classes - len(set(labels)):
+        return [
+            f"{field}={num_classes}, but the data have images of {len(set(labels))} classes: the embeddings of the other "
+            f"{missing} are never trained, and sampling refuses those labels"
+        ]
+    return []
+
+
+def check_init(path: str, network, source) -> list[str]:
+    """Return sentences on what sets the checkpoint of --init apart from this run; the latents it was trained on.
+
+    Raises:
+      SfdError: it is of another network.
+    """
+    from sfd_jax.latents import LatentStatistics, other_makers
+    from sfd_jax.distributed import start
+    from sfd_jax.models import network_of
+    from sfd_jax.training import load_metadata
+
+    start()  # Orbax asks JAX for its devices
+    metadata = {**load_metadata(path), "given_as": f"--init={path}"}
+    network_of(metadata, network.name)
+    notes = [f"--init={path} was trained on latents of another {line}" for line in
+             other_makers(metadata.get("latents"), source.origin)]  # fmt: skip
+    told = metadata.get("latent_statistics")
+    if told and not LatentStatistics.from_dict(told).same_scale(source.statistics):
+        notes.append(f"--init={path} was trained with other latent statistics than these latents have: its start is not their model")
+    names = metadata.get("class_names"), source.class_names
+    if None not in names and names[0] != names[1]:
+        notes.append(f"--init={path} was trained with other class names: its labels begin as those of other classes")
+    return notes
 
 
 def check_batch(task, batch: dict) -> None:

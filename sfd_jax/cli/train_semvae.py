@@ -24,10 +24,12 @@ def main(argv: list[str]) -> int:
     config = args.config
 
     from sfd_jax.cli.build import from_group, train_config
-    from sfd_jax.cli.train import run
+    from sfd_jax.cli.train import check_classes, run
     from sfd_jax.data.pipeline import feature_transform, pixel_transform
     from sfd_jax.data.published import open_latents
     from sfd_jax.models import Network
+    from sfd_jax.models.fingerprint import params_hash
+    from sfd_jax.training import load_metadata
     from sfd_jax.training.semantic_vae import SemanticVAELoss, measure_semantic_vae, semantic_vae_task
 
     network = Network("semantic_vae", config.model.to_dict())
@@ -35,15 +37,20 @@ def main(argv: list[str]) -> int:
     maker, transform = None, feature_transform
     if data.visual_encoder:
         source, held_out_source, maker = _open_images(config)
-        transform = pixel_transform
+        transform, weights = pixel_transform, {"visual": params_hash(maker.params)}
+        tokens = (data.view_size // load_metadata(data.visual_encoder)["network_config"]["patch_size"]) ** 2
     elif data.path:
         source = open_latents(data.path, repa=True)
         held_out_source = open_latents(data.held_out_path, repa=True) if data.held_out_path else None
+        weights = {name: digest for name, digest in source.origin["weights"].items() if name == "visual"}
+        tokens = len(source[0]["repa_features"])
     else:
         raise SfdError(
             "say where the features are: --config.data.path=FOLDER, made by `sfd extract --repa`; or what to make "
             "them from: --config.data.visual_encoder=CKPT --config.data.images.path=IMAGES"
         )
+    if loss.classification_weight > 0:
+        check_classes("loss.num_classes", loss.num_classes, source)
     measure = functools.partial(measure_semantic_vae, network, source=maker)
     run(
         semantic_vae_task(network, loss, maker),
@@ -52,7 +59,7 @@ def main(argv: list[str]) -> int:
         args.workdir,
         source=source,
         transform=transform,
-        metadata={},
+        metadata={"latents": {"weights": weights, "tokens": tokens}},  # of what it compresses: whose features, how many
         held_out=(measure, held_out_source) if held_out_source else None,
     )
     return 0

@@ -114,6 +114,15 @@ class LatentStore:
     def __len__(self) -> int:
         return self.manifest["count"]
 
+    @property
+    def origin(self) -> dict:
+        """Return what checkpoints keep of their latents: who made them, from images of which size, and their labels."""
+        return {
+            "weights": self.manifest.get("weights") or {},
+            "image_size": (self.manifest["config"] or {}).get("image_size"),
+            "labels": sorted(map(int, self.manifest["label_counts"])),
+        }
+
     def __getitem__(self, index: int) -> dict:
         """Return the fields of one image as it is, not mirrored; `label` and `index` as ints."""
         fields = {name: values[0] for name, values in self.read(np.array([index])).items()}

@@ -30,6 +30,7 @@ class WithPixels:
                 f"the latents were made from {total:,} images, but there are {len(images):,}: data.images names other "
                 "ones than the latents were made from"
             )
+        self.origin = getattr(latents, "origin", None)
 
     def __len__(self) -> int:
         return len(self.latents)

@@ -11,6 +11,7 @@ Their arrays are channels first and named otherwise; a record comes out as from 
 The images are numbered through the files in the order of their names.
 """
 
+import functools
 import os
 import re
 import threading
@@ -142,6 +143,11 @@ class PublishedLatents:
         rows = [self._row(int(index), FLIPS[int(flipped)]) for index, flipped in zip(indices, flip)]
         batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         return {**batch, "label": batch["label"].astype(np.int32), "index": indices}
+
+    @functools.cached_property
+    def origin(self) -> dict:
+        """Return what `LatentStore.origin` does; released shards do not tell who made them."""
+        return {"weights": {}, "image_size": None, "labels": np.unique(self.labels()).tolist()}
 
     def labels(self) -> np.ndarray:
         """Return the labels of all images, int64 (N,)."""

@@ -19,7 +19,8 @@ from sfd_jax.evaluation.evaluate import gather
 from sfd_jax.evaluation.features import Checkpoint, Extractor, regroup
 from sfd_jax.evaluation.image_sets import ImageSet
 from sfd_jax.evaluation.metrics import frechet_distance
-from sfd_jax.models import Network, to_bytes
+from sfd_jax.models import network_of, to_bytes
+from sfd_jax.models.layers import check_divides
 
 
 def evaluate_reconstruction(
@@ -53,6 +54,8 @@ def evaluate_reconstruction(
     """
     mesh = make_mesh() if mesh is None else mesh
     batch_size = -(-batch_size // mesh.size) * mesh.size
+    for side in images.size or ():
+        check_divides(side, network_of(texture_vae[1], "texture_vae").config.downsampling, "the texture VAE's downsampling")
     compare = _comparison(texture_vae, lpips, seed, mesh)
     sums: dict[str, float] = {}
     count = 0
@@ -85,7 +88,7 @@ def _comparison(texture_vae: Checkpoint, lpips: Checkpoint | None, seed: int, me
     networks, params = {}, {}
     for name, checkpoint in (("texture_vae", texture_vae), ("lpips", lpips)):
         if checkpoint is not None:
-            networks[name] = _open(checkpoint, name)
+            networks[name] = network_of(checkpoint[1], name)
             params[name] = put_same(checkpoint[0], replicated(mesh))
 
     def noise_of(index, shape):
@@ -147,10 +150,3 @@ def ssim(images: jax.Array, others: jax.Array) -> jax.Array:
     similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
     similarity /= (mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2)
     return similarity.mean(axis=(1, 2, 3))
-
-
-def _open(checkpoint: Checkpoint, wanted: str) -> Network:
-    found = checkpoint[1].get("network")
-    if found != wanted:
-        raise SfdError(f"expected a checkpoint of '{wanted}', this one holds '{found}'")
-    return Network(wanted, checkpoint[1]["network_config"])

@@ -136,7 +136,8 @@ def _check_same_recipe(path: Path, recipe: dict) -> None:
         old = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise SfdError(f"cannot read {path}: {error}; choose another folder") from error
-    # A finished job's file also holds what came out of it.
+    # A finished job's file also holds what came out of it; and notes decide no image.
+    recipe = {key: value for key, value in recipe.items() if key != "notes"}
     differing = differences({key: value for key, value in old.items() if key in recipe}, recipe)
     if differing:
         lines = "\n  ".join(differing.values())

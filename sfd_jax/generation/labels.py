@@ -10,7 +10,12 @@ ORDER_SEED = 0
 
 
 def make_labels(
-    spec: str, num: int, num_classes: int, class_names: list[str] | None = None, seed: int = 0
+    spec: str,
+    num: int,
+    num_classes: int,
+    class_names: list[str] | None = None,
+    seed: int = 0,
+    trained: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return the labels that a user asked for.
 
@@ -21,6 +26,7 @@ def make_labels(
       num_classes: classes that the model knows.
       class_names: their names, where the checkpoint holds them.
       seed: draws the labels of "random".
+      trained: the labels that were trained, which "balanced" and "random" spread over; all of them by default.
 
     Returns:
       (N,) int32 in [0, num_classes).
@@ -30,11 +36,14 @@ def make_labels(
     """
     if num < 1:
         raise SfdError(f"asked for {num} samples: give at least 1")
+    trained = np.arange(num_classes, dtype=np.int32) if trained is None else trained
     if spec == "balanced":
-        return balanced_labels(num, num_classes)
+        return trained[balanced_labels(num, len(trained))]
     if spec == "random":
-        return random_labels(num, num_classes, seed)
+        return trained[random_labels(num, len(trained), seed)]
     chosen = parse_classes(spec, num_classes, class_names)
+    if strange := [label for label in chosen if label not in trained]:
+        raise SfdError(f"class {strange[0]} was not trained; those that were are {trained[0]}..{trained[-1]}")
     return np.resize(np.array(chosen, np.int32), num)
 
 

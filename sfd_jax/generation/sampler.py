@@ -22,12 +22,12 @@ from sfd_jax.diffusion.clocks import Clocks, make_clocks
 from sfd_jax.diffusion.sampling import SolverConfig, sample, trajectory
 from sfd_jax.distributed import batch_sharding, make_mesh, mesh_context, param_shardings, put_same, replicated
 from sfd_jax.errors import SfdError, nearest
+from sfd_jax.generation.parts import Checkpoint, check_parts, trained_labels
 from sfd_jax.latents import LatentLayout, LatentStatistics
-from sfd_jax.models import Network
+from sfd_jax.models import Network, network_of
 from sfd_jax.models.fingerprint import params_hash
+from sfd_jax.models.network import checkpoint_name
 from sfd_jax.models.texture_vae import to_bytes
-
-Checkpoint = tuple[dict, dict]  # (params, metadata), as `training.checkpoint.load_params` returns
 
 GUIDANCE = ("none", "cfg", "autoguidance")
 # The decoder's widest layers hold a hundred times the latent: it takes this many images a device at once.
@@ -86,9 +86,11 @@ class Sampler:
     """Make images; `make_sampler` builds one.
 
     Attributes:
-      num_classes, class_names: what labels may be; names are None where the checkpoint holds none.
+      num_classes, class_names: of the model; names are None where the checkpoint holds none.
+      labels: which labels may be asked for, sorted: those that were trained.
       image_size: side of the images, in pixels.
-      recipe: JSON-able description of all that decides the images but the labels.
+      recipe: JSON-able description of all that decides the images but the labels; and its "notes", sentences on what
+        was assumed.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class Sampler:
         weak: tuple[Network, dict] | None = None,
         seed: int = 0,
         class_names: list[str] | None = None,
+        labels: np.ndarray | None = None,
         recipe: dict | None = None,
         mesh: Mesh | None = None,
     ):
@@ -115,6 +118,7 @@ class Sampler:
           config: how to sample.
           seed: of the noise.
           class_names: what the classes are called.
+          labels: those that were trained, sorted; all of them by default.
           recipe: entries for `self.recipe`.
           mesh: the devices; all of them by default.
 
@@ -125,6 +129,7 @@ class Sampler:
         network, vae = model[0], texture_vae[0]
         _check_fit(network, vae, weak and weak[0], layout, statistics, config)
         self.num_classes, self.class_names = network.config.num_classes, class_names
+        self.labels = np.arange(self.num_classes) if labels is None else labels
         self.image_size = network.config.input_size * vae.config.downsampling
         self.recipe = recipe or {}
         self._networks = {"model": network, "vae": vae} | ({"weak": weak[0]} if weak else {})
@@ -157,8 +162,6 @@ class Sampler:
         indices, labels = np.asarray(indices), np.asarray(labels)
         if indices.shape != labels.shape or indices.ndim != 1 or not len(indices):
             raise SfdError(f"indices {indices.shape} and labels {labels.shape} must be (n,) both, n > 0")
-        if labels.min() < 0 or labels.max() >= self.num_classes:
-            raise SfdError(f"labels must lie in 0..{self.num_classes - 1}, got {labels.min()}..{labels.max()}")
         images, nfe = [], []
         for count, *batch in self._batches(indices, labels, batch_size):
             latents, calls, converged = self._run_sample(self._params, *batch)
@@ -244,6 +247,10 @@ class Sampler:
 
     def _batches(self, indices, labels, batch_size):
         """Yield (count, indices, labels) on the devices, each of one size; the last row fills up the last one."""
+        if labels.min() < 0 or labels.max() >= self.num_classes:
+            raise SfdError(f"labels must lie in 0..{self.num_classes - 1}, got {labels.min()}..{labels.max()}")
+        if (strange := labels[~np.isin(labels, self.labels)]).size:
+            raise SfdError(f"class {strange[0]} was not trained; those that were are {self.labels[0]}..{self.labels[-1]}")
         size = -(-(batch_size or len(indices)) // self.mesh.size) * self.mesh.size
         for start in range(0, len(indices), size):
             rows = slice(start, start + size)
@@ -350,6 +357,7 @@ def make_sampler(
     statistics: LatentStatistics | None = None,
     compute_dtype: str | None = None,
     mesh: Mesh | None = None,
+    other_texture_vae: bool = False,
 ) -> Sampler:
     """Build a sampler from checkpoints.
 
@@ -359,39 +367,55 @@ def make_sampler(
       weak: AutoGuidance's weaker model.
       seed: of the noise.
       clocks: instead of those the checkpoint tells of; where it tells of none, the published fixed offset.
-      statistics: instead of those in the checkpoint.
+      statistics: those of the training latents, where the checkpoint holds none.
       compute_dtype: "float32" or "bfloat16", instead of the checkpoint's.
       mesh: the devices; all of them by default.
+      other_texture_vae: allow a texture VAE that did not make the model's latents, e.g. one whose decoder was trained on.
 
     Raises:
-      SfdError: a checkpoint of another network, one without latent statistics, or parts that do not fit.
+      SfdError: a checkpoint of another network, one without latent statistics, or parts that do not belong together.
     """
     networks = {
-        "model": _open(model, "lightning_dit", compute_dtype),
-        "weak": weak and _open(weak, "lightning_dit", compute_dtype),
-        "texture_vae": _open(texture_vae, "texture_vae"),
+        "model": network_of(model[1], "lightning_dit", compute_dtype=compute_dtype),
+        "weak": weak and network_of(weak[1], "lightning_dit", compute_dtype=compute_dtype),
+        "texture_vae": network_of(texture_vae[1], "texture_vae"),
     }
     metadata = model[1]
-    if statistics is None:
-        if not metadata.get("latent_statistics"):
+    if metadata.get("latent_statistics"):
+        own = LatentStatistics.from_dict(metadata["latent_statistics"])
+        if statistics is not None and not own.same_scale(statistics):
             raise SfdError(
-                f"checkpoint {metadata.get('source') or ''} holds no latent statistics, without which its latents "
-                "cannot be decoded; give those of its training latents with --latent_statistics (they are "
-                "never computed anew)"
+                f"{checkpoint_name(metadata)} holds other latent statistics ({own.hash()[:12]}) than those given "
+                f"({statistics.hash()[:12]}): it was trained on other latents. Leave them out (--latent_store)"
             )
-        statistics = LatentStatistics.from_dict(metadata["latent_statistics"])
+        statistics = own
+    if statistics is None:
+        raise SfdError(
+            f"{checkpoint_name(metadata)} holds no latent statistics, without which its latents cannot be decoded; "
+            "give those of its training latents with --latent_store (they are never computed anew)"
+        )
+    dropout = ((metadata.get("config") or {}).get("loss") or {}).get("label_dropout")
+    if config.guidance == "cfg" and dropout == 0:
+        raise SfdError(f"guidance 'cfg' needs a null label, which {checkpoint_name(metadata)} never saw: label_dropout was 0")
     layout = LatentLayout(len(statistics.texture_mean), len(statistics.semantic_mean))
     if clocks is None:
         clocks = _clocks_of(metadata, networks["model"])
+    parts = {"model": model, "weak": weak, "texture_vae": texture_vae}
+    described = {name: _describe(part) for name, part in parts.items() if part}
+    hashes = {name: part["hash"] for name, part in described.items()}
+    compared = weak if config.guidance == "autoguidance" else None  # else it is refused for not being used
+    image_size = networks["model"].config.input_size * networks["texture_vae"].config.downsampling
+    notes = check_parts(model, texture_vae, compared, hashes, statistics, image_size, other_texture_vae)
     recipe = {
-        "model": _describe(model),
-        "weak_model": _describe(weak) if weak else None,
-        "texture_vae": _describe(texture_vae),
+        "model": described["model"],
+        "weak_model": described.get("weak"),
+        "texture_vae": described["texture_vae"],
         "latent_statistics": statistics.hash(),
         "clocks": {"name": type(clocks).__name__, "tau_end": clocks.tau_end, "breakpoints": clocks.breakpoints},
         "sampler": dataclasses.asdict(config),
         "dtype": networks["model"].config.compute_dtype,
         "seed": seed,
+        "notes": notes,
     }
     return Sampler(
         (networks["model"], model[0]),
@@ -403,19 +427,10 @@ def make_sampler(
         config=config,
         seed=seed,
         class_names=metadata.get("class_names"),
+        labels=trained_labels(metadata, networks["model"].config.num_classes),
         recipe=recipe,
         mesh=mesh,
     )
-
-
-def _open(checkpoint: Checkpoint, wanted: str, compute_dtype: str | None = None) -> Network:
-    metadata = checkpoint[1]
-    if metadata.get("network") != wanted:
-        raise SfdError(
-            f"checkpoint {metadata.get('source') or ''} holds '{metadata.get('network')}', expected '{wanted}'"
-        )
-    fields = dict(metadata["network_config"])
-    return Network(wanted, fields | ({"compute_dtype": compute_dtype} if compute_dtype else {}))
 
 
 def _clocks_of(metadata: dict, network: Network) -> Clocks:

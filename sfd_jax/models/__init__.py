@@ -9,7 +9,7 @@ from sfd_jax.models.dinov2 import DINOV2_SIZES, DinoV2, DinoV2Config, dinov2_con
 from sfd_jax.models.inception import Inception, InceptionConfig
 from sfd_jax.models.lightning_dit import SIZES, DiTConfig, LightningDiT, dit_config
 from sfd_jax.models.lpips import Lpips, LpipsConfig
-from sfd_jax.models.network import Network
+from sfd_jax.models.network import Network, network_of
 from sfd_jax.models.semantic_vae import SemanticVAE, SemanticVAEConfig
 from sfd_jax.models.texture_vae import TextureVAE, TextureVAEConfig, to_bytes
 
@@ -41,6 +41,7 @@ __all__ = [
     "TextureVAEConfig",
     "dinov2_config",
     "dit_config",
+    "network_of",
     "preprocess",
     "to_bytes",
 ]

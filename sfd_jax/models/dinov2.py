@@ -37,6 +37,7 @@ from sfd_jax.models.layers import (
     PatchEmbed,
     SwiGlu,
     check,
+    check_divides,
     check_dtype,
     gelu_exact,
     layer_norm,
@@ -161,10 +162,8 @@ class DinoV2(nnx.Module):
         """
         c = self.config
         b, h, w, _ = pixels.shape
-        check(
-            h % c.patch_size == 0 and w % c.patch_size == 0,
-            f"images of {h} x {w} do not divide by patch_size {c.patch_size}: resize them first",
-        )
+        for side in (h, w):
+            check_divides(side, c.patch_size, "the encoder's patch_size")
         positions = self.positions(h // c.patch_size, w // c.patch_size)
         patches = self.patch_embed(pixels.astype(jnp.float32)) + positions
         # The class token has a position of its own; registers have none.

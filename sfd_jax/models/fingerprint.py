@@ -7,16 +7,20 @@ import numpy as np
 
 
 def params_hash(params) -> str:
-    """Return a hex digest of all paths, shapes, dtypes and values of a tree of arrays.
+    """Return a hex digest of all paths, shapes and values of a tree of arrays.
 
-    The same for numpy and jax arrays, and for whatever order the dicts were filled in.
+    The same for numpy and jax arrays, for whatever order the dicts were filled in, and for floats of any width that
+    float32 holds: a checkpoint has one name however it is stored.
 
     Args:
       params: nested dicts of arrays that this host can read whole.
     """
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        array = np.ascontiguousarray(leaf)
+        array = np.asarray(leaf)
+        if jax.numpy.issubdtype(array.dtype, np.floating) and array.dtype.itemsize < 4:
+            array = array.astype(np.float32)
+        array = np.ascontiguousarray(array)
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
         digest.update(array.reshape(-1).view(np.uint8))

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from sfd_jax.errors import SfdError
 from sfd_jax.models.dinov2 import preprocess
+from sfd_jax.models.layers import check_divides
 from sfd_jax.models.network import Network
 from sfd_jax.models.posterior import sample_posterior
 
@@ -42,6 +43,9 @@ class VisualEncoder:
     network: Network
     view_size: int = 224
     tile_size: int = 256
+
+    def __post_init__(self):
+        check_divides(self.view_size, self.network.config.patch_size, "the visual encoder's patch_size")
 
     def tile_features(self, params: Any, pixels: jax.Array) -> jax.Array:
         """Return the features of each tile.
@@ -68,11 +72,7 @@ class VisualEncoder:
     def tiles_a_side(self, image_size: int) -> int:
         if image_size <= self.tile_size:
             return 1
-        if image_size % self.tile_size:
-            raise SfdError(
-                f"image_size {image_size} is no multiple of the {self.tile_size} px that the visual "
-                "encoder sees at once"
-            )
+        check_divides(image_size, self.tile_size, "the tile_size that the visual encoder sees at once")
         return image_size // self.tile_size
 
 
@@ -105,6 +105,11 @@ class LatentEncoder:
                 raise SfdError(f"posterior '{posterior}': choose sample or mean")
         if self.visual is None and (self.semantic is not None or self.repa):
             raise SfdError("semantic latents and REPA features need a visual encoder")
+        if self.semantic is not None and self.semantic.config.input_dim != self.visual.network.config.width:
+            raise SfdError(
+                f"the Semantic VAE compresses features of {self.semantic.config.input_dim}, but the visual encoder makes "
+                f"features of {self.visual.network.config.width}: give the encoder that it was trained on"
+            )
 
     def __call__(self, params: dict, pixels: jax.Array, index: jax.Array) -> dict[str, jax.Array]:
         """Encode a batch.
@@ -215,7 +220,7 @@ def decode_features(network: Network, params: Any, semantic_latents: jax.Array, 
     """
     b, h, _, channels = semantic_latents.shape
     if h > tile_grid and h % tile_grid:
-        raise SfdError(f"a grid of {h} semantic latents is no multiple of the {tile_grid} of a tile")
+        raise SfdError(f"a grid of {h} semantic latents is no multiple of the {tile_grid} of a tile: {h} or a divisor of it would do")
     tiles = max(1, h // tile_grid)
     tokens = split_tiles(semantic_latents, tiles).reshape(b * tiles**2, -1, channels)
     features = network.apply(params, tokens, method="decode")

@@ -220,3 +220,10 @@ def check(condition: bool, message: str):
     """Raise SfdError(message) unless `condition`; for configs that cannot be built."""
     if not condition:
         raise SfdError(message)
+
+
+def check_divides(size: int, part: int, what: str):
+    """Raise SfdError unless a side of `size` divides by `part`, with the nearest sides that do."""
+    low = size // part * part
+    near = f"{low} or {low + part}" if low else str(part)
+    check(size % part == 0, f"images of {size} px do not divide by {part}, {what}: {near} px would do")

@@ -7,6 +7,7 @@ else of NNX (graph definitions, variables, random state) leaves the room.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -83,6 +84,29 @@ class Network:
         # The key is made inside the traced function: even a scalar key would be an allocation.
         graphdef, state = nnx.split(nnx.eval_shape(lambda: self._build(jax.random.key(0))))
         return graphdef, _string_keys(nnx.to_pure_dict(state))
+
+
+def network_of(metadata: Mapping[str, Any], kind: str, **changes) -> Network:
+    """Build the network that a checkpoint's metadata tell of.
+
+    Args:
+      metadata: see `training.checkpoint`; "given_as" (a command's flag) names the checkpoint in messages.
+      kind: the key of `NETWORKS` that is needed.
+      **changes: fields of the config to set otherwise, where that network's config has them.
+
+    Raises:
+      SfdError: the checkpoint is of another network; both are named.
+    """
+    if (found := metadata.get("network")) != kind:
+        raise SfdError(f"{checkpoint_name(metadata)} holds '{found}', expected '{kind}': give a checkpoint of that network")
+    network = Network(kind, metadata["network_config"])
+    changes = {name: value for name, value in changes.items() if value and hasattr(network.config, name)}
+    return Network(kind, {**network.config_dict(), **changes})
+
+
+def checkpoint_name(metadata: Mapping[str, Any]) -> str:
+    """Return what messages call a checkpoint."""
+    return metadata.get("given_as") or f"checkpoint {metadata.get('source') or ''}".strip()
 
 
 def _read_config(config_cls, values):

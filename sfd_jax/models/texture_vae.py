@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sfd_jax.models.attention import attend
-from sfd_jax.models.layers import check, check_dtype, conv, group_norm
+from sfd_jax.models.layers import check, check_divides, check_dtype, conv, group_norm
 from sfd_jax.models.posterior import sample_posterior, split_moments
 
 
@@ -114,12 +114,8 @@ class TextureVAE(nnx.Module):
         Raises:
           SfdError: H or W does not divide by the downsampling factor.
         """
-        f = self.config.downsampling
-        check(
-            pixels.shape[1] % f == 0 and pixels.shape[2] % f == 0,
-            f"images of {pixels.shape[1]} x {pixels.shape[2]} do not divide by {f}, the texture "
-            "VAE's downsampling: choose another image size",
-        )
+        for side in pixels.shape[1:3]:
+            check_divides(side, self.config.downsampling, "the texture VAE's downsampling")
         moments = self.quant_conv(self.encoder(pixels))
         return split_moments(moments.astype(jnp.float32))
 

@@ -1,18 +1,58 @@
 """Numbers on held-out data while a run goes: every row counts once, padding not at all."""
 
+import hashlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from sfd_jax.data.images import BrokenImage
 from sfd_jax.distributed import put_batch
+from sfd_jax.errors import SfdError
 from sfd_jax.training.state import TrainState
 from sfd_jax.training.step import add_metrics, mean_metrics
 
 # (params, batch) -> name to (B,): one number a row, without randomness. Frozen parameters come third.
 Measure = Callable[..., dict[str, jax.Array]]
+
+
+def check_held_out(source: Any, held_out: Any, *, compared: int = 16, searched: int = 2000) -> None:
+    """Raise SfdError where held-out rows are training rows: the numbers would not be what their names say.
+
+    Image files are compared by their paths. A few rows are compared by their content: with all training rows of a
+    small set, and of a large one with the row of the same number where both have as many.
+
+    Args:
+      source, held_out: random access to records.
+      compared: held-out rows to look at, spread evenly.
+      searched: training rows up to which all are searched.
+    """
+    chosen = np.unique(np.linspace(0, len(held_out) - 1, min(compared, len(held_out))).astype(int)).tolist()
+    if len(source) <= searched:
+        training = {_content(source, index) for index in range(len(source))}
+        shared = sum(_content(held_out, index) in training for index in chosen)
+    else:
+        same = len(source) == len(held_out)
+        shared = sum(same and _content(source, index) == _content(held_out, index) for index in chosen)
+    files = [getattr(getattr(each, "dataset", None), "paths", np.zeros(0, np.bytes_)) for each in (source, held_out)]
+    # One picture may be in a data set twice.
+    if np.intersect1d(*files).size or shared >= min(2, len(chosen)):
+        raise SfdError(
+            "the held-out data are training data: held_out_ figures would be of what was trained on. Name another "
+            "data.held_out_split or data.held_out_path, or none"
+        )
+
+
+def _content(source: Any, index: int) -> bytes:
+    try:
+        record = source[index]
+    except BrokenImage as broken:
+        return str(broken).encode()
+    name = next(name for name in ("pixels", "repa_features", "texture") if name in record)
+    return hashlib.sha256(np.ascontiguousarray(record[name]).tobytes()).digest()
 
 
 def held_out_metrics(

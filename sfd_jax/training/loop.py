@@ -24,7 +24,7 @@ from sfd_jax.errors import SfdError, TryAgain
 from sfd_jax.models.fingerprint import params_hash
 from sfd_jax.training.checkpoint import Checkpointer
 from sfd_jax.training.logging import MetricsLog
-from sfd_jax.training.optimizer import make_optimizer
+from sfd_jax.training.optimizer import check_average, make_optimizer
 from sfd_jax.training.randomness import stream_key
 from sfd_jax.training.record import claim_workdir
 from sfd_jax.training.state import TrainState, abstract_state, init_state, state_from_params
@@ -100,12 +100,15 @@ def _fit(lock, task, batches, config, workdir, mesh, seed, metadata, params, eva
     if not first and claimed.get("init") and params is None:
         raise SfdError(f"{workdir} was begun with --init and has no checkpoint yet: give the same --init again")
     metadata["init"] = claimed.get("init")
+    metadata["average"] = {"decay": config.ema_decay, "from": "given weights" if metadata["init"] else "drawn weights"}
     if first:
         state = checkpointer.restore(abstract_state(task, optimizer, mesh))
         say(f"{task.name}: goes on from step {first} of {config.steps}")
     elif params is not None:
         state = state_from_params(params, optimizer, mesh)
     else:
+        for note in check_average(config.ema_decay, config.steps):
+            say(f"note: {note}")
         state = init_state(task, optimizer, mesh, seed)
     key = stream_key(seed, "loss", mesh)
 

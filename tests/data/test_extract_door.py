@@ -13,7 +13,8 @@ from sfd_jax.data.checks import check_store, check_writable
 from sfd_jax.data.latent_store import LatentStore
 from sfd_jax.data.published import PublishedLatents
 from sfd_jax.models import Network
-from sfd_jax.training.checkpoint import save_params
+from sfd_jax.models.fingerprint import params_hash
+from sfd_jax.training.checkpoint import load_params, save_params
 
 NETWORKS = {
     "texture_vae": dict(
@@ -78,7 +79,14 @@ def test_images_to_shards(work, capsys):
     mirror = store.read(np.array([0]), np.array([True]))["texture"][0]
     assert mirror.shape == (8, 8, 3) and not np.array_equal(mirror, record["texture"])
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    hashes = {name: params_hash(load_params(work / folder)[0]) for name, folder in
+              (("texture_vae", "texture_vae"), ("visual", "dinov2"), ("semantic_vae", "semantic_vae"))}  # fmt: skip
+    assert store.origin == {"weights": hashes, "image_size": 16, "labels": [0, 1]}  # what checkpoints keep of it
     (out / "latents-00001.ar").unlink()
+    params, metadata = load_params(work / "texture_vae")
+    save_params(work / "other", jax.tree.map(lambda leaf: 2 * leaf, params), metadata)
+    assert main(flags(work, out, semantic, "--max_broken=1", f"--texture_vae={work / 'other'}")) == 2
+    assert f'weights.texture_vae: there "{hashes["texture_vae"][:20]}' in capsys.readouterr().err
     assert main(flags(work, out, semantic, "--max_broken=1")) == 0
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
 
@@ -179,3 +187,34 @@ def test_released_statistics_that_do_not_describe_the_latents_are_said(parity_di
     statistics["latents_stats.pt"] = tuple(10 * value for value in statistics["latents_stats.pt"])
     assert main(["extract", f"--repack={released}", f"--out={tmp_path / 'wrong'}"]) == 0
     assert "note: the released texture statistics are not those of these latents" in capsys.readouterr().out
+def test_encoders_that_do_not_fit_each_other_or_the_images(work, tmp_path, capsys):
+    def answer(*more):
+        assert main(flags(work, tmp_path / "out", *more, "--check")) == 2
+        return capsys.readouterr().err
+
+    semantic = f"--semantic_vae={work / 'semantic_vae'}"
+    assert "images of 15 px do not divide by 2, the texture VAE's downsampling: 14 or 16 px" in answer(semantic, "--image_size=15")
+    assert "images of 5 px do not divide by 2, the texture VAE's downsampling (--tile_size): 4 or 6" in answer(
+        semantic, "--image_size=10", "--tile_size=5"
+    )
+    assert "images of 20 px do not divide by 8, the tile_size" in answer(semantic, "--image_size=20")
+    for flag, holds, expected in (("texture_vae", "dinov2", "texture_vae"), ("visual", "semantic_vae", "dinov2"),
+                                  ("semantic_vae", "texture_vae", "semantic_vae")):  # fmt: skip
+        wrong = f"--{flag}={work / holds}"
+        assert f"{wrong} holds '{holds}', expected '{expected}'" in answer(semantic, wrong)
+    params, metadata = load_params(work / "semantic_vae")
+    encoder = params_hash(load_params(work / "dinov2")[0])
+    for name, hash in (("own", encoder), ("other", "4" * 64)):
+        save_params(tmp_path / name, params, {**metadata, "latents": {"weights": {"visual": hash}}})
+    assert "was trained on another encoder's features: visual" in answer(f"--semantic_vae={tmp_path / 'other'}")
+    assert main(flags(work, tmp_path / "out", f"--semantic_vae={tmp_path / 'own'}", "--max_broken=1", "--check")) == 0
+    small = dict(hidden_dim=4, transformer_heads=2, transformer_blocks=1)
+    for name, changes, more in (("wide", {"input_dim": 9}, {}),
+                                ("long", {"arch": "transformer", **small}, {"latents": {"tokens": 64}})):  # fmt: skip
+        network = Network("semantic_vae", NETWORKS["semantic_vae"] | changes)
+        metadata = {"network": network.name, "network_config": network.config_dict(), **more}
+        save_params(tmp_path / name, network.init(jax.random.key(0)), metadata)
+    assert "compresses features of 9, but the visual encoder makes features of 8" in answer(f"--semantic_vae={tmp_path / 'wide'}")
+    long = f"--semantic_vae={tmp_path / 'long'}"
+    assert "trained on 64 tokens at once, but a tile of 8 px has 16: --tile_size=16 would do" in answer(long)
+    assert main(flags(work, tmp_path / "out", long, "--max_broken=1", "--check", "--tile_size=16")) == 0

@@ -24,6 +24,9 @@ NETWORKS = {
 }
 
 
+NAME = "fd_encoder_w24_d1_p14_reg1"  # of the visual encoder, which is no DINOv2
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """Three checkpoints, 20 images in ten classes, and 12 images to be judged."""
@@ -88,12 +91,12 @@ def test_two_hosts_do_what_one_does(work, tmp_path):
         np.testing.assert_array_equal(a["arr_1"], b["arr_1"])
         assert a["arr_0"].std() > 5
 
-    scores = [json.loads((folder / "scores.json").read_text())["scores"]["fd_dinov2"] for folder in (one, two)]
+    scores = [json.loads((folder / "scores.json").read_text())["scores"][NAME] for folder in (one, two)]
     assert scores[0] > 1e-3 and scores[1] == pytest.approx(scores[0], rel=1e-4)
 
     # Host 0 alone speaks; the paths differ.
     assert [line.replace(str(two), str(one)) for line in first[-3:]] == alone[-3:]
-    assert "fd_dinov2" in "".join(first) and not second
+    assert NAME in "".join(first) and not second
     beats = sorted(path.relative_to(two).as_posix() for path in two.rglob("heartbeats/*"))
     assert beats == [f"{job}/heartbeats/process_0000{i}.json" for job in ("latents", "run", "samples") for i in (0, 1)][:-1]
 

@@ -13,6 +13,7 @@ from sfd_jax.evaluation import (
     Comparison,
     Extractor,
     compare,
+    dinov2_extractor,
     evaluate,
     extract_features,
     gather,
@@ -23,6 +24,7 @@ from sfd_jax.evaluation import (
 )
 from sfd_jax.evaluation.evaluate import ADM_METRICS
 from sfd_jax.evaluation.reference import Reference
+from sfd_jax.models import Network, dinov2_config
 
 GENERATOR = np.random.default_rng(0)
 SAMPLES = GENERATOR.integers(0, 256, (300, 5, 3, 3), dtype=np.uint8)
@@ -208,3 +210,25 @@ def test_fewer_images_than_promised_are_refused():
 def test_other_dtypes_are_refused():
     with pytest.raises(SfdError, match="float64.*expected uint8"):
         list(extract_features([stand_in()], [SAMPLES / 255.0]))
+
+
+@pytest.mark.parametrize(("config", "more", "name"), [
+    (dinov2_config("L", num_registers=0), {}, "dinov2"),  # the published FD-DINOv2
+    (dinov2_config("L"), {}, "dinov2_vitl14_reg4"),
+    (dinov2_config("B"), {}, "dinov2_vitb14_reg4"),
+    (dinov2_config("g", num_registers=0), {}, "dinov2_vitg14"),
+    (dinov2_config("L", num_registers=0, image_size=32, patch_size=16), {}, "encoder_w1024_d24_p16"),
+    (dinov2_config("L", num_registers=0), {"task": "visual_encoder"}, "encoder_w1024_d24_p14"),  # its shape, trained here
+    (dict(width=8, depth=2, num_heads=2, image_size=32, patch_size=8), {"task": "visual_encoder"}, "encoder_w8_d2_p8_reg4"),
+])  # fmt: skip
+def test_an_encoder_is_called_what_it_is(config, more, name):
+    network = Network("dinov2", config)
+    extractor = dinov2_extractor(({}, {"network": "dinov2", "network_config": network.config_dict(), **more}))
+    assert extractor.name == name
+    assert extractor.settings == f"size {network.config.image_size if more else 224}"  # one trained here, at its own
+
+
+def test_an_encoder_whose_patches_do_not_divide_the_image_is_refused():
+    network = Network("dinov2", dict(width=8, depth=1, num_heads=2, image_size=30, patch_size=15))
+    with pytest.raises(SfdError, match="images of 224 px do not divide by 15, the encoder's patches: 210 or 225 px would do"):
+        dinov2_extractor(({}, {"network": "dinov2", "network_config": network.config_dict()}))

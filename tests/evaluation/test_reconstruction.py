@@ -141,5 +141,5 @@ def psnr_written_out(vae, seed):
 
 def test_other_networks_are_refused():
     lpips = random_checkpoint("lpips", LPIPS, 2)
-    with pytest.raises(SfdError, match="expected a checkpoint of 'texture_vae', this one holds 'lpips'"):
+    with pytest.raises(SfdError, match="holds 'lpips', expected 'texture_vae'"):
         evaluate_reconstruction(image_set_of("images", IMAGES), lpips, extractor())

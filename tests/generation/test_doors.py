@@ -1,5 +1,7 @@
 """The doors `sample` and `evaluate` from checkpoints on disk to files, with a small network for Inception."""
 
+import argparse
+import dataclasses
 import json
 import os
 import re
@@ -12,10 +14,14 @@ from sfd_jax.cli import evaluate as evaluate_door
 from sfd_jax.cli import sample as sample_door
 from sfd_jax.cli.main import open_door
 from sfd_jax.distributed.lock import FolderLock
+from sfd_jax.cli.sampling_flags import _load_texture_vae
+from sfd_jax.distributed import make_mesh
 from sfd_jax.evaluation import Extractor
 from sfd_jax.latents import LatentStatistics
 from sfd_jax.models import Network
-from sfd_jax.training import save_params
+from sfd_jax.models.fingerprint import params_hash
+from sfd_jax.training import Checkpointer, OptimizerConfig, load_params, make_optimizer, save_params
+from sfd_jax.training.state import state_from_params
 
 DIT = dict(width=8, depth=1, num_heads=2, input_size=4, in_channels=5, num_classes=5)
 VAE = dict(ch=4, ch_mult=(1, 2), num_res_blocks=1, z_channels=3, norm_groups=2, attention_levels=())
@@ -146,3 +152,70 @@ def test_bad_input_is_a_sentence_and_status_two(flags, stand_in, tmp_path, capsy
     assert error.startswith(f"sfd {door}: ") and "Traceback" not in error
     assert re.search(words, error), error
     assert not (tmp_path / "out.json").exists() and not list(tmp_path.glob("out/chunks/*.npz"))
+
+
+def test_another_texture_vae_is_refused_or_said(flags, stand_in, tmp_path, capsys):
+    model, vae = (flags["model"][i].split("=", 1)[1] for i in (0, 1))
+    params, metadata = load_params(model)
+    (mine, _), other = load_params(vae), save_random(tmp_path / "other", "texture_vae", VAE, 7)
+    told = {**metadata, "latents": {"weights": {"texture_vae": params_hash(mine)}, "image_size": 8, "labels": [0, 1, 4]}}
+    save_params(tmp_path / "told", params, told)
+    sample = [f"--checkpoint={tmp_path / 'told'}", *flags["model"][2:], f"--out={tmp_path / 'out'}"]
+    assert open_door(sample_door.main, "sample", [*sample, f"--texture_vae={other}"]) == 2
+    assert f"--texture_vae={other}" in (error := capsys.readouterr().err) and "--other_texture_vae" in error
+    assert not (tmp_path / "out" / "samples.npz").exists()
+    assert open_door(sample_door.main, "sample", [*sample, f"--texture_vae={other}", "--other_texture_vae"]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
+    assert len(said) == 2 and [line.removeprefix("note: ") for line in said] == recipe["notes"]
+    assert "as --other_texture_vae allows" in said[0] and "5 classes, of which 3 were trained" in said[1]
+
+    # The notes stay beside the scores, of finished samples and of those made on the way.
+    given = [reference(tmp_path), "--inception=stand-in", "--metrics=fid"]
+    live = ["--live", *sample[:-1], f"--texture_vae={other}", "--other_texture_vae"]
+    for number, samples in enumerate(([f"--samples={tmp_path / 'out'}"], live)):
+        out = tmp_path / f"{number}.json"
+        assert open_door(evaluate_door.main, "evaluate", [*samples, *given, f"--out={out}"]) == 0
+        assert json.loads(out.read_text())["notes"] == recipe["notes"]
+        assert capsys.readouterr().out.count("note: ") == 2
+
+
+def test_raw_weights_are_decoded_by_the_vae_that_made_the_latents(flags, tmp_path):
+    model, vae = (load_params(flags["model"][i].split("=", 1)[1]) for i in (0, 1))
+    state = state_from_params(vae[0], make_optimizer(OptimizerConfig(), 1), make_mesh())
+    state = dataclasses.replace(state, ema_params=jax.tree.map(lambda leaf: leaf + 1, state.params))
+    checkpointer = Checkpointer(tmp_path / "vae")
+    checkpointer.save(1, state, vae[1])
+    checkpointer.close()
+    made_by = {which: params_hash(load_params(tmp_path / "vae", which=which)[0]) for which in ("ema", "raw")}
+    assert made_by["ema"] != made_by["raw"]
+    for which, asked in (("ema", "raw"), ("raw", "ema")):
+        args = argparse.Namespace(texture_vae=str(tmp_path / "vae"), weights=asked)
+        params, metadata = _load_texture_vae(args, {"latents": {"weights": {"texture_vae": made_by[which]}}})
+        assert metadata["which"] == which and params_hash(params) == made_by[which]
+    assert _load_texture_vae(args, model[1])[1]["which"] == "ema"  # not told: what was asked for
+
+
+@pytest.mark.parametrize(("door", "flag", "holds"), [
+    ("sample", "--checkpoint", "texture_vae"),
+    ("sample", "--texture_vae", "lightning_dit"),
+    ("sample", "--weak", "texture_vae"),
+    ("evaluate", "--inception", "texture_vae"),
+    ("evaluate", "--dinov2", "texture_vae"),
+    ("evaluate", "--lpips", "texture_vae"),
+])  # fmt: skip
+def test_a_checkpoint_of_another_network_is_named(flags, tmp_path, capsys, monkeypatch, door, flag, holds):
+    model, vae = (flags["model"][i].split("=", 1)[1] for i in (0, 1))
+    wrong = f"{flag}={model if holds == 'lightning_dit' else vae}"
+    given = [*flags["model"], f"--out={tmp_path / 'out'}", wrong]
+    if door == "evaluate":
+        images = np.random.default_rng(3).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+        np.savez(tmp_path / "reference.npz", arr_0=images)
+        given = [f"--reference={tmp_path / 'reference.npz'}", f"--samples={tmp_path / 'reference.npz'}", wrong]
+    if flag == "--lpips":
+        extractor = Extractor("inception", {}, lambda params, images: {"features": images.reshape(len(images), -1)})
+        monkeypatch.setattr(evaluate_door, "_extractor", lambda name, directory: extractor)
+        given = ["--reconstruction", "--inception=stand-in", f"--texture_vae={vae}", given[0], wrong]
+    assert open_door({"sample": sample_door, "evaluate": evaluate_door}[door].main, door, given) == 2
+    error, wanted = capsys.readouterr().err, {"--checkpoint": "lightning_dit", "--weak": "lightning_dit"}
+    assert f"{wrong} holds '{holds}', expected '{wanted.get(flag, flag[2:])}'" in error, error

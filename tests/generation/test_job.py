@@ -113,6 +113,8 @@ def test_another_recipe_is_refused_and_nothing_lost(tmp_path):
         run(tmp_path, recipe=other)
     with pytest.raises(SfdError, match="num_images: there 53, here 5"):
         run(tmp_path, labels=LABELS[:5])
+    run(tmp_path, recipe={**RECIPE, "notes": ["what is said beside them decides no image"]})
+    before[tmp_path / "recipe.json"] = (tmp_path / "recipe.json").read_bytes()
     assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
 
 

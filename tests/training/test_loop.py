@@ -276,3 +276,15 @@ def tensorboard_scalars(folder: Path) -> dict[str, dict[int, float]]:
             for value in event.summary.value:
                 scalars.setdefault(value.tag, {})[event.step] = value.simple_value
     return scalars
+
+
+def test_an_average_too_long_for_the_run_is_said_where_it_begins_with_drawn_weights(tmp_path, capsys):
+    config, params = toy_config(steps=2), toy_task().init(jax.random.key(0))
+    train(tmp_path / "drawn", config)
+    assert "note: train.ema_decay=0.9 is long for 2 steps" in (out := capsys.readouterr().out)
+    assert "still hold 81.0% of the initial ones. Set train.ema_decay=0.1 " in out
+    train(tmp_path / "given", config, params=params)
+    train(tmp_path / "short", dataclasses.replace(config, ema_decay=0.1))
+    assert "note:" not in capsys.readouterr().out
+    told = {name: load_params(tmp_path / name)[1]["average"] for name in ("drawn", "given")}
+    assert told == {"drawn": {"decay": 0.9, "from": "drawn weights"}, "given": {"decay": 0.9, "from": "given weights"}}

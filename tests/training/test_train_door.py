@@ -4,29 +4,30 @@ import json
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
+from PIL import Image
 
-from sfd_jax.cli.build import train_config
+from sfd_jax.cli.build import network_from_config, train_config
 from sfd_jax.cli.flags import load_config
 from sfd_jax.cli.main import SMALLER, open_door
 from sfd_jax.cli.train import main
 from sfd_jax.cli.train_semvae import main as train_semvae
 from sfd_jax.data.latent_store import LatentStore, LatentStoreWriter, Plan, latent_fields
 from sfd_jax.models import Network
-from sfd_jax.training import load_params
+from sfd_jax.models.fingerprint import params_hash
+from sfd_jax.training import load_params, save_params
 from sfd_jax.training.logging import read_metrics
 
 TINY = "--config=configs/sfd.py:xl,tiny"
 
 
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory):
+def make_store(folder, seed=0, config={}, weights={}):
     """Twenty images of the tiny recipe's shapes."""
-    folder = tmp_path_factory.mktemp("latents")
     fields = latent_fields((4, 4, 8), (4, 4, 4), dtype="float32", flips=True, repa_shape=(16, 24))
-    writer = LatentStoreWriter(folder, Plan(20, 16, fields, {}, {}, [f"class {i}" for i in range(10)]))
-    rng = np.random.default_rng(0)
+    writer = LatentStoreWriter(folder, Plan(20, 16, fields, config, weights, [f"class {i}" for i in range(10)]))
+    rng = np.random.default_rng(seed)
     for shard in range(2):
         with writer.open_shard(shard) as records:
             for index in writer.plan.span(shard):
@@ -34,6 +35,11 @@ def latents(tmp_path_factory):
                 records.add({**arrays, "label": index % 10, "index": index})
     writer.finish()
     return folder
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("latents"))
 
 
 def train(workdir, latents, *flags):
@@ -55,6 +61,8 @@ def test_the_shipped_recipe_trains_and_goes_on(latents, tmp_path, capsys):
     assert names & rows[0].keys() and {"loss", "loss_repa", "grad_norm", "learning_rate"} <= rows[0].keys()
     _, metadata = load_params(run)
     assert metadata["latent_statistics"]["texture_mean"] and metadata["class_names"][3] == "class 3"
+    assert metadata["latents"] == {"weights": {}, "image_size": None, "labels": list(range(10))}
+    assert metadata["average"] == {"decay": 0.9999, "from": "drawn weights"}
     assert metadata["config"]["clocks"] == {"name": "fixed_offset", "delta_t": 0.3}
 
     assert train(run, latents, "--config.clocks.delta_t=0.5", *small) == 2
@@ -107,6 +115,82 @@ def test_faults_of_the_config_are_told_before_training(flag, message, latents, t
     assert not (tmp_path / "run").exists()
 
 
+def save_drawn(folder, name, config, seed=0, **metadata):
+    """Save a drawn network; return its folder and its hash."""
+    network, random = Network(name, config), np.random.default_rng(seed)
+    params = jax.tree.map(lambda leaf: random.standard_normal(leaf.shape).astype(np.float32), network.abstract_params())
+    save_params(folder, params, {"network": name, "network_config": network.config_dict(), "source": "drawn", **metadata})
+    return str(folder), params_hash(params)
+
+
+def test_what_is_legal_and_odd_is_said_at_the_start(latents, tmp_path, capsys):
+    assert train(tmp_path / "run", latents, "--check", "--config.model.num_classes=12") == 0
+    out = capsys.readouterr().out
+    assert "note: model.num_classes=12, but the data have images of 10 classes: the embeddings of the other 2" in out
+    assert "note: train.ema_decay=0.9999 is long for 4 steps" in out and "Set train.ema_decay=0.31 (1 % left)" in out
+    assert train(tmp_path / "run", latents, "--check", "--config.train.ema_decay=0.31") == 0
+    assert "note:" not in capsys.readouterr().out
+
+
+def test_weights_to_start_from_are_of_this_network_and_of_which_latents(latents, tmp_path, capsys):
+    store = make_store(tmp_path / "store", weights={"texture_vae": "1" * 64})
+    network = network_from_config(load_config(TINY.removeprefix("--config=")))
+    other = {"weights": {"texture_vae": "2" * 64}}
+    told = dict(latents=other, latent_statistics=LatentStore(latents).statistics.to_dict(), class_names=["a", "b"])
+    same = {**told, "latents": {"weights": {}}, "class_names": [f"class {i}" for i in range(10)]}
+    vae, _ = save_drawn(tmp_path / "vae", "semantic_vae", SEMANTIC)
+    init, _ = save_drawn(tmp_path / "init", network.name, network.config_dict(), **told)
+    plain, _ = save_drawn(tmp_path / "plain", network.name, network.config_dict(), **same)
+    assert train(tmp_path / "run", store, "--check", f"--init={vae}") == 2
+    assert f"--init={vae} holds 'semantic_vae', expected 'lightning_dit'" in capsys.readouterr().err
+    assert train(tmp_path / "run", store, "--check", f"--init={init}") == 0
+    out = capsys.readouterr().out
+    assert "latents of another texture_vae 222222222222, not 111111111111" in out and "other class names" in out
+    assert "ema_decay" not in out  # an average that begins with trained weights
+    assert train(tmp_path / "run", store, "--check", f"--init={plain}") == 0
+    assert "note:" not in capsys.readouterr().out
+
+
+SEMANTIC = dict(arch="linear", input_dim=24, bottleneck_dim=4)
+VISUAL = dict(width=24, depth=1, num_heads=2, image_size=28, patch_size=7, num_registers=0)
+
+
+def test_targets_are_made_by_what_made_the_latents(tmp_path, capsys):
+    semantic, made_semantic = save_drawn(tmp_path / "semantic", "semantic_vae", SEMANTIC)
+    visual, made_visual = save_drawn(tmp_path / "visual", "dinov2", VISUAL)
+    narrow, made_narrow = save_drawn(tmp_path / "narrow", "semantic_vae", SEMANTIC | {"input_dim": 20})
+    config = {"image_size": 32}
+    own = make_store(tmp_path / "own", config=config, weights={"semantic_vae": made_semantic, "visual": made_visual})
+    other = make_store(tmp_path / "other", config=config, weights={"semantic_vae": made_narrow, "visual": "3" * 64})
+    unknown = make_store(tmp_path / "unknown")
+    folder = tmp_path / "images" / "train" / "0"
+    folder.mkdir(parents=True)
+    for index in range(20):
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / f"{index:02d}.png")
+    semvae = ["--config.data.repa_source=semvae", f"--config.data.semantic_vae={semantic}"]
+    online = ["--config.data.repa_source=online", f"--config.data.visual_encoder={visual}",
+              f"--config.data.images.path={tmp_path / 'images'}"]  # fmt: skip
+
+    def answer(store, *flags):
+        status = train(tmp_path / "run", store, "--check", *flags)
+        captured = capsys.readouterr()
+        return captured.err if status else captured.out
+
+    assert "made with other weights of 'semantic_vae'" in answer(other, *semvae)
+    assert "made with other weights of 'visual'" in answer(other, *online)
+    assert "do not tell which 'semantic_vae' made them" in answer(unknown, *semvae)
+    assert "no faults found" in answer(own, *semvae)
+    principal = make_store(tmp_path / "pca", weights={"visual": made_visual, "pca": "5" * 64})
+    assert "made by visual, pca, not by a 'semantic_vae'" in answer(principal, *semvae)
+    narrow = [semvae[0], f"--config.data.semantic_vae={narrow}"]
+    assert "model.repa_features=24, but data.semantic_vae makes features of 20" in answer(other, *narrow)
+    assert "data.tile_grid=3 does not divide model.input_size=4: 4 or a divisor" in answer(own, *semvae, "--config.data.tile_grid=3")
+    assert "images of 32 px, but data.images.image_size=64" in answer(own, *online, "--config.data.images.image_size=64")
+    assert "image_size=30 does not divide by model.input_size=4: 28 or 32" in answer(unknown, *online, "--config.data.images.image_size=30")
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "more.png")
+    assert "made from 20 images, but data.images names 21" in answer(own, *online)
+
+
 @pytest.mark.slow
 def test_the_label_of_every_record_is_checked_before_training(latents, tmp_path, capsys):
     """The one label that is too large is the last record's, which the first batch does not hold."""
@@ -127,18 +211,20 @@ def test_the_label_of_every_record_is_checked_before_training(latents, tmp_path,
     assert words in capsys.readouterr().err and not run.exists()
 
 
-def test_train_semvae_from_stored_features(latents, tmp_path):
+def test_train_semvae_from_stored_features(latents, tmp_path, capsys):
     from sfd_jax.cli.train_semvae import main
 
-    flags = ["--config=configs/semantic_vae.py:tiny", f"--workdir={tmp_path}", f"--config.data.path={latents}",
-             f"--config.data.held_out_path={latents}"]
-    assert open_door(main, "train_semvae", flags) == 0
+    others = make_store(tmp_path / "held_out", seed=1)
+    flags = ["--config=configs/semantic_vae.py:tiny", f"--workdir={tmp_path}", f"--config.data.path={latents}"]
+    assert open_door(main, "train_semvae", [*flags, f"--config.data.held_out_path={latents}"]) == 2
+    assert "the held-out data are training data" in capsys.readouterr().err
+    assert open_door(main, "train_semvae", [*flags, f"--config.data.held_out_path={others}"]) == 0
     last = read_metrics(tmp_path)[-1]
     assert {"mse", "cosine_token", "kl", "held_out_cosine", "held_out_mse"} <= last.keys()
     params, metadata = load_params(tmp_path)
     network = Network(metadata["network"], metadata["network_config"])
     # The held-out numbers count each of the 20 rows once, although batches of 8 are filled up to 24.
-    features = LatentStore(latents).read(np.arange(20))["repa_features"].astype(np.float32)
+    features = LatentStore(others).read(np.arange(20))["repa_features"].astype(np.float32)
     mean, _ = network.apply(params, features, method="encode")
     error = np.square(np.asarray(network.apply(params, mean, method="decode")) - features)
     np.testing.assert_allclose(last["held_out_mse"], error.mean(), rtol=1e-2)  # bfloat16

@@ -213,6 +213,7 @@ def train_diffusion(demo: Demo, stage: str) -> dict:
     metadata = {
         "latent_statistics": store.statistics.to_dict(),
         "class_names": demo.digits("train").class_names,
+        "latents": store.origin,
     }
     demo.fit(stage, task, demo.batches(stage, store, transform), metadata)
     return {"parameters": network.num_params()}

@@ -1,0 +1,112 @@
+"""Whether checkpoints belong together, by what their metadata tell; shapes alone are `sampler.py`'s to compare."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from sfd_jax.diffusion.clocks import make_clocks
+from sfd_jax.errors import SfdError
+from sfd_jax.latents import LatentStatistics, other_makers
+from sfd_jax.models.network import checkpoint_name
+from sfd_jax.training.optimizer import average_notes
+
+Checkpoint = tuple[dict, dict]  # (params, metadata), as `training.checkpoint.load_params` returns
+
+
+def check_parts(
+    model: Checkpoint,
+    texture_vae: Checkpoint,
+    weak: Checkpoint | None,
+    hashes: Mapping[str, str],
+    statistics: LatentStatistics,
+    image_size: int,
+    other_texture_vae: bool,
+) -> list[str]:
+    """Compare a sampler's checkpoints.
+
+    Args:
+      model, texture_vae, weak: the checkpoints.
+      hashes: "model", "texture_vae" and, where there is one, "weak" -> `params_hash`.
+      statistics: what the model's latents were normalised with.
+      image_size: side of the images that come out, in pixels.
+      other_texture_vae: the texture VAE is meant to be another one than made the latents.
+
+    Returns:
+      Sentences on what could not be compared, or was allowed.
+
+    Raises:
+      SfdError: two checkpoints do not belong together; both are named.
+    """
+    notes = _check_texture_vae(model[1], texture_vae[1], hashes["texture_vae"], other_texture_vae)
+    made_from = (model[1].get("latents") or {}).get("image_size")
+    if made_from not in (None, image_size):
+        notes.append(f"images come out at {image_size} px; the model's latents were made from images of {made_from} px")
+    if weak is not None:
+        notes += _check_weak(model, weak, hashes, statistics)
+    known = (model[1].get("network_config") or {}).get("num_classes", 0)
+    trained = trained_labels(model[1], known)
+    if len(trained) < known:
+        notes.append(
+            f"{checkpoint_name(model[1])} has {known} classes, of which {len(trained)} were trained ({trained[0]}.."
+            f"{trained[-1]}): balanced and random labels are drawn of those, others are refused"
+        )
+    metadata = [model[1], texture_vae[1], *([weak[1]] if weak else [])]
+    return notes + [note for each in metadata for note in average_notes(each)]
+
+
+def trained_labels(metadata: Mapping[str, Any], num_classes: int) -> np.ndarray:
+    """Return the labels that a model saw in training, sorted; all of them where its metadata do not tell."""
+    labels = (metadata.get("latents") or {}).get("labels")
+    if labels is None:
+        labels = range(min(num_classes, len(metadata.get("class_names") or ()) or num_classes))
+    return np.array([label for label in labels if label < num_classes], np.int32)
+
+
+def _check_texture_vae(model: Mapping, texture_vae: Mapping, given: str, allowed: bool) -> list[str]:
+    made_by = made_latents(model)
+    model_name, vae_name = checkpoint_name(model), checkpoint_name(texture_vae)
+    if made_by is None:
+        return [
+            f"{model_name} does not tell which texture VAE made its latents; {vae_name} was compared with it by channels alone"
+        ]
+    if made_by == given:
+        return []
+    differing = f"{vae_name} ({given[:12]}) is not the texture VAE that made the latents of {model_name} ({made_by[:12]})"
+    if not allowed:
+        raise SfdError(
+            f"{differing}: give that one, or --other_texture_vae where another decoder of the same latents is meant"
+        )
+    return [f"{differing}, as --other_texture_vae allows"]
+
+
+def made_latents(metadata: Mapping[str, Any]) -> str | None:
+    """Return the hash of the texture VAE that made a model's latents, None where its metadata do not tell."""
+    return ((metadata.get("latents") or {}).get("weights") or {}).get("texture_vae")
+
+
+def _check_weak(model: Checkpoint, weak: Checkpoint, hashes: Mapping[str, str], statistics: LatentStatistics) -> list[str]:
+    ours, theirs = model[1], weak[1]
+    names = f"{checkpoint_name(theirs)}, the weak model, and {checkpoint_name(ours)}"
+    if hashes["weak"] == hashes["model"]:
+        raise SfdError(f"{names} are one network: guidance by it changes nothing. Give a weaker one")
+    if differing := other_makers(theirs.get("latents"), ours.get("latents")):
+        raise SfdError(f"{names} were trained on latents of other networks: {'; '.join(differing)}")
+    told = theirs.get("latent_statistics")
+    if told and not statistics.same_scale(LatentStatistics.from_dict(told)):
+        raise SfdError(f"{names} were trained with other latent statistics: their latents are not the same")
+    if None not in (pair := [each.get("class_names") for each in (theirs, ours)]) and pair[0] != pair[1]:
+        raise SfdError(f"{names} have other class names: one label would mean two classes")
+    classes = [trained_labels(each, each["network_config"]["num_classes"]) for each in (theirs, ours)]
+    if missing := sorted(set(classes[1].tolist()) - set(classes[0].tolist())):
+        raise SfdError(f"{names} were not trained on the same classes: {len(missing)} are missing, the first is {missing[0]}")
+    clocks = [(each.get("config") or {}).get("clocks") for each in (theirs, ours)]
+    if None not in clocks and len({repr(make_clocks(c["name"], delta_t=c["delta_t"])) for c in clocks}) > 1:
+        raise SfdError(f"{names} were trained with other clocks: {clocks[0]} and {clocks[1]}")
+    sizes = [sum(np.size(leaf) for leaf in jax.tree.leaves(params)) for params, _ in (weak, model)]
+    steps = [each.get("step") or 0 for each in (theirs, ours)]
+    if sizes[0] > sizes[1] or (sizes[0] == sizes[1] and steps[0] > steps[1]):
+        size = f"{sizes[0]:,} and {sizes[1]:,} parameters, {steps[0]:,} and {steps[1]:,} steps"
+        return [f"{names} have {size}: the weak model is the stronger one; were they given the wrong way round?"]
+    return []
