@@ -475,8 +475,8 @@ def _entries(kind: type) -> Callable:
     return build
 
 
-def _text(*args: Any) -> str:
-    return ":".join(str(a) for a in args if isinstance(a, (str, int)))
+def _text(join: str = ":") -> Callable:
+    return lambda *args: join.join(str(a) for a in args if isinstance(a, (str, int)))
 
 
 def _bytes(data: Any = b"", encoding: Any = "", *_) -> Any:
@@ -499,11 +499,11 @@ _BUILDERS: dict[str, Callable] = {
     "builtins.bytearray": _bytes,
     "_codecs.encode": _bytes,
     "torch.Size": _entries(tuple),
-    "torch.device": _text,
-    "torch.torch_version.TorchVersion": _text,
-    "torch.serialization._get_layout": _text,
-    "fractions.Fraction": _text,
-    "decimal.Decimal": _text,
+    "torch.device": _text(),
+    "torch.torch_version.TorchVersion": _text(),
+    "torch.serialization._get_layout": _text(),
+    "fractions.Fraction": _text("/"),
+    "decimal.Decimal": _text(),
     "numpy.core.numeric._frombuffer": _numpy_buffer,
     "numpy._core.numeric._frombuffer": _numpy_buffer,
     "numpy.core.multiarray.scalar": _numpy_scalar,

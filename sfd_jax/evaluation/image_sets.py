@@ -114,7 +114,7 @@ def _images_shape(path: Path, name: str) -> tuple[int, ...]:
         raise SfdError(f"{path} has no array '{name}' of uint8 images (N, H, W, 3); it holds {found}")
     with open_array(path, name) as (shape, dtype, _, _):
         if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
-            raise SfdError(f"{path}: {name} is {dtype} {shape}; expected uint8 (N, H, W, 3) with N > 0")
+            raise SfdError(f"{path}: {name} is {dtype} {shape}; expected uint8 (N, H, W, 3) of bytes 0..255, N > 0")
         return shape
 
 
@@ -172,11 +172,14 @@ def _check_indices(indices: np.ndarray, count: int, where: str) -> None:
 def read_recipe(folder: Path) -> dict | None:
     """Return what a sampling job wrote about itself in `recipe.json`, None where there is none."""
     try:
-        return json.loads((folder / "recipe.json").read_text())
+        recipe = json.loads((folder / "recipe.json").read_text())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SfdError(f"cannot read {folder / 'recipe.json'}: {error}") from error
+    if not isinstance(recipe, dict) or not isinstance(recipe.get("num_images", 0), int):
+        raise SfdError(f"{folder / 'recipe.json'} is no recipe of `sfd sample`; remove it, or copy it again")
+    return recipe
 
 
 # --- Image files ------------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ def read_npz(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     Raises:
       SfdError: damaged, no npz, an array of objects, or more than `budget.py` allows.
     """
-    arrays, budget = {}, None
-    for name in set(names) & set(npz_names(path)):
-        budget = budget or Budget(path)
+    arrays = {}
+    held, budget = npz_names(path), Budget(path)
+    for name in set(names) & set(held):
         with open_array(path, name) as (shape, dtype, fortran, file):
             size = math.prod(shape) * dtype.itemsize
             budget.take(size)
@@ -62,9 +62,9 @@ def open_array(path: Path, name: str) -> Iterator[tuple[tuple[int, ...], np.dtyp
                 raise ValueError(f"npy format {version} is unknown")
             shape, fortran, dtype = readers[version](file)
             if dtype.hasobject or not all(0 <= size < 2**62 for size in shape) or len(shape) > 64:
-                raise ValueError(f"{name} is {dtype} {shape}, not an array of numbers")
+                raise ValueError(f"{name} is not an array of numbers: {dtype} {shape}")
             if math.prod(shape) * dtype.itemsize != info.file_size - file.tell():
-                raise ValueError(f"{name} is {dtype} {shape} by its header, but not by its size")
+                raise ValueError(f"{name} is another array by its header than by its size: {dtype} {shape}")
             yield shape, dtype, fortran, file
 
 
