@@ -121,6 +121,12 @@ def test_raw_weights_never_stand_in_for_an_average_unasked(tree, said):
             assert holds(choose(tree, name if name == "student" else "raw"), RAW)
 
 
+def test_names_without_dots_that_fit_several_are_refused():
+    one = NUMBER[None]
+    with pytest.raises(SfdError, match="abc of 'ema' could be several arrays of 'model'"):
+        choose({"model": {"a.bc": one, "ab.c": one}, "ema": {"abc": one}})
+
+
 def test_one_of_several_is_taken_by_name():
     tree = {"model": RAW, "ema_0.999": RAW, "ema_0.9999": MEAN}
     assert holds(choose(tree, "ema_0.9999"), MEAN) and choose(tree, "ema_0.9999").which == "ema"
