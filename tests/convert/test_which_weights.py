@@ -102,6 +102,8 @@ def test_averages_are_used_under_whatever_name(name):
         # Sorted keys have lost the order of the parameters.
         ({"model": dict(sorted(RAW.items())), "ema": [MEAN[key] for key in sorted(MEAN)]}, "does not fit the order"),
         ({"ema": list(MEAN.values())}, "a list of arrays without names"),
+        ({"model": RAW, "ema": [[key, array] for key, array in MEAN.items()]}, "several averages: 'ema/0' .* [.]{3};"),
+        ({"model": RAW, "ema": {0: NUMBER[None], "w.b": NUMBER[None]}}, "does not fit the order"),
         ({"model": RAW, "ema_params": {}}, "'ema_params' should be an average and holds no arrays"),
         ({"model": RAW, "ema": {}}, "'ema' should be an average and holds no arrays"),
         ({"model": RAW, "ema": {"decay": 0.9, "updates": 3}}, "'ema' should be an average and holds no arrays"),
