@@ -79,6 +79,9 @@ def import_checkpoint(
     )
     table = FORMATS[name].TABLE
     notes += left_out(tree)
+    step = step_of(path, file)
+    if step is None and network.name == "lightning_dit":
+        notes.append("step 0: neither the file nor its name tells it")
     source = f"'{path}' ({file.which} weights)"
     params = import_params(
         table, file.state, network, source=source, place=place, allow_nonfinite=allow_nonfinite
@@ -89,7 +92,7 @@ def import_checkpoint(
         "latent_statistics": statistics and statistics.to_dict(),
         "class_names": None,
         "config": system,
-        "step": step_of(path, file),
+        "step": step or 0,
         "source": f"{Path(path).name} ({file.which} weights)",
         "foreign": {
             "format": name,
@@ -219,8 +222,8 @@ def _statistics(texture, semantic, stored: Mapping[str, Any], notes: list[str]) 
     return LatentStatistics(texture_mean, texture_std, mean, std, multiplier)
 
 
-def step_of(path, file: WeightFile) -> int:
-    """Return the step of a file's weights: as the file says, else as its name does, else 0.
+def step_of(path, file: WeightFile) -> int | None:
+    """Return the step of a file's weights: as the file says, else as its name does, else None.
 
     Released diffusion checkpoints are named NNNNNNN.pt. Eight digits and more are a date or a time.
     """
@@ -231,4 +234,4 @@ def step_of(path, file: WeightFile) -> int:
     match = re.fullmatch(r"(\d{1,7})", stem) or re.search(
         r"(?:^|[^a-z])(?:step|steps|iter|iters|iteration)[-_=]?(\d{1,9})(?![\da-z.])|^checkpoint-(\d{1,9})$", stem
     )
-    return int(next(filter(None, match.groups()))) if match else 0
+    return int(next(filter(None, match.groups()))) if match else None

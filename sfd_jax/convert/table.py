@@ -300,8 +300,8 @@ def _nonfinite(name: str, array: np.ndarray) -> list[str]:
 def _refuse_nonfinite(faults: list[str], source: str, allowed: bool) -> None:
     if faults and not allowed:
         raise SfdError(
-            f"{source}: {len(faults)} arrays have weights that are not finite numbers, as a run that diverged "
-            "leaves them; take an earlier checkpoint, or --allow_nonfinite:\n" + "\n".join(faults)
+            f"{source}: weights that are not finite numbers, as a run that diverged leaves them, in {len(faults)} "
+            "arrays; take an earlier checkpoint, or --allow_nonfinite:\n" + "\n".join(faults)
         )
 
 

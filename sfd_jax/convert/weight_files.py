@@ -172,7 +172,7 @@ def choose_state(tree: Any, path: str | os.PathLike, which: str | None = None) -
     raw = _first_raw(sets)
     trained = _unwrap(raw.arrays, path)[0] if raw and raw is not chosen and chosen.which == "ema" else {}
     arrays = _named_like(chosen, raw, trained, path, notes) if trained else chosen.arrays
-    if any(isinstance(key, int) for key in arrays):
+    if any(isinstance(key, int) for key in arrays):  # no raw weights to name them
         raise SfdError(
             f"'{path}': '{chosen.name}' is a list of arrays without names, and no raw weights beside it tell them"
         )
@@ -206,7 +206,7 @@ def _choose(tree: dict, sets: list[Weights], path, which: str | None) -> Weights
         return sets[names.index(which)]
     averages = [s for s in sets if s.which == "ema"]
     if len(averages) > 1:  # those of another network aside
-        averages = [s for s in averages if 0 in s.arrays or _known(_unwrap(s.arrays, path)[0])] or averages
+        averages = [s for s in averages if _is_list(s) or _known(_unwrap(s.arrays, path)[0])] or averages
     raw = _first_raw(sets)
     if which != "raw" and len(averages) > 1:
         raise SfdError(f"'{path}' holds several averages: {_listed(averages)}; take --weights NAME, one of these")
@@ -241,7 +241,11 @@ def _choose(tree: dict, sets: list[Weights], path, which: str | None) -> Weights
 
 
 def _listed(sets: list[Weights]) -> str:
-    return ", ".join(f"'{s.name}' ({len(s.arrays)} arrays)" for s in sets)
+    return ", ".join(f"'{s.name}' ({len(s.arrays)} arrays)" for s in sets[:8]) + " ..." * (len(sets) > 8)
+
+
+def _is_list(found: Weights) -> bool:
+    return any(isinstance(key, int) for key in found.arrays)
 
 
 def _first_raw(sets: list[Weights]) -> Weights | None:
@@ -351,13 +355,14 @@ def _named_like(chosen: Weights, raw: Weights, trained: Mapping[str, LazyArray],
       SfdError: counts or shapes do not tell which array is which.
     """
     arrays = chosen.arrays
-    if all(isinstance(key, int) for key in arrays):
-        shapes = [tuple(arrays[index].shape) for index in sorted(arrays)]
+    if _is_list(chosen):
+        numbers = sorted(key for key in arrays if isinstance(key, int))
+        shapes = [tuple(arrays[index].shape) for index in numbers] if len(numbers) == len(arrays) else None
         for patterns in ((), _NOT_TRAINED[1:], _NOT_TRAINED):
             keys = [key for key in trained if not any(fnmatch.fnmatch(key, p) for p in patterns)]
             if [tuple(trained[key].shape) for key in keys] == shapes and keys != sorted(keys):
                 notes.append(f"the average is a list; its keys are those of '{raw.name}', in their order")
-                return {key: arrays[index] for key, index in zip(keys, sorted(arrays))}
+                return {key: arrays[index] for key, index in zip(keys, numbers)}
         raise SfdError(
             f"'{path}': '{chosen.name}' is a list of {len(arrays)} arrays that does not fit the order, number and "
             f"shapes of the {len(trained)} of '{raw.name}'; take --weights raw for the raw ones"
