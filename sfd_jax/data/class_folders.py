@@ -104,9 +104,9 @@ def find_classes(where: str, images: list[str], folders: list[str], split: str =
             above = min(deeper, key=lambda path: path.count("/"))[: -len(split) - 1]
             raise SfdError(f"{where} has no split '{split}': {found}. Give {above} in it as the path, or "
                            f"{above}/{split} as the split")  # fmt: skip
-        name = Path(where).resolve().name
+        name = Path(where).resolve().stem
         itself = split == name or split in re.split(r"[\W_]", name)
-        if not itself and split != "train":
+        if not itself and (split != "train" or name.lower() in SPLITS):
             raise SfdError(f"{where} has no split '{split}': {found}. To read it as it is, give an empty split")
         if not itself:
             notes.append(f"{where} has no split '{split}': its own folders are taken as the classes")

@@ -107,7 +107,7 @@ class ImageSource:
             pixels = center_crop(to_rgb(image), self.image_size)
         except (OSError, ValueError, TypeError, SyntaxError, EOFError) as error:  # the last three of a Pillow image or an array
             raise BrokenImage(self.name(index), str(error) or type(error).__name__) from error
-        if not 0 <= label < len(self.class_names):
+        if not (0 <= label < len(self.class_names) and label == int(label)):
             raise SfdError(f"{self.name(index)} has label {label}, but there are {len(self.class_names)} classes")
         return {"pixels": pixels, "label": int(label), "index": index}
 

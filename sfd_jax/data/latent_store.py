@@ -389,6 +389,8 @@ class ShardWriter:
                     f"field '{given}' of image {fields.get('index')} has shape {value.shape}, "
                     f"not {self.dtype[name].shape}"
                 )
+            if name in PER_IMAGE and not (value.dtype.kind in "iu" and 0 <= value <= np.iinfo(self.dtype[name]).max):
+                raise SfdError(f"image {fields.get('index')} has the {name} {value}, which is no whole number from 0")
             record[name] = value
             # Checked after rounding to the stored dtype, which may overflow.
             if value.dtype.kind not in "iu" and not np.isfinite(record[name].astype(np.float32)).all():

@@ -109,6 +109,8 @@ def test_a_folder_of_classes_is_itself_by_an_empty_split_or_its_own_name(lay):
     for name, split, notes in (("net", "", 0), ("val", "val", 0), ("x_train", "train", 0), ("other", "train", 1)):
         source = lay(names, split, name)
         assert source.class_names == ["n1", "n2"] and len(source.notes) == notes
+    with pytest.raises(SfdError, match="test.* has no split 'train': it holds n1, n2"):
+        lay(names, "train", "test")  # named after another split
     assert "no split 'train': its own folders are taken as the classes" in source.notes[0]
 
 

@@ -159,6 +159,16 @@ def test_training_goes_on_with_the_next_image():
         Substituting(ImageSource(pairs, 4), max_broken=1)[1]
 
 
+@pytest.mark.parametrize("label", [-1, 1, 0.5, float("nan")])
+def test_a_label_without_a_class_is_named(label):
+    class Pairs(list):
+        class_names = ["only"]
+
+    source = ImageSource(Pairs([(np.zeros((4, 4), np.uint8), label)]), 4)
+    with pytest.raises(SfdError, match=f"image 0 has label {label}, but there are 1 classes"):
+        source[0]
+
+
 def test_digits_split_is_fixed_and_stratified():
     images, labels = digits_8x8("train")
     held_out, held_out_labels = digits_8x8("held_out")

@@ -328,3 +328,23 @@ def test_hosts_count_each_others_broken_images(tmp_path):
     with pytest.raises(SfdError, match="3 broken images, more than the 2 allowed") as caught:
         run(tmp_path, Noise(broken=(1, 6, 7)), host_index=0, host_count=2, max_broken=2, barrier=lambda name: None)
     assert all(f"noise/{index}.jpg" in str(caught.value) for index in (1, 6, 7))
+
+
+def test_broken_images_that_another_host_finds_last_count_as_well(tmp_path):
+    """Host 0 is done with one broken image when host 1 finds the second; then host 0 writes no manifest."""
+
+    def barrier(name):
+        with pytest.raises(SfdError, match="not finished"):  # host 0 has written no manifest yet
+            run(tmp_path, Noise(broken=(1, 6)), host_index=1, host_count=2, max_broken=2, barrier=lambda name: None)
+
+    with pytest.raises(SfdError, match="2 broken images, more than the 1 allowed"):
+        run(tmp_path, Noise(broken=(1, 6)), host_index=0, host_count=2, max_broken=1, barrier=barrier)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("label", [-1, 0.5, 2**31, float("nan")])
+def test_a_label_that_is_no_whole_number_is_not_stored(tmp_path, label):
+    fields = latent_fields((1, 1, 1), (1, 1, 1), dtype="float32", flips=False)
+    writer = LatentStoreWriter(tmp_path, Plan(1, 1, fields, {}, {}, None))
+    with pytest.raises(SfdError, match="image 0 has the label"), writer.open_shard(0) as records:
+        records.add({"texture": np.ones((1, 1, 1)), "semantic": np.ones((1, 1, 1)), "label": label, "index": 0})
