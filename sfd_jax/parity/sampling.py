@@ -23,9 +23,10 @@ from sfd_jax.parity.dit import AUTOGUIDANCE_SCALE, clocks_of, layout_of, load_di
 from sfd_jax.parity.pack import Case
 
 # bfloat16's rounding looks like stiffness to an error control set to 1e-6: it takes more calls, or
-# other ones, and only the sample itself can be held to a bound.
-FIXED_BOUND = {"float32": 1e-4, "bfloat16": 2e-2}
-ADAPTIVE_BOUND = {"float32": 2e-3, "bfloat16": 2e-1}
+# other ones, and only the sample itself can be held to a bound. Measured on CPU: fixed grids 1.2e-3, dopri5 3.4e-2
+# with up to half of the calls fewer; room for other backends.
+FIXED_BOUND = {"float32": 1e-4, "bfloat16": 5e-3}
+ADAPTIVE_BOUND = {"float32": 2e-3, "bfloat16": 1e-1}
 NFE_BOUND = {"float32": 0.1, "bfloat16": 3.0}
 # Staged mode: at most this share of the published error, and of the published network calls.
 STAGED_ERROR = 0.2
