@@ -131,10 +131,16 @@ def _check(samples: ImageSet, comparison: Comparison) -> None:
         if metric not in METRICS:
             raise SfdError(f"unknown metric '{metric}'; {nearest(metric, METRICS)}")
     known = reference.statistics
+    if known is not None:
+        known.check_extractor(extractor.name, extractor.hash, reference.name)
+    _check_features(samples, comparison)
+    computes_reference = known is None or (comparison.keeps_features and known.features is None)
+    least = 4 if {"precision", "recall"} & set(metrics) else 2  # neighbours at k = 3; a covariance
+    for images in (samples, reference.images if computes_reference else None):
+        if images is not None and images.count < least:
+            raise SfdError(f"{images.name} holds {images.count} images, but {', '.join(metrics)} need at least {least}")
     if known is None:
         return
-    known.check_extractor(extractor.name, extractor.hash, reference.name)
-    _check_widths(samples, reference, extractor)
     if comparison.keeps_features and known.features is None and reference.images is None:
         raise SfdError(
             f"{reference.name} has mean and covariance but no images, which {', '.join(_of_features(metrics))} need; "
@@ -144,11 +150,19 @@ def _check(samples: ImageSet, comparison: Comparison) -> None:
         raise SfdError(f"{reference.name} has no `mu_s` and `sigma_s`, which 'sfid' needs")
 
 
-def _check_widths(samples: ImageSet, reference: Reference, extractor: Extractor) -> None:
-    """Refuse stored statistics of other widths than the extractor's features, found without computing any."""
+def _check_features(samples: ImageSet, comparison: Comparison) -> None:
+    """Refuse metrics that the extractor's features do not give, and stored statistics of other widths than theirs.
+
+    Found without computing any, by tracing the extractor.
+    """
+    reference, extractor = comparison.reference, comparison.extractor
     size = samples.size or (reference.images and reference.images.size) or (256, 256)
     answers = jax.eval_shape(extractor.apply, extractor.params, jax.ShapeDtypeStruct((1, *size, 3), np.float32))
-    for name, (mean, _) in reference.statistics.gaussians.items():
+    for metric, name in (("sfid", "spatial"), ("is", "probabilities")):
+        if metric in comparison.metrics and name not in answers:
+            raise SfdError(f"'{metric}' needs '{name}', which extractor '{extractor.name}' does not give")
+    known = reference.statistics
+    for name, (mean, _) in (known.gaussians if known else {}).items():
         if name in answers and answers[name].shape[1] != len(mean):
             raise SfdError(
                 f"{reference.name} holds statistics of {len(mean)} features, but extractor '{extractor.name}' gives "

@@ -23,13 +23,14 @@ from sfd_jax.parity.dit import AUTOGUIDANCE_SCALE, clocks_of, layout_of, load_di
 from sfd_jax.parity.pack import Case
 
 # bfloat16's rounding looks like stiffness to an error control set to 1e-6: it takes more calls, or
-# other ones, and only the sample itself can be held to a bound.
-FIXED_BOUND = {"float32": 1e-4, "bfloat16": 2e-2}
-ADAPTIVE_BOUND = {"float32": 2e-3, "bfloat16": 2e-1}
-NFE_BOUND = {"float32": 0.1, "bfloat16": 3.0}
+# other ones, and only the sample itself can be held to a bound. Measured on CPU: fixed grids 1.2e-3, dopri5 3.4e-2
+# with half of the calls fewer to nine tenths more, staged 1.4e-3 with a fifth of the calls; room for other backends.
+FIXED_BOUND = {"float32": 1e-4, "bfloat16": 5e-3}
+ADAPTIVE_BOUND = {"float32": 2e-3, "bfloat16": 1e-1}
+NFE_BOUND = {"float32": 0.1, "bfloat16": 2.0}
 # Staged mode: at most this share of the published error, and of the published network calls.
 STAGED_ERROR = 0.2
-STAGED_NFE = {"float32": 0.4, "bfloat16": 3.0}
+STAGED_NFE = {"float32": 0.4, "bfloat16": 1.0}
 # An adaptive run meets the bound about every second time (see above).
 RUNS = 16
 
@@ -79,7 +80,7 @@ def check_ode(case: Case, dtype: str) -> Iterator[Check]:
         latents, nfe = _sampler(case, networks, labels, config)(noise)
         published_error = relative_error(published, exact)
         error = relative_error(latents, exact)
-        bound = STAGED_ERROR * published_error if dtype == "float32" else ADAPTIVE_BOUND[dtype]
+        bound = STAGED_ERROR * published_error if dtype == "float32" else FIXED_BOUND[dtype]
         note = f"published error {published_error:.1e}"
         yield Check(case.name, f"dopri5{suffix} staged, to the flow", error, bound, note)
         published_nfe = case.get("nfe")[f"dopri5{suffix}"]

@@ -154,6 +154,19 @@ def test_widths_are_compared_before_the_first_sample(tmp_path, size):
             evaluate(samples, open_reference(tmp_path / "r.npz"), extractor, metrics=("fid",))
 
 
+@pytest.mark.parametrize(("metrics", "count", "words"), [
+    (("fid", "is"), 300, "'is' needs 'probabilities', which extractor 'dinov2' does not give"),
+    (("sfid",), 300, "'sfid' needs 'spatial'"),
+    (("precision",), 3, "samples holds 3 images, but precision need at least 4"),
+    (("fid",), 1, "samples holds 1 images, but fid need at least 2"),
+])  # fmt: skip
+def test_metrics_that_cannot_be_are_refused_before_the_first_sample(metrics, count, words):
+    apply = lambda params, x: {"features": x[:, 0, :, 0]}  # noqa: E731
+    samples = dataclasses.replace(image_set_of("samples", SAMPLES[:count]), pieces=no_pieces)
+    with pytest.raises(SfdError, match=words):
+        evaluate(samples, reference_of(REFERENCE), Extractor("dinov2", {"w": np.ones(1)}, apply), metrics=metrics)
+
+
 def test_notes_stand_beside_the_scores(tmp_path):
     """Images of two classes in turn or one after the other; statistics whose network nobody names."""
     classes = np.arange(300) % 2
