@@ -36,7 +36,7 @@ DOORS = {
 _training = (
     "nothing saved is lost; go on with {}--config.train.accumulation=2 (or 4, 8, ...), or on more devices, with "
     "--config.mesh.data=1 --config.mesh.fsdp=-1 to split the weights (a smaller train.global_batch_size makes another "
-    "run, in a new --workdir)"
+    "run, in a new folder)"
 )
 SMALLER = {
     "train": _training.format("--config.model.remat=full, "),
