@@ -1,11 +1,14 @@
 """`sfd <door> ...`: find the door, open it, and turn errors meant for the user into exit status 2."""
 
+import _thread
 import contextlib
 import importlib
 import os
 import select
 import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from sfd_jax import libtpu
@@ -33,7 +36,7 @@ DOORS = {
 _training = (
     "nothing saved is lost; go on with {}--config.train.accumulation=2 (or 4, 8, ...), or on more devices, with "
     "--config.mesh.data=1 --config.mesh.fsdp=-1 to split the weights (a smaller train.global_batch_size makes another "
-    "run, in a new --workdir)"
+    "run, in a new folder)"
 )
 SMALLER = {
     "train": _training.format("--config.model.remat=full, "),
@@ -81,6 +84,11 @@ def open_door(door_main, name: str, arguments: list[str]) -> int:
     """
     keep_compilations()
     libtpu.hush()
+    with _ctrl_c_is_heard():
+        return _open_door(door_main, name, arguments)
+
+
+def _open_door(door_main, name: str, arguments: list[str]) -> int:
     try:
         status = door_main(arguments) or 0
         sys.stdout.flush()
@@ -118,6 +126,25 @@ def open_door(door_main, name: str, arguments: list[str]) -> int:
 
             hosts.broke(error)
         raise
+
+
+@contextlib.contextmanager
+def _ctrl_c_is_heard() -> Iterator[None]:
+    """Send a Ctrl-C again that came in a finalizer or a callback of C code, from where no exception reaches the command."""
+    hook = sys.unraisablehook
+
+    def again(report) -> None:
+        if report.exc_type is not KeyboardInterrupt:
+            hook(report)
+        else:
+            threading.Timer(0.1, _thread.interrupt_main).start()
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        if sys.unraisablehook is again:
+            sys.unraisablehook = hook
 
 
 def _nobody_reads() -> bool:

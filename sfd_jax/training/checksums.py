@@ -24,8 +24,11 @@ def checksums(tree) -> dict[str, str]:
       Path, its parts joined by dots, to eight hexadecimal digits.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = [(path, (_on_host if _near(leaf) else _on_device)(leaf)) for path, leaf in leaves]  # all before any is awaited
-    return {jax.tree_util.keystr(path, simple=True, separator="."): f"{int(value):08x}" for path, value in sums}
+    far = [leaf for _, leaf in leaves if not _near(leaf)]
+    of_devices = iter(np.asarray(_on_device(far)) if far else ())  # one program: hosts meet once
+    sums = [_on_host(leaf) if _near(leaf) else next(of_devices) for _, leaf in leaves]
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    return {name: f"{int(value):08x}" for name, value in zip(names, sums, strict=True)}
 
 
 def _mixed(words, index):
@@ -42,7 +45,11 @@ def _near(leaf) -> bool:
 
 
 @jax.jit
-def _on_device(array: jax.Array) -> jax.Array:
+def _on_device(arrays: list[jax.Array]) -> jax.Array:
+    return jnp.stack([_sum(array) for array in arrays])
+
+
+def _sum(array: jax.Array) -> jax.Array:
     if array.dtype == jnp.bool_:
         array = array.astype(jnp.uint8)
     words = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}").astype(jnp.uint32)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from sfd_jax.cli.main import open_door
+
 COMMAND = """
 import functools, sys, time
 from sfd_jax.cli.main import open_door
@@ -56,6 +58,21 @@ def test_ctrl_c(to, tmp_path):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(command.pid, signal.SIGKILL)
+
+
+def test_ctrl_c_in_a_finalizer_is_not_lost(monkeypatch, capsys):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process goes on to hear Ctrl-C
+
+    class Finalized:
+        def __del__(self):
+            raise KeyboardInterrupt  # as Python's handler does wherever it runs
+
+    def command(_):
+        Finalized()
+        time.sleep(10)
+
+    assert open_door(command, "sample", []) == 130
+    assert capsys.readouterr().err == "sfd sample: interrupted; run the same command again to go on\n"
 
 
 def members(group: int) -> list[str]:
