@@ -52,8 +52,8 @@ def check_parts(
             f"{checkpoint_name(model[1])} has {known} classes, of which {len(trained)} were trained ({trained[0]}.."
             f"{trained[-1]}): balanced and random labels are drawn of those, others are refused"
         )
-    metadata = [model[1], texture_vae[1], *([weak[1]] if weak else [])]
-    return notes + [note for each in metadata for note in average_notes(each)]
+    # Not of the texture VAE: its weights are those that made the latents, and `sfd extract` has said it.
+    return notes + average_notes(model[1]) + (average_notes(weak[1]) if weak else [])
 
 
 def trained_labels(metadata: Mapping[str, Any], num_classes: int) -> np.ndarray:
