@@ -71,7 +71,7 @@ def test_a_weak_model_of_the_same_system_is_taken():
 def test_guidance_without_a_label_needs_one_that_was_trained():
     guided = SampleConfig(solver="euler", num_steps=5, guidance="cfg", guidance_scale=2.0)
     assert notes(model(config={"loss": {"label_dropout": 0.1}}), vae(), guided) == []
-    with pytest.raises(SfdError, match="label_dropout was 0"):
+    with pytest.raises(SfdError, match="needs label dropout in training"):
         make_sampler(model(config={"loss": {"label_dropout": 0.0}}), vae(), guided)
 
 
