@@ -68,8 +68,8 @@ def _parse(argv: list[str]):
          help="crop a reference folder's images to this size, as the ADM suite does (default: take them as they are)")
     flag("--inception", metavar="DIR", help="checkpoint of the 2015 Inception, as `sfd convert` writes it")
     flag("--dinov2", metavar="DIR",
-         help="DINOv2 checkpoint: adds fd_dinov2, the Frechet distance in its class tokens; of another encoder than the "
-         "published ViT-L/14 it is called fd_ and that encoder's name")
+         help="DINOv2 checkpoint: adds fd_dinov2, the Frechet distance in its class tokens; of another encoder than "
+         "the published ViT-L/14 it is called fd_ and that encoder's name")
     flag("--lpips", metavar="DIR", help="checkpoint of LPIPS; without it --reconstruction leaves lpips out")
     flag("--metrics", default="fid,sfid,is,precision,recall",
          help="comma-separated, out of fid, sfid, is, precision, recall, kid (default: %(default)s)")
@@ -124,8 +124,8 @@ def _evaluate(args) -> dict:
         scores |= values if name == "inception" else {f"fd_{name}": values["fid"]}
         if name not in ("inception", "dinov2"):
             notes.append(
-                f"fd_{name} is the Frechet distance in features of --dinov2={args.dinov2}, at {comparison.extractor.settings}; "
-                "published FD-DINOv2 is of DINOv2 ViT-L/14 without registers"
+                f"fd_{name} is the Frechet distance in features of --dinov2={args.dinov2}, at "
+                f"{comparison.extractor.settings}; published FD-DINOv2 is of DINOv2 ViT-L/14 without registers"
             )
     return {"scores": scores, "notes": notes, "recipe": told | _judges(comparisons) | {"num_images": samples.count}}
 

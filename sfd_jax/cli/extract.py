@@ -166,12 +166,13 @@ def _encoder(args):
     if "semantic_vae" in networks:
         trained_on = metadata.get("latents") or {}  # of its checkpoint, the last one read
         if differing := other_makers({"weights": {"visual": params_hash(params["visual"])}}, trained_on):
-            raise SfdError(f"--semantic_vae={args.semantic_vae} was trained on another encoder's features: {differing[0]}")
+            raise SfdError(f"--semantic_vae={args.semantic_vae} was trained on features of another {differing[0]}")
         side, tokens = tile // texture.config.downsampling, trained_on.get("tokens")
-        if networks["semantic_vae"].config.arch == "transformer" and tokens not in (None, side**2):  # others take each alone
+        # Other architectures take each token by itself.
+        if networks["semantic_vae"].config.arch == "transformer" and tokens not in (None, side**2):
             raise SfdError(
-                f"--semantic_vae={args.semantic_vae} was trained on {tokens} tokens at once, but a tile of {tile} px has "
-                f"{side**2}: --tile_size={math.isqrt(tokens) * texture.config.downsampling} would do"
+                f"--semantic_vae={args.semantic_vae} was trained on {tokens} tokens at once, but a tile of {tile} px "
+                f"has {side**2}: --tile_size={math.isqrt(tokens) * texture.config.downsampling} would do"
             )
     encoder = LatentEncoder(
         texture,

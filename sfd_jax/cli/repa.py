@@ -72,7 +72,7 @@ def open_targets(config: Any, layout: Any, latents: Any):
         images = open_images(**data.images)
         total = getattr(latents, "manifest", {}).get("total")
         if latents.origin["weights"] and total != len(images):
-            raise SfdError(f"the latents were made from {total:,} images, but data.images names {len(images):,}: other ones")
+            raise SfdError(f"the latents were made from {total:,} images, but data.images names {len(images):,}")
         return WithPixels(latents, images), online_features(encoder, params)
     return latents, None
 
@@ -85,7 +85,7 @@ def _check_width(config: Any, width: int, field: str) -> None:
 def _check_tiles(config: Any) -> None:
     grid, tile = config.model.input_size, config.data.tile_grid
     if tile < 1 or grid > tile and grid % tile:
-        raise SfdError(f"data.tile_grid={tile} does not divide model.input_size={grid}: {grid} or a divisor of it would do")
+        raise SfdError(f"data.tile_grid={tile} does not divide model.input_size={grid}: {grid} or a divisor would do")
 
 
 def _check_images(config: Any, latents: Any) -> None:
@@ -97,7 +97,8 @@ def _check_images(config: Any, latents: Any) -> None:
     if size % grid:
         low = size // grid * grid
         raise SfdError(
-            f"data.images.image_size={size} does not divide by model.input_size={grid}: {low or grid} or {low + grid} would do"
+            f"data.images.image_size={size} does not divide by model.input_size={grid}: {low or grid} or {low + grid} "
+            "would do"
         )
 
 
@@ -128,7 +129,7 @@ def _check_own(latents: Any, name: str, params: dict) -> None:
     weights = latents.origin["weights"]
     made_by = weights.get(name)
     if weights and made_by is None:
-        raise SfdError(f"the latents were made by {', '.join(weights)}, not by a '{name}': take another data.repa_source")
+        raise SfdError(f"the latents were made by {', '.join(weights)}, not by a '{name}': take another repa_source")
     if made_by is None:
         say(f"note: the latents do not tell which '{name}' made them; that the one given did was not checked")
     elif made_by != params_hash(params):

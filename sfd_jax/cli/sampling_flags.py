@@ -103,7 +103,9 @@ def open_sampler(args: argparse.Namespace):
     store = _open_store(args.latent_store)
     if store is not None:
         if differing := other_makers(store.origin, metadata.get("latents")):
-            raise SfdError(f"--latent_store={args.latent_store} holds other latents than --checkpoint was trained on: {differing[0]}")
+            raise SfdError(
+                f"--latent_store={args.latent_store} holds latents of another {differing[0]} than the checkpoint"
+            )
         metadata = {**metadata, "latents": metadata.get("latents") or store.origin}
     sampler = make_sampler(
         (params, metadata),

@@ -208,8 +208,8 @@ def check_classes(field: str, num_classes: int, source) -> list[str]:
         raise SfdError(f"the data have {wanted} classes, but {field}={num_classes}: set {field}={wanted}")
     if missing := num_classes - len(set(labels)):
         return [
-            f"{field}={num_classes}, but the data have images of {len(set(labels))} classes: the embeddings of the other "
-            f"{missing} are never trained, and sampling refuses those labels"
+            f"{field}={num_classes}, but the data have images of {len(set(labels))} classes: the embeddings of the "
+            f"other {missing} are never trained, and sampling refuses those labels"
         ]
     return []
 
@@ -232,7 +232,7 @@ def check_init(path: str, network, source) -> list[str]:
              other_makers(metadata.get("latents"), source.origin)]  # fmt: skip
     told = metadata.get("latent_statistics")
     if told and not LatentStatistics.from_dict(told).same_scale(source.statistics):
-        notes.append(f"--init={path} was trained with other latent statistics than these latents have: its start is not their model")
+        notes.append(f"--init={path} was trained with other latent statistics than these latents have")
     names = metadata.get("class_names"), source.class_names
     if None not in names and names[0] != names[1]:
         notes.append(f"--init={path} was trained with other class names: its labels begin as those of other classes")

@@ -54,8 +54,9 @@ def evaluate_reconstruction(
     """
     mesh = make_mesh() if mesh is None else mesh
     batch_size = -(-batch_size // mesh.size) * mesh.size
+    factor = network_of(texture_vae[1], "texture_vae").config.downsampling
     for side in images.size or ():
-        check_divides(side, network_of(texture_vae[1], "texture_vae").config.downsampling, "the texture VAE's downsampling")
+        check_divides(side, factor, "the texture VAE's downsampling")
     compare = _comparison(texture_vae, lpips, seed, mesh)
     sums: dict[str, float] = {}
     count = 0

@@ -52,8 +52,8 @@ def check_parts(
             f"{checkpoint_name(model[1])} has {known} classes, of which {len(trained)} were trained ({trained[0]}.."
             f"{trained[-1]}): balanced and random labels are drawn of those, others are refused"
         )
-    metadata = [model[1], texture_vae[1], *([weak[1]] if weak else [])]
-    return notes + [note for each in metadata for note in average_notes(each)]
+    # Not of the texture VAE: its weights are those that made the latents, and `sfd extract` has said it.
+    return notes + average_notes(model[1]) + (average_notes(weak[1]) if weak else [])
 
 
 def trained_labels(metadata: Mapping[str, Any], num_classes: int) -> np.ndarray:
@@ -69,11 +69,12 @@ def _check_texture_vae(model: Mapping, texture_vae: Mapping, given: str, allowed
     model_name, vae_name = checkpoint_name(model), checkpoint_name(texture_vae)
     if made_by is None:
         return [
-            f"{model_name} does not tell which texture VAE made its latents; {vae_name} was compared with it by channels alone"
+            f"{model_name} does not tell which texture VAE made its latents; {vae_name} was compared by "
+            "channels alone"
         ]
     if made_by == given:
         return []
-    differing = f"{vae_name} ({given[:12]}) is not the texture VAE that made the latents of {model_name} ({made_by[:12]})"
+    differing = f"{vae_name} ({given[:12]}) is not the texture VAE that made {model_name}'s latents ({made_by[:12]})"
     if not allowed:
         raise SfdError(
             f"{differing}: give that one, or --other_texture_vae where another decoder of the same latents is meant"
@@ -86,7 +87,7 @@ def made_latents(metadata: Mapping[str, Any]) -> str | None:
     return ((metadata.get("latents") or {}).get("weights") or {}).get("texture_vae")
 
 
-def _check_weak(model: Checkpoint, weak: Checkpoint, hashes: Mapping[str, str], statistics: LatentStatistics) -> list[str]:
+def _check_weak(model: Checkpoint, weak: Checkpoint, hashes: Mapping, statistics: LatentStatistics) -> list[str]:
     ours, theirs = model[1], weak[1]
     names = f"{checkpoint_name(theirs)}, the weak model, and {checkpoint_name(ours)}"
     if hashes["weak"] == hashes["model"]:
@@ -100,7 +101,7 @@ def _check_weak(model: Checkpoint, weak: Checkpoint, hashes: Mapping[str, str], 
         raise SfdError(f"{names} have other class names: one label would mean two classes")
     classes = [trained_labels(each, each["network_config"]["num_classes"]) for each in (theirs, ours)]
     if missing := sorted(set(classes[1].tolist()) - set(classes[0].tolist())):
-        raise SfdError(f"{names} were not trained on the same classes: {len(missing)} are missing, the first is {missing[0]}")
+        raise SfdError(f"{names} have other classes: {len(missing)} are missing, the first is {missing[0]}")
     clocks = [(each.get("config") or {}).get("clocks") for each in (theirs, ours)]
     if None not in clocks and len({repr(make_clocks(c["name"], delta_t=c["delta_t"])) for c in clocks}) > 1:
         raise SfdError(f"{names} were trained with other clocks: {clocks[0]} and {clocks[1]}")

@@ -250,7 +250,8 @@ class Sampler:
         if labels.min() < 0 or labels.max() >= self.num_classes:
             raise SfdError(f"labels must lie in 0..{self.num_classes - 1}, got {labels.min()}..{labels.max()}")
         if (strange := labels[~np.isin(labels, self.labels)]).size:
-            raise SfdError(f"class {strange[0]} was not trained; those that were are {self.labels[0]}..{self.labels[-1]}")
+            known = f"{self.labels[0]}..{self.labels[-1]}"
+            raise SfdError(f"class {strange[0]} was not trained; those that were are {known}")
         size = -(-(batch_size or len(indices)) // self.mesh.size) * self.mesh.size
         for start in range(0, len(indices), size):
             rows = slice(start, start + size)
@@ -370,7 +371,7 @@ def make_sampler(
       statistics: those of the training latents, where the checkpoint holds none.
       compute_dtype: "float32" or "bfloat16", instead of the checkpoint's.
       mesh: the devices; all of them by default.
-      other_texture_vae: allow a texture VAE that did not make the model's latents, e.g. one whose decoder was trained on.
+      other_texture_vae: allow a texture VAE that did not make the model's latents, e.g. one with a finetuned decoder.
 
     Raises:
       SfdError: a checkpoint of another network, one without latent statistics, or parts that do not belong together.
@@ -396,7 +397,7 @@ def make_sampler(
         )
     dropout = ((metadata.get("config") or {}).get("loss") or {}).get("label_dropout")
     if config.guidance == "cfg" and dropout == 0:
-        raise SfdError(f"guidance 'cfg' needs a null label, which {checkpoint_name(metadata)} never saw: label_dropout was 0")
+        raise SfdError(f"guidance 'cfg' needs label dropout in training; that of {checkpoint_name(metadata)} was 0")
     layout = LatentLayout(len(statistics.texture_mean), len(statistics.semantic_mean))
     if clocks is None:
         clocks = _clocks_of(metadata, networks["model"])

@@ -107,8 +107,8 @@ class LatentEncoder:
             raise SfdError("semantic latents and REPA features need a visual encoder")
         if self.semantic is not None and self.semantic.config.input_dim != self.visual.network.config.width:
             raise SfdError(
-                f"the Semantic VAE compresses features of {self.semantic.config.input_dim}, but the visual encoder makes "
-                f"features of {self.visual.network.config.width}: give the encoder that it was trained on"
+                f"the Semantic VAE compresses features of {self.semantic.config.input_dim}, but the visual encoder "
+                f"makes features of {self.visual.network.config.width}: give the encoder that it was trained on"
             )
 
     def __call__(self, params: dict, pixels: jax.Array, index: jax.Array) -> dict[str, jax.Array]:
@@ -220,7 +220,9 @@ def decode_features(network: Network, params: Any, semantic_latents: jax.Array, 
     """
     b, h, _, channels = semantic_latents.shape
     if h > tile_grid and h % tile_grid:
-        raise SfdError(f"a grid of {h} semantic latents is no multiple of the {tile_grid} of a tile: {h} or a divisor of it would do")
+        raise SfdError(
+            f"a grid of {h} semantic latents is no multiple of the {tile_grid} of a tile: {h} or a divisor would do"
+        )
     tiles = max(1, h // tile_grid)
     tokens = split_tiles(semantic_latents, tiles).reshape(b * tiles**2, -1, channels)
     features = network.apply(params, tokens, method="decode")

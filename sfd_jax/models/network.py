@@ -98,7 +98,7 @@ def network_of(metadata: Mapping[str, Any], kind: str, **changes) -> Network:
       SfdError: the checkpoint is of another network; both are named.
     """
     if (found := metadata.get("network")) != kind:
-        raise SfdError(f"{checkpoint_name(metadata)} holds '{found}', expected '{kind}': give a checkpoint of that network")
+        raise SfdError(f"{checkpoint_name(metadata)} holds '{found}', expected '{kind}': give a checkpoint of that one")
     network = Network(kind, metadata["network_config"])
     changes = {name: value for name, value in changes.items() if value and hasattr(network.config, name)}
     return Network(kind, {**network.config_dict(), **changes})

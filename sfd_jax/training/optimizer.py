@@ -112,7 +112,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-# The digits' shortest stage leaves 4.9 % of its first weights in the average; the released weak model of 70k steps 0.1 %.
+# The digits' shortest stage leaves 4.9 % of its first weights in the average, the released weak model 0.1 %.
 INITIAL_SHARE = 0.05
 
 

@@ -206,7 +206,7 @@ def test_encoders_that_do_not_fit_each_other_or_the_images(work, tmp_path, capsy
     encoder = params_hash(load_params(work / "dinov2")[0])
     for name, hash in (("own", encoder), ("other", "4" * 64)):
         save_params(tmp_path / name, params, {**metadata, "latents": {"weights": {"visual": hash}}})
-    assert "was trained on another encoder's features: visual" in answer(f"--semantic_vae={tmp_path / 'other'}")
+    assert "was trained on features of another visual" in answer(f"--semantic_vae={tmp_path / 'other'}")
     assert main(flags(work, tmp_path / "out", f"--semantic_vae={tmp_path / 'own'}", "--max_broken=1", "--check")) == 0
     small = dict(hidden_dim=4, transformer_heads=2, transformer_blocks=1)
     for name, changes, more in (("wide", {"input_dim": 9}, {}),
