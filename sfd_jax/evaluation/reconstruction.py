@@ -20,6 +20,7 @@ from sfd_jax.evaluation.features import Checkpoint, Extractor, regroup
 from sfd_jax.evaluation.image_sets import ImageSet
 from sfd_jax.evaluation.metrics import frechet_distance
 from sfd_jax.models import Network, to_bytes
+from sfd_jax.ranges import check
 
 
 def evaluate_reconstruction(
@@ -51,6 +52,7 @@ def evaluate_reconstruction(
     Raises:
       SfdError: checkpoints of other networks, or damaged images.
     """
+    check(seed=seed, batch_size=batch_size)
     mesh = make_mesh() if mesh is None else mesh
     batch_size = -(-batch_size // mesh.size) * mesh.size
     compare = _comparison(texture_vae, lpips, seed, mesh)

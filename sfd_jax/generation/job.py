@@ -25,6 +25,7 @@ from tqdm import tqdm
 from sfd_jax.distributed import is_host0
 from sfd_jax.errors import SfdError
 from sfd_jax.files import PART, appearing, differences, write_json
+from sfd_jax.ranges import check
 
 # make(indices (n,), labels (n,)) -> (images uint8 (n,H,W,3), network calls (n,))
 Make = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -50,16 +51,20 @@ def make_images(
       folder: the job's folder.
       recipe: JSON-able description of everything that decides the images; `num_images` is added.
       batch_size: images handed to `make` at once.
-      chunk_size: images in a chunk, the most that a kill can lose; by default about 1,000.
+      chunk_size: images in a chunk, the most that a kill can lose; by default about 1,000. It belongs to the recipe
+        where `batch_size` does.
       progress: show a bar with images a second and the time left on stderr.
 
     Raises:
       SfdError: the folder holds another recipe's samples or a damaged chunk, or cannot be written.
     """
+    check(num=len(labels), batch_size=batch_size, chunk_size=chunk_size)
     folder = Path(folder)
     num = len(labels)
-    chunk_size = chunk_size or batch_size * -(-1000 // batch_size)
+    chunk_size = chunk_size or _default_chunk(batch_size)
     recipe = {**recipe, "num_images": num}
+    if "batch_size" in recipe:  # samples of a batch depend on each other, and chunks decide where batches begin
+        recipe["chunk_size"] = chunk_size
     missing = _on_host0(lambda: _prepare(folder, recipe, labels), num)
     bar = tqdm(
         total=num,
@@ -88,6 +93,11 @@ def make_images(
                 )
     if is_host0():
         _finish_recipe(folder, recipe)
+
+
+def _default_chunk(batch_size: int) -> int:
+    """Return about 1,000, in whole batches."""
+    return batch_size * -(-1000 // batch_size)
 
 
 def _on_host0(prepare: Callable[[], np.ndarray], num: int) -> np.ndarray:
@@ -136,11 +146,22 @@ def _check_same_recipe(path: Path, recipe: dict) -> None:
         old = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise SfdError(f"cannot read {path}: {error}; choose another folder") from error
+    _modernise(old)
     # A finished job's file also holds what came out of it.
     differing = differences({key: value for key, value in old.items() if key in recipe}, recipe)
     if differing:
         lines = "\n  ".join(differing.values())
         raise SfdError(f"{path.parent} holds samples of another recipe; choose another folder:\n  {lines}")
+
+
+def _modernise(recipe: dict) -> None:
+    """Write a recipe as it is written now: scales not given were -1 once, and chunks were not told of."""
+    sampler = recipe.get("sampler", {})
+    for name in ("guidance_scale_semantic", "guidance_scale_texture"):
+        if sampler.get(name) == -1:
+            sampler[name] = None
+    if "batch_size" in recipe:
+        recipe.setdefault("chunk_size", _default_chunk(recipe["batch_size"]))
 
 
 def _check_chunk(file: Path, labels: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from sfd_jax.errors import SfdError
+from sfd_jax.files import user_path
 from sfd_jax.training.state import TrainState
 
 _STATE_ITEMS = ("params", "ema_params", "progress")
@@ -188,7 +189,7 @@ def find_checkpoint(directory, step: int | None = None) -> epath.Path:
 
 def _folder(directory) -> epath.Path:
     """Return a folder as Orbax wants it: local ones absolute, gs:// ones as they are."""
-    text = os.fspath(directory)
+    text = user_path(directory)
     return epath.Path(text if "://" in text else os.path.abspath(text))
 
 

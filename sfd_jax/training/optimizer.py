@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from sfd_jax.errors import SfdError, nearest
+from sfd_jax.ranges import check_fields
 
 SCHEDULES = ("constant", "cosine", "constant_cosine")
 
@@ -39,6 +40,9 @@ class OptimizerConfig:
     constant_steps: int = 0
     final_fraction: float = 0.0
     clip_norm: float = 0.0
+
+    def __post_init__(self):
+        check_fields("optimizer", self)
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
