@@ -124,7 +124,7 @@ RULES = {
         Only("atol rtol", "solver", ("dopri5",)),
         Only("num_steps", "calls", never=True),
         Only("guidance_scale guidance_interval_start guidance_interval_groups", "guidance", ("cfg", "autoguidance"),
-             hint="a weaker model brings autoguidance"),
+             hint="--weak=CKPT brings autoguidance"),
         Only("guidance_scale_semantic guidance_scale_texture", "guidance", ("autoguidance",)),
         Only("guidance_interval_groups", "guidance_interval_start"),
     ),

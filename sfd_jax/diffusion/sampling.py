@@ -63,7 +63,7 @@ class SolverConfig:
             raise SfdError(f"unknown solver {self.name!r}: {nearest(self.name, solvers.METHODS)}")
         if self.mode not in MODES:
             raise SfdError(f"unknown sampling mode {self.mode!r}: {nearest(self.mode, MODES)}")
-        check_fields("solver", self)
+        check_fields("sample", self)
         if self.calls and self.name == "dopri5":
             raise SfdError(
                 f"calls = {self.calls} with solver {self.name!r}: a budget of network calls is for the "

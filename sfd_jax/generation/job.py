@@ -8,7 +8,8 @@ A job's folder:
     images/<index>.png, grid.png         where asked for
 
 A killed job goes on with the indices that no chunk holds; a folder of another recipe is refused. Since
-sample i depends on the recipe and i alone, batch and chunk sizes and devices may change in between.
+sample i depends on the recipe and i alone, batch and chunk sizes and devices may change in between (where the recipe
+holds the batch size, it holds that of chunks as well: there both must stay).
 """
 
 import json

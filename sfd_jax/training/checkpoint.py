@@ -176,6 +176,8 @@ def find_checkpoint(directory, step: int | None = None) -> epath.Path:
     if not root.exists():
         raise SfdError(f"no checkpoint folder {root}")
     if (root / "params").exists() and (root / "metadata").exists():
+        if step is not None and root.name != str(step):
+            raise SfdError(f"{root} is one checkpoint, so step {step} cannot be chosen: leave it out, or give the run's folder")
         return root
     if (root / "checkpoints").exists():
         root = root / "checkpoints"
