@@ -65,7 +65,11 @@ def door_parser(door: str, doc: str) -> argparse.ArgumentParser:
 
 
 def parse_door(
-    parser: argparse.ArgumentParser, argv: list[str], config: str | None = None, rules: tuple[ranges.Only, ...] = ()
+    parser: argparse.ArgumentParser,
+    argv: list[str],
+    config: str | None = None,
+    rules: tuple[ranges.Only, ...] = (),
+    pending: Faults | None = None,
 ) -> argparse.Namespace:
     """Parse a door's arguments.
 
@@ -75,6 +79,7 @@ def parse_door(
       config: default of `--config` ("path.py" or "path.py:argument"), relative to the repository;
         None where the door takes no config. A config of the same kind is demanded.
       rules: which flags have an effect only with which others.
+      pending: gets the faults of values that could be read, so that the command can add its own and stop on all.
 
     Returns:
       The namespace; `config` is the ConfigDict with all overrides applied, `config_name` the string it came from,
@@ -104,13 +109,14 @@ def parse_door(
     for name, action in actions.items():
         if getattr(known, name) is None:
             setattr(known, name, action.default)
-    found = Faults(ranges.faults(vars(known), "--", parser.prog.removeprefix("sfd ")))
+    found = Faults() if pending is None else pending
+    found += ranges.faults(vars(known), "--", parser.prog.removeprefix("sfd "))
     found += ranges.useless(rules, vars(known), known.given, "--")
     if config is not None:
         known.config_name = known.config
-        with found:
-            known.config = load_config(known.config, overrides, like=config)
-    found.stop()
+        known.config = load_config(known.config, overrides, like=config, pending=found)
+    if pending is None:
+        found.stop()
     return known
 
 
@@ -147,13 +153,16 @@ def find_config(path: str) -> Path:
     raise SfdError(f"no config file '{path}' here or beside the package; configs live in configs/")
 
 
-def load_config(name: str, overrides: list[str] = (), like: str | None = None) -> ml_collections.ConfigDict:
+def load_config(
+    name: str, overrides: list[str] = (), like: str | None = None, pending: Faults | None = None
+) -> ml_collections.ConfigDict:
     """Load `path.py[:argument]` and apply `--config.a.b=value` overrides.
 
     Args:
       name: the file and its argument.
       overrides: "--config.a.b=value" each; the value None sets back what may be None or is by default empty.
       like: a config file of the kind that is wanted; None takes any.
+      pending: as in `parse_door`.
 
     Raises:
       SfdError: a config of another kind, unknown key (with the nearest valid one), wrong type, a number outside its
@@ -178,9 +187,12 @@ def load_config(name: str, overrides: list[str] = (), like: str | None = None) -
         sentinels = [f"sample.{name}" for name in ranges.MAY_BE_NONE if config.get("sample", {}).get(name) == -1]
         for key in {*nones, *sentinels} - set(values):  # -1 is how configs said None once
             _set(config, key)
-        found += ranges.faults(config.to_dict())
-        _check_rules(config, set(values), found)
-        _read_paths(config, "", found)
+        told = found if pending is None else pending
+        told += ranges.faults(config.to_dict())
+        _check_rules(config, set(values), told)
+        _read_paths(config, "", told)
+    if found and pending is not None:
+        found += pending
     found.stop()
     return config
 

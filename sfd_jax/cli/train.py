@@ -31,7 +31,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--workdir", type=path, required=True, help="folder of the run")
     parser.add_argument("--init", type=path, metavar="CKPT", help="checkpoint whose weights to start from")
     parser.add_argument("--check", action="store_true", help="only look for faults")
-    args = parse_door(parser, argv, config="configs/sfd.py:xl")
+    found = Faults()
+    args = parse_door(parser, argv, config="configs/sfd.py:xl", pending=found)
     config = args.config
 
     from sfd_jax.cli import build
@@ -39,7 +40,6 @@ def main(argv: list[str]) -> int:
     from sfd_jax.data.pipeline import latent_transform
 
     # --- What the config says and what the data hold, all faults together, before any device is touched -------
-    found = Faults()
     for part in (build.layout_from_config, build.network_from_config, build.diffusion_settings, build.task_from_config):
         with found:
             part(config)

@@ -23,7 +23,8 @@ def main(argv: list[str]) -> int:
     parser = door_parser("train_semvae", __doc__)
     parser.add_argument("--workdir", type=path, required=True, help="folder of the run")
     parser.add_argument("--check", action="store_true", help="only look for faults")
-    args = parse_door(parser, argv, config="configs/semantic_vae.py")
+    found = Faults()
+    args = parse_door(parser, argv, config="configs/semantic_vae.py", pending=found)
     config = args.config
 
     from sfd_jax.cli.build import from_group, train_config
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> int:
     from sfd_jax.models import Network
     from sfd_jax.training.semantic_vae import SemanticVAELoss, measure_semantic_vae, semantic_vae_task
 
-    found, data = Faults(), config.data
+    data = config.data
     with found:
         network = Network("semantic_vae", config.model.to_dict())
     with found:

@@ -21,7 +21,8 @@ def main(argv: list[str]) -> int:
     parser = door_parser("train_texture_vae", __doc__)
     parser.add_argument("--workdir", type=path, required=True, help="folder of the run")
     parser.add_argument("--check", action="store_true", help="only look for faults")
-    args = parse_door(parser, argv, config="configs/texture_vae.py")
+    found = Faults()
+    args = parse_door(parser, argv, config="configs/texture_vae.py", pending=found)
     config, data = args.config, args.config.data
 
     from sfd_jax.cli.build import from_group, train_config
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> int:
     from sfd_jax.models import Network
     from sfd_jax.training.texture_vae import TextureVAELoss, measure_texture_vae, texture_vae_task
 
-    found, perceptual, frozen, held_out = Faults(), None, None, None
+    perceptual = frozen = held_out = None
     with found:
         network = Network("texture_vae", config.model.to_dict())
     with found:
