@@ -33,7 +33,8 @@ class Faults(list):
 
     def __exit__(self, kind, error, traceback) -> bool:
         if isinstance(error, SfdError) and not isinstance(error, TryAgain):
-            self += [fault for fault in getattr(error, "faults", [str(error)]) if fault not in self]
+            new = getattr(error, "faults", [str(error)])
+            self += [fault for fault in new if not any(known.endswith(fault) for known in self)]
             return True
         return False
 
