@@ -7,7 +7,7 @@ tables, so that a number outside its range or a setting without effect is refuse
 import dataclasses
 import math
 import numbers
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from sfd_jax.errors import refuse
@@ -72,7 +72,7 @@ RANGES = {
     **_rows("layer_scale_init", Range(float, 0, 1e3, above=True)),
     **_rows("model.num_classes", Range(int, 1, 10**6)) | _rows("num_classes", Range(int, 0, 10**6)),
     # The method
-    **_rows("delta_t", Range(float, 0, 1, above=True)),
+    **_rows("delta_t", Range(float, 0, 1, above=True)) | _rows("clocks.delta_t", _SHARE),  # 0: one clock for both
     **_rows("semantic_weight cosine_weight repa_weight mse_weight l1_weight kl_weight", _WEIGHT),
     **_rows("classification_weight perceptual_weight", _WEIGHT),
     **_rows("label_dropout label_smoothing", _SHARE),
@@ -128,6 +128,7 @@ RULES = {
         Only("guidance_scale_semantic guidance_scale_texture", "guidance", ("autoguidance",)),
         Only("guidance_interval_groups", "guidance_interval_start"),
     ),
+    "clocks": (Only("delta_t", "name", ("fixed_offset",)),),
     "optimizer": (
         Only("warmup_fraction", "warmup_steps"),
         Only("constant_steps", "schedule", ("constant_cosine",)),
@@ -137,6 +138,7 @@ RULES = {
         Only("repa_kind", "repa_weight"),
         Only("cosine_axis", "cosine_weight"),
         Only("num_classes", "classification_weight"),
+        Only("perceptual_weight", "lpips"),
     ),
     "model": (
         Only("num_layers", "arch", ("mlp", "resnet")),
@@ -151,7 +153,11 @@ RULES = {
         Only("view_size", "visual_encoder"),
         Only("path", "kind", ("digits",), never=True),
     ),
-    "images": (Only("path", "kind", ("digits",), never=True),),
+    "images": (
+        Only("path", "kind", ("digits",), never=True),
+        Only("kind path split image_size", "repa_source", ("online",)),
+        Only("held_out_split", "visual_encoder"),
+    ),
 }  # fmt: skip
 
 
@@ -206,14 +212,16 @@ def check_fields(group: str, settings: Any) -> None:
     refuse(wrong)
 
 
-def useless(rules: Iterable[Only], values: Mapping[str, Any], given: Collection[str], prefix: str = "") -> list[str]:
+def useless(
+    rules: Iterable[Only], values: Mapping[str, Any], given: Collection[str], spell: Callable[[str], str] = str
+) -> list[str]:
     """Find settings that were given and have no effect.
 
     Args:
       rules: what needs what; a rule about a setting that is not in `values` does not apply.
       values: all settings, given or not.
       given: names of those that were given.
-      prefix: put before each name in the sentences.
+      spell: how a name is written in the sentences.
 
     Returns:
       A sentence for each of them.
@@ -221,15 +229,12 @@ def useless(rules: Iterable[Only], values: Mapping[str, Any], given: Collection[
     found = []
     for rule in rules:
         others = [name for name in rule.where.split() if name in values]
-        if rule.values:
-            holds = any(values[name] in rule.values for name in others)
-        else:
-            holds = any(values[name] not in (None, False, "") for name in others)
+        holds = any(values[name] in rule.values if rule.values else values[name] not in (None, False, "") for name in others)
         if not others or holds != rule.never:
             continue
         among = f"={' or '.join(rule.values)}" if rule.values else ""
-        where = " or ".join(f"{prefix}{name}{among}" for name in others)
-        why = f"beside {where}" if rule.never else f"without {where}"
-        for name in filter(given.__contains__, rule.names.split()):
-            found.append(f"{prefix}{name}={values[name]} has no effect {why}" + (f" ({rule.hint})" if rule.hint else ""))
+        why = f"{'beside' if rule.never else 'without'} {' or '.join(map(spell, others))}{among}"
+        hint = f" ({rule.hint})" if rule.hint else ""
+        names = filter(given.__contains__, rule.names.split())
+        found += [f"{spell(name)}={values[name]} has no effect {why}{hint}" for name in names]
     return found

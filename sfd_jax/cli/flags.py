@@ -111,7 +111,7 @@ def parse_door(
             setattr(known, name, action.default)
     found = Faults() if pending is None else pending
     found += ranges.faults(vars(known), "--", parser.prog.removeprefix("sfd "))
-    found += ranges.useless(rules, vars(known), known.given, "--")
+    found += ranges.useless(rules, vars(known), known.given, "--{}".format)
     if config is not None:
         known.config_name = known.config
         known.config = load_config(known.config, overrides, like=config, pending=found)
@@ -212,12 +212,14 @@ def _check_kind(config: ml_collections.ConfigDict, name: str, like: str) -> None
 def _check_rules(config: ml_collections.ConfigDict, given: set[str], found: Faults) -> None:
     """Add the overrides that have no effect."""
     for group in sorted({key.rpartition(".")[0] for key in given}):
-        node = config
-        for part in filter(None, group.split(".")):
-            node = node[part]
+        node, path, values, spelled = config, "--config.", {}, {}
+        for part in (*group.split("."), None):
+            values |= node  # what stands in the groups around it counts as well
+            spelled |= {name: path + name for name in node}
+            if part:
+                node, path = node[part], f"{path}{part}."
         names = {key.rpartition(".")[2] for key in given if key.rpartition(".")[0] == group}
-        rules = ranges.RULES.get(group.rpartition(".")[2], ())
-        found += ranges.useless(rules, node, names, f"--config.{group}.")
+        found += ranges.useless(ranges.RULES.get(group.rpartition(".")[2], ()), values, names, spelled.__getitem__)
 
 
 def _read_paths(config: ml_collections.ConfigDict, prefix: str, found: Faults) -> None:
@@ -227,7 +229,7 @@ def _read_paths(config: ml_collections.ConfigDict, prefix: str, found: Faults) -
             _read_paths(value, f"{prefix}{name}.", found)
         elif name in PATHS and isinstance(value, str) and value:
             try:
-                config[name] = user_path(value)
+                config[name] = user_path(value, local=name.endswith("path"))
             except SfdError as error:
                 found.append(f"{prefix}{name}: {error}")
 

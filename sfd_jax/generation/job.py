@@ -147,22 +147,13 @@ def _check_same_recipe(path: Path, recipe: dict) -> None:
         old = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise SfdError(f"cannot read {path}: {error}; choose another folder") from error
-    _modernise(old)
+    if "batch_size" in old:
+        old.setdefault("chunk_size", _default_chunk(old["batch_size"]))  # recipes did not tell of it once
     # A finished job's file also holds what came out of it.
     differing = differences({key: value for key, value in old.items() if key in recipe}, recipe)
     if differing:
         lines = "\n  ".join(differing.values())
         raise SfdError(f"{path.parent} holds samples of another recipe; choose another folder:\n  {lines}")
-
-
-def _modernise(recipe: dict) -> None:
-    """Write a recipe as it is written now: scales not given were -1 once, and chunks were not told of."""
-    sampler = recipe.get("sampler", {})
-    for name in ("guidance_scale_semantic", "guidance_scale_texture"):
-        if sampler.get(name) == -1:
-            sampler[name] = None
-    if "batch_size" in recipe:
-        recipe.setdefault("chunk_size", _default_chunk(recipe["batch_size"]))
 
 
 def _check_chunk(file: Path, labels: np.ndarray) -> np.ndarray:

@@ -111,6 +111,7 @@ def test_too_little_memory_says_what_to_make_smaller(capfd, door):
 def test_none_sets_back_what_may_be_none():
     assert parse("--config.sample.guidance_scale_semantic=None").config.sample.guidance_scale_semantic is None
     assert parse("--config.model.scan_blocks=None").config.model.scan_blocks is None
+    assert parse("--config.clocks.delta_t=0").config.clocks.delta_t == 0  # one clock
     assert parse("--config.data.semantic_vae=None").config.data.semantic_vae == ""
     digits = load_config("configs/digits.py", ["--config.diffusion.model.scan_blocks=None"])
     assert digits.diffusion.model.scan_blocks is None
@@ -134,7 +135,10 @@ def test_all_faults_are_named_at_once():
     [
         ("--config.sample.calls=9", "--config.sample.calls=9 has no effect beside --config.sample.solver=dopri5"),
         ("--config.data.visual_encoder=x", "has no effect without --config.data.repa_source=online"),
+        ("--config.data.images.image_size=64", "images.image_size=64 has no effect without --config.data.repa_source=online"),
         ("--config.data.path=gs:/bucket/x", "a bucket is written gs://BUCKET/FOLDER"),
+        ("--config.clocks.name=sequential --config.clocks.delta_t=0.5", "delta_t=0.5 has no effect without --config.clocks.name"),
+        ("--config.data.path=gs://bucket/x", "only --workdir and checkpoints may lie in a bucket"),
         ("--config.mesh.fsdp=0", "mesh.fsdp=0: give an integer from 1 to 1,048,576, or -1"),
         ("--config.train.steps=1e3", "takes an integer"),
         ("--config=configs/digits.py", "is for `sfd demo`; this command takes one like --config=configs/sfd.py:xl"),
@@ -144,7 +148,7 @@ def test_all_faults_are_named_at_once():
 )
 def test_values_that_would_do_nothing_or_harm_are_named(flag, says):
     with pytest.raises(SfdError) as error:
-        parse(flag)
+        parse(*flag.split())
     assert says in str(error.value)
 
 
