@@ -214,7 +214,7 @@ def check_fields(group: str, settings: Any) -> None:
 
 def useless(
     rules: Iterable[Only], values: Mapping[str, Any], given: Collection[str], spell: Callable[[str], str] = str
-) -> list[str]:
+) -> dict[str, str]:
     """Find settings that were given and have no effect.
 
     Args:
@@ -224,9 +224,9 @@ def useless(
       spell: how a name is written in the sentences.
 
     Returns:
-      A sentence for each of them.
+      Name -> a sentence about it.
     """
-    found = []
+    found = {}
     for rule in rules:
         others = [name for name in rule.where.split() if name in values]
         holds = any(values[name] in rule.values if rule.values else values[name] not in (None, False, "") for name in others)
@@ -236,5 +236,5 @@ def useless(
         why = f"{'beside' if rule.never else 'without'} {' or '.join(map(spell, others))}{among}"
         hint = f" ({rule.hint})" if rule.hint else ""
         names = filter(given.__contains__, rule.names.split())
-        found += [f"{spell(name)}={values[name]} has no effect {why}{hint}" for name in names]
+        found |= {name: f"{spell(name)}={values[name]} has no effect {why}{hint}" for name in names}
     return found

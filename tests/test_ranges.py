@@ -188,11 +188,11 @@ def test_the_largest_seed_is_honoured():
 def test_what_has_no_effect_is_named():
     rules = (Only("b c", "a"), Only("d", "a", ("x", "y"), hint="or so"), Only("e", "a", ("x",), never=True), Only("f", "missing"))
     values = {"a": None, "b": 1, "c": 2, "d": 3, "e": 4, "f": 5}
-    assert useless(rules, values, {"b", "d", "e", "f"}, "--{}".format) == [
-        "--b=1 has no effect without --a", "--d=3 has no effect without --a=x or y (or so)",
-    ]  # fmt: skip
-    assert useless(rules, {**values, "a": "x"}, set(values)) == ["e=4 has no effect beside a=x"]
-    assert useless(rules, {**values, "a": "z"}, {"c", "d"}) == ["d=3 has no effect without a=x or y (or so)"]
+    assert useless(rules, values, {"b", "d", "e", "f"}, "--{}".format) == {
+        "b": "--b=1 has no effect without --a", "d": "--d=3 has no effect without --a=x or y (or so)",
+    }  # fmt: skip
+    assert useless(rules, {**values, "a": "x"}, set(values)) == {"e": "e=4 has no effect beside a=x"}
+    assert useless(rules, {**values, "a": "z"}, {"c", "d"}) == {"d": "d=3 has no effect without a=x or y (or so)"}
 
 
 @pytest.mark.parametrize(

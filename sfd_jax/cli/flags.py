@@ -111,7 +111,7 @@ def parse_door(
             setattr(known, name, action.default)
     found = Faults() if pending is None else pending
     found += ranges.faults(vars(known), "--", parser.prog.removeprefix("sfd "))
-    found += ranges.useless(rules, vars(known), known.given, "--{}".format)
+    found += ranges.useless(rules, vars(known), known.given, "--{}".format).values()
     if config is not None:
         known.config_name = known.config
         known.config = load_config(known.config, overrides, like=config, pending=found)
@@ -219,7 +219,8 @@ def _check_rules(config: ml_collections.ConfigDict, given: set[str], found: Faul
             if part:
                 node, path = node[part], f"{path}{part}."
         names = {key.rpartition(".")[2] for key in given if key.rpartition(".")[0] == group}
-        found += ranges.useless(ranges.RULES.get(group.rpartition(".")[2], ()), values, names, spelled.__getitem__)
+        rules = ranges.RULES.get(group.rpartition(".")[2], ())
+        found += ranges.useless(rules, values, names, spelled.__getitem__).values()
 
 
 def _read_paths(config: ml_collections.ConfigDict, prefix: str, found: Faults) -> None:

@@ -92,7 +92,8 @@ def sample_config(args: argparse.Namespace):
     if guidance == "autoguidance" and not args.weak:
         found.append("--guidance=autoguidance needs a weaker model: add --weak=CKPT")
     values = vars(args) | {"guidance": guidance}
-    found += useless((*RULES["sample"], Only("weak", "guidance", ("autoguidance",))), values, args.given, "--{}".format)
+    rules = (*RULES["sample"], Only("weak", "guidance", ("autoguidance",)))
+    found += useless(rules, values, args.given, "--{}".format).values()
     fields = {field.name: values[field.name] for field in dataclasses.fields(SampleConfig)}
     found.stop()
     return SampleConfig(**{name: value for name, value in fields.items() if value is not None})

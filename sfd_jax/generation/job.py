@@ -26,7 +26,7 @@ from tqdm import tqdm
 from sfd_jax.distributed import is_host0
 from sfd_jax.errors import SfdError
 from sfd_jax.files import PART, appearing, differences, write_json
-from sfd_jax.ranges import check
+from sfd_jax.ranges import RULES, check, useless
 
 # make(indices (n,), labels (n,)) -> (images uint8 (n,H,W,3), network calls (n,))
 Make = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -150,10 +150,17 @@ def _check_same_recipe(path: Path, recipe: dict) -> None:
     if "batch_size" in old:
         old.setdefault("chunk_size", _default_chunk(old["batch_size"]))  # recipes did not tell of it once
     # A finished job's file also holds what came out of it.
-    differing = differences({key: value for key, value in old.items() if key in recipe}, recipe)
+    differing = differences(_decisive({key: value for key, value in old.items() if key in recipe}), _decisive(recipe))
     if differing:
         lines = "\n  ".join(differing.values())
         raise SfdError(f"{path.parent} holds samples of another recipe; choose another folder:\n  {lines}")
+
+
+def _decisive(recipe: dict) -> dict:
+    """Leave out the sampler's settings that have no effect."""
+    sampler = recipe.get("sampler", {})
+    idle = useless(RULES["sample"], sampler, sampler)
+    return recipe | {"sampler": {name: value for name, value in sampler.items() if name not in idle}}
 
 
 def _check_chunk(file: Path, labels: np.ndarray) -> np.ndarray:

@@ -74,7 +74,7 @@ class SampleConfig:
         guidance.check_groups(self.guidance_interval_groups)
         values = dataclasses.asdict(self)
         given = {field.name for field in dataclasses.fields(self) if values[field.name] != field.default}
-        refuse(useless(RULES["sample"], values, given))
+        refuse(list(useless(RULES["sample"], values, given).values()))
         scales = [
             self.guidance_scale if scale is None else scale
             for scale in (self.guidance_scale_semantic, self.guidance_scale_texture)
@@ -101,7 +101,7 @@ class SampleConfig:
         """
         values = {field.name: group[field.name] for field in dataclasses.fields(cls)}
         values |= {name: None for name in MAY_BE_NONE if values.get(name) == -1}  # as it was written once
-        idle = {name for rule in RULES["sample"] for name in rule.names.split() if useless([rule], values, [name])}
+        idle = useless(RULES["sample"], values, values)
         return cls(**{name: value for name, value in values.items() if name not in idle and value is not None})
 
 

@@ -165,13 +165,16 @@ def test_the_chunk_size_belongs_to_the_recipe_where_the_batch_size_does(tmp_path
 
 def test_folders_begun_before_go_on(tmp_path):
     """Recipes did not tell of chunks once, and said -1 for a scale that was not given."""
-    sampler = {"guidance_scale": 1.5, "guidance_scale_semantic": None, "guidance_scale_texture": None}
+    sampler = {"solver": "dopri5", "num_steps": 100, "guidance": "autoguidance", "guidance_scale": 1.5,
+               "guidance_scale_semantic": None, "guidance_scale_texture": None}  # fmt: skip
     recipe = {**RECIPE, "batch_size": 7, "sampler": sampler}
     run(tmp_path, recipe=recipe, chunk_size=None)
     old = json.loads((tmp_path / "recipe.json").read_text())
     del old["chunk_size"]
-    old["sampler"] |= {"guidance_scale_semantic": -1.0, "guidance_scale_texture": -1.0}
+    old["sampler"] |= {"guidance_scale_semantic": -1.0, "guidance_scale_texture": -1.0, "num_steps": 50}  # dopri5 has none
     (tmp_path / "recipe.json").write_text(json.dumps(old))
     run(tmp_path, recipe=recipe, chunk_size=None)
+    with pytest.raises(SfdError, match="sampler.guidance_scale: there 1.5, here 2.0"):
+        run(tmp_path, recipe=recipe | {"sampler": sampler | {"guidance_scale": 2.0}}, chunk_size=None)
     with pytest.raises(SfdError, match="chunk_size: there 1001, here 20"):
         run(tmp_path, recipe=recipe, chunk_size=20)
