@@ -11,6 +11,7 @@ An unknown flag, an unknown config key or a value of the wrong type stops with t
 """
 
 import argparse
+import functools
 import re
 from pathlib import Path
 
@@ -33,20 +34,15 @@ KINDS = (
 PATHS = ("path", "held_out_path", "semantic_vae", "visual_encoder", "lpips")
 
 
-def path(text: str) -> str:
+def path(text: str, *, local: bool = False) -> str:
     """Read a flag that is a path, local or gs://; for `type=`."""
     try:
-        return user_path(text)
+        return user_path(text, local=local)
     except SfdError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def local_path(text: str) -> str:
-    """Read a flag that is a local path; for `type=`."""
-    try:
-        return user_path(text, local=True)
-    except SfdError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+local_path = functools.partial(path, local=True)
 
 
 class _Parser(argparse.ArgumentParser):

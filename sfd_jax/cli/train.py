@@ -38,6 +38,7 @@ def main(argv: list[str]) -> int:
     from sfd_jax.cli import build
     from sfd_jax.cli.repa import check_repa_source, open_targets
     from sfd_jax.data.pipeline import latent_transform
+    from sfd_jax.training.checkpoint import find_checkpoint
 
     # --- What the config says and what the data hold, all faults together, before any device is touched -------
     for part in (build.layout_from_config, build.network_from_config, build.diffusion_settings, build.task_from_config):
@@ -48,6 +49,10 @@ def main(argv: list[str]) -> int:
     with found:
         repa = config.loss.repa_weight > 0 and config.data.repa_source == "stored"
         check_repa_source(config)
+    needed = {"semvae": config.data.semantic_vae, "online": config.data.visual_encoder}.get(config.data.repa_source)
+    for checkpoint in filter(None, (args.init, needed)):
+        with found:
+            find_checkpoint(checkpoint)
     with found:
         check_data(config, open_source(config.data.path, repa=False), found, repa=repa)
     found.stop()
