@@ -78,7 +78,7 @@ RANGES = {
     **_rows("label_dropout label_smoothing", _SHARE),
     **_rows("loss.shift", Range(float, 0, 2**14)) | _rows("loss.scale", _BELOW_1),
     # Optimisation
-    **_rows("learning_rate", Range(float, 0, 100, above=True)) | _rows("eps", Range(float, 0, 1, above=True)),
+    **_rows("learning_rate", Range(float, 0, 100)) | _rows("eps", Range(float, 0, 1, above=True)),
     **_rows("b1 b2 ema_decay", _BELOW_1) | _rows("weight_decay", Range(float, 0, 1e3)) | _rows("clip_norm", _WEIGHT),
     **_rows("warmup_fraction final_fraction", _SHARE) | _rows("warmup_steps constant_steps", _COUNT_OR_0),
     **_rows("steps global_batch_size accumulation log_every checkpoint_every keep_last max_bad_steps", _COUNT),
