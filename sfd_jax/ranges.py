@@ -5,7 +5,6 @@ tables, so that a number outside its range or a setting without effect is refuse
 """
 
 import dataclasses
-import math
 import numbers
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -32,7 +31,7 @@ class Range(NamedTuple):
 
     def __contains__(self, value: Any) -> bool:
         kind = numbers.Integral if self.kind is int else numbers.Real
-        if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, kind):
             return False
         if self.also is not None and value == self.also:
             return True
