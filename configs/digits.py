@@ -67,8 +67,8 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
             timestep_shift=1.0,
             guidance="autoguidance",
             guidance_scale=1.5,
-            guidance_scale_semantic=-1.0,
-            guidance_scale_texture=-1.0,
+            guidance_scale_semantic=ml_collections.config_dict.placeholder(float),  # None: the common scale
+            guidance_scale_texture=ml_collections.config_dict.placeholder(float),
             guidance_interval_start=0.0,
             guidance_interval_groups="both",
         )

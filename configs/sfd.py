@@ -129,8 +129,9 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
             timestep_shift=1.0,
             guidance="autoguidance",  # none | cfg | autoguidance
             guidance_scale=1.5,
-            guidance_scale_semantic=-1.0,  # negative: the common scale
-            guidance_scale_texture=-1.0,
+            # AutoGuidance's scale of one group of channels; None: the common scale.
+            guidance_scale_semantic=ml_collections.config_dict.placeholder(float),
+            guidance_scale_texture=ml_collections.config_dict.placeholder(float),
             guidance_interval_start=0.0,
             guidance_interval_groups="both",  # tex | sem | both
         )

@@ -22,6 +22,36 @@ class TryAgain(SfdError):
     status = 75
 
 
+class Faults(list):
+    """Collect the messages of independent checks, so that the user learns of all faults at once.
+
+    `with faults:` around each check takes its SfdError; `stop` raises those that came together as one.
+    """
+
+    def __enter__(self) -> "Faults":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> bool:
+        if isinstance(error, SfdError) and not isinstance(error, TryAgain):
+            new = getattr(error, "faults", [str(error)])
+            self += [fault for fault in new if not any(known.endswith(fault) for known in self)]
+            return True
+        return False
+
+    def stop(self) -> None:
+        """Raise SfdError where there are faults."""
+        refuse(self)
+
+
+def refuse(faults: list[str]) -> None:
+    """Raise one SfdError that lists all faults, each a sentence, where there are any."""
+    if faults:
+        lines = "".join(f"\n  {fault}" for fault in faults)
+        error = SfdError(faults[0] if len(faults) == 1 else f"{len(faults)} faults:{lines}")
+        error.faults = list(faults)
+        raise error
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return a phrase that names the valid names nearest to `name`, for the end of a message.
 

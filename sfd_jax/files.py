@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,12 +110,47 @@ def write_anywhere(path: Any, text: str) -> None:
         write_text(path, text)
 
 
+def user_path(path: str | os.PathLike, *, local: bool = False) -> str:
+    """Return a path as the user means it: `~` expanded, in a bucket as gs://BUCKET/FOLDER.
+
+    Args:
+      path: as it was given.
+      local: it must not lie in a bucket.
+
+    Raises:
+      SfdError: nothing; blanks, line ends or quotes around it; a bucket written otherwise; another scheme.
+    """
+    text = os.fspath(path)
+    if not text:
+        raise SfdError("an empty path: give one, or leave the setting out")
+    if text != text.strip() or re.search("[\x00-\x1f]", text) or text[0] in "'\"" or text[-1] in "'\"":
+        raise SfdError(f"path {text!r} has blanks or quotes at its ends, or line ends in it; take them out")
+    scheme, rest = re.match(r"(?:([A-Za-z][A-Za-z0-9+.-]*):(?=/))?(.*)", text).groups()
+    if scheme or text.lower().startswith("gs:"):
+        if text.lower().startswith("gs:") and not re.match(r"gs://[^/]", text):
+            raise SfdError(f"path {text}: a bucket is written gs://BUCKET/FOLDER, small letters and two slashes")
+        if text.lower().startswith("file:"):
+            raise SfdError(f"path {text}: leave '{scheme}:' out, /{rest.lstrip('/')}")
+        if scheme != "gs":
+            raise SfdError(f"path {text}: '{scheme}:' cannot be read; give a local path or gs://BUCKET/FOLDER")
+        if local:
+            raise SfdError(
+                f"path {text}: only --workdir and checkpoints may lie in a bucket; give a local path, or mount the bucket"
+            )
+        return text
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~") and not os.path.lexists(expanded):
+        raise SfdError(f"path {text}: there is no such user; a name that begins with ~ is written ./{text}")
+    return expanded
+
+
 def must_be_local(flag: str, path: str | None) -> None:
-    """Raise SfdError for gs:// and the like, which pathlib would take for a folder called "gs:"."""
-    if path and "://" in str(path):
-        raise SfdError(
-            f"{flag}={path}: only --workdir and checkpoints may lie in a bucket; give a local path, or mount the bucket"
-        )
+    """Raise SfdError for a path that is no local one; see `user_path`."""
+    if path:
+        try:
+            user_path(path, local=True)
+        except SfdError as error:
+            raise SfdError(f"{flag}: {error}") from None
 
 
 def differences(found: Any, wanted: Any) -> dict[tuple[str, ...], str]:
@@ -137,7 +173,8 @@ def differences(found: Any, wanted: Any) -> dict[tuple[str, ...], str]:
 
 def _leaves(tree: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
     if not isinstance(tree, dict):
-        return {path: tree}
+        # Records of runs begun before say -1 for a scale that was not given.
+        return {path: None if tree == -1 and path[-1:] in (("guidance_scale_semantic",), ("guidance_scale_texture",)) else tree}
     return {key: leaf for name, child in tree.items() for key, leaf in _leaves(child, (*path, name)).items()}
 
 

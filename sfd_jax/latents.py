@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sfd_jax.errors import SfdError
+from sfd_jax.ranges import check_fields
 
 Array = Any  # a numpy or a jax array
 
@@ -34,11 +35,7 @@ class LatentLayout:
     semantic_channels: int
 
     def __post_init__(self):
-        if self.texture_channels < 1 or self.semantic_channels < 0:
-            raise SfdError(
-                f"latent layout of {self.texture_channels} texture and {self.semantic_channels} "
-                "semantic channels: give at least 1 texture channel and no negative number"
-            )
+        check_fields("latents", self)
 
     @property
     def channels(self) -> int:

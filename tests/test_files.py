@@ -1,8 +1,12 @@
 """Files appear whole or not at all, and records of runs are compared leaf by leaf."""
 
+import re
+
 import pytest
 
-from sfd_jax.files import PART, appearing, differences, write_json
+from sfd_jax.errors import SfdError
+from sfd_jax.files import PART, appearing, differences, must_be_local, user_path, write_json
+from sfd_jax.training.checkpoint import find_checkpoint
 
 
 def test_a_file_keeps_its_old_content_until_the_block_ends(tmp_path):
@@ -42,3 +46,43 @@ def test_differences_name_each_leaf():
     assert lines[("a", "new")] == "a.new: there absent, here true"
     assert len(lines[("long",)]) < 140 and ("same",) not in lines
     assert differences(found, found) == {}
+
+
+def test_a_path_is_read_as_it_is_meant(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_path("~/weights") == str(tmp_path / "weights")
+    for path in ("here", "/there/x", "gs://bucket/x", "imagenet2012:5.1.0", "with space", "ü", "."):
+        assert user_path(path) == path
+    assert user_path(tmp_path) == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("", "an empty path"),
+        (" x", "blanks"), ("x\n", "blanks"), ("'x'", "quotes"), ("a\nb", "line ends"),
+        ("gs:/bucket/x", "gs://BUCKET/FOLDER"), ("gs:bucket", "gs://BUCKET/FOLDER"), ("GS://bucket/x", "small letters"),
+        ("gs:///x", "gs://BUCKET/FOLDER"),
+        ("file:///x", "leave 'file:' out, /x"), ("FILE:/x", "leave 'FILE:' out, /x"),
+        ("hdfs://a/b", "'hdfs:' cannot be read"), ("s3://b/x", "'s3:' cannot be read"), ("https://b/x", "cannot be read"),
+        ("~nobody-of-this-name/x", "no such user"),
+    ],
+)  # fmt: skip
+def test_what_is_no_path_is_refused(path, says):
+    with pytest.raises(SfdError, match=re.escape(says)):
+        user_path(path)
+    if path:
+        with pytest.raises(SfdError, match="^--out: "):
+            must_be_local("--out", path)
+        with pytest.raises(SfdError, match=re.escape(says)):
+            find_checkpoint(path)
+
+
+def test_a_bucket_is_no_local_path():
+    with pytest.raises(SfdError, match="--out: path gs://b/x: only --workdir and checkpoints"):
+        must_be_local("--out", "gs://b/x")
+
+
+def test_a_scale_that_was_not_given_is_none_in_old_records_too():
+    old, new = {"sample": {"guidance_scale_semantic": -1.0, "n": -1}}, {"sample": {"guidance_scale_semantic": None, "n": None}}
+    assert list(differences(old, new)) == [("sample", "n")]

@@ -52,7 +52,7 @@ def test_wrong_channels_are_named():
         LAYOUT.split(jnp.ones((2, 3, 3, 9)))
     with pytest.raises(SfdError, match="semantic latents"):
         LAYOUT.join(jnp.ones((2, 5)), jnp.ones((2, 5)))
-    with pytest.raises(SfdError, match="texture channel"):
+    with pytest.raises(SfdError, match="texture_channels=0"):
         LatentLayout(0, 3)
 
 

@@ -75,7 +75,8 @@ class Judge:
     def sampler(self, point: dict):
         from sfd_jax.generation import SampleConfig, make_sampler
 
-        config = SampleConfig(guidance=self.guidance, guidance_scale=1.5, **point)
+        guided = {} if self.guidance == "none" else {"guidance_scale": 1.5}
+        config = SampleConfig(guidance=self.guidance, **guided, **point)
         weak = self.checkpoints["weak"] if self.guidance == "autoguidance" else None
         return make_sampler(self.checkpoints["diffusion"], self.checkpoints["texture_vae"], config, weak=weak)
 

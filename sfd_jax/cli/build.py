@@ -10,7 +10,7 @@ from typing import Any
 
 from sfd_jax.diffusion.clocks import make_clocks
 from sfd_jax.diffusion.losses import LossConfig
-from sfd_jax.errors import SfdError, nearest
+from sfd_jax.errors import Faults, SfdError, nearest
 from sfd_jax.latents import LatentLayout
 from sfd_jax.models import Network, dit_config
 from sfd_jax.training import OptimizerConfig, Task, TrainConfig
@@ -51,8 +51,13 @@ def diffusion_settings(config: Any) -> dict[str, Any]:
 
 def train_config(config: Any) -> TrainConfig:
     """Return how a run proceeds, from the groups `train` and `optimizer`."""
-    optimizer = from_group(OptimizerConfig, "optimizer", config.optimizer)
-    return from_group(TrainConfig, "train", {**config.train, "optimizer": optimizer})
+    found, optimizer = Faults(), OptimizerConfig()
+    with found:
+        optimizer = from_group(OptimizerConfig, "optimizer", config.optimizer)
+    with found:
+        train = from_group(TrainConfig, "train", {**config.train, "optimizer": optimizer})
+    found.stop()
+    return train
 
 
 def mesh_from_config(config: Any):

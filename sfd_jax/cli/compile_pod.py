@@ -23,10 +23,15 @@ that ends by its data, as dopri5's does, is counted once: what is said then is t
 import json
 from pathlib import Path
 
-from sfd_jax.cli.flags import door_parser, load_config, parse_door
+from sfd_jax.cli.flags import door_parser, load_config, local_path, parse_door
 from sfd_jax.errors import SfdError
+from sfd_jax.ranges import Only
 
 WHAT = ("train", "sample", "decode", "extract", "inception")
+RULES = (
+    Only("batch_size", "what", ("train",), never=True, hint="its batch is --config.train.global_batch_size"),
+    Only("weak fsdp", "what", ("sample", "decode")),
+)
 
 
 def main(argv: list[str]) -> int:
@@ -40,7 +45,7 @@ def main(argv: list[str]) -> int:
     flag("--weak", metavar="CONFIG",
          help="config of AutoGuidance's weaker model (default: --config in size b)")
     flag("--fsdp", type=int, default=1, help="for sample and decode: as in `sfd sample` (default: %(default)s)")
-    args = parse_door(parser, argv, config="configs/sfd.py:xl")
+    args = parse_door(parser, argv, config="configs/sfd.py:xl", rules=RULES)
 
     measurement = measure_program(args, args.what)
 
@@ -56,7 +61,7 @@ def add_topology_flags(parser) -> None:
     flag = parser.add_argument
     flag("--topology", required=True, help="chip and shape of a slice: v5e:4x4, v4:2x2x1, v5p:4x4x4, v6e:8x8, ...")
     flag("--slices", type=int, default=1, help="so many of them (default: %(default)s)")
-    flag("--json", metavar="FILE", help="also write the numbers there")
+    flag("--json", type=local_path, metavar="FILE", help="also write the numbers there")
 
 
 def write_json(path: str | None, values: dict) -> None:
@@ -131,6 +136,8 @@ def _sampler(args, devices, decoding: bool):
     networks = {"diffusion": network_from_config(config)}
     if sample.guidance == "autoguidance":
         networks["weak"] = network_from_config(load_config(args.weak or _in_size_b(args.config_name)))
+    elif args.weak:
+        raise SfdError(f"--weak={args.weak} has no effect with sample.guidance={sample.guidance}")
     mesh = make_mesh(fsdp=args.fsdp, devices=devices)
     rows = _a_chip(args, config.sample.batch_size) * mesh.size
     clocks = diffusion_settings(config)["clocks"]
@@ -181,10 +188,7 @@ def _first_host(devices) -> list:
 
 
 def _a_chip(args, default: int) -> int:
-    size = default if args.batch_size is None else args.batch_size
-    if size < 1:
-        raise SfdError(f"--batch_size={size}: give at least 1 image a chip")
-    return size
+    return default if args.batch_size is None else args.batch_size
 
 
 def _in_size_b(config_name: str) -> str:

@@ -20,8 +20,15 @@ renamed or left out. No code of a file is run: one that asks for it is refused b
 import json
 from pathlib import Path
 
-from sfd_jax.cli.flags import door_parser, parse_door
+from sfd_jax.cli.flags import door_parser, local_path, parse_door, path
 from sfd_jax.errors import SfdError
+from sfd_jax.ranges import Only
+
+RULES = (
+    Only("statistics semantic_statistics semantic_channels", "out"),
+    Only("set", "out inspect"),
+    Only("step format", "export"),
+)
 
 
 def main(argv: list[str]) -> int:
@@ -29,10 +36,10 @@ def main(argv: list[str]) -> int:
     from sfd_jax.budget import allow
 
     parser = door_parser("convert", __doc__)
-    parser.add_argument("path", help="a released file, or with --export a folder of our checkpoints")
+    parser.add_argument("path", type=path, help="a released file, or with --export a folder of our checkpoints")
     parser.add_argument("--inspect", action="store_true", help="only print what the file holds")
-    parser.add_argument("--out", help="folder that gets our checkpoint")
-    parser.add_argument("--export", help="file to write: NAME.pt or NAME.safetensors")
+    parser.add_argument("--out", type=path, help="folder that gets our checkpoint")
+    parser.add_argument("--export", type=local_path, help="file to write: NAME.pt or NAME.safetensors")
     parser.add_argument(
         "--weights",
         metavar="ema|raw|NAME",
@@ -41,8 +48,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--allow_nonfinite", action="store_true", help="convert weights that are NaN or infinite too"
     )
-    parser.add_argument("--statistics", help="latents_stats.pt, mean and std of texture latents")
-    parser.add_argument("--semantic_statistics", help="latents_sv_stats.pt, of semantic latents")
+    parser.add_argument("--statistics", type=local_path, help="latents_stats.pt, mean and std of texture latents")
+    parser.add_argument("--semantic_statistics", type=local_path, help="latents_sv_stats.pt, of semantic latents")
     parser.add_argument(
         "--semantic_channels", type=int, help="semantic channels, where nothing else tells"
     )
@@ -60,7 +67,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--max_gib", type=float, help="memory that reading may take, where a file asks for more than its size explains"
     )
-    args = parse_door(parser, argv)
+    args = parse_door(parser, argv, rules=RULES)
     allow(args.max_gib)
     if [bool(args.inspect), bool(args.out), bool(args.export)].count(True) != 1:
         raise SfdError("say what to do with it: --inspect, --out=DIR or --export=FILE")

@@ -20,10 +20,29 @@ import json
 import os
 from pathlib import Path
 
-from sfd_jax.cli.flags import door_parser, parse_door
-from sfd_jax.cli.sampling_flags import add_sampling_flags, load_checkpoint, open_sampler
-from sfd_jax.errors import SfdError
-from sfd_jax.files import must_be_local, write_new
+from sfd_jax.cli.flags import door_parser, local_path, parse_door, path
+from sfd_jax.cli.sampling_flags import (
+    ONLY_SAMPLING,
+    SAMPLING_RULES,
+    add_sampling_flags,
+    load_checkpoint,
+    open_sampler,
+    sample_config,
+)
+from sfd_jax.errors import Faults, SfdError, nearest
+from sfd_jax.files import write_new
+from sfd_jax.ranges import Only
+
+RULES = (
+    *SAMPLING_RULES,
+    Only(ONLY_SAMPLING, "live"),
+    Only("texture_vae weights seed", "live reconstruction"),
+    Only("num", "live samples"),
+    Only("lpips", "reconstruction"),
+    Only("dinov2 metrics", "samples live"),
+    Only("metrics", "inception"),
+    Only("save_statistics", "reconstruction", never=True),
+)
 
 
 def main(argv: list[str]) -> int:
@@ -60,53 +79,69 @@ def _parse(argv: list[str]):
     """Read the flags and refuse, before any work, what could only fail after it."""
     parser = door_parser("evaluate", __doc__)
     flag = parser.add_argument
-    flag("--samples", metavar="PATH", help="images to be judged")
+    flag("--samples", type=local_path, metavar="PATH", help="images to be judged")
     flag("--live", action="store_true", help="judge images straight from the sampler, whose flags are below")
     flag("--reconstruction", action="store_true", help="judge --texture_vae by how it gives the reference's images back")
-    flag("--reference", required=True, metavar="PATH", help="what to compare with")
+    flag("--reference", type=local_path, required=True, metavar="PATH", help="what to compare with")
     flag("--image_size", type=int, default=None,
          help="crop a reference folder's images to this size, as the ADM suite does (default: take them as they are)")
-    flag("--inception", metavar="DIR", help="checkpoint of the 2015 Inception, as `sfd convert` writes it")
-    flag("--dinov2", metavar="DIR",
+    flag("--inception", type=path, metavar="DIR", help="checkpoint of the 2015 Inception, as `sfd convert` writes it")
+    flag("--dinov2", type=path, metavar="DIR",
          help="DINOv2 checkpoint: adds fd_dinov2, the Frechet distance in its class tokens; of another encoder than "
          "the published ViT-L/14 it is called fd_ and that encoder's name")
-    flag("--lpips", metavar="DIR", help="checkpoint of LPIPS; without it --reconstruction leaves lpips out")
+    flag("--lpips", type=path, metavar="DIR", help="checkpoint of LPIPS; without it --reconstruction leaves lpips out")
     flag("--metrics", default="fid,sfid,is,precision,recall",
          help="comma-separated, out of fid, sfid, is, precision, recall, kid (default: %(default)s)")
-    flag("--out", metavar="FILE", help="JSON file for scores and recipe")
-    flag("--save_statistics", metavar="FILE",
+    flag("--out", type=local_path, metavar="FILE", help="JSON file for scores and recipe")
+    flag("--save_statistics", type=local_path, metavar="FILE",
          help="write the reference's statistics and features, to be used as --reference later")
     flag("--eval_batch_size", type=int,
          help="images per device for features; changes nothing but speed (default: 8 on a CPU, 32 elsewhere)")
     add_sampling_flags(parser, required=False)
-    args = parse_door(parser, argv)
+    args = parse_door(parser, argv, rules=RULES)
 
+    found = Faults()
     if sum(map(bool, (args.samples, args.live, args.reconstruction))) > 1:
-        raise SfdError("give one of --samples, --live and --reconstruction")
+        found.append("give one of --samples, --live and --reconstruction")
     if not (args.samples or args.live or args.reconstruction or args.save_statistics):
-        raise SfdError("nothing to judge: give --samples=PATH, --live, --reconstruction or --save_statistics=FILE")
+        found.append("nothing to judge: give --samples=PATH, --live, --reconstruction or --save_statistics=FILE")
     if not args.inception and (args.reconstruction or args.save_statistics or not args.dinov2):
-        raise SfdError("scores need features: give --inception=DIR (`sfd fetch inception` says where to get it)")
+        found.append("scores need features: give --inception=DIR (`sfd fetch inception` says where to get it)")
     if args.reconstruction and not args.texture_vae:
-        raise SfdError("--reconstruction needs --texture_vae=DIR")
-    if args.eval_batch_size is not None and args.eval_batch_size < 1:
-        raise SfdError(f"--eval_batch_size={args.eval_batch_size}: give at least 1")
-    for name in ("samples", "reference", "out", "save_statistics"):
-        must_be_local(f"--{name}", getattr(args, name))
-    for path in filter(None, (args.out, args.save_statistics)):
-        if Path(path).exists():
-            raise SfdError(f"{path} exists already and is not overwritten; choose another name")
+        found.append("--reconstruction needs --texture_vae=DIR")
+    if args.image_size is not None and Path(args.reference).is_file():
+        found.append(f"--image_size={args.image_size} has no effect: {args.reference} is no folder of images")
+    args.metrics = tuple(dict.fromkeys(filter(None, map(str.strip, args.metrics.split(",")))))
+    with found:
+        if args.live:
+            sample_config(args)
+    with found:
+        _check_metrics(args.metrics)
+    for file in filter(None, (args.out, args.save_statistics)):
+        if Path(file).exists():
+            found.append(f"{file} exists already and is not overwritten; choose another name")
+    found.stop()
     return args
+
+
+def _check_metrics(metrics: tuple[str, ...]) -> None:
+    """Raise SfdError for metrics that are none; whether the reference serves them `compare` checks before it begins."""
+    from sfd_jax.evaluation.evaluate import METRICS
+
+    if not metrics:
+        raise SfdError(f"--metrics is empty: give some of {', '.join(METRICS)}")
+    for metric in metrics:
+        if metric not in METRICS:
+            raise SfdError(f"--metrics: unknown metric '{metric}'; {nearest(metric, METRICS)}")
 
 
 def _evaluate(args) -> dict:
     from sfd_jax.evaluation import Comparison, compare, open_reference
 
-    metrics = tuple(filter(None, map(str.strip, args.metrics.split(","))))
     reference = open_reference(args.reference, args.image_size)
     comparisons = []
     if args.inception:
-        comparisons.append(Comparison(reference, _extractor("inception", args.inception), metrics))
+        comparisons.append(Comparison(reference, _extractor("inception", args.inception), args.metrics))
     if args.dinov2:
         extractor = _extractor("dinov2", args.dinov2)
         comparisons.append(Comparison(reference.for_extractor(extractor), extractor, ("fid",)))

@@ -28,15 +28,29 @@ import itertools
 import math
 from pathlib import Path
 
-from sfd_jax.cli.flags import door_parser, parse_door
+from sfd_jax.cli.flags import door_parser, local_path, parse_door, path
 from sfd_jax.errors import SfdError
-from sfd_jax.files import must_be_local
+from sfd_jax.ranges import Only
+
+RULES = (
+    Only("statistics", "repack"),
+    Only(
+        "images path split image_size texture_vae visual semantic_vae pca pca_images weights tile_size "
+        "texture_posterior semantic_posterior flips batch_size max_broken seed",
+        "repack",
+        never=True,
+    ),
+    Only("path", "images", ("digits",), never=True),
+    Only("pca_images", "pca"),
+    Only("semantic_posterior", "semantic_vae"),
+    Only("tile_size", "visual"),
+    Only("expect_count", "check"),
+)
 
 
 def main(argv: list[str]) -> int:
     """Open the door: extract, repack or check, as the flags say."""
     args = _parse(argv)
-    must_be_local("--out", args.out)
     if args.repack:
         return _check_repack(args) if args.check else _repack(args)
     if not (args.images and args.texture_vae):
@@ -55,15 +69,15 @@ def _parse(argv: list[str]):
 
     parser = door_parser("extract", __doc__)
     flag = parser.add_argument
-    flag("--out", required=True, help="folder of the latent shards")
+    flag("--out", type=local_path, required=True, help="folder of the latent shards")
     flag("--images", help="folder, tar, tfds or digits")
-    flag("--path", default="", help="the folder, the tar, or the name of the TFDS data set")
+    flag("--path", type=local_path, default="", help="the folder, the tar, or the name of the TFDS data set")
     flag("--split", default="train", help="folder in PATH; --split= reads PATH itself (default: %(default)s)")
     flag("--image_size", type=int, default=256, help="pixels a side (default: %(default)s)")
-    flag("--texture_vae", metavar="CKPT", help="checkpoint of the texture VAE")
-    flag("--visual", metavar="CKPT", help="checkpoint of the visual encoder (DINOv2)")
-    flag("--semantic_vae", metavar="CKPT", help="checkpoint of the Semantic VAE")
-    flag("--pca", type=int, default=0, metavar="CHANNELS", help="principal components instead of it")
+    flag("--texture_vae", type=path, metavar="CKPT", help="checkpoint of the texture VAE")
+    flag("--visual", type=path, metavar="CKPT", help="checkpoint of the visual encoder (DINOv2)")
+    flag("--semantic_vae", type=path, metavar="CKPT", help="checkpoint of the Semantic VAE")
+    flag("--pca", type=int, metavar="CHANNELS", help="principal components instead of it")
     flag("--pca_images", type=int, default=50_000, help="images to fit them on (default: %(default)s)")
     flag("--weights", choices=("ema", "raw"), default="ema", help="of checkpoints that hold both")
     flag("--tile_size", type=int, default=256, help="pixels a side that the visual encoder sees at once")
@@ -78,11 +92,11 @@ def _parse(argv: list[str]):
     flag("--max_broken", type=int, default=0, help="broken images to go on with, over all hosts (default: 0)")
     flag("--expect_count", type=int, help="with --check: images there must be (ImageNet's are known)")
     flag("--seed", type=int, default=0, help="of the posterior samples (default: %(default)s)")
-    flag("--repack", metavar="FOLDER", help="folder of released shards, instead of images")
+    flag("--repack", type=local_path, metavar="FOLDER", help="folder of released shards, instead of images")
     flag("--statistics", choices=("released", "measured"), default="released",
          help="with --repack: take *_stats.pt, which go with the released weights, or measure")  # fmt: skip
     flag("--check", action="store_true", help="only look for faults")
-    return parse_door(parser, argv)
+    return parse_door(parser, argv, rules=RULES)
 
 
 def _extract(args) -> int:
@@ -244,7 +258,8 @@ def _config(args, checkpoints: dict) -> dict:
         "images", "split", "image_size", "tile_size", "texture_posterior", "semantic_posterior",
         "flips", "repa", "pca", "weights", "seed",
     )  # fmt: skip
-    return {name: getattr(args, name) for name in names} | {"checkpoints": checkpoints}
+    config = {name: getattr(args, name) for name in names}
+    return config | {"pca": args.pca or 0, "checkpoints": checkpoints}  # 0, as stores begun before say it
 
 
 def _share() -> dict:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sfd_jax.cli.flags import door_parser, parse_door
 from sfd_jax.errors import SfdError
+from sfd_jax.ranges import Only
 
 
 def main(argv: list[str]) -> int:
@@ -24,7 +25,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--list", action="store_true", help="print what can be fetched")
     parser.add_argument("--file", help="which file, where there are several, e.g. 0400000.pt")
     parser.add_argument("--no_convert", action="store_true", help="only download")
-    args = parse_door(parser, argv)
+    rules = (Only("file no_convert", "name"), Only("name file no_convert", "list", never=True))
+    args = parse_door(parser, argv, rules=rules)
     if args.list or args.name is None:
         width = max(map(len, CATALOGUE))
         for name, source in CATALOGUE.items():

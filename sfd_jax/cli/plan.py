@@ -10,7 +10,6 @@ evaluation, checkpoints and interruptions take comes on top. Exit status 1 where
 
 from sfd_jax.cli.compile_pod import add_topology_flags, measure_program, write_json
 from sfd_jax.cli.flags import door_parser, parse_door
-from sfd_jax.errors import SfdError
 
 
 def main(argv: list[str]) -> int:
@@ -22,10 +21,6 @@ def main(argv: list[str]) -> int:
          help="share of the peak matrix rate that the step reaches, an assumption (default: %(default)s)")
     flag("--images", type=int, default=None, help="in the data set (default: ImageNet's training set)")
     args = parse_door(parser, argv, config="configs/sfd.py:xl")
-    if not 0 < args.utilisation <= 1:
-        raise SfdError(f"--utilisation={args.utilisation}: give a share between 0 and 1")
-    if args.images is not None and args.images < 1:
-        raise SfdError(f"--images={args.images}: give at least 1")
 
     from sfd_jax.pod import make_plan, table
     from sfd_jax.pod.plan import IMAGENET_TRAIN, plan_table

@@ -8,12 +8,11 @@ labels, as the ADM suite reads them), grid.png and recipe.json; with --png also 
 on. Killed and started again with the same flags, it goes on with what is missing. Another recipe in the
 same folder is refused. Sample i is a function of --seed and i alone: --batch_size, the number of devices
 and of hosts change nothing but float rounding (in --mode=published dopri5 shares a step size among a
-batch, as released; there the batch size is part of the recipe).
+batch, as released; there batch and chunk sizes are part of the recipe).
 """
 
-from sfd_jax.cli.flags import door_parser, parse_door
-from sfd_jax.cli.sampling_flags import add_sampling_flags, open_sampler
-from sfd_jax.files import must_be_local
+from sfd_jax.cli.flags import door_parser, local_path, parse_door
+from sfd_jax.cli.sampling_flags import SAMPLING_RULES, add_sampling_flags, open_sampler, sample_config
 
 
 def main(argv: list[str]) -> int:
@@ -22,14 +21,13 @@ def main(argv: list[str]) -> int:
     add_sampling_flags(parser, required=True)
     outputs = parser.add_argument_group("what to write")
     flag = outputs.add_argument
-    flag("--out", required=True, metavar="DIR", help="folder of the job")
+    flag("--out", type=local_path, required=True, metavar="DIR", help="folder of the job")
     flag("--chunk_size", type=int, default=None,
          help="images in a chunk, the most that a kill can lose (default: about 1,000)")
     flag("--png", action="store_true", help="also write every sample as a PNG")
     flag("--no_npz", action="store_true", help="do not join the chunks to samples.npz")
-    args = parse_door(parser, argv)
-
-    must_be_local("--out", args.out)
+    args = parse_door(parser, argv, rules=SAMPLING_RULES)
+    sample_config(args)
 
     from sfd_jax import distributed
     from sfd_jax.distributed.heartbeat import Heartbeat

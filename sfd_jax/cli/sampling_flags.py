@@ -1,27 +1,39 @@
 """The flags by which `sfd sample` and `sfd evaluate --live` say what to sample, and what they open."""
 
 import argparse
+import dataclasses
 
 import numpy as np
 
-from sfd_jax.errors import SfdError
+from sfd_jax.cli.flags import local_path, path
+from sfd_jax.errors import Faults, SfdError
+from sfd_jax.ranges import RULES, Only, useless
+
+SAMPLING_RULES = (Only("weak_step", "weak"),)
+# Flags that say nothing but how to sample; --texture_vae, --weights, --num, --seed and --fsdp say more in `sfd evaluate`.
+ONLY_SAMPLING = (
+    "checkpoint weak step weak_step latent_store dtype labels solver mode num_steps calls atol rtol timestep_shift "
+    "guidance guidance_scale guidance_scale_semantic guidance_scale_texture guidance_interval_start "
+    "guidance_interval_groups batch_size"
+)
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, required: bool) -> None:
     """Add the flags; `required` makes checkpoint and texture VAE obligatory."""
     which = parser.add_argument_group("what to sample from")
     flag = which.add_argument
-    flag("--checkpoint", required=required, metavar="DIR",
+    flag("--checkpoint", type=path, required=required, metavar="DIR",
          help="a run's work folder, or a converted or trained checkpoint of the diffusion model")
-    flag("--texture_vae", required=required, metavar="DIR", help="checkpoint of the texture VAE that decodes")
-    flag("--weak", metavar="DIR", help="checkpoint of AutoGuidance's weaker model")
+    flag("--texture_vae", type=path, required=required, metavar="DIR",
+         help="checkpoint of the texture VAE that decodes")
+    flag("--weak", type=path, metavar="DIR", help="checkpoint of AutoGuidance's weaker model")
     flag("--other_texture_vae", action="store_true",
          help="--texture_vae is meant to be another one than made the model's latents, e.g. with a finetuned decoder")
     flag("--step", type=int, help="which step's checkpoint (default: the newest)")
     flag("--weak_step", type=int, help="the same for --weak")
     flag("--weights", choices=("ema", "raw"), default="ema",
          help="averaged or raw parameters, where a checkpoint holds both (default: %(default)s)")
-    flag("--latent_store", metavar="DIR",
+    flag("--latent_store", type=local_path, metavar="DIR",
          help="latent shards whose statistics to use where the checkpoint holds none")
     flag("--dtype", choices=("float32", "bfloat16"),
          help="of the diffusion model's matmuls (default: the checkpoint's)")
@@ -51,10 +63,10 @@ def add_sampling_flags(parser: argparse.ArgumentParser, required: bool) -> None:
          help="s of s u / (1 + (s - 1) u) on the normalised grid; 0 leaves it even (default: %(default)s)")
     flag("--guidance", default=None,
          help="none, cfg or autoguidance (default: autoguidance with --weak, else none)")
-    flag("--guidance_scale", type=float, default=1.0, help="1 is no guidance (default: %(default)s)")
-    flag("--guidance_scale_semantic", type=float, default=-1.0,
-         help="AutoGuidance's scale of the semantic channels; negative: the common one")
-    flag("--guidance_scale_texture", type=float, default=-1.0, help="the same of the texture channels")
+    flag("--guidance_scale", type=float, help="needed with guidance; 1 would be none")
+    flag("--guidance_scale_semantic", type=float,
+         help="AutoGuidance's scale of the semantic channels (default: the common one)")
+    flag("--guidance_scale_texture", type=float, help="the same of the texture channels")
     flag("--guidance_interval_start", type=float, default=0.0,
          help="guide a group of channels once its clock has reached this; 0: always (default: %(default)s)")
     flag("--guidance_interval_groups", default="both",
@@ -75,6 +87,28 @@ def load_checkpoint(flag: str, directory: str, step: int | None = None, weights:
     return params, {**metadata, "which": weights, "given_as": f"{flag}={directory}"}
 
 
+def sample_config(args: argparse.Namespace):
+    """Return the SampleConfig of the flags, before anything is opened.
+
+    Raises:
+      SfdError: missing flags, values outside their ranges, or flags without effect; all of them are named.
+    """
+    from sfd_jax.generation import SampleConfig
+
+    found = Faults()
+    if not (args.checkpoint and args.texture_vae):
+        found.append("sampling needs --checkpoint and --texture_vae")
+    guidance = args.guidance or ("autoguidance" if args.weak else "none")
+    if guidance == "autoguidance" and not args.weak:
+        found.append("--guidance=autoguidance needs a weaker model: add --weak=CKPT")
+    values = vars(args) | {"guidance": guidance}
+    rules = (*RULES["sample"], Only("weak", "guidance", ("autoguidance",)))
+    found += useless(rules, values, args.given, "--{}".format).values()
+    fields = {field.name: values[field.name] for field in dataclasses.fields(SampleConfig)}
+    found.stop()
+    return SampleConfig(**{name: value for name, value in fields.items() if value is not None})
+
+
 def open_sampler(args: argparse.Namespace):
     """Open what the flags name.
 
@@ -82,21 +116,13 @@ def open_sampler(args: argparse.Namespace):
       (sampler, labels (N,) int32, recipe dict, batch size over all devices).
 
     Raises:
-      SfdError: missing flags, checkpoints that do not fit, or values outside their ranges.
+      SfdError: as `sample_config`, or checkpoints that do not fit.
     """
-    import dataclasses
-
     from sfd_jax.distributed import make_mesh
-    from sfd_jax.generation import SampleConfig, make_labels, make_sampler
+    from sfd_jax.generation import make_labels, make_sampler
     from sfd_jax.latents import other_makers
 
-    if not (args.checkpoint and args.texture_vae):
-        raise SfdError("sampling needs --checkpoint and --texture_vae")
-    if args.batch_size < 1:
-        raise SfdError(f"--batch_size={args.batch_size}: give at least 1 image per device")
-    guidance = args.guidance or ("autoguidance" if args.weak else "none")
-    values = vars(args) | {"guidance": guidance}
-    config = SampleConfig(**{field.name: values[field.name] for field in dataclasses.fields(SampleConfig)})
+    config = sample_config(args)
     mesh = make_mesh(fsdp=args.fsdp)
 
     params, metadata = load_checkpoint("--checkpoint", args.checkpoint, args.step, args.weights)

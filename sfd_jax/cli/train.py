@@ -19,41 +19,60 @@ with status 75: start it again later. On several hosts, start the same command o
 folder for all: a disk they share, or gs://.
 """
 
-from sfd_jax.cli.flags import door_parser, parse_door
-from sfd_jax.errors import SfdError
+import contextlib
+
+from sfd_jax.cli.flags import door_parser, parse_door, path
+from sfd_jax.errors import Faults, SfdError
 from sfd_jax.files import must_be_local
 
 
 def main(argv: list[str]) -> int:
     """Open the door: check everything that can be checked without a device, then train."""
     parser = door_parser("train", __doc__)
-    parser.add_argument("--workdir", required=True, help="folder of the run")
-    parser.add_argument("--init", metavar="CKPT", help="checkpoint whose weights to start from")
+    parser.add_argument("--workdir", type=path, required=True, help="folder of the run")
+    parser.add_argument("--init", type=path, metavar="CKPT", help="checkpoint whose weights to start from")
     parser.add_argument("--check", action="store_true", help="only look for faults")
-    args = parse_door(parser, argv, config="configs/sfd.py:xl")
+    found = Faults()
+    args = parse_door(parser, argv, config="configs/sfd.py:xl", pending=found)
     config = args.config
 
-    from sfd_jax.cli.build import layout_from_config, task_from_config, train_config
+    from sfd_jax.cli import build
     from sfd_jax.cli.repa import check_repa_source, open_targets
     from sfd_jax.data.pipeline import latent_transform
+    from sfd_jax.training.checkpoint import find_checkpoint
     from sfd_jax.training.optimizer import check_average
 
-    # --- What the config says, before any device is touched --------------------------------------------------
-    task, layout, train = task_from_config(config), layout_from_config(config), train_config(config)
-    repa = check_repa_source(config) == "stored"
-    source = open_source(config.data.path, repa=repa)
-    check_channels(layout, source.statistics)
-    notes = check_classes("model.num_classes", config.model.num_classes, source)
+    # --- What the config says and what the data hold, all faults together, before any device is touched -------
+    for part in (build.layout_from_config, build.network_from_config, build.diffusion_settings, build.task_from_config):
+        with found:
+            part(config)
+    with found:
+        train = build.train_config(config)
+    with found:
+        repa = config.loss.repa_weight > 0 and config.data.repa_source == "stored"
+        check_repa_source(config)
+    needed = {"semvae": config.data.semantic_vae, "online": config.data.visual_encoder}.get(config.data.repa_source)
+    for checkpoint in filter(None, (args.init, needed)):
+        with found:
+            find_checkpoint(checkpoint)
+    notes = []
+    with found:
+        source = open_source(config.data.path, repa=False)
+        check_data(config, source, found, repa=repa)
+        notes += check_classes("model.num_classes", config.model.num_classes, source)
+    found.stop()
+    layout, source = build.layout_from_config(config), open_source(config.data.path, repa=repa)
     source, targets = open_targets(config, layout, source)
-    task = task_from_config(config, targets)
+    task = build.task_from_config(config, targets)
+    transform = latent_transform(layout, source.statistics, repa=repa)
     if args.init:
         notes += check_init(args.init, task.network, source)
-    else:
-        notes += check_average(train.ema_decay, train.steps) if args.check else []  # `fit` says it too
+    elif args.check:
+        notes += check_average(train.ema_decay, train.steps)  # `fit` says it too
     if args.check:
         for note in notes:
             print(f"note: {note}")
-        return _check(args, config, source, task, repa)
+        return _check(args, config, source, task, train, transform, repa)
 
     # --- Devices, data, training -----------------------------------------------------------------------------
     from sfd_jax.distributed import start
@@ -67,7 +86,7 @@ def main(argv: list[str]) -> int:
         config,
         args.workdir,
         source=source,
-        transform=latent_transform(layout, source.statistics, repa=repa),
+        transform=transform,
         metadata={
             "latent_statistics": source.statistics.to_dict(),
             "class_names": source.class_names,
@@ -176,14 +195,45 @@ def open_source(path: str, *, repa: bool):
     return open_latents(path, repa=repa, read_statistics=read_statistics)
 
 
-def check_channels(layout, statistics) -> None:
-    """Raise SfdError where the stored latents have other channels than the config says."""
-    stored = (statistics.texture_mean.size, statistics.semantic_mean.size)
-    if stored != (layout.texture_channels, layout.semantic_channels):
-        raise SfdError(
-            f"the latents have {stored[0]} texture and {stored[1]} semantic channels, but "
-            f"latents.texture_channels={layout.texture_channels} and "
-            f"latents.semantic_channels={layout.semantic_channels}"
+def check_data(config, source, found: Faults, *, repa: bool) -> None:
+    """Add to `found` where the latents are not those that the config says, with the flags that make them fit.
+
+    Args:
+      config: of the run.
+      source: the latents.
+      found: gets the faults.
+      repa: stored features are wanted.
+
+    Raises:
+      SfdError: a record cannot be read.
+    """
+    statistics, latents = source.statistics, config.latents
+    texture, semantic = statistics.texture_mean.size, statistics.semantic_mean.size
+    if (texture, semantic) != (latents.texture_channels, latents.semantic_channels):
+        found.append(
+            f"the latents have {texture} texture and {semantic} semantic channels, but latents.texture_channels="
+            f"{latents.texture_channels} and latents.semantic_channels={latents.semantic_channels}: "
+            f"--config.latents.texture_channels={texture} --config.latents.semantic_channels={semantic}"
+        )
+    if config.data.flips and not (source.flips if hasattr(source, "flips") else source.orientations == 2):
+        found.append("the latents hold no mirrored images, which data.flips=True needs: --config.data.flips=False")
+    record, size = source[0], config.model.input_size
+    grid, features = record["texture"].shape[0], record.get("repa_features")
+    if grid != size:
+        found.append(f"the latents are {grid} x {grid}, but model.input_size={size}: --config.model.input_size={grid}")
+    if repa and features is None:
+        with contextlib.suppress(SfdError):  # released shards read them where they are asked for
+            features = open_source(config.data.path, repa=True)[0].get("repa_features")
+    if repa and features is None:
+        found.append(
+            f"the latents hold no visual features, which loss.repa_weight={config.loss.repa_weight:g} with "
+            "data.repa_source=stored needs: extract them with `sfd extract --repa`, make them while training (docs/repa.md), "
+            "or train without REPA: --config.model.repa_features=0 --config.loss.repa_weight=0"
+        )
+    elif repa and features.shape[-1] != config.model.repa_features > 0:
+        found.append(
+            f"the latents' visual features are {features.shape[-1]} wide, but model.repa_features="
+            f"{config.model.repa_features}: --config.model.repa_features={features.shape[-1]}"
         )
 
 
@@ -288,32 +338,55 @@ def check_bucket(folder: str) -> list[str]:
     return []
 
 
-def _check(args, config, source, task, repa: bool) -> int:
-    from sfd_jax.cli.build import layout_from_config
-    from sfd_jax.data.checks import check_published, check_store, check_writable
+def _check(args, config, source, task, train, transform, repa: bool) -> int:
+    from sfd_jax.data.checks import check_published, check_store
     from sfd_jax.data.latent_store import LatentStore
-    from sfd_jax.data.pipeline import latent_transform, make_batches
+    from sfd_jax.training import load_params
 
     latents, classes, flips = getattr(source, "latents", source), config.model.num_classes, config.data.flips
     if isinstance(latents, LatentStore):
-        faults = check_store(config.data.path, num_classes=classes, flips=flips, repa=repa)
+        found = Faults(check_store(config.data.path, num_classes=classes, flips=flips, repa=repa))
     else:
-        faults = check_published(latents, num_classes=classes, flips=flips)
+        found = Faults(check_published(latents, num_classes=classes, flips=flips))
+    with found:
+        if args.init:
+            load_params(args.init, abstract=task.network.abstract_params())
+    return check_run(task, train, config, args.workdir, source=source, transform=transform, found=found)
+
+
+def check_run(task, train, config, workdir, *, source, transform, found: Faults) -> int:
+    """Look for what would stop `run`, and train nothing: what `--check` of all training commands does at last.
+
+    Args:
+      task, train, config, workdir, source, transform: as `run` takes them.
+      found: the faults known so far.
+
+    Raises:
+      SfdError: there are faults; all are named.
+    """
+    from sfd_jax.cli.build import mesh_from_config
+    from sfd_jax.data.checks import check_writable
+    from sfd_jax.data.pipeline import make_batches
+    from sfd_jax.training.optimizer import make_optimizer
+    from sfd_jax.training.step import make_train_step
+
     # Parameters, EMA and two moments in float32, for each checkpoint kept at the same time.
-    kept = config.train.keep_last + 1
-    if config.train.keep_every:
-        kept += config.train.steps // config.train.keep_every
+    kept = train.keep_last + 1 + (train.steps // train.keep_every if train.keep_every else 0)
     needed = 16 * task.network.num_params() * kept
-    faults += check_bucket(args.workdir) if "://" in args.workdir else check_writable(args.workdir, needed)
-    transform = latent_transform(layout_from_config(config), source.statistics, repa=repa)
-    try:
-        batches = make_batches(source, seed=config.seed, global_batch_size=8, transform=transform, flips=config.data.flips)
+    found += check_bucket(workdir) if "://" in workdir else check_writable(workdir, needed)
+    with found:
+        flips = config.data.flips
+        batches = make_batches(source, seed=config.seed, global_batch_size=8, transform=transform, flips=flips)
         check_batch(task, batches.at(0))
-    except SfdError as error:
-        faults.append(str(error))
     print(f"{len(source):,} images; {task.network.num_params():,} parameters; checkpoints take {needed / 1e9:.1f} GB")
-    if faults:
-        raise SfdError(f"{len(faults)} faults:\n" + "\n".join(f"  {fault}" for fault in faults))
+    here = Faults()
+    with here:
+        mesh = mesh_from_config(config)
+        with found:
+            make_train_step(task, make_optimizer(train.optimizer, train.steps), train, mesh)
+    for reason in here:  # the job's devices are not those of the machine that checks
+        print(f"note: whether the batch divides over the devices was not checked: {reason}")
+    found.stop()
     print("no faults found")
     return 0
 

@@ -3,6 +3,8 @@
   sfd train_semvae --config=configs/semantic_vae.py --workdir=runs/semvae --config.data.path=latents/train
   sfd train_semvae ... --config.data.held_out_path=latents/val
       log MSE, L1, cosine similarity and KL of held-out features at each checkpoint
+  sfd train_semvae ... --check
+      look for faults before a long job, and train nothing
   sfd train_semvae ... --config.data.visual_encoder=CKPT --config.data.images.path=IMAGENET
       make the features from images inside the step, so that none need be stored
 
@@ -12,19 +14,21 @@ into `sfd extract --semantic_vae=runs/semvae`. Work folder, resuming and SIGTERM
 
 import functools
 
-from sfd_jax.cli.flags import door_parser, parse_door
-from sfd_jax.errors import SfdError
+from sfd_jax.cli.flags import door_parser, parse_door, path
+from sfd_jax.errors import Faults, SfdError
 
 
 def main(argv: list[str]) -> int:
     """Open the door: read the flags, then train."""
     parser = door_parser("train_semvae", __doc__)
-    parser.add_argument("--workdir", required=True, help="folder of the run")
-    args = parse_door(parser, argv, config="configs/semantic_vae.py")
+    parser.add_argument("--workdir", type=path, required=True, help="folder of the run")
+    parser.add_argument("--check", action="store_true", help="only look for faults")
+    found = Faults()
+    args = parse_door(parser, argv, config="configs/semantic_vae.py", pending=found)
     config = args.config
 
     from sfd_jax.cli.build import from_group, train_config
-    from sfd_jax.cli.train import check_classes, run
+    from sfd_jax.cli.train import check_classes, check_run, run
     from sfd_jax.data.pipeline import feature_transform, pixel_transform
     from sfd_jax.data.published import open_latents
     from sfd_jax.models import Network
@@ -32,29 +36,42 @@ def main(argv: list[str]) -> int:
     from sfd_jax.training import load_metadata
     from sfd_jax.training.semantic_vae import SemanticVAELoss, measure_semantic_vae, semantic_vae_task
 
-    network = Network("semantic_vae", config.model.to_dict())
-    loss, data = from_group(SemanticVAELoss, "loss", config.loss), config.data
+    data = config.data
+    with found:
+        network = Network("semantic_vae", config.model.to_dict())
+    with found:
+        loss = from_group(SemanticVAELoss, "loss", config.loss)
+    with found:
+        train = train_config(config)
     maker, transform = None, feature_transform
-    if data.visual_encoder:
-        source, held_out_source, maker = _open_images(config)
-        transform, weights = pixel_transform, {"visual": params_hash(maker.params)}
-        tokens = (data.view_size // load_metadata(data.visual_encoder)["network_config"]["patch_size"]) ** 2
-    elif data.path:
-        source = open_latents(data.path, repa=True)
-        held_out_source = open_latents(data.held_out_path, repa=True) if data.held_out_path else None
-        weights = {name: digest for name, digest in source.origin["weights"].items() if name == "visual"}
-        tokens = len(source[0]["repa_features"])
-    else:
-        raise SfdError(
-            "say where the features are: --config.data.path=FOLDER, made by `sfd extract --repa`; or what to make "
-            "them from: --config.data.visual_encoder=CKPT --config.data.images.path=IMAGES"
-        )
-    if loss.classification_weight > 0:
-        check_classes("loss.num_classes", loss.num_classes, source)
+    with found:
+        if data.visual_encoder and (data.path or data.held_out_path):
+            raise SfdError("data.visual_encoder makes features from data.images, so data.path and data.held_out_path "
+                           "have no effect: give either")  # fmt: skip
+        elif data.visual_encoder:
+            source, held_out_source, maker = _open_images(config)
+            transform, weights = pixel_transform, {"visual": params_hash(maker.params)}
+            tokens = (data.view_size // load_metadata(data.visual_encoder)["network_config"]["patch_size"]) ** 2
+        elif data.path:
+            source = open_latents(data.path, repa=True)
+            held_out_source = open_latents(data.held_out_path, repa=True) if data.held_out_path else None
+            weights = {name: digest for name, digest in source.origin["weights"].items() if name == "visual"}
+            tokens = len(source[0]["repa_features"])
+        else:
+            raise SfdError(
+                "say where the features are: --config.data.path=FOLDER, made by `sfd extract --repa`; or what to make "
+                "them from: --config.data.visual_encoder=CKPT --config.data.images.path=IMAGES"
+            )
+        if not found and loss.classification_weight > 0:
+            check_classes("loss.num_classes", loss.num_classes, source)
+    found.stop()
+    task = semantic_vae_task(network, loss, maker)
+    if args.check:
+        return check_run(task, train, config, args.workdir, source=source, transform=transform, found=found)
     measure = functools.partial(measure_semantic_vae, network, source=maker)
     run(
-        semantic_vae_task(network, loss, maker),
-        train_config(config),
+        task,
+        train,
         config,
         args.workdir,
         source=source,

@@ -2,6 +2,8 @@
 
   sfd train_texture_vae --config=configs/texture_vae.py --workdir=runs/vae --config.data.path=IMAGENET
   sfd train_texture_vae --config=configs/texture_vae.py:digits --workdir=runs/digits_vae
+  sfd train_texture_vae ... --check
+      look for faults before a long job, and train nothing
 
 Reconstruction and KL loss, with --config.lpips=CKPT also LPIPS (`sfd convert` reads the `lpips` package's file),
 without discriminator: enough for small data. For ImageNet take the published one (`sfd fetch`). PSNR, L1 and MSE
@@ -10,38 +12,54 @@ of the held-out split are logged at each checkpoint. Work folder, resuming and S
 
 import functools
 
-from sfd_jax.cli.flags import door_parser, parse_door
+from sfd_jax.cli.flags import door_parser, parse_door, path
+from sfd_jax.errors import Faults, SfdError
 
 
 def main(argv: list[str]) -> int:
     """Open the door: read the flags, then train."""
     parser = door_parser("train_texture_vae", __doc__)
-    parser.add_argument("--workdir", required=True, help="folder of the run")
-    args = parse_door(parser, argv, config="configs/texture_vae.py")
+    parser.add_argument("--workdir", type=path, required=True, help="folder of the run")
+    parser.add_argument("--check", action="store_true", help="only look for faults")
+    found = Faults()
+    args = parse_door(parser, argv, config="configs/texture_vae.py", pending=found)
     config, data = args.config, args.config.data
 
     from sfd_jax.cli.build import from_group, train_config
-    from sfd_jax.cli.train import run
+    from sfd_jax.cli.train import check_run, run
     from sfd_jax.data.images import open_images
     from sfd_jax.data.pipeline import pixel_transform
     from sfd_jax.models import Network
     from sfd_jax.training.texture_vae import TextureVAELoss, measure_texture_vae, texture_vae_task
 
-    network = Network("texture_vae", config.model.to_dict())
-    perceptual = frozen = None
-    if config.lpips:
-        from sfd_jax.cli.repa import open_frozen
+    perceptual = frozen = held_out = None
+    with found:
+        network = Network("texture_vae", config.model.to_dict())
+    with found:
+        loss = from_group(TextureVAELoss, "loss", config.loss)
+    with found:
+        train = train_config(config)
+    with found:
+        if config.lpips:
+            from sfd_jax.cli.repa import open_frozen
 
-        lpips, frozen = open_frozen(config.lpips, "lpips", config.model.compute_dtype)
-        perceptual = lambda ours, theirs, params: lpips.apply(params, ours, theirs)
-    source = open_images(data.kind, data.path, data.split, data.image_size)
-    held_out = None
-    if data.held_out_split:
-        measure = functools.partial(measure_texture_vae, network)
-        held_out = measure, open_images(data.kind, data.path, data.held_out_split, data.image_size)
+            lpips, frozen = open_frozen(config.lpips, "lpips", config.model.compute_dtype)
+            perceptual = lambda ours, theirs, params: lpips.apply(params, ours, theirs)
+    with found:
+        if not data.path and data.kind != "digits":
+            raise SfdError("say where the images are: --config.data.path=IMAGES")
+        source = open_images(data.kind, data.path, data.split, data.image_size)
+    with found:
+        if data.held_out_split and not found:
+            measure = functools.partial(measure_texture_vae, network)
+            held_out = measure, open_images(data.kind, data.path, data.held_out_split, data.image_size)
+    found.stop()
+    task = texture_vae_task(network, loss, perceptual, frozen)
+    if args.check:
+        return check_run(task, train, config, args.workdir, source=source, transform=pixel_transform, found=found)
     run(
-        texture_vae_task(network, from_group(TextureVAELoss, "loss", config.loss), perceptual, frozen),
-        train_config(config),
+        task,
+        train,
         config,
         args.workdir,
         source=source,

@@ -13,13 +13,13 @@ close samples are to the published ones. Exit status 1 if a bound is broken.
 The largest cases (full_xl, full_1p0b) need some 6 GiB and minutes; --cases leaves out or picks.
 """
 
-from sfd_jax.cli.flags import door_parser, parse_door
+from sfd_jax.cli.flags import door_parser, local_path, parse_door
 
 
 def main(argv: list[str]) -> int:
     """Open the door: compare, print, and count the broken bounds."""
     parser = door_parser("verify", __doc__)
-    parser.add_argument("--pack", required=True, help="folder of NAME.json and NAME.npz")
+    parser.add_argument("--pack", type=local_path, required=True, help="folder of NAME.json and NAME.npz")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--cases", help="comma-separated patterns of case names (default: all)")
     args = parse_door(parser, argv)

@@ -29,6 +29,7 @@ from sfd_jax.data.pipeline import make_eval_batches
 from sfd_jax.data.published import PublishedLatents
 from sfd_jax.errors import SfdError
 from sfd_jax.latents import LatentStatistics
+from sfd_jax.ranges import check
 
 # encode(pixels uint8 (B,H,W,3), index int32 (B,)) -> {"texture": (B,H,W,C), "semantic": ..., ...}
 Encode = Callable[[jax.Array, jax.Array], dict[str, jax.Array]]
@@ -82,6 +83,7 @@ def extract(
       SfdError: the folder belongs to another run, cannot be written or has too little space; too many
         broken images; latents that are not finite.
     """
+    check(batch_size=batch_size, shard_size=shard_size, workers=workers, max_broken=max_broken)
     plan = _plan(source, encode, batch_size, config, weights, dtype, shard_size, class_names)
     return _fill(
         out_dir,

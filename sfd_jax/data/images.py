@@ -15,6 +15,7 @@ import numpy as np
 
 from sfd_jax.data.decoding import center_crop, to_rgb
 from sfd_jax.errors import SfdError, nearest
+from sfd_jax.ranges import check
 
 
 class LabelledImages(Protocol):
@@ -45,8 +46,7 @@ def open_images(kind: str, path: str, split: str, image_size: int) -> "ImageSour
     """
     if kind not in KINDS:
         raise SfdError(f"unknown kind of images '{kind}'; {nearest(kind, KINDS)}")
-    if image_size < 1:
-        raise SfdError(f"image_size must be positive, got {image_size}")
+    check(image_size=image_size)
     return ImageSource(KINDS[kind](path, split), image_size)
 
 

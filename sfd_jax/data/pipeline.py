@@ -25,6 +25,7 @@ from absl import flags as absl_flags
 
 from sfd_jax.errors import SfdError
 from sfd_jax.latents import normalised_composite
+from sfd_jax.ranges import check
 
 Batch = dict[str, np.ndarray]
 Transform = Callable[[Batch], Batch]  # from stacked records, already flipped
@@ -63,6 +64,7 @@ def make_batches(
     Raises:
       SfdError: an empty source.
     """
+    check(seed=seed, global_batch_size=global_batch_size, workers=workers)
     if len(source) == 0:
         raise SfdError("cannot make batches of an empty source")
     return TrainBatches(
@@ -176,6 +178,7 @@ def make_eval_batches(
     Returns:
       Iterator over batches with `mask`, bool (B,): False where an element only fills up the batch.
     """
+    check(batch_size=batch_size, workers=workers)
     if len(source) == 0:
         raise SfdError("cannot make batches of an empty source")
     indices = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from sfd_jax.errors import SfdError, nearest
+from sfd_jax.ranges import check_fields
 
 
 def make_clocks(name: str, *, delta_t: float = 0.3) -> "Clocks":
@@ -133,11 +134,7 @@ class FixedOffset(Clocks):
     delta_t: float = 0.3
 
     def __post_init__(self):
-        if not 0.0 < self.delta_t <= 1.0:
-            raise SfdError(
-                f"delta_t = {self.delta_t} is outside (0, 1]: without a lead use the clocks "
-                "'synchronous', and beyond 1 nothing would move between the groups"
-            )
+        check_fields("fixed_offset", self)  # without a lead there is Synchronous; beyond 1 nothing would move between the groups
 
     @property
     def tau_end(self) -> float:

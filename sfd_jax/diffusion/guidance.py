@@ -62,7 +62,7 @@ def classifier_free(
     Source: released `forward_with_cfg`; it looks at the clock of the first row only, which in its
     sampler is that of all rows. Here every row has its own.
     """
-    _check_groups(interval_groups)
+    check_groups(interval_groups)
     if scale == 1:
         return conditional(apply, labels)
     both_labels = jnp.stack([labels, jnp.full_like(labels, null_label)], axis=1).reshape(-1)
@@ -105,7 +105,7 @@ def autoguidance(
 
     Source: released `forward_with_autoguidance`; Karras et al., arXiv 2406.02507.
     """
-    _check_groups(interval_groups)
+    check_groups(interval_groups)
     scale_semantic = scale if scale_semantic is None else scale_semantic
     scale_texture = scale if scale_texture is None else scale_texture
     main, weak = conditional(apply, labels), conditional(weak_apply, labels)
@@ -181,14 +181,14 @@ def jumps(
     Guidance sets in at once when a group's clock passes `interval_start`. An integrator that is
     not told wastes most of its calls there.
     """
-    _check_groups(interval_groups)
+    check_groups(interval_groups)
     if not 0 < interval_start < 1:
         return ()
     semantic, texture = clocks.tau_at(interval_start)
     return {"sem": (semantic,), "tex": (texture,), "both": (semantic, texture)}[interval_groups]
 
 
-def _check_groups(interval_groups: str):
+def check_groups(interval_groups: str):
     if interval_groups not in INTERVAL_GROUPS:
         raise SfdError(
             f"unknown guidance interval groups {interval_groups!r}: "

@@ -25,6 +25,7 @@ from sfd_jax.diffusion.clocks import Clocks
 from sfd_jax.diffusion.paths import LinearPath, Path
 from sfd_jax.errors import SfdError, nearest
 from sfd_jax.latents import LatentLayout
+from sfd_jax.ranges import check_fields
 
 Predict = Callable[..., jax.Array | tuple[jax.Array, jax.Array]]
 
@@ -59,11 +60,7 @@ class LossConfig:
         for name, valid in (("repa_kind", REPA_KINDS), ("time", TIMES)):
             if (value := getattr(self, name)) not in valid:
                 raise SfdError(f"unknown loss.{name} {value!r}: {nearest(value, valid)}")
-        for name in ("semantic_weight", "cosine_weight", "repa_weight"):
-            if getattr(self, name) < 0:
-                raise SfdError(f"loss.{name} = {getattr(self, name)} must not be negative")
-        if not 0 <= self.label_dropout <= 1:
-            raise SfdError(f"loss.label_dropout = {self.label_dropout} must lie in [0, 1]")
+        check_fields("loss", self)
 
 
 class Draws(NamedTuple):

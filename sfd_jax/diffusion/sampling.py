@@ -24,6 +24,7 @@ from sfd_jax.diffusion.clocks import Clocks
 from sfd_jax.diffusion.dopri5 import dopri5, dopri5_shared
 from sfd_jax.errors import SfdError, nearest
 from sfd_jax.latents import LatentLayout
+from sfd_jax.ranges import check_fields
 
 VelocityFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -62,19 +63,12 @@ class SolverConfig:
             raise SfdError(f"unknown solver {self.name!r}: {nearest(self.name, solvers.METHODS)}")
         if self.mode not in MODES:
             raise SfdError(f"unknown sampling mode {self.mode!r}: {nearest(self.mode, MODES)}")
-        for name, least in (("num_steps", 2), ("max_calls", 8)):
-            if getattr(self, name) < least:
-                raise SfdError(f"{name} = {getattr(self, name)}: give at least {least}")
-        if self.atol <= 0 or self.rtol <= 0:
-            raise SfdError(f"atol = {self.atol} and rtol = {self.rtol} must both be positive")
-        if self.calls < 0 or (self.calls and self.name == "dopri5"):
+        check_fields("sample", self)
+        if self.calls and self.name == "dopri5":
             raise SfdError(
                 f"calls = {self.calls} with solver {self.name!r}: a budget of network calls is for the "
                 "solvers of fixed steps, 0 for none; dopri5 follows its tolerances"
             )
-        if self.timestep_shift < 0:
-            raise SfdError(f"timestep_shift = {self.timestep_shift}: give 0 (even) or more")
-
 
     def points(self, segments: int = 1) -> int:
         """Return the number of points on a grid that is cut into `segments`.

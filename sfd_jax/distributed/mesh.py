@@ -8,6 +8,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh
 
 from sfd_jax.errors import SfdError
+from sfd_jax.ranges import check
 
 AXES = ("data", "fsdp")
 # What `fsdp` gets where both sizes are left open. A sixteenth of an XL's state is 0.6 GiB, so more devices would save
@@ -34,6 +35,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
     Raises:
       SfdError: the sizes do not multiply to the number of devices, or do not fit the slices; or chips of two devices.
     """
+    check("mesh", data=data, fsdp=fsdp)
     devices = jax.devices() if devices is None else list(devices)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     data, fsdp = _fill(data, fsdp, len(devices), slices)
@@ -61,8 +63,6 @@ def _fill(data: int, fsdp: int, count: int, slices: int) -> tuple[int, int]:
     sizes = {"data": data, "fsdp": fsdp}
     free = [name for name, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    if fixed < 1:
-        raise SfdError(f"mesh.data={data} and mesh.fsdp={fsdp}: give positive sizes, or -1 for what is left")
     if free and count % fixed == 0:
         sizes[free[0]] = count // fixed
     if math.prod(sizes.values()) != count:

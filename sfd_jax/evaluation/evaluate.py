@@ -20,6 +20,7 @@ from sfd_jax.evaluation.metrics import (
 )
 from sfd_jax.evaluation.reference import Reference
 from sfd_jax.evaluation.statistics import FeatureStatistics, RunningMoments
+from sfd_jax.ranges import check
 
 # Metric -> whether it needs every image's features at once, beside mean and covariance.
 METRICS = {"fid": False, "sfid": False, "is": False, "precision": True, "recall": True, "kid": True}
@@ -99,6 +100,7 @@ def compare(
     Raises:
       SfdError: as `evaluate`.
     """
+    check(batch_size=batch_size)
     for comparison in comparisons:  # before an hour of sampling what would fail after it
         _check(samples, comparison)
     options = dict(batch_size=batch_size, split_size=split_size, mesh=mesh, progress=progress)

@@ -21,6 +21,7 @@ from sfd_jax.evaluation.image_sets import ImageSet
 from sfd_jax.evaluation.metrics import frechet_distance
 from sfd_jax.models import network_of, to_bytes
 from sfd_jax.models.layers import check_divides
+from sfd_jax.ranges import check
 
 
 def evaluate_reconstruction(
@@ -52,6 +53,7 @@ def evaluate_reconstruction(
     Raises:
       SfdError: checkpoints of other networks, or damaged images.
     """
+    check(seed=seed, batch_size=batch_size)
     mesh = make_mesh() if mesh is None else mesh
     batch_size = -(-batch_size // mesh.size) * mesh.size
     factor = network_of(texture_vae[1], "texture_vae").config.downsampling

@@ -8,7 +8,8 @@ A job's folder:
     images/<index>.png, grid.png         where asked for
 
 A killed job goes on with the indices that no chunk holds; a folder of another recipe is refused. Since
-sample i depends on the recipe and i alone, batch and chunk sizes and devices may change in between.
+sample i depends on the recipe and i alone, batch and chunk sizes and devices may change in between (where the recipe
+holds the batch size, it holds that of chunks as well: there both must stay).
 """
 
 import json
@@ -25,6 +26,7 @@ from tqdm import tqdm
 from sfd_jax.distributed import is_host0
 from sfd_jax.errors import SfdError
 from sfd_jax.files import PART, appearing, differences, write_json
+from sfd_jax.ranges import RULES, check, useless
 
 # make(indices (n,), labels (n,)) -> (images uint8 (n,H,W,3), network calls (n,))
 Make = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -50,16 +52,20 @@ def make_images(
       folder: the job's folder.
       recipe: JSON-able description of everything that decides the images; `num_images` is added.
       batch_size: images handed to `make` at once.
-      chunk_size: images in a chunk, the most that a kill can lose; by default about 1,000.
+      chunk_size: images in a chunk, the most that a kill can lose; by default about 1,000. It belongs to the recipe
+        where `batch_size` does.
       progress: show a bar with images a second and the time left on stderr.
 
     Raises:
       SfdError: the folder holds another recipe's samples or a damaged chunk, or cannot be written.
     """
+    check(num=len(labels), batch_size=batch_size, chunk_size=chunk_size)
     folder = Path(folder)
     num = len(labels)
-    chunk_size = chunk_size or batch_size * -(-1000 // batch_size)
+    chunk_size = chunk_size or _default_chunk(batch_size)
     recipe = {**recipe, "num_images": num}
+    if "batch_size" in recipe:  # samples of a batch depend on each other, and chunks decide where batches begin
+        recipe["chunk_size"] = chunk_size
     missing = _on_host0(lambda: _prepare(folder, recipe, labels), num)
     bar = tqdm(
         total=num,
@@ -88,6 +94,11 @@ def make_images(
                 )
     if is_host0():
         _finish_recipe(folder, recipe)
+
+
+def _default_chunk(batch_size: int) -> int:
+    """Return about 1,000, in whole batches."""
+    return batch_size * -(-1000 // batch_size)
 
 
 def _on_host0(prepare: Callable[[], np.ndarray], num: int) -> np.ndarray:
@@ -136,12 +147,21 @@ def _check_same_recipe(path: Path, recipe: dict) -> None:
         old = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise SfdError(f"cannot read {path}: {error}; choose another folder") from error
-    # A finished job's file also holds what came out of it; and notes decide no image.
-    recipe = {key: value for key, value in recipe.items() if key != "notes"}
-    differing = differences({key: value for key, value in old.items() if key in recipe}, recipe)
+    if "batch_size" in old:
+        old.setdefault("chunk_size", _default_chunk(old["batch_size"]))  # recipes did not tell of it once
+    # A finished job's file also holds what came out of it.
+    differing = differences(_decisive({key: value for key, value in old.items() if key in recipe}), _decisive(recipe))
     if differing:
         lines = "\n  ".join(differing.values())
         raise SfdError(f"{path.parent} holds samples of another recipe; choose another folder:\n  {lines}")
+
+
+def _decisive(recipe: dict) -> dict:
+    """Leave out what decides no image: notes, and the sampler's settings that have no effect."""
+    sampler = recipe.get("sampler", {})
+    idle = useless(RULES["sample"], sampler, sampler)
+    kept = {name: value for name, value in recipe.items() if name != "notes"}
+    return kept | {"sampler": {name: value for name, value in sampler.items() if name not in idle}}
 
 
 def _check_chunk(file: Path, labels: np.ndarray) -> np.ndarray:

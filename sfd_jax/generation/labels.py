@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from sfd_jax.errors import SfdError, nearest
+from sfd_jax.ranges import check
 
 # The order of balanced labels is the same whatever the seed of the noise.
 ORDER_SEED = 0
@@ -34,8 +35,7 @@ def make_labels(
     Raises:
       SfdError: no sample asked for, or a class that there is not.
     """
-    if num < 1:
-        raise SfdError(f"asked for {num} samples: give at least 1")
+    check(num=num, seed=seed)
     trained = np.arange(num_classes, dtype=np.int32) if trained is None else trained
     if spec == "balanced":
         return trained[balanced_labels(num, len(trained))]

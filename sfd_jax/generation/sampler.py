@@ -21,13 +21,14 @@ from sfd_jax.diffusion import guidance
 from sfd_jax.diffusion.clocks import Clocks, make_clocks
 from sfd_jax.diffusion.sampling import SolverConfig, sample, trajectory
 from sfd_jax.distributed import batch_sharding, make_mesh, mesh_context, param_shardings, put_same, replicated
-from sfd_jax.errors import SfdError, nearest
+from sfd_jax.errors import SfdError, nearest, refuse
 from sfd_jax.generation.parts import Checkpoint, check_parts, trained_labels
 from sfd_jax.latents import LatentLayout, LatentStatistics
 from sfd_jax.models import Network, network_of
 from sfd_jax.models.fingerprint import params_hash
 from sfd_jax.models.network import checkpoint_name
 from sfd_jax.models.texture_vae import to_bytes
+from sfd_jax.ranges import MAY_BE_NONE, RULES, check, check_fields, useless
 
 GUIDANCE = ("none", "cfg", "autoguidance")
 # The decoder's widest layers hold a hundred times the latent: it takes this many images a device at once.
@@ -42,11 +43,14 @@ class SampleConfig:
     Attributes:
       solver, mode, num_steps, calls, atol, rtol, timestep_shift: see `diffusion.sampling.SolverConfig`.
       guidance: "none", "cfg" or "autoguidance".
-      guidance_scale: 1 is no guidance.
-      guidance_scale_semantic, guidance_scale_texture: AutoGuidance's scale of one group; negative for the
-        common one.
+      guidance_scale: not 1, which is no guidance.
+      guidance_scale_semantic, guidance_scale_texture: AutoGuidance's scale of one group; None for the common one.
       guidance_interval_start, guidance_interval_groups: a group ("tex", "sem" or "both") is guided once its
         clock has reached the start; 0 for always.
+
+    Raises:
+      SfdError: an unknown name, a number outside its range, or a value other than the default that would have no
+        effect.
     """
 
     solver: str = "dopri5"
@@ -58,16 +62,28 @@ class SampleConfig:
     timestep_shift: float = 0.0
     guidance: str = "none"
     guidance_scale: float = 1.0
-    guidance_scale_semantic: float = -1.0
-    guidance_scale_texture: float = -1.0
+    guidance_scale_semantic: float | None = None
+    guidance_scale_texture: float | None = None
     guidance_interval_start: float = 0.0
     guidance_interval_groups: str = "both"
 
     def __post_init__(self):
         if self.guidance not in GUIDANCE:
             raise SfdError(f"unknown guidance '{self.guidance}'; {nearest(self.guidance, GUIDANCE)}")
-        if self.guidance == "cfg" and max(self.guidance_scale_semantic, self.guidance_scale_texture) >= 0:
-            raise SfdError("separate guidance scales belong to guidance 'autoguidance'; 'cfg' has one scale")
+        check_fields("sample", self)
+        guidance.check_groups(self.guidance_interval_groups)
+        values = dataclasses.asdict(self)
+        given = {field.name for field in dataclasses.fields(self) if values[field.name] != field.default}
+        refuse(list(useless(RULES["sample"], values, given).values()))
+        scales = [
+            self.guidance_scale if scale is None else scale
+            for scale in (self.guidance_scale_semantic, self.guidance_scale_texture)
+        ]
+        if self.guidance != "none" and scales == [1, 1]:
+            raise SfdError(
+                f"guidance '{self.guidance}' with guidance_scale=1 is no guidance: give another scale, such as 1.5, or "
+                "guidance 'none'"
+            )
         self.solver_config()
 
     def solver_config(self) -> SolverConfig:
@@ -78,8 +94,15 @@ class SampleConfig:
 
     @classmethod
     def from_group(cls, group: Any) -> "SampleConfig":
-        """Take the fields from a config's `sample` group (a mapping), which may hold others too."""
-        return cls(**{field.name: group[field.name] for field in dataclasses.fields(cls)})
+        """Take the fields from a config's `sample` group (a mapping), which may hold others too.
+
+        A group says what to take with every solver and kind of guidance; of what its own have no use for, the
+        default is taken. (Overrides without effect are refused by `cli.flags.load_config`.)
+        """
+        values = {field.name: group[field.name] for field in dataclasses.fields(cls)}
+        values |= {name: None for name in MAY_BE_NONE if values.get(name) == -1}  # as it was written once
+        idle = useless(RULES["sample"], values, values)
+        return cls(**{name: value for name, value in values.items() if name not in idle and value is not None})
 
 
 class Sampler:
@@ -125,6 +148,7 @@ class Sampler:
         Raises:
           SfdError: parts that do not fit each other.
         """
+        check(seed=seed)
         self.mesh = make_mesh() if mesh is None else mesh
         network, vae = model[0], texture_vae[0]
         _check_fit(network, vae, weak and weak[0], layout, statistics, config)
@@ -310,15 +334,13 @@ class Sampler:
                 **interval,
             )
         if config.guidance == "autoguidance":
-            own = (config.guidance_scale_semantic, config.guidance_scale_texture)
-            semantic, texture = (None if scale < 0 else scale for scale in own)
             return guidance.autoguidance(
                 network("model"),
                 network("weak"),
                 labels,
                 scale=config.guidance_scale,
-                scale_semantic=semantic,
-                scale_texture=texture,
+                scale_semantic=config.guidance_scale_semantic,
+                scale_texture=config.guidance_scale_texture,
                 **interval,
             )
         return guidance.conditional(network("model"), labels)

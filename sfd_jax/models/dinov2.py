@@ -44,6 +44,7 @@ from sfd_jax.models.layers import (
 )
 from sfd_jax.models.resize import resize_bicubic
 from sfd_jax.models.stack import REMAT, run_stack, stack
+from sfd_jax.ranges import check_fields
 
 DINOV2_SIZES = {
     "S": dict(width=384, depth=12, num_heads=6),
@@ -88,6 +89,7 @@ class DinoV2Config:
     compute_dtype: str = "float32"
 
     def __post_init__(self):
+        check_fields("model", self)
         check(
             self.width % self.num_heads == 0,
             f"width {self.width} does not divide by num_heads {self.num_heads}",

@@ -23,6 +23,7 @@ from sfd_jax.models.dinov2 import preprocess
 from sfd_jax.models.layers import check_divides
 from sfd_jax.models.network import Network
 from sfd_jax.models.posterior import sample_posterior
+from sfd_jax.ranges import check
 
 
 def to_float(pixels: jax.Array) -> jax.Array:
@@ -100,6 +101,7 @@ class LatentEncoder:
     seed: int = 0
 
     def __post_init__(self):
+        check(seed=self.seed)
         for posterior in (self.texture_posterior, self.semantic_posterior):
             if posterior not in ("sample", "mean"):
                 raise SfdError(f"posterior '{posterior}': choose sample or mean")

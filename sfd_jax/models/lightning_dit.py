@@ -59,6 +59,7 @@ from sfd_jax.models.layers import (
 )
 from sfd_jax.models.positions import rotary_2d, sincos_2d, time_features
 from sfd_jax.models.stack import REMAT, choose_remat, choose_scan, run_stack, stack
+from sfd_jax.ranges import check_fields
 
 # The released code's table. Its "1p0B" is the paper's XXL, which the paper gives as 32 x 1280 x 16.
 SIZES = {
@@ -121,6 +122,7 @@ class DiTConfig:
     compute_dtype: str = "float32"
 
     def __post_init__(self):
+        check_fields("model", self)
         d, k = self.width, self.num_heads
         check(d % k == 0, f"width {d} does not divide by num_heads {k}: choose another number of heads")
         check(d % 4 == 0, f"width {d} must divide by 4: half of it tells the row, half the column")
@@ -133,7 +135,7 @@ class DiTConfig:
             f"input_size {self.input_size} does not divide by patch_size {self.patch_size}",
         )
         check(
-            not self.repa_features or 1 <= self.repa_depth <= self.depth,
+            not self.repa_features or self.repa_depth <= self.depth,
             f"repa_depth {self.repa_depth} must lie in 1..depth ({self.depth})",
         )
         policies = (*REMAT, "auto")

@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 
 from sfd_jax.models.layers import check, conv
+from sfd_jax.ranges import check_fields
 
 # ImageNet's mean and std for pixels in [-1, 1], as the original rounds them.
 SHIFT = np.array([-0.030, -0.088, -0.188], np.float32).reshape(1, 1, 1, 3)
@@ -40,6 +41,7 @@ class LpipsConfig:
     depths: tuple[int, ...] = (2, 2, 3, 3, 3)
 
     def __post_init__(self):
+        check_fields("model", self)
         check(
             len(self.channels) == len(self.depths) > 0,
             f"LPIPS with {len(self.channels)} channels and {len(self.depths)} depths: give one each a slice",

@@ -38,6 +38,7 @@ from sfd_jax.models.layers import (
     layer_norm,
 )
 from sfd_jax.models.posterior import sample_posterior, split_moments
+from sfd_jax.ranges import check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,7 @@ class SemanticVAEConfig:
     compute_dtype: str = "float32"
 
     def __post_init__(self):
+        check_fields("model", self)
         check(
             self.arch in STACKS, f"no Semantic VAE arch '{self.arch}': {nearest(self.arch, STACKS)}"
         )
@@ -76,7 +78,6 @@ class SemanticVAEConfig:
             f"hidden_dim {self.hidden_dim} does not divide by transformer_heads "
             f"{self.transformer_heads}",
         )
-        check(self.num_layers >= 1, f"num_layers is {self.num_layers}: at least 1")
         check_dtype(self.compute_dtype)
 
 

@@ -32,6 +32,7 @@ from flax import nnx
 from sfd_jax.models.attention import attend
 from sfd_jax.models.layers import check, check_divides, check_dtype, conv, group_norm
 from sfd_jax.models.posterior import sample_posterior, split_moments
+from sfd_jax.ranges import check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,7 @@ class TextureVAEConfig:
     compute_dtype: str = "float32"
 
     def __post_init__(self):
+        check_fields("model", self)
         check(
             self.variant in ("ldm", "mar"),
             f"no texture VAE variant '{self.variant}': choose ldm or mar",

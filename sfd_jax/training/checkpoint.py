@@ -30,6 +30,7 @@ from etils import epath
 
 from sfd_jax.distributed import say
 from sfd_jax.errors import SfdError
+from sfd_jax.files import user_path
 from sfd_jax.training.checksums import checksums
 from sfd_jax.training.state import TrainState
 
@@ -195,6 +196,8 @@ def find_checkpoint(directory, step: int | None = None) -> epath.Path:
     if not root.exists():
         raise SfdError(f"no checkpoint folder {root}")
     if any((root / item).exists() for item in (*_STATE_ITEMS, "metadata")):
+        if step is not None and root.name != str(step):
+            raise SfdError(f"{root} is one checkpoint, so step {step} cannot be chosen: leave it out, or give the run's folder")
         return root
     if (root / "checkpoints").exists():
         root = root / "checkpoints"
@@ -208,7 +211,7 @@ def find_checkpoint(directory, step: int | None = None) -> epath.Path:
 
 def _folder(directory) -> epath.Path:
     """Return a folder as Orbax wants it: local ones absolute, gs:// ones as they are."""
-    text = os.fspath(directory)
+    text = user_path(directory)
     return epath.Path(text if "://" in text else os.path.abspath(text))
 
 

@@ -11,6 +11,7 @@ import optax
 
 from sfd_jax.errors import SfdError, nearest
 from sfd_jax.models.network import checkpoint_name
+from sfd_jax.ranges import check_fields
 
 SCHEDULES = ("constant", "cosine", "constant_cosine")
 
@@ -43,6 +44,9 @@ class OptimizerConfig:
     constant_steps: int = 0
     final_fraction: float = 0.0
     clip_norm: float = 0.0
+
+    def __post_init__(self):
+        check_fields("optimizer", self)
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from sfd_jax.errors import SfdError
 from sfd_jax.models.network import Network
 from sfd_jax.models.posterior import sample_posterior
+from sfd_jax.ranges import check_fields
 from sfd_jax.training.frozen_features import FrozenFeatures
 from sfd_jax.training.randomness import row_normal
 from sfd_jax.training.task import Task
@@ -46,6 +47,7 @@ class SemanticVAELoss:
     num_classes: int = 0
 
     def __post_init__(self):
+        check_fields("loss", self)
         if self.cosine_axis not in COSINE_AXES:
             raise SfdError(f"loss.cosine_axis '{self.cosine_axis}': choose token or feature")
         if self.classification_weight and self.num_classes < 2:

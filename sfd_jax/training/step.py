@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sfd_jax.distributed import batch_sharding, mesh_context, param_shardings, put_same, replicated
 from sfd_jax.distributed.mesh import AXES
 from sfd_jax.errors import SfdError
+from sfd_jax.ranges import check_fields
 from sfd_jax.training.optimizer import OptimizerConfig, make_schedule
 from sfd_jax.training.state import TrainState, abstract_state
 
@@ -47,13 +48,7 @@ class TrainConfig:
     max_bad_steps: int = 20
 
     def __post_init__(self):
-        positive = ("steps", "global_batch_size", "accumulation", "log_every", "checkpoint_every", "keep_last",
-                    "max_bad_steps")  # fmt: skip
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise SfdError(f"train.{name}={getattr(self, name)} must be at least 1")
-        if not 0 <= self.ema_decay < 1:
-            raise SfdError(f"train.ema_decay={self.ema_decay} must lie in [0, 1)")
+        check_fields("train", self)
         if self.global_batch_size % self.accumulation:
             raise SfdError(
                 f"train.global_batch_size={self.global_batch_size} does not divide by "

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from sfd_jax.models.network import Network
 from sfd_jax.models.posterior import sample_posterior
+from sfd_jax.ranges import check_fields
 from sfd_jax.training.randomness import row_normal
 from sfd_jax.training.task import Task
 from sfd_jax.training.terms import gaussian_kl
@@ -33,6 +34,9 @@ class TextureVAELoss:
     mse_weight: float = 0.0
     kl_weight: float = 1e-6
     perceptual_weight: float = 1.0
+
+    def __post_init__(self):
+        check_fields("loss", self)
 
 
 def texture_vae_task(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from sfd_jax.errors import SfdError
 from sfd_jax.models.dinov2 import preprocess
 from sfd_jax.models.network import Network
+from sfd_jax.ranges import check_fields
 from sfd_jax.training.randomness import row_keys
 from sfd_jax.training.task import Task
 from sfd_jax.training.terms import apply_head, cross_entropy, hits, linear_head
@@ -38,6 +39,7 @@ class VisualEncoderLoss:
     scale: float = 0.0
 
     def __post_init__(self):
+        check_fields("loss", self)
         if self.num_classes < 2:
             raise SfdError(f"loss.num_classes={self.num_classes}: a classifier needs at least 2")
 

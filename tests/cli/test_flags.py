@@ -106,3 +106,84 @@ def test_too_little_memory_says_what_to_make_smaller(capfd, door):
     assert "RESOURCE_EXHAUSTED" in told and "Traceback" not in told
     if door == "train":  # the hint's flags exist
         assert parse(*(word.rstrip(",") for word in SMALLER[door].split() if word.startswith("--"))).config.train.accumulation == 2
+
+
+def test_none_sets_back_what_may_be_none():
+    assert parse("--config.sample.guidance_scale_semantic=None").config.sample.guidance_scale_semantic is None
+    assert parse("--config.model.scan_blocks=None").config.model.scan_blocks is None
+    assert parse("--config.clocks.delta_t=0").config.clocks.delta_t == 0  # one clock
+    assert parse("--config.data.semantic_vae=None").config.data.semantic_vae == ""
+    digits = load_config("configs/digits.py", ["--config.diffusion.model.scan_blocks=None"])
+    assert digits.diffusion.model.scan_blocks is None
+    with pytest.raises(SfdError, match="'train.steps' takes an integer"):
+        parse("--config.train.steps=None")
+    for given in (["--workdir=None"], ["--workdir", "None"]):
+        args = parse(*given)
+        assert args.workdir is None and "workdir" not in args.given
+    assert parse("--workdir=w").given == ["workdir"]
+
+
+def test_all_faults_are_named_at_once():
+    with pytest.raises(SfdError) as error:
+        parse("--config.train.stesp=9", "--config.optimizer.b2=nan", "--config.data.path=hdfs://x", "--config.seed=-1")
+    assert "4 faults" in str(error.value)
+    assert all(name in str(error.value) for name in ("stesp", "optimizer.b2=nan", "hdfs:", "seed=-1"))
+
+
+@pytest.mark.parametrize(
+    "flag, says",
+    [
+        ("--config.sample.calls=9", "--config.sample.calls=9 has no effect beside --config.sample.solver=dopri5"),
+        ("--config.data.visual_encoder=x", "has no effect without --config.data.repa_source=online"),
+        ("--config.data.images.image_size=64", "images.image_size=64 has no effect without --config.data.repa_source=online"),
+        ("--config.data.path=gs:/bucket/x", "a bucket is written gs://BUCKET/FOLDER"),
+        ("--config.clocks.name=sequential --config.clocks.delta_t=0.5", "delta_t=0.5 has no effect without --config.clocks.name"),
+        ("--config.data.path=gs://bucket/x", "only --workdir and checkpoints may lie in a bucket"),
+        ("--config.mesh.fsdp=0", "mesh.fsdp=0: give an integer from 1 to 1,048,576, or -1"),
+        ("--config.train.steps=1e3", "takes an integer"),
+        ("--config=configs/digits.py", "is for `sfd demo`; this command takes one like --config=configs/sfd.py:xl"),
+        ("--config=configs/semantic_vae.py", "is for `sfd train_semvae`"),
+        ("--config=configs/texture_vae.py", "is for `sfd train_texture_vae`"),
+    ],
+)
+def test_values_that_would_do_nothing_or_harm_are_named(flag, says):
+    with pytest.raises(SfdError) as error:
+        parse(*flag.split())
+    assert says in str(error.value)
+
+
+def test_a_config_of_no_kind_is_a_sentence(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("import ml_collections\ndef get_config():\n  return ml_collections.ConfigDict(dict(latents={}))\n")
+    with pytest.raises(SfdError, match="lacks clocks: take one like configs/sfd.py:xl"):
+        parse(f"--config={file}")
+
+
+def test_scales_of_old_configs_are_read(tmp_path):
+    file = tmp_path / "old.py"
+    file.write_text("import ml_collections\ndef get_config():\n  return ml_collections.ConfigDict(dict(sample=dict(guidance_scale_semantic=-1.0)))\n")
+    assert load_config(str(file)).sample.guidance_scale_semantic is None
+    with pytest.raises(SfdError, match="guidance_scale_semantic=-1.0"):
+        load_config(str(file), ["--config.sample.guidance_scale_semantic=-1.0"])
+
+
+@pytest.mark.parametrize("command, flags, says", [
+    ("extract", ["--out=o", "--repack=r", "--texture_vae=v"], "--texture_vae=v has no effect beside --repack"),
+    ("extract", ["--out=o", "--images=folder", "--texture_vae=v", "--statistics=measured"], "has no effect without --repack"),
+    ("extract", ["--out=o", "--images=digits", "--texture_vae=v", "--path=x"], "--path=x has no effect beside --images=digits"),
+    ("extract", ["--out=o", "--images=digits", "--texture_vae=v", "--expect_count=3"], "has no effect without --check"),
+    ("extract", ["--out=o", "--images=digits", "--texture_vae=v", "--workers=-1"], "--workers=-1: give an integer from 0"),
+    ("extract", ["--out=gs://b/o", "--images=digits", "--texture_vae=v"], "argument --out: path gs://b/o: only --workdir"),
+    ("extract", ["--out= o", "--images=digits"], "has blanks or quotes at its ends"),
+    ("convert", ["x.pt", "--inspect", "--step=3"], "--step=3 has no effect without --export"),
+    ("convert", ["x.pt", "--out=", "--inspect"], "argument --out: an empty path"),
+    ("fetch", ["--file=x"], "--file=x has no effect without --name"),
+    ("compile_pod", ["--topology=v5e:2x2", "--batch_size=4"], "--batch_size=4 has no effect beside --what=train"),
+    ("plan", ["--topology=v5e:2x2", "--utilisation=nan"], "--utilisation=nan: give a number above 0 to 1"),
+    ("demo", ["--seed=-1"], "--seed=-1: give an integer from 0 to 4,294,967,295"),
+])  # fmt: skip
+def test_flags_without_effect_or_sense_are_refused(command, flags, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([command, *flags]) == 2
+    assert says in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

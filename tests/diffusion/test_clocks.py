@@ -86,5 +86,5 @@ def test_make_clocks():
     assert make_clocks("sequential") == Sequential()
     with pytest.raises(SfdError, match="did you mean 'sequential'"):
         make_clocks("sequentail")
-    with pytest.raises(SfdError, match="delta_t = 1.2"):
+    with pytest.raises(SfdError, match="delta_t=1.2"):
         make_clocks("fixed_offset", delta_t=1.2)

@@ -183,7 +183,7 @@ def test_impossible_settings_are_refused():
         LossConfig(repa_kind="cosmse")
     with pytest.raises(SfdError, match="loss.time"):
         LossConfig(time="normal")
-    with pytest.raises(SfdError, match="label_dropout = 1.5"):
+    with pytest.raises(SfdError, match="label_dropout=1.5"):
         LossConfig(label_dropout=1.5)
     with pytest.raises(SfdError, match="repa_features"):
         loss(truth, LossConfig())

@@ -217,7 +217,7 @@ def test_impossible_settings_are_refused():
         SolverConfig(name="dopri")
     with pytest.raises(SfdError, match="did you mean 'published'"):
         SolverConfig(mode="publish")
-    with pytest.raises(SfdError, match="num_steps = 1"):
+    with pytest.raises(SfdError, match="num_steps=1"):
         SolverConfig(num_steps=1)
     with pytest.raises(SfdError, match="rtol"):
         SolverConfig(rtol=0.0)

@@ -18,7 +18,13 @@ def test_minus_one_takes_what_is_left():
     assert sorted(device.id for device in make_mesh(2, 4).devices.flat) == list(range(8))
 
 
-@pytest.mark.parametrize("data, fsdp", [(-2, -1), (3, -1), (2, 2), (0, 8)])
+@pytest.mark.parametrize("data, fsdp", [(-2, -1), (0, 8), (-2, -4), (8, True)])
+def test_sizes_that_are_none(data, fsdp):
+    with pytest.raises(SfdError, match="mesh.(data|fsdp)=.*: give an integer from 1"):
+        make_mesh(data, fsdp)
+
+
+@pytest.mark.parametrize("data, fsdp", [(3, -1), (2, 2)])
 def test_sizes_that_do_not_fill_the_devices(data, fsdp):
     with pytest.raises(SfdError, match=f"mesh.data={data} and mesh.fsdp={fsdp}"):
         make_mesh(data, fsdp)

@@ -145,3 +145,38 @@ def test_pngs_and_grid(tmp_path):
     # Row 2 shows class 2, whose first samples are 2, 7 and 12, in this order.
     shown = grid[2 * 5 + 2, :, 0][grid[2 * 5 + 2, :, 1] == 2]
     assert [v for i, v in enumerate(shown) if i == 0 or v != shown[i - 1]] == [2, 7, 12]
+
+
+@pytest.mark.parametrize("sizes", [dict(chunk_size=-1), dict(chunk_size=0), dict(batch_size=0), dict(batch_size=2.5)])
+def test_sizes_that_are_none_are_refused(tmp_path, sizes):
+    [name] = sizes
+    with pytest.raises(SfdError, match=f"{name}={sizes[name]}: give an integer from 1"):
+        run(tmp_path / "job", **sizes)
+    assert not (tmp_path / "job").exists()
+
+
+def test_the_chunk_size_belongs_to_the_recipe_where_the_batch_size_does(tmp_path):
+    """As in published mode, where dopri5 shares its step over a batch, and chunks decide where batches begin."""
+    recipe = {**RECIPE, "batch_size": 7}
+    run(tmp_path, recipe=recipe, chunk_size=20)
+    assert json.loads((tmp_path / "recipe.json").read_text())["chunk_size"] == 20
+    with pytest.raises(SfdError, match="chunk_size: there 20, here 14"):
+        run(tmp_path, recipe=recipe, chunk_size=14)
+    run(tmp_path, recipe=recipe, chunk_size=20)
+
+
+def test_folders_begun_before_go_on(tmp_path):
+    """Recipes did not tell of chunks once, and said -1 for a scale that was not given."""
+    sampler = {"solver": "dopri5", "num_steps": 100, "guidance": "autoguidance", "guidance_scale": 1.5,
+               "guidance_scale_semantic": None, "guidance_scale_texture": None}  # fmt: skip
+    recipe = {**RECIPE, "batch_size": 7, "sampler": sampler}
+    run(tmp_path, recipe=recipe, chunk_size=None)
+    old = json.loads((tmp_path / "recipe.json").read_text())
+    del old["chunk_size"]
+    old["sampler"] |= {"guidance_scale_semantic": -1.0, "guidance_scale_texture": -1.0, "num_steps": 50}  # dopri5 has none
+    (tmp_path / "recipe.json").write_text(json.dumps(old))
+    run(tmp_path, recipe=recipe, chunk_size=None)
+    with pytest.raises(SfdError, match="sampler.guidance_scale: there 1.5, here 2.0"):
+        run(tmp_path, recipe=recipe | {"sampler": sampler | {"guidance_scale": 2.0}}, chunk_size=None)
+    with pytest.raises(SfdError, match="chunk_size: there 1001, here 20"):
+        run(tmp_path, recipe=recipe, chunk_size=20)

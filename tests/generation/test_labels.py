@@ -65,5 +65,5 @@ def test_what_is_no_class_is_refused(spec, names, words):
 
 
 def test_no_sample_is_refused():
-    with pytest.raises(SfdError, match="at least 1"):
+    with pytest.raises(SfdError, match="num=0: give an integer from 1"):
         make_labels("balanced", 0, 5)

@@ -123,7 +123,7 @@ def test_decoding_is_the_published_formula(whole):
     assert difference.max() <= 1 and (difference > 0).mean() < 0.01  # rounding at an edge of truncation
 
 
-def test_autoguidance_uses_the_weak_model_and_scale_one_does_not(whole):
+def test_autoguidance_uses_the_weak_model_the_less_the_nearer_its_scale_is_to_one(whole):
     *_, latents = whole
     indices, mesh = np.arange(8), make_mesh(devices=jax.devices()[:1])
 
@@ -132,7 +132,7 @@ def test_autoguidance_uses_the_weak_model_and_scale_one_does_not(whole):
         sampler = make_sampler(dit(), vae(), config, weak=dit(seed=5, width=8), seed=11, mesh=mesh)
         return np.abs(sampler.latents(indices, labels_of(indices)) - latents[:8]).max(axis=(0, 1, 2))
 
-    assert change(1.0).max() < 1e-4
+    assert change(1.00001).max() < 1e-3  # 1 itself is refused
     assert change(3.0).min() > 0.1
 
 
@@ -171,9 +171,9 @@ def test_recipe_names_what_decides_the_images():
         (lambda: make_sampler((dit()[0], dit()[1] | {"latent_statistics": None}), vae(), EULER), "no latent statistics"),
         (lambda: make_sampler(dit(), vae(z_channels=4), EULER), "3 channels, the texture VAE 4"),
         (lambda: make_sampler(dit(in_channels=6), vae(), EULER), "5 channels .* the model 6"),
-        (lambda: make_sampler(dit(), vae(), SampleConfig(guidance="autoguidance")), "needs a weaker model"),
+        (lambda: make_sampler(dit(), vae(), SampleConfig(guidance="autoguidance", guidance_scale=2.0)), "needs a weaker model"),
         (lambda: make_sampler(dit(), vae(), EULER, weak=dit()), "guidance is 'none'"),
-        (lambda: make_sampler(dit(null_label=False), vae(), SampleConfig(guidance="cfg")), "no null label"),
+        (lambda: make_sampler(dit(null_label=False), vae(), SampleConfig(guidance="cfg", guidance_scale=2.0)), "no null label"),
         (lambda: SampleConfig(guidance="cgf"), "did you mean 'cfg'"),
         (lambda: SampleConfig(solver="dopri"), "dopri5"),
     ],

@@ -94,7 +94,13 @@ def test_check_names_faults_without_training(latents, tmp_path, capsys):
     assert train(tmp_path / "run", latents, "--check", "--config.model.num_classes=7") == 2
     assert "model.num_classes=7" in capsys.readouterr().err
     assert train(tmp_path / "run", latents, "--check", "--config.model.input_size=8") == 2
-    assert "8, 8, 12" in capsys.readouterr().err
+    assert "the latents are 4 x 4, but model.input_size=8: --config.model.input_size=4" in capsys.readouterr().err
+    assert train(tmp_path / "run", latents, "--check", "--config.train.global_batch_size=12") == 2
+    assert "global_batch_size=12 does not divide over 8 devices" in capsys.readouterr().err
+    assert train(tmp_path / "run", latents, "--check", "--config.mesh.fsdp=3") == 0
+    assert "note: whether the batch divides over the devices was not checked" in capsys.readouterr().out
+    assert train(tmp_path / "run", latents, "--check", "--init=nowhere") == 2
+    assert "no checkpoint folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag, message", [
@@ -105,7 +111,7 @@ def test_check_names_faults_without_training(latents, tmp_path, capsys):
     ("--config.model.two_clocks=False", "model.two_clocks=False reads one clock"),
     ("--config.optimizer.schedule=cosin", "did you mean 'cosine'"),
     ("--config.train.accumulation=3", "global_batch_size=8 does not divide by train.accumulation=3"),
-    ("--config.train.ema_decay=1.0", "train.ema_decay=1.0 must lie in"),
+    ("--config.train.ema_decay=1.0", "train.ema_decay=1.0: give a number from 0 to below 1"),
     ("--config.data.repa_source=web", "data.repa_source='web'"),
     ("--config.data.flip=False", "did you mean 'flips'"),
 ])
@@ -189,6 +195,59 @@ def test_targets_are_made_by_what_made_the_latents(tmp_path, capsys):
     assert "image_size=30 does not divide by model.input_size=4: 28 or 32" in answer(unknown, *online, "--config.data.images.image_size=30")
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "more.png")
     assert "made from 20 images, but data.images names 21" in answer(own, *online)
+def test_all_faults_are_named_at_once_with_the_flags_that_fix_them(tmp_path, capsys):
+    """What a new user meets whose latents were extracted without `--repa`, with other channels and no mirrored images."""
+    folder = tmp_path / "plain"
+    fields = latent_fields((4, 4, 6), (4, 4, 3), dtype="float32", flips=False)
+    writer = LatentStoreWriter(folder, Plan(8, 8, fields, {}, {}, [str(i) for i in range(10)]))
+    with writer.open_shard(0) as records:
+        for index in range(8):
+            arrays = {name: np.random.default_rng(index).standard_normal(field["shape"]) for name, field in fields.items()}
+            records.add({**arrays, "label": 1, "index": index})
+    writer.finish()
+    wrong = ["--config.optimizer.learning_rate=nan", "--config.loss.time=none", "--config.train.accumulation=3",
+             "--config.model.input_size=8"]  # fmt: skip
+    for check in ([], ["--check"]):
+        assert train(tmp_path / "run", folder, *wrong, *check) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("sfd train: 7 faults:\n")
+        for words in ("optimizer.learning_rate=nan: give", "unknown loss.time 'none'", "train.accumulation=3",
+                      "--config.latents.texture_channels=6 --config.latents.semantic_channels=3", "--config.data.flips=False",
+                      "`sfd extract --repa`", "--config.model.repa_features=0 --config.loss.repa_weight=0",
+                      "--config.model.input_size=4"):  # fmt: skip
+            assert words in told
+    assert not (tmp_path / "run").exists()
+    flags = ("--config.latents.texture_channels=6", "--config.latents.semantic_channels=3", "--config.data.flips=False",
+             "--config.model.repa_features=0", "--config.loss.repa_weight=0", "--check")  # fmt: skip
+    assert train(tmp_path / "run", folder, *flags) == 0  # the flags do fix it
+
+
+@pytest.mark.parametrize("module, flags, words", [
+    ("train_semvae", ["--config.model.hidden_dim=7", "--config.loss.mse_weight=nan"],
+     ("3 faults", "hidden_dim 7", "loss.mse_weight=nan", "say where the features are")),
+    ("train_texture_vae", ["--config.model.norm_groups=7", "--config.data.workers=-1", "--config.lpips=s3://x"],
+     ("4 faults", "norm_groups 7", "data.workers=-1", "'s3:' cannot be read", "say where the images are")),
+])  # fmt: skip
+def test_the_other_training_commands_check_too(module, flags, words, tmp_path, capsys):
+    import importlib
+
+    main = importlib.import_module(f"sfd_jax.cli.{module}").main
+    assert open_door(main, module, [f"--workdir={tmp_path / 'run'}", "--check", *flags]) == 2
+    told = capsys.readouterr().err
+    assert all(word in told for word in words), told
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_of_a_texture_vae_and_a_semantic_vae(latents, tmp_path, capsys):
+    from sfd_jax.cli import train_semvae, train_texture_vae
+
+    run = f"--workdir={tmp_path / 'run'}"
+    assert open_door(train_texture_vae.main, "train_texture_vae", ["--config=configs/texture_vae.py:tiny", run, "--check"]) == 0
+    flags = ["--config=configs/semantic_vae.py:tiny", run, f"--config.data.path={latents}", "--check"]
+    assert open_door(train_semvae.main, "train_semvae", flags) == 0
+    assert capsys.readouterr().out.count("no faults found") == 2 and not (tmp_path / "run").exists()
+    assert open_door(train_semvae.main, "train_semvae", [*flags, "--config.model.input_dim=20"]) == 2
+    assert "the data do not fit the network" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -9,13 +9,13 @@ from the last finished work and ends with the same samples.
 
 import os
 
-from sfd_jax.cli.flags import door_parser, parse_door
+from sfd_jax.cli.flags import door_parser, local_path, parse_door
 
 
 def main(argv: list[str]) -> int:
     """Run the demo's stages that are not done yet."""
     parser = door_parser("demo", __doc__)
-    parser.add_argument("--workdir", default="demo_out", help="folder of the run (default: %(default)s)")
+    parser.add_argument("--workdir", type=local_path, default="demo_out", help="folder of the run (default: %(default)s)")
     parser.add_argument("--seed", type=int, help="of everything drawn (default: the config's, 0)")
     args = parse_door(parser, argv, config="configs/digits.py")
     if args.seed is not None:

@@ -1,0 +1,239 @@
+"""What the settings may be: the ranges of all numbers, and which settings need which others, in two tables.
+
+Config groups, their dataclasses, flags and the functions that take the same settings are all checked against these
+tables, so that a number outside its range or a setting without effect is refused wherever it is given.
+"""
+
+import dataclasses
+import numbers
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from sfd_jax.errors import refuse
+
+
+class Range(NamedTuple):
+    """The numbers a setting takes; NaN and the infinities are in none, and a bool is no number.
+
+    Attributes:
+      kind: int takes integers alone (3.0 is none), float any real number.
+      least, most: ends of the range.
+      above, below: the end itself is left out.
+      also: one more value.
+    """
+
+    kind: type
+    least: float
+    most: float
+    above: bool = False
+    below: bool = False
+    also: int | None = None
+
+    def __contains__(self, value: Any) -> bool:
+        kind = numbers.Integral if self.kind is int else numbers.Real
+        if isinstance(value, bool) or not isinstance(value, kind):
+            return False
+        if self.also is not None and value == self.also:
+            return True
+        low = self.least < value if self.above else self.least <= value
+        return low and (value < self.most if self.below else value <= self.most)
+
+    def __str__(self) -> str:
+        kind = "an integer" if self.kind is int else "a number"
+        start, end = (f"{end:,}" if self.kind is int else f"{end:g}" for end in (self.least, self.most))
+        more = "" if self.also is None else f", or {self.also}"
+        return f"{kind} {'above' if self.above else 'from'} {start} to {'below ' if self.below else ''}{end}{more}"
+
+
+_COUNT, _COUNT_OR_0 = Range(int, 1, 2**31 - 1), Range(int, 0, 2**31 - 1)
+_WIDTH, _WIDTH_OR_0 = Range(int, 1, 2**16), Range(int, 0, 2**16)
+_FEW, _FEW_OR_0 = Range(int, 1, 1024), Range(int, 0, 1024)
+_WEIGHT, _SHARE, _BELOW_1 = Range(float, 0, 1e6), Range(float, 0, 1), Range(float, 0, 1, below=True)
+_ANY = Range(float, -1e15, 1e15)  # a number of a config that is not ours
+_MESH = Range(int, 1, 2**20, also=-1)  # -1 takes what the other axis leaves
+
+
+def _rows(names: str, range_: Range) -> dict[str, Range]:
+    return dict.fromkeys(names.split(), range_)
+
+
+# "name", or "group.name" where the name means something else in other groups; the group of a flag is its command.
+RANGES = {
+    # Randomness: JAX's keys and numpy's RandomState both take 32 bits, and would fold or refuse more.
+    **_rows("seed", Range(int, 0, 2**32 - 1)),
+    # Networks
+    **_rows("width in_channels repa_width input_dim bottleneck_dim hidden_dim z_channels ch norm_groups", _WIDTH),
+    **_rows("texture_channels", _WIDTH) | _rows("semantic_channels repa_features num_registers", _WIDTH_OR_0),
+    **_rows("depth num_heads repa_depth num_layers num_res_blocks transformer_heads transformer_blocks ch_mult", _FEW),
+    **_rows("channels", _WIDTH) | _rows("depths", _FEW) | _rows("attention_levels", Range(int, -64, 64)),
+    **_rows("input_size patch_size image_size view_size tile_size tile_grid", Range(int, 1, 2**14)),
+    **_rows("mlp_ratio", Range(float, 0, 64, above=True)),
+    **_rows("layer_scale_init", Range(float, 0, 1e3, above=True)),
+    **_rows("model.num_classes", Range(int, 1, 10**6)) | _rows("num_classes", Range(int, 0, 10**6)),
+    # The method
+    **_rows("delta_t", Range(float, 0, 1, above=True)) | _rows("clocks.delta_t", _SHARE),  # 0: one clock for both
+    **_rows("semantic_weight cosine_weight repa_weight mse_weight l1_weight kl_weight", _WEIGHT),
+    **_rows("classification_weight perceptual_weight", _WEIGHT),
+    **_rows("label_dropout label_smoothing", _SHARE),
+    **_rows("loss.shift", Range(float, 0, 2**14)) | _rows("loss.scale", _BELOW_1),
+    # Optimisation
+    **_rows("learning_rate", Range(float, 0, 100)) | _rows("eps", Range(float, 0, 1, above=True)),
+    **_rows("b1 b2 ema_decay", _BELOW_1) | _rows("weight_decay", Range(float, 0, 1e3)) | _rows("clip_norm", _WEIGHT),
+    **_rows("warmup_fraction final_fraction", _SHARE) | _rows("warmup_steps constant_steps", _COUNT_OR_0),
+    **_rows("steps global_batch_size accumulation log_every checkpoint_every keep_last max_bad_steps", _COUNT),
+    **_rows("keep_every", _COUNT_OR_0),
+    # Sampling
+    **_rows("num", Range(int, 1, 10**9)) | _rows("num_steps", Range(int, 2, 10**6)) | _rows("calls", Range(int, 0, 10**6)),
+    **_rows("atol rtol", Range(float, 0, 1, above=True)) | _rows("max_calls", Range(int, 8, 10**9)),
+    **_rows("timestep_shift", Range(float, 0, 1e3)),
+    **_rows("guidance_scale guidance_scale_semantic guidance_scale_texture", Range(float, 0, 1e3)),
+    **_rows("guidance_interval_start", _BELOW_1),
+    # Data, devices and jobs
+    **_rows("data mesh.fsdp", _MESH) | _rows("fsdp slices", Range(int, 1, 2**20)) | _rows("workers", _FEW_OR_0),
+    **_rows("batch_size eval_batch_size shard_size chunk_size pca_images expect_count plan.images", _COUNT),
+    **_rows("pca convert.semantic_channels", _WIDTH) | _rows("max_broken step weak_step", _COUNT_OR_0),
+    **_rows("utilisation", Range(float, 0, 1, above=True)),
+}
+# Settings that may be None where a config gives them another value.
+MAY_BE_NONE = ("scan_blocks", "guidance_scale_semantic", "guidance_scale_texture")
+
+
+class Only(NamedTuple):
+    """Some settings have an effect only where another one is given, or has one of some values.
+
+    Attributes:
+      names: the settings, with spaces between.
+      where: the other one; with spaces between, any of several.
+      values: which of its values; none: that it is given at all.
+      never: the reverse: no effect where the other one is so.
+      hint: what else to do, for the end of the message.
+    """
+
+    names: str
+    where: str
+    values: tuple = ()
+    never: bool = False
+    hint: str = ""
+
+
+# By config group; "sample" is for the flags of the same names as well.
+RULES = {
+    "sample": (
+        Only("num_steps calls timestep_shift", "solver", ("dopri5",), never=True, hint="dopri5 follows its tolerances"),
+        Only("atol rtol", "solver", ("dopri5",)),
+        Only("num_steps", "calls", never=True),
+        Only("guidance_scale guidance_interval_start guidance_interval_groups", "guidance", ("cfg", "autoguidance"),
+             hint="--weak=CKPT brings autoguidance"),
+        Only("guidance_scale_semantic guidance_scale_texture", "guidance", ("autoguidance",)),
+        Only("guidance_interval_groups", "guidance_interval_start"),
+    ),
+    "clocks": (Only("delta_t", "name", ("fixed_offset",)),),
+    "optimizer": (
+        Only("warmup_fraction", "warmup_steps"),
+        Only("constant_steps", "schedule", ("constant_cosine",)),
+        Only("final_fraction", "schedule", ("cosine", "constant_cosine")),
+    ),
+    "loss": (
+        Only("repa_kind", "repa_weight"),
+        Only("cosine_axis", "cosine_weight"),
+        Only("num_classes", "classification_weight"),
+        Only("perceptual_weight", "lpips"),
+    ),
+    "model": (
+        Only("num_layers", "arch", ("mlp", "resnet")),
+        Only("num_res_blocks", "arch", ("resnet",)),
+        Only("transformer_heads transformer_blocks", "arch", ("transformer",)),
+        Only("repa_depth repa_width", "repa_features"),
+    ),
+    "data": (
+        Only("semantic_vae", "repa_source", ("semvae",)),
+        Only("visual_encoder", "repa_source", ("online",)),
+        Only("tile_grid", "repa_source", ("semvae", "online")),
+        Only("view_size", "visual_encoder"),
+        Only("path", "kind", ("digits",), never=True),
+    ),
+    "images": (
+        Only("path", "kind", ("digits",), never=True),
+        Only("kind path split image_size", "repa_source", ("online",)),
+        Only("held_out_split", "visual_encoder"),
+    ),
+}  # fmt: skip
+
+
+def faults(values: Mapping[str, Any], prefix: str = "", group: str = "") -> list[str]:
+    """Compare all numbers of a mapping, at any depth, with the table.
+
+    Args:
+      values: settings by name; what is no number is passed over, None is "not given".
+      prefix: put before each name in the sentences.
+      group: of the names at the top.
+
+    Returns:
+      A sentence for each number outside its range.
+    """
+    found = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found += faults(value, f"{prefix}{name}.", name)
+            continue
+        row = RANGES.get(f"{group}.{name}", RANGES.get(name))
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            is_number = isinstance(item, numbers.Number) and not (isinstance(item, bool) and row is None)
+            if is_number and item not in (row or _ANY):
+                found.append(f"{prefix}{name}={value}: give {row or 'a finite number'}")
+                break
+    return found
+
+
+def check(group: str = "", /, **values: Any) -> None:
+    """Raise SfdError where a value is outside the range of its name; None is "not given".
+
+    Args:
+      group: of the names, put before them.
+      values: numbers by name.
+    """
+    prefix = f"{group}." if group else ""
+    wrong = [f"{prefix}{name}={value!r}: give a number" for name, value in values.items() if isinstance(value, str)]
+    refuse(wrong + faults(values, prefix, group))
+
+
+def check_fields(group: str, settings: Any) -> None:
+    """Raise SfdError where a number or bool of a config dataclass is outside its range or of another type."""
+    wrong = []
+    for field in dataclasses.fields(settings):
+        value, is_number = getattr(settings, field.name), field.type in (int, float, int | None, float | None)
+        if field.type in (bool, bool | None) and not isinstance(value, field.type):
+            wrong.append(f"{group}.{field.name}={value!r}: give True or False")
+        elif (value is None and field.type in (int, float)) or (is_number and isinstance(value, str)):
+            wrong.append(f"{group}.{field.name}={value!r}: give a number")
+        elif not dataclasses.is_dataclass(value):
+            wrong += faults({field.name: value}, f"{group}.", group)
+    refuse(wrong)
+
+
+def useless(
+    rules: Iterable[Only], values: Mapping[str, Any], given: Collection[str], spell: Callable[[str], str] = str
+) -> dict[str, str]:
+    """Find settings that were given and have no effect.
+
+    Args:
+      rules: what needs what; a rule about a setting that is not in `values` does not apply.
+      values: all settings, given or not.
+      given: names of those that were given.
+      spell: how a name is written in the sentences.
+
+    Returns:
+      Name -> a sentence about it.
+    """
+    found = {}
+    for rule in rules:
+        others = [name for name in rule.where.split() if name in values]
+        holds = any(values[name] in rule.values if rule.values else values[name] not in (None, False, "") for name in others)
+        if not others or holds != rule.never:
+            continue
+        among = f"={' or '.join(rule.values)}" if rule.values else ""
+        why = f"{'beside' if rule.never else 'without'} {' or '.join(map(spell, others))}{among}"
+        hint = f" ({rule.hint})" if rule.hint else ""
+        names = filter(given.__contains__, rule.names.split())
+        found |= {name: f"{spell(name)}={values[name]} has no effect {why}{hint}" for name in names}
+    return found
