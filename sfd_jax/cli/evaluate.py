@@ -17,7 +17,6 @@ already is not overwritten. Lines that begin with "note:" say what was assumed.
 """
 
 import json
-import os
 from pathlib import Path
 
 from sfd_jax.cli.flags import door_parser, local_path, parse_door, path
