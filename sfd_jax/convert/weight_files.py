@@ -316,13 +316,13 @@ def _unwrap(arrays: Mapping[Any, LazyArray], path) -> tuple[dict[str, LazyArray]
 
     A name before all keys is a wrapper's too where a known network stands behind it.
     """
-    counters = [str(key) for key, array in arrays.items() if _is_counter(key, array)]
+    counters = {str(key): None for key, array in arrays.items() if _is_counter(key, array)}
     removed: dict[str, int] = {}
-    origin: dict[str, str] = {}
-    for key in map(str, arrays):
-        if key in counters:
+    origin: dict[str, Any] = {}
+    for key in arrays:
+        if str(key) in counters:
             continue
-        parts = key.split(".")
+        parts = str(key).split(".")
         name = ".".join(part for part in parts if part not in WRAPPERS)
         if name in origin:
             raise SfdError(f"'{path}': {origin[name]} and {key} are both {name} without the names of wrappers")

@@ -159,6 +159,16 @@ def test_members_that_unpack_to_more_than_they_may(tmp_path, torch_file):
     np.testing.assert_array_equal(read_torch_file(path)["a"], np.arange(6))
 
 
+def test_keys_that_are_numbers(tmp_path, torch_file):
+    file = torch_file({})
+    one = b"}K\x01" + file.rebuild("0", 6, 0, (6,), (1,)) + b"s"
+    path = zipped(tmp_path / "f.pt", torch_file, b"}(" + file._text("ema") + one + file._text("ema_model") + one + b"u")
+    with pytest.raises(SfdError, match="several averages"):
+        choose_state(read_tree(path), path)
+    with pytest.raises(SfdError, match="arrays without names"):
+        choose_state(read_tree(path), path, "ema_model")
+
+
 def test_compressed_files_are_read(tmp_path, torch_file):
     file = torch_file({"a": A})
     members = {"a/data.pkl": file.pickle, "a/data/0": file.storages[0]}
