@@ -140,6 +140,9 @@ def read_architecture(
             raise SfdError(f"statistics and semantic channels belong to a diffusion network, this is {network.name}")
     except SfdError as error:
         raise SfdError(f"'{path}': {error}") from error
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        # A shape of another rank, or of no numbers, where the architecture is read from it.
+        raise SfdError(f"'{path}' has some keys of {name}, but not its shapes ({error})") from error
     if skipped := skipped_keys(module.TABLE, file.state):
         notes.append(f"left out, arrays that the network does not use: {skipped}")
     return name, network, system, statistics, file.notes + notes

@@ -390,9 +390,9 @@ def _whole_number(value: Any) -> int | None:
         value = np.asarray(value).reshape(())[()]
     if isinstance(value, np.ndarray) and value.size == 1:
         value = value.reshape(())[()]
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.number)):
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
         return None
-    return int(value) if np.isfinite(value) and value >= 0 and value == int(value) else None
+    return int(value) if 0 <= value < 2**53 and value == int(value) else None
 
 
 def _read_shards(index: Path) -> dict[str, LazyArray]:

@@ -129,6 +129,15 @@ def test_names_without_dots_that_fit_several_are_refused():
         choose({"model": {"a.bc": one, "ab.c": one}, "ema": {"abc": one}})
 
 
+@pytest.mark.parametrize("key", ["blocks.0.attn.proj.weight", "pos_embed", "y_embedder.embedding_table.weight"])
+@pytest.mark.parametrize("shape", [(), (0,), (0, 0, 0)])
+def test_shapes_that_no_network_has_are_a_sentence(tmp_path, key, shape):
+    state = {k: v for k, v in RAW.items() if not k.startswith("blocks.1.")} | {key: np.zeros(shape, np.float32)}
+    safetensors.numpy.save_file(state, tmp_path / "f.safetensors")
+    with pytest.raises(SfdError, match="f.safetensors'"):
+        import_checkpoint(tmp_path / "f.safetensors")
+
+
 def test_one_of_several_is_taken_by_name():
     tree = {"model": RAW, "ema_0.999": RAW, "ema_0.9999": MEAN}
     assert holds(choose(tree, "ema_0.9999"), MEAN) and choose(tree, "ema_0.9999").which == "ema"
