@@ -79,7 +79,8 @@ def run(task, train, config, workdir, *, source, transform, metadata, params=Non
       held_out: (measure, source) to log on at each checkpoint.
 
     Raises:
-      SfdError: the hosts of the job do not go together; data and network do not fit, in any label; and whatever `fit` says.
+      SfdError: the hosts of the job do not go together; data and network do not fit, in any label; and whatever
+        `fit` says.
     """
     import jax
 
