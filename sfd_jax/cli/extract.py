@@ -395,8 +395,8 @@ def _unlike(manifest: dict) -> str:
         shift, ratio = np.abs(true_mean - mean) / std, true_std / std
         if shift.size and (shift.max() > 1 or ratio.max() > 2 or ratio.min() < 0.5):
             return (
-                f"the released {group} statistics are not those of these latents: normalised by them, channels have means "
-                f"up to {shift.max():.2g} from 0 and standard deviations from {ratio.min():.2g} to {ratio.max():.2g}"
+                f"the released {group} statistics are not those of these latents: normalised by them, channels have "
+                f"means up to {shift.max():.2g} from 0 and standard deviations from {ratio.min():.2g} to {ratio.max():.2g}"
             )
     return ""
 

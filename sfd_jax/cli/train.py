@@ -114,7 +114,8 @@ def run(task, train, config, workdir, *, source, transform, metadata, params=Non
       notes: sentences to say at the start.
 
     Raises:
-      SfdError: the hosts of the job do not go together; data and network do not fit, in any label; and whatever `fit` says.
+      SfdError: the hosts of the job do not go together; data and network do not fit, in any label; and whatever
+        `fit` says.
     """
     import jax
 

@@ -152,7 +152,9 @@ def _check_depth(where: str, by_class: dict[str, list[str]]) -> list[str]:
             f"folder right above the classes as the path, such as {above} in it"
         )
     deep = [name for name, folders in inner.items() if len(folders) > 1]
-    return [f"images of the folders below count for the class above: {_some(deep, 'classes of ' + where)}"] if deep else []
+    if not deep:
+        return []
+    return [f"images of the folders below count for the class above: {_some(deep, 'classes of ' + where)}"]
 
 
 def _number(where: str, tops: list[str], notes: list[str]) -> tuple[list[str], list[int]]:

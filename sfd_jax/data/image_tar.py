@@ -56,7 +56,8 @@ class ImageTar:
         names = [os.fsdecode(name) for name in index["names"].tolist()]
         folders = {os.fsdecode(name) for name in index["folders"].tolist()}
         above = {os.path.dirname(name) for name in names} | folders
-        folders |= {folder[:end] for folder in above for end in range(1, len(folder) + 1) if folder[end : end + 1] in ("", "/")}
+        ends = lambda folder: (end for end in range(1, len(folder) + 1) if folder[end : end + 1] in ("", "/"))  # noqa: E731
+        folders |= {folder[:end] for folder in above for end in ends(folder)}
         start = _start(names, folders, split)
         places = {name[len(start) :]: place for place, name in enumerate(names) if name.startswith(start)}
         folders = [folder[len(start) :] for folder in sorted(folders) if folder.startswith(start)]
@@ -181,7 +182,7 @@ def _load_index(path: Path, stamp: np.ndarray) -> dict[str, np.ndarray] | None:
             index = dict(file)
         names, offsets, sizes = index["names"], index["offsets"], index["sizes"]
         whole = names.shape == offsets.shape == sizes.shape and names.dtype.kind == index["folders"].dtype.kind == "S"
-        whole = whole and (not sizes.size or (min(offsets.min(), sizes.min()) >= 0 and (offsets + sizes).max() <= stamp[1]))
+        whole = whole and bool(((offsets >= 0) & (sizes >= 0) & (offsets + sizes <= stamp[1])).all())
         return index if whole and np.array_equal(index["stamp"], stamp) else None
     except Exception:  # none yet, or a damaged one, which numpy tells by many types: it is made again
         return None

@@ -3,7 +3,8 @@
 A source is made of two parts. A *dataset* answers `len(dataset)`, `dataset[i] -> (image, label)` and
 has `class_names`; its image is whatever it has at hand: encoded bytes, an array, a Pillow image. An
 `ImageSource` turns that into pixels, the same way for all of them (decoding.py): RGB, then the ADM centre crop.
-It may have `labels` (N,), `notes` (sentences on what was assumed) and `name(i)`. To add a kind of dataset, write a class of that shape and a line in `KINDS`.
+A dataset may have `labels` (N,), `notes` (sentences on what was assumed) and `name(i)`. To add a kind of dataset,
+write a class of that shape and a line in `KINDS`.
 
 Pixels are uint8 (H,W,3), 0..255, H = W = image_size.
 """
@@ -105,7 +106,8 @@ class ImageSource:
         try:
             image, label = self.dataset[index]
             pixels = center_crop(to_rgb(image), self.image_size)
-        except (OSError, ValueError, TypeError, SyntaxError, EOFError) as error:  # the last three of a Pillow image or an array
+        # The last three come from Pillow images and arrays, which `load_image` has not seen.
+        except (OSError, ValueError, TypeError, SyntaxError, EOFError) as error:
             raise BrokenImage(self.name(index), str(error) or type(error).__name__) from error
         if not (0 <= label < len(self.class_names) and label == int(label)):
             raise SfdError(f"{self.name(index)} has label {label}, but there are {len(self.class_names)} classes")

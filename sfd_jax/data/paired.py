@@ -16,8 +16,8 @@ class WithPixels:
       images: the `ImageSource` they were made from.
 
     Raises:
-      SfdError: there are more or fewer images. When read: an image is missing, broken, or has another label than its latents: then
-        these are not the images that the latents were made from.
+      SfdError: there are more or fewer images. When read: an image is missing, broken, or has another label than its
+        latents: then these are not the images that the latents were made from.
     """
 
     def __init__(self, latents: Any, images: Any):

@@ -206,7 +206,9 @@ def released_statistics(
             raise SfdError(f"{source.directory} lacks {path.name}, which belongs to its shards; copy it there")
         mean, std = read(path)
         if not mean.size == std.size == channels:
-            raise SfdError(f"{path} is of {mean.size} channels, but '{theirs}' of the shards has {channels}: it is of others")
+            raise SfdError(
+                f"{path} is of {mean.size} channels, but '{theirs}' of the shards has {channels}: it is of others"
+            )
         if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
             raise SfdError(f"{path}: every mean must be finite and every std finite and positive; download it again")
         parts += [mean, std]
@@ -218,9 +220,12 @@ def _gaps(numbers: list[tuple[int, ...]]) -> list[str]:
     if twice := [number for number in numbers if numbers.count(number) > 1]:
         raise SfdError(f"two files are shard {twice[0][1]} of rank {twice[0][0]}; remove the copy")
     ranks = {rank: {shard for other, shard in numbers if other == rank} for rank, _ in numbers}
-    missing = [f"rank {rank} shard {shard}" for rank, shards in ranks.items() for shard in range(max(shards)) if shard not in shards]
-    missing += [f"rank {rank}" for rank in range(max(ranks)) if rank not in ranks]
-    return [f"shards are missing between those there are: {', '.join(missing[:5])} ({len(missing)} in all)"] if missing else []
+    lacking = lambda there: [number for number in range(max(there)) if number not in there]  # noqa: E731
+    missing = [f"rank {rank} shard {shard}" for rank, shards in ranks.items() for shard in lacking(shards)]
+    missing += [f"rank {rank}" for rank in lacking(ranks)]
+    if not missing:
+        return []
+    return [f"shards are missing between those there are: {', '.join(missing[:5])} ({len(missing)} in all)"]
 
 
 def _rank_and_shard(path: Path) -> tuple[int, ...]:
@@ -242,7 +247,8 @@ def _header(path: Path) -> dict[str, tuple[str, list[int]]]:
     for name in (theirs + suffix for theirs in CHANNELS_FIRST for suffix in FLIPS if theirs + suffix in header):
         kind, shape = header[name]
         if len(shape) != 4 or shape[0] != rows[0] or 0 in shape or kind not in ("F32", "F16", "BF16", "F64"):
-            raise SfdError(f"{path}: '{name}' is {kind} {shape}; expected floating point (N,C,H,W) with N = {rows[0]}, as 'labels' has")
+            expected = f"floating point (N,C,H,W) with N = {rows[0]}, as 'labels' has"
+            raise SfdError(f"{path}: '{name}' is {kind} {shape}; expected {expected}")
     return header
 
 
