@@ -50,8 +50,8 @@ def disk_fault(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
             return (
-                f"cannot write {error.filename or 'a file or the output'}: {os.strerror(error.errno)}; make room or choose "
-                "another folder, then run the same command again"
+                f"cannot write {error.filename or 'a file or the output'}: {os.strerror(error.errno)}; make room or "
+                "choose another folder, then run the same command again"
             )
         error = error.__cause__ or error.__context__
     return None

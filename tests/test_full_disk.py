@@ -1,6 +1,7 @@
 """A full disk ends a command with one sentence and status 2, whichever writer notices it first.
 
-A limit on the size of files stands in for the disk: every write fails, in Python and in the C++ of Orbax and ArrayRecord.
+A limit on the size of files stands in for the disk: every write fails, in Python and in the C++ of Orbax and
+ArrayRecord.
 """
 
 import errno

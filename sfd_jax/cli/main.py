@@ -32,7 +32,7 @@ DOORS = {
 }
 
 # What to do where a device's memory does not suffice; other doors are told nothing.
-# What is said of training may be done on a begun run (`FREE_KEYS` of training/record.py; tests/cli/test_memory_advice.py).
+# What is said of training can be done on a begun run: see `FREE_KEYS` of training/record.py.
 _training = (
     "nothing saved is lost; go on with {}--config.train.accumulation=2 (or 4, 8, ...), or on more devices, with "
     "--config.mesh.data=1 --config.mesh.fsdp=-1 to split the weights (a smaller train.global_batch_size makes another "
@@ -77,8 +77,8 @@ def main(argv: list[str]) -> int:
 def open_door(door_main, name: str, arguments: list[str]) -> int:
     """Run one door and return its exit status.
 
-    An SfdError becomes one message on stderr and its own status (2: fix it, 75: start again), a full disk one that names
-    the file, a device without enough memory one that says what to make smaller, Ctrl-C 130, a standard output that
+    An SfdError becomes one message on stderr and its own status (2: fix it, 75: start again), a full disk one that
+    names the file, a device without enough memory one that says what to make smaller, Ctrl-C 130, a standard output that
     nobody reads any more 0; any other broken pipe is a fault. The other hosts of a job learn of each end
     that is none of theirs (see distributed/hosts.py).
     """
@@ -130,7 +130,7 @@ def _open_door(door_main, name: str, arguments: list[str]) -> int:
 
 @contextlib.contextmanager
 def _ctrl_c_is_heard() -> Iterator[None]:
-    """Send a Ctrl-C again that came in a finalizer or a callback of C code, from where no exception reaches the command."""
+    """Send a Ctrl-C again that came in a finalizer or a callback of C code, which no exception leaves."""
     hook = sys.unraisablehook
 
     def again(report) -> None:

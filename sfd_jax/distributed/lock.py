@@ -20,7 +20,7 @@ from pathlib import Path
 
 from etils import epath
 
-from sfd_jax.distributed.hosts import barrier, is_host0
+from sfd_jax.distributed.hosts import barrier, is_host0, say
 from sfd_jax.errors import SfdError
 from sfd_jax.files import write_anywhere
 
@@ -58,7 +58,8 @@ class FolderLock:
             except SfdError:
                 raise
             except Exception as error:  # a bucket's client has types of its own, and may be missing
-                raise SfdError(f"work folder {self._folder} cannot be used: {error}; choose one that can be written") from error
+                what = f"work folder {self._folder} cannot be used: {error}"
+                raise SfdError(f"{what}; choose one that can be written") from error
         barrier(f"{self._folder} is locked")
         return self
 
@@ -104,7 +105,7 @@ class FolderLock:
     def _take_lease(self) -> None:
         found = self._read()
         if found and not _dead(found):
-            print(f"{self._folder}: {_name(found)} may be at work here; waiting {STALE:.0f} s for a sign of it", flush=True)
+            say(f"{self._folder}: {_name(found)} may be at work here; waiting {STALE:.0f} s for a sign of it")
             deadline = time.monotonic() + STALE
             while time.monotonic() < deadline:
                 time.sleep(_SETTLE)

@@ -253,7 +253,7 @@ def _check_room(directory: epath.Path, tree) -> None:
 def _save_args(items: dict, metadata: dict) -> ocp.args.Composite:
     """Return what Orbax is to write; the checksums are taken before the arrays may be donated."""
     metadata = _json(metadata)
-    sums = {name: checksums(tree) for name, tree in items.items()}
+    sums = checksums(items)
     stored = {"metadata": metadata, "checksums": sums, "sha256": _sha256(metadata, sums)}
     args = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
     return ocp.args.Composite(**args, metadata=ocp.args.JsonSave(stored))
@@ -264,7 +264,7 @@ def _sha256(metadata: dict, sums: dict) -> str:
 
 
 def _read_metadata(path: epath.Path) -> tuple[dict, dict | None]:
-    """Return a checkpoint's metadata and its checksums: item -> path -> digits, None in one written without."""
+    """Return a checkpoint's metadata and its checksums by path, item first; None in one written without."""
     if not (path / "metadata").exists():
         raise SfdError(f"checkpoint {path} lacks its metadata: {_INCOMPLETE}")
     with _reading(path / "metadata"), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
@@ -281,7 +281,7 @@ def _read_metadata(path: epath.Path) -> tuple[dict, dict | None]:
 def _items_of(path: epath.Path, metadata: dict, sums: dict | None) -> set[str]:
     """Return the names of the items of arrays that a checkpoint was written with."""
     if sums is not None:
-        return set(sums)
+        return {name.split(".", 1)[0] for name in sums}
     return set(_STATE_ITEMS) if "task" in metadata or (path / "progress").exists() else {"params"}
 
 
@@ -296,8 +296,8 @@ def _read(path: epath.Path, targets: dict) -> tuple[dict, dict]:
     if sums is None:
         say(f"{path} was written without checksums: damage in it would not be noticed")
         return restored, metadata
-    found = {f"{name}.{key}": value for name in targets for key, value in checksums(restored[name]).items()}
-    wanted = {f"{name}.{key}": value for name in targets for key, value in sums[name].items()}
+    found = checksums(restored)
+    wanted = {name: value for name, value in sums.items() if name.split(".", 1)[0] in targets}
     if damaged := sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)):
         raise SfdError(
             f"checkpoint {path} is damaged: {len(damaged)} arrays do not have their checksum; {_DAMAGED}:\n  "
@@ -315,7 +315,8 @@ def _read_items(path: epath.Path, targets: dict) -> dict:
                 if found is None:  # Orbax's answer to whatever it cannot read
                     raise ValueError("the list of its arrays is damaged or missing")
                 stored[name] = found.tree
-        _check_arrays(path, {name: tree for name, tree in targets.items() if tree is not None}, stored)
+        with _reading(path / " and ".join(targets)):
+            _check_arrays(path, {name: tree for name, tree in targets.items() if tree is not None}, stored)
         for name, target in targets.items():
             if target is None:
                 restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored[name])

@@ -41,7 +41,9 @@ def _mixed(words, index):
 
 def _near(leaf) -> bool:
     """Return whether the host can read an array where it lies, which spares a compilation for each shape."""
-    return not isinstance(leaf, jax.Array) or (leaf.is_fully_addressable and next(iter(leaf.devices())).platform == "cpu")
+    if not isinstance(leaf, jax.Array):
+        return True
+    return leaf.is_fully_addressable and next(iter(leaf.devices())).platform == "cpu"
 
 
 @jax.jit

@@ -81,13 +81,15 @@ def fit(
         once, with the same status.
     """
     with FolderLock(workdir) as lock:
-        return _fit(lock, task, batches, config, epath.Path(workdir), mesh, seed, metadata or {}, params, evaluate, progress)
+        workdir, metadata = epath.Path(workdir), metadata or {}
+        return _fit(lock, task, batches, config, workdir, mesh, seed, metadata, params, evaluate, progress)
 
 
 def _fit(lock, task, batches, config, workdir, mesh, seed, metadata, params, evaluate, progress) -> TrainState:
     # --- Work folder: one folder, one run -----------------------------------------------------------------
     metadata = _complete(metadata, task, seed, params)
-    names = ("task", "seed", "network_config", "config", "latent_statistics", "frozen", "init", "data_hash", "held_out_hash")
+    names = ("task", "seed", "network_config", "config", "latent_statistics", "frozen", "init", "data_hash",
+             "held_out_hash")  # fmt: skip
     record = {name: metadata[name] for name in names if name in metadata}
     record["fit"] = dataclasses.asdict(config)
     claimed = claim_workdir(workdir, record, may_extend=config.optimizer.schedule == "constant")

@@ -225,7 +225,8 @@ def test_a_second_start_is_refused_and_touches_nothing(whole, tmp_path):
 def listing(folder):
     """What a run leaves alone for a moment: its background writes checkpoints and heartbeats."""
     parts = (folder, folder / "tensorboard")
-    return {str(file): file.stat().st_mtime_ns for part in parts for file in part.iterdir() if file.name not in ("checkpoints", "heartbeats")}
+    files = [file for part in parts for file in part.iterdir() if file.name not in ("checkpoints", "heartbeats")]
+    return {str(file): file.stat().st_mtime_ns for file in files}
 
 
 def test_steps_may_change_only_where_the_schedule_does_not_hang_on_them(tmp_path):

@@ -35,7 +35,8 @@ def main(argv: list[str]) -> int:
         record = DemoRecord(workdir, args.config.to_dict())
         record.run("texture_vae", "texture VAE: 32x32 pixels to 4x4 latents", lambda: stages.train_texture_vae(demo))
         record.run("encoder", "visual encoder, a small ViT with registers", lambda: stages.train_encoder(demo))
-        record.run("semantic_vae", "Semantic VAE on the encoder's patch features", lambda: stages.train_semantic_vae(demo))
+        of_features = "Semantic VAE on the encoder's patch features"
+        record.run("semantic_vae", of_features, lambda: stages.train_semantic_vae(demo))
         record.run("latents", "training digits to latent shards with statistics", lambda: stages.extract_latents(demo))
         record.run("diffusion", "two-clock diffusion model", lambda: stages.train_diffusion(demo, "diffusion"))
         record.run("weak", "weaker model for AutoGuidance", lambda: stages.train_diffusion(demo, "weak"))
