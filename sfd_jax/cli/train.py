@@ -38,6 +38,7 @@ def main(argv: list[str]) -> int:
 
     from sfd_jax.cli import build
     from sfd_jax.cli.repa import check_repa_source, open_targets
+    from sfd_jax.data.checks import check_labels
     from sfd_jax.data.pipeline import latent_transform
     from sfd_jax.training.checkpoint import find_checkpoint
     from sfd_jax.training.optimizer import check_average
@@ -59,7 +60,8 @@ def main(argv: list[str]) -> int:
     with found:
         source = open_source(config.data.path, repa=False)
         check_data(config, source, found, repa=repa)
-        notes += check_classes("model.num_classes", config.model.num_classes, source)
+        found += check_labels(source, config.model.num_classes)
+        notes += unused_classes(config.model.num_classes, source)
     found.stop()
     layout, source = build.layout_from_config(config), open_source(config.data.path, repa=repa)
     source, targets = open_targets(config, layout, source)
@@ -114,13 +116,12 @@ def run(task, train, config, workdir, *, source, transform, metadata, params=Non
       notes: sentences to say at the start.
 
     Raises:
-      SfdError: the hosts of the job do not go together; data and network do not fit, in any label; and whatever
+      SfdError: the hosts of the job do not go together; data and network do not fit; and whatever
         `fit` says.
     """
     import jax
 
     from sfd_jax.cli.build import mesh_from_config
-    from sfd_jax.data.checks import check_labels
     from sfd_jax.data.fingerprint import data_hash
     from sfd_jax.data.pipeline import make_batches, make_eval_batches
     from sfd_jax.distributed import host_rows, say, start
@@ -130,11 +131,6 @@ def run(task, train, config, workdir, *, source, transform, metadata, params=Non
     from sfd_jax.training.held_out import check_held_out, held_out_metrics
     from sfd_jax.training.step import put_frozen
 
-    setting, classes = "model.num_classes", getattr(task.network.config, "num_classes", None)
-    if config.loss.get("classification_weight"):
-        setting, classes = "loss.num_classes", config.loss.num_classes
-    if classes and (faults := check_labels(source, classes, setting)):
-        raise SfdError(faults[0])
     known = {
         "data_hash": data_hash(source),
         "held_out_hash": data_hash(held_out[1]) if held_out else None,
@@ -238,28 +234,12 @@ def check_data(config, source, found: Faults, *, repa: bool) -> None:
         )
 
 
-def check_classes(field: str, num_classes: int, source) -> list[str]:
-    """Compare the classes of a network with those of its data.
-
-    Args:
-      field: what the config calls the number, for messages.
-      num_classes: of the network.
-      source: records; its `origin` tells their labels, and its `class_names` what may come.
-
-    Returns:
-      A sentence where some of the network's classes have no data.
-
-    Raises:
-      SfdError: there are more classes than the network has.
-    """
-    origin, names = getattr(source, "origin", None), source.class_names
-    labels = origin["labels"] if origin else range(len(names or ()))
-    wanted = max([len(names or ()), *(label + 1 for label in labels)])
-    if wanted > num_classes:
-        raise SfdError(f"the data have {wanted} classes, but {field}={num_classes}: set {field}={wanted}")
-    if missing := num_classes - len(set(labels)):
+def unused_classes(num_classes: int, source) -> list[str]:
+    """Return a sentence where some of the network's classes have no data."""
+    known = source.label_counts() or source.class_names or ()
+    if missing := num_classes - len(known):
         return [
-            f"{field}={num_classes}, but the data have images of {len(set(labels))} classes: the embeddings of the "
+            f"model.num_classes={num_classes}, but the data have images of {len(known)} classes: the embeddings of the "
             f"other {missing} are never trained, and sampling refuses those labels"
         ]
     return []

@@ -28,7 +28,8 @@ def main(argv: list[str]) -> int:
     config = args.config
 
     from sfd_jax.cli.build import from_group, train_config
-    from sfd_jax.cli.train import check_classes, check_run, run
+    from sfd_jax.cli.train import check_run, run
+    from sfd_jax.data.checks import check_labels
     from sfd_jax.data.pipeline import feature_transform, pixel_transform
     from sfd_jax.data.published import open_latents
     from sfd_jax.models import Network
@@ -62,8 +63,8 @@ def main(argv: list[str]) -> int:
                 "say where the features are: --config.data.path=FOLDER, made by `sfd extract --repa`; or what to make "
                 "them from: --config.data.visual_encoder=CKPT --config.data.images.path=IMAGES"
             )
-        if not found and loss.classification_weight > 0:
-            check_classes("loss.num_classes", loss.num_classes, source)
+    if not found and loss.classification_weight > 0:
+        found += check_labels(source, loss.num_classes, "loss.num_classes")
     found.stop()
     task = semantic_vae_task(network, loss, maker)
     if args.check:

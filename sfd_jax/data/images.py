@@ -190,33 +190,3 @@ class Tolerant:
             pixels = np.zeros((self.source.image_size,) * 2 + (3,), np.uint8)
             fault_fields = {"name": np.str_(fault.name), "broken": np.str_(fault.reason or "?")}
             return {"pixels": pixels, "label": -1, "index": int(index), **fault_fields}
-
-
-class Substituting:
-    """Read images that may be broken, for training: the next whole one stands in for a broken one.
-
-    Which one stands in is a function of the data alone, so batches stay reproducible. Each process
-    that reads counts what it saw.
-
-    Args:
-      source: an `ImageSource`.
-      max_broken: how many broken images to go on with.
-    """
-
-    def __init__(self, source: Any, max_broken: int):
-        self.source = source
-        self.broken = BrokenImages(max_broken)
-        self.image_size, self.class_names = source.image_size, source.class_names
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> dict:
-        while True:  # ends: `add` raises when there are too many, and no image counts twice
-            try:
-                return self.source[index]
-            except BrokenImage as fault:
-                if len(self.broken.listed) == len(self):
-                    raise
-                self.broken.add(fault)
-                index = (index + 1) % len(self)

@@ -15,7 +15,6 @@ from sfd_jax.data.images import (
     BrokenImage,
     BrokenImages,
     ImageSource,
-    Substituting,
     center_crop,
     open_images,
     to_rgb,
@@ -144,19 +143,6 @@ def test_tfds_is_read_without_tensorflow(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(SfdError, match=r"sfd_jax\[tfds\]"):
         open_images("tfds", "imagenet2012", "train", 8)
-
-
-def test_training_goes_on_with_the_next_image():
-    class Pairs(list):
-        class_names = ["only"]
-
-    grey = [np.full((4, 4), value, np.uint8) for value in (10, 20, 30)]
-    pairs = Pairs([(grey[0], 0), (b"broken", 0), (b"broken too", 0), (grey[2], 0)])
-    source = Substituting(ImageSource(pairs, 4), max_broken=2)
-    assert [int(source[i]["pixels"][0, 0, 0]) for i in (0, 1, 1, 2, 3)] == [10, 30, 30, 30, 30]
-    assert source[1]["index"] == 3 and len(source.broken.listed) == 2
-    with pytest.raises(SfdError, match="2 broken images, more than the 1 allowed"):
-        Substituting(ImageSource(pairs, 4), max_broken=1)[1]
 
 
 @pytest.mark.parametrize("label", [-1, 1, 0.5, float("nan")])
