@@ -77,7 +77,8 @@ def test_data(tmp_path, torch_file, name, protocol):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("array", [A, A.T, A.astype(">f8"), np.int32(3) + np.zeros((), int), np.zeros((0, 2))], ids=repr)
+@pytest.mark.parametrize("array", [A, A.T, A.astype(">f8"), np.int32(3) + np.zeros((), int), np.zeros((0, 2))],
+                         ids=["whole", "transposed", "big-endian", "scalar", "empty"])  # fmt: skip
 def test_numpy_arrays(tmp_path, torch_file, array, protocol):
     found = np.asarray(read(tmp_path, torch_file, array, protocol)["x"])
     np.testing.assert_array_equal(found, array)
@@ -86,7 +87,9 @@ def test_numpy_arrays(tmp_path, torch_file, array, protocol):
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize(
-    "value", [Schedule(), Schedule, datetime.datetime(2024, 1, 2), functools.partial(Schedule), np.array([Schedule()])], ids=str
+    "value",
+    [Schedule(), Schedule, datetime.datetime(2024, 1, 2), functools.partial(Schedule), np.array([Schedule()])],
+    ids=["instance", "class", "datetime", "partial", "array of objects"],
 )
 def test_objects_are_left_out_with_a_note(tmp_path, torch_file, value, protocol):
     tree = read(tmp_path, torch_file, value, protocol)
