@@ -5,11 +5,11 @@ itself twice a hundred times over. So whatever a file makes the readers of this 
 claims to hold, is counted here before it is made.
 """
 
-import math
 import os
 from pathlib import Path
 
 from sfd_jax.errors import SfdError
+from sfd_jax.ranges import check
 
 EXPANSION = 32  # bytes of memory for a byte of the file; a checkpoint with optimizer moments needs 1.1
 SPARE = 16 * 2**20  # bytes that a file of any size may take beside that
@@ -22,11 +22,10 @@ def allow(gib: float | None) -> None:
     """Let files take up to so many GiB, whatever their size; None for the rule above.
 
     Raises:
-      SfdError: not a positive number.
+      SfdError: not a number in its range.
     """
     global _given
-    if gib is not None and not (math.isfinite(gib) and gib > 0):
-        raise SfdError(f"--max_gib={gib}: give a positive number of GiB")
+    check(max_gib=gib)
     _given = None if gib is None else int(gib * 2**30)
 
 

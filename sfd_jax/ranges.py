@@ -92,7 +92,7 @@ RANGES = {
     **_rows("data mesh.fsdp", _MESH) | _rows("fsdp slices", Range(int, 1, 2**20)) | _rows("workers", _FEW_OR_0),
     **_rows("batch_size eval_batch_size shard_size chunk_size pca_images expect_count plan.images", _COUNT),
     **_rows("pca convert.semantic_channels", _WIDTH) | _rows("max_broken step weak_step", _COUNT_OR_0),
-    **_rows("utilisation", Range(float, 0, 1, above=True)),
+    **_rows("max_gib", Range(float, 0, 2**20, above=True)) | _rows("utilisation", Range(float, 0, 1, above=True)),
 }
 # Settings that may be None where a config gives them another value.
 MAY_BE_NONE = ("scan_blocks", "guidance_scale_semantic", "guidance_scale_texture")

@@ -1,12 +1,12 @@
 """What samples are measured against: an ADM reference batch, a statistics file, or images."""
 
 import dataclasses
-import zipfile
 from pathlib import Path
 
 from sfd_jax.errors import SfdError
 from sfd_jax.evaluation.features import Extractor
 from sfd_jax.evaluation.image_sets import ImageSet, hash_files, open_image_set
+from sfd_jax.evaluation.npz import npz_names
 from sfd_jax.evaluation.statistics import FeatureStatistics, load_statistics
 
 
@@ -62,7 +62,7 @@ def open_reference(path: str | Path, image_size: int | None = None) -> Reference
             f"no reference {path}: give an ADM npz, a statistics file of `sfd evaluate --save_statistics`, or a "
             "folder of images"
         )
-    names = _array_names(path)
+    names = npz_names(path)
     statistics = load_statistics(path) if "mu" in names else None
     images = open_image_set(path) if "arr_0" in names else None
     if statistics is None and images is None:
@@ -77,13 +77,3 @@ def open_reference(path: str | Path, image_size: int | None = None) -> Reference
             "resized as in the ADM suite, where another tool's resize moves FID by tenths",
         )
     return Reference(str(path), statistics, images, hash_files([path]), notes)
-
-
-def _array_names(path: Path) -> list[str]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return [name.removesuffix(".npy") for name in archive.namelist()]
-    except (OSError, zipfile.BadZipFile) as error:
-        raise SfdError(
-            f"{path} is no npz ({error}): give an npz with `mu` and `sigma` or with images `arr_0`, or a folder of images"
-        ) from error

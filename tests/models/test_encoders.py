@@ -25,7 +25,7 @@ def test_tokens_of_any_image_size(encoder):
     out = call(network, params, images)
     assert out["patch_tokens"].shape == (2, 8, 8)
     assert out["cls_token"].shape == (2, 8) and out["register_tokens"].shape == (2, 3, 8)
-    with pytest.raises(SfdError, match="patch_size 5"):
+    with pytest.raises(SfdError, match="do not divide by 5, the encoder's patch_size"):
         call(network, params, images[:, :9])
 
 

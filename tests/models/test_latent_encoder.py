@@ -106,7 +106,7 @@ def test_texture_alone_and_unlike_grids(params):
     index = jax.ShapeDtypeStruct((1,), jnp.int32)
     alone = jax.eval_shape(LatentEncoder(TEXTURE, flips=False), params, images(1, 8), index)
     assert alone["semantic"].shape == (1, 4, 4, 0)
-    with pytest.raises(SfdError, match="no multiple of the 8 px"):
+    with pytest.raises(SfdError, match="do not divide by 8, the tile_size"):
         jax.eval_shape(LatentEncoder(TEXTURE, VISUAL, SEMANTIC), params, images(1, 12), index)
     coarse = VisualEncoder(VISUAL.network, view_size=6, tile_size=8)
     with pytest.raises(SfdError, match="one grid"):

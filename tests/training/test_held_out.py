@@ -23,15 +23,15 @@ def folder(tmp_path_factory):
             Image.fromarray(random.integers(0, 256, (8, 8, 3), np.uint8)).save(target / f"{index:02d}.png")
     os.symlink(folder / "train", folder / "again")
     with tarfile.open(folder / "train.tar", "w") as tar:
-        tar.add(folder / "train", "train")
+        tar.add(folder / "train", ".")
     return folder
 
 
 SAME = [
     (("folder", "", "train"), ("folder", "", "train")),
     (("folder", "", "train"), ("folder", "", "again")),  # other paths, the same images
-    (("tar", "train.tar", "train"), ("tar", "train.tar", "val")),  # a tar has no splits
-    (("folder", "", "train"), ("tar", "train.tar", "val")),
+    (("tar", "train.tar", "train"), ("tar", "train.tar", "")),
+    (("folder", "", "train"), ("tar", "train.tar", "")),
 ]
 PARTS = [
     (("digits", "", "all"), ("digits", "", "held_out")),
