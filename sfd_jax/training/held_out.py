@@ -1,6 +1,7 @@
 """Numbers on held-out data while a run goes: every row counts once, padding not at all."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from sfd_jax.data.image_files import ImageFolder
 from sfd_jax.data.images import BrokenImage
 from sfd_jax.distributed import put_batch
 from sfd_jax.errors import SfdError
@@ -22,7 +24,7 @@ Measure = Callable[..., dict[str, jax.Array]]
 def check_held_out(source: Any, held_out: Any, *, compared: int = 16, searched: int = 2000) -> None:
     """Raise SfdError where held-out rows are training rows: the numbers would not be what their names say.
 
-    Image files are compared by their paths. A few rows are compared by their content: with all training rows of a
+    Image files of one folder are compared by their names. A few rows are compared by their content: with all training rows of a
     small set, and of a large one with the row of the same number where both have as many.
 
     Args:
@@ -37,9 +39,14 @@ def check_held_out(source: Any, held_out: Any, *, compared: int = 16, searched: 
     else:
         same = len(source) == len(held_out)
         shared = sum(same and _content(source, index) == _content(held_out, index) for index in chosen)
-    files = [getattr(getattr(each, "dataset", None), "paths", np.zeros(0, np.bytes_)) for each in (source, held_out)]
+    datasets = [getattr(each, "dataset", None) for each in (source, held_out)]
+    same_files = (
+        all(isinstance(dataset, ImageFolder) for dataset in datasets)
+        and len({os.path.realpath(dataset.root) for dataset in datasets}) == 1
+        and np.intersect1d(*(dataset.paths for dataset in datasets)).size
+    )
     # One picture may be in a data set twice.
-    if np.intersect1d(*files).size or shared >= min(2, len(chosen)):
+    if same_files or shared >= min(2, len(chosen)):
         raise SfdError(
             "the held-out data are training data: held_out_ figures would be of what was trained on. Name another "
             "data.held_out_split or data.held_out_path, or none"
