@@ -141,7 +141,8 @@ def test_trajectory_ends_at_the_sample(whole):
     taus = [0.0, 0.7, 1.3]
     path, pictures = sampler.trajectory(np.arange(3), labels_of(np.arange(3)), taus)
     assert path.shape == (3, 3, 4, 4, 5) and pictures.shape == (3, 3, 8, 8, 3)
-    np.testing.assert_array_equal(path[0], sample_noise(11, np.arange(3, dtype=np.uint32), (4, 4, 5)))
+    # Inside a larger program the last bit of a normal number may be rounded otherwise (seen with jax 0.12).
+    np.testing.assert_array_max_ulp(path[0], sample_noise(11, np.arange(3, dtype=np.uint32), (4, 4, 5)), maxulp=2)
     # The stop at 0.7 shifts the points of Euler's grid, so the ends are near, not equal.
     assert np.abs(path[2] - latents[:3]).max() < 0.2 * np.abs(latents).max()
 
