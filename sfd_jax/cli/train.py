@@ -71,7 +71,8 @@ def main(argv: list[str]) -> int:
         notes += check_init(args.init, task.network, source)
     elif args.check:
         notes += check_average(train.ema_decay, train.steps)  # `fit` says it too
-    told = {"latent_statistics": source.statistics.to_dict(), "class_names": source.class_names, "latents": source.origin}
+    statistics = source.statistics.to_dict()
+    told = {"latent_statistics": statistics, "class_names": source.class_names, "latents": source.origin}
     if args.check:
         for note in notes:
             print(f"note: {note}")

@@ -80,7 +80,8 @@ def main(argv: list[str]) -> int:
     parts = {
         "source": source,
         "transform": transform,
-        "metadata": {"latents": {"weights": weights, "tokens": tokens}},  # of what it compresses: whose features, how many
+        # Of what it compresses: whose features, how many.
+        "metadata": {"latents": {"weights": weights, "tokens": tokens}},
         "held_out": (measure, held_out_source) if held_out_source else None,
     }
     if args.check:

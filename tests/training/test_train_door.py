@@ -285,11 +285,11 @@ def test_train_semvae_from_stored_features(latents, tmp_path, capsys):
     from sfd_jax.cli.train_semvae import main
 
     others = make_store(tmp_path / "held_out", seed=1)
+    flags = ["--config=configs/semantic_vae.py:tiny", f"--workdir={tmp_path}", f"--config.data.path={latents}"]
     stores = [make_store(tmp_path / name, seed, weights={"visual": name * 8}) for seed, name in enumerate("ab")]
     paths = [f"--config.data.path={stores[0]}", f"--config.data.held_out_path={stores[1]}"]
-    assert open_door(main, "train_semvae", ["--config=configs/semantic_vae.py:tiny", f"--workdir={tmp_path}", *paths]) == 2
+    assert open_door(main, "train_semvae", [*flags[:2], *paths]) == 2
     assert "the held-out features are of another encoder" in capsys.readouterr().err
-    flags = ["--config=configs/semantic_vae.py:tiny", f"--workdir={tmp_path}", f"--config.data.path={latents}"]
     assert open_door(main, "train_semvae", [*flags, f"--config.data.held_out_path={latents}"]) == 2
     assert "the held-out data are training data" in capsys.readouterr().err
     assert open_door(main, "train_semvae", [*flags, f"--config.data.held_out_path={others}"]) == 0
