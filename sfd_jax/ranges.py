@@ -74,10 +74,10 @@ RANGES = {
     **_rows("delta_t", Range(float, 0, 1, above=True)) | _rows("clocks.delta_t", _SHARE),  # 0: one clock for both
     **_rows("semantic_weight cosine_weight repa_weight mse_weight l1_weight kl_weight", _WEIGHT),
     **_rows("classification_weight perceptual_weight", _WEIGHT),
-    **_rows("label_dropout label_smoothing", _SHARE),
+    **_rows("label_smoothing", _SHARE) | _rows("label_dropout", _BELOW_1),  # at 1 no class is trained
     **_rows("loss.shift", Range(float, 0, 2**14)) | _rows("loss.scale", _BELOW_1),
     # Optimisation
-    **_rows("learning_rate", Range(float, 0, 100)) | _rows("eps", Range(float, 0, 1, above=True)),
+    **_rows("learning_rate", Range(float, 0, 100, above=True)) | _rows("eps", Range(float, 0, 1, above=True)),
     **_rows("b1 b2 ema_decay", _BELOW_1) | _rows("weight_decay", Range(float, 0, 1e3)) | _rows("clip_norm", _WEIGHT),
     **_rows("warmup_fraction final_fraction", _SHARE) | _rows("warmup_steps constant_steps", _COUNT_OR_0),
     **_rows("steps global_batch_size accumulation log_every checkpoint_every keep_last max_bad_steps", _COUNT),
@@ -103,7 +103,7 @@ class Only(NamedTuple):
 
     Attributes:
       names: the settings, with spaces between.
-      where: the other one; with spaces between, any of several.
+      where: the other one, "group.name" in another group; with spaces between, any of several.
       values: which of its values; none: that it is given at all.
       never: the reverse: no effect where the other one is so.
       hint: what else to do, for the end of the message.
@@ -136,16 +136,19 @@ RULES = {
     "loss": (
         Only("repa_kind", "repa_weight"),
         Only("cosine_axis", "cosine_weight"),
+        Only("kl_weight", "model.variational"),
         Only("num_classes", "classification_weight"),
         Only("perceptual_weight", "lpips"),
     ),
     "model": (
+        Only("hidden_dim", "arch", ("linear",), never=True),
         Only("num_layers", "arch", ("mlp", "resnet")),
         Only("num_res_blocks", "arch", ("resnet",)),
         Only("transformer_heads transformer_blocks", "arch", ("transformer",)),
         Only("repa_depth repa_width", "repa_features"),
     ),
     "data": (
+        Only("repa_source", "loss.repa_weight"),
         Only("semantic_vae", "repa_source", ("semvae",)),
         Only("visual_encoder", "repa_source", ("online",)),
         Only("tile_grid", "repa_source", ("semvae", "online")),

@@ -45,8 +45,13 @@ def layout_from_config(config: Any) -> LatentLayout:
 
 def diffusion_settings(config: Any) -> dict[str, Any]:
     """Return the clocks and the LossConfig, as keyword arguments of `diffusion_task`."""
-    clocks = dict(config.clocks)
-    return {"clocks": make_clocks(clocks.pop("name"), **clocks), "config": from_group(LossConfig, "loss", config.loss)}
+    found, settings = Faults(), {}
+    with found:
+        settings["clocks"] = make_clocks(**config.clocks)
+    with found:
+        settings["config"] = from_group(LossConfig, "loss", config.loss)
+    found.stop()
+    return settings
 
 
 def train_config(config: Any) -> TrainConfig:

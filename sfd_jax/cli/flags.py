@@ -208,7 +208,10 @@ def _check_kind(config: ml_collections.ConfigDict, name: str, like: str) -> None
 def _check_rules(config: ml_collections.ConfigDict, given: set[str], found: Faults) -> None:
     """Add the overrides that have no effect."""
     for group in sorted({key.rpartition(".")[0] for key in given}):
-        node, path, values, spelled = config, "--config.", {}, {}
+        node, path = config, "--config."
+        groups = {name: value for name, value in config.items() if isinstance(value, ml_collections.ConfigDict)}
+        values = {f"{name}.{key}": value for name, node_ in groups.items() for key, value in node_.items()}
+        spelled = {name: path + name for name in values}
         for part in (*group.split("."), None):
             values |= node  # what stands in the groups around it counts as well
             spelled |= {name: path + name for name in node}

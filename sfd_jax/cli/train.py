@@ -71,10 +71,12 @@ def main(argv: list[str]) -> int:
         notes += check_init(args.init, task.network, source)
     elif args.check:
         notes += check_average(train.ema_decay, train.steps)  # `fit` says it too
+    statistics = source.statistics.to_dict()
+    told = {"latent_statistics": statistics, "class_names": source.class_names, "latents": source.origin}
     if args.check:
         for note in notes:
             print(f"note: {note}")
-        return _check(args, config, source, task, train, transform, repa)
+        return _check(args, config, source, task, train, transform, told, repa)
 
     # --- Devices, data, training -----------------------------------------------------------------------------
     from sfd_jax.distributed import start
@@ -89,11 +91,7 @@ def main(argv: list[str]) -> int:
         args.workdir,
         source=source,
         transform=transform,
-        metadata={
-            "latent_statistics": source.statistics.to_dict(),
-            "class_names": source.class_names,
-            "latents": source.origin,
-        },
+        metadata=told,
         params=load_params(args.init, abstract=task.network.abstract_params())[0] if args.init else None,
         notes=notes,
     )
@@ -122,20 +120,14 @@ def run(task, train, config, workdir, *, source, transform, metadata, params=Non
     import jax
 
     from sfd_jax.cli.build import mesh_from_config
-    from sfd_jax.data.fingerprint import data_hash
     from sfd_jax.data.pipeline import make_batches, make_eval_batches
     from sfd_jax.distributed import host_rows, say, start
     from sfd_jax.distributed.preflight import Job
-    from sfd_jax.models.fingerprint import params_hash
     from sfd_jax.training import fit
     from sfd_jax.training.held_out import check_held_out, held_out_metrics
     from sfd_jax.training.step import put_frozen
 
-    known = {
-        "data_hash": data_hash(source),
-        "held_out_hash": data_hash(held_out[1]) if held_out else None,
-        "init": None if params is None else params_hash(params),
-    }
+    known = _hashes(source, held_out, params)
     start(Job({"config": config.to_dict(), "images": len(source), **known}, folder=workdir))
     for note in getattr(source, "notes", ()):
         say(f"note: {note}")
@@ -175,6 +167,18 @@ def run(task, train, config, workdir, *, source, transform, metadata, params=Non
         evaluate=evaluate,
     )
     say(f"{workdir}: {train.steps:,} steps done")
+
+
+def _hashes(source, held_out, params) -> dict:
+    """Return the hashes of what a run is of, for its record."""
+    from sfd_jax.data.fingerprint import data_hash
+    from sfd_jax.models.fingerprint import params_hash
+
+    return {
+        "data_hash": data_hash(source),
+        "held_out_hash": data_hash(held_out[1]) if held_out else None,
+        "init": None if params is None else params_hash(params),
+    }
 
 
 def open_source(path: str, *, repa: bool):
@@ -255,12 +259,13 @@ def check_init(path: str, network, source) -> list[str]:
     from sfd_jax.distributed import start
     from sfd_jax.models import network_of
     from sfd_jax.training import load_metadata
+    from sfd_jax.training.optimizer import average_notes
 
     start()  # Orbax asks JAX for its devices
     metadata = {**load_metadata(path), "given_as": f"--init={path}"}
     network_of(metadata, network.name)
     notes = [f"--init={path} was trained on latents of another {line}" for line in
-             other_makers(metadata.get("latents"), source.origin)]  # fmt: skip
+             other_makers(metadata.get("latents"), source.origin)] + average_notes(metadata)  # fmt: skip
     told = metadata.get("latent_statistics")
     if told and not LatentStatistics.from_dict(told).same_scale(source.statistics):
         notes.append(f"--init={path} was trained with other latent statistics than these latents have")
@@ -319,7 +324,7 @@ def check_bucket(folder: str) -> list[str]:
     return []
 
 
-def _check(args, config, source, task, train, transform, repa: bool) -> int:
+def _check(args, config, source, task, train, transform, metadata, repa: bool) -> int:
     from sfd_jax.data.checks import check_published, check_store
     from sfd_jax.data.latent_store import LatentStore
     from sfd_jax.training import load_params
@@ -329,17 +334,21 @@ def _check(args, config, source, task, train, transform, repa: bool) -> int:
         found = Faults(check_store(config.data.path, num_classes=classes, flips=flips, repa=repa))
     else:
         found = Faults(check_published(latents, num_classes=classes, flips=flips))
+    params = None
     with found:
         if args.init:
-            load_params(args.init, abstract=task.network.abstract_params())
-    return check_run(task, train, config, args.workdir, source=source, transform=transform, found=found)
+            params, _ = load_params(args.init, abstract=task.network.abstract_params())
+    parts = {"source": source, "transform": transform, "metadata": metadata, "params": params}
+    return check_run(task, train, config, args.workdir, **parts, found=found)
 
 
-def check_run(task, train, config, workdir, *, source, transform, found: Faults) -> int:
+def check_run(
+    task, train, config, workdir, *, source, transform, metadata, params=None, held_out=None, found: Faults
+) -> int:
     """Look for what would stop `run`, and train nothing: what `--check` of all training commands does at last.
 
     Args:
-      task, train, config, workdir, source, transform: as `run` takes them.
+      task, train, config, workdir, source, transform, metadata, params, held_out: as `run` takes them.
       found: the faults known so far.
 
     Raises:
@@ -348,6 +357,8 @@ def check_run(task, train, config, workdir, *, source, transform, found: Faults)
     from sfd_jax.cli.build import mesh_from_config
     from sfd_jax.data.checks import check_writable
     from sfd_jax.data.pipeline import make_batches
+    from sfd_jax.training.held_out import check_held_out
+    from sfd_jax.training.loop import check_workdir
     from sfd_jax.training.optimizer import make_optimizer
     from sfd_jax.training.step import make_train_step
 
@@ -359,6 +370,12 @@ def check_run(task, train, config, workdir, *, source, transform, found: Faults)
         flips = config.data.flips
         batches = make_batches(source, seed=config.seed, global_batch_size=8, transform=transform, flips=flips)
         check_batch(task, batches.at(0))
+    with found:
+        if held_out:
+            check_held_out(source, held_out[1])
+    with found:
+        told = {"config": config.to_dict(), **_hashes(source, held_out, params), **metadata}
+        check_workdir(task, train, workdir, seed=config.seed, metadata=told, params=params)
     print(f"{len(source):,} images; {task.network.num_params():,} parameters; checkpoints take {needed / 1e9:.1f} GB")
     here = Faults()
     with here:

@@ -32,6 +32,7 @@ def main(argv: list[str]) -> int:
     from sfd_jax.data.checks import check_labels
     from sfd_jax.data.pipeline import feature_transform, pixel_transform
     from sfd_jax.data.published import open_latents
+    from sfd_jax.latents import other_makers
     from sfd_jax.models import Network
     from sfd_jax.models.fingerprint import params_hash
     from sfd_jax.training import load_metadata
@@ -56,8 +57,16 @@ def main(argv: list[str]) -> int:
         elif data.path:
             source = open_latents(data.path, repa=True)
             held_out_source = open_latents(data.held_out_path, repa=True) if data.held_out_path else None
-            weights = {name: digest for name, digest in source.origin["weights"].items() if name == "visual"}
-            tokens = len(source[0]["repa_features"])
+            weights = _visual(source)
+            tokens, width = source[0]["repa_features"].shape
+            if width != config.model.input_dim:
+                found.append(
+                    f"the features are {width} wide, but model.input_dim={config.model.input_dim}: "
+                    f"--config.model.input_dim={width}"
+                )
+            others = {"weights": _visual(held_out_source)} if held_out_source else None
+            if differing := other_makers(others, {"weights": weights}):
+                raise SfdError(f"the held-out features are of another encoder than those to train on: {differing[0]}")
         else:
             raise SfdError(
                 "say where the features are: --config.data.path=FOLDER, made by `sfd extract --repa`; or what to make "
@@ -67,20 +76,23 @@ def main(argv: list[str]) -> int:
         found += check_labels(source, loss.num_classes, "loss.num_classes")
     found.stop()
     task = semantic_vae_task(network, loss, maker)
-    if args.check:
-        return check_run(task, train, config, args.workdir, source=source, transform=transform, found=found)
     measure = functools.partial(measure_semantic_vae, network, source=maker)
-    run(
-        task,
-        train,
-        config,
-        args.workdir,
-        source=source,
-        transform=transform,
-        metadata={"latents": {"weights": weights, "tokens": tokens}},  # of what it compresses: whose features, how many
-        held_out=(measure, held_out_source) if held_out_source else None,
-    )
+    parts = {
+        "source": source,
+        "transform": transform,
+        # Of what it compresses: whose features, how many.
+        "metadata": {"latents": {"weights": weights, "tokens": tokens}},
+        "held_out": (measure, held_out_source) if held_out_source else None,
+    }
+    if args.check:
+        return check_run(task, train, config, args.workdir, **parts, found=found)
+    run(task, train, config, args.workdir, **parts)
     return 0
+
+
+def _visual(latents) -> dict[str, str]:
+    """Return the hash of the encoder that made a source's features, where that is known."""
+    return {name: digest for name, digest in latents.origin["weights"].items() if name == "visual"}
 
 
 def _open_images(config):

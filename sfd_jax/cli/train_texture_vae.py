@@ -55,18 +55,11 @@ def main(argv: list[str]) -> int:
             held_out = measure, open_images(data.kind, data.path, data.held_out_split, data.image_size)
     found.stop()
     task = texture_vae_task(network, loss, perceptual, frozen)
+    metadata = {"class_names": source.class_names}
+    parts = {"source": source, "transform": pixel_transform, "metadata": metadata, "held_out": held_out}
     if args.check:
-        return check_run(task, train, config, args.workdir, source=source, transform=pixel_transform, found=found)
-    run(
-        task,
-        train,
-        config,
-        args.workdir,
-        source=source,
-        transform=pixel_transform,
-        metadata={"class_names": source.class_names},
-        held_out=held_out,
-    )
+        return check_run(task, train, config, args.workdir, **parts, found=found)
+    run(task, train, config, args.workdir, **parts)
     return 0
 
 

@@ -64,9 +64,7 @@ class FolderLock:
         return self
 
     def __exit__(self, *exception) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        self._let_go()
         if self._thread is not None:
             self._end.set()
             self._thread.join(PERIOD)
@@ -96,11 +94,16 @@ class FolderLock:
             self._refuse(who)
         self._descriptor = descriptor
         # A loader's process that outlives a killed run must not keep its lock.
-        os.register_at_fork(after_in_child=lambda: self._descriptor is not None and os.close(self._descriptor))
+        os.register_at_fork(after_in_child=self._let_go)
         with contextlib.suppress(OSError):  # on a full disk only the name of the holder is missing
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(self._me).encode(), 0)
         return True
+
+    def _let_go(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
     def _take_lease(self) -> None:
         found = self._read()

@@ -85,6 +85,8 @@ def make_images(
                 nfe.append(calls)
                 bar.update(len(indices))
             if is_host0():
+                if not (folder / "recipe.json").exists():  # not before: a start that made nothing binds nobody
+                    _write_recipe(folder / "recipe.json", recipe)
                 write_npz(
                     folder / "chunks" / f"chunk_{first:08d}_{stop - 1:08d}.npz",
                     images=np.concatenate(images),
@@ -118,7 +120,7 @@ def _on_host0(prepare: Callable[[], np.ndarray], num: int) -> np.ndarray:
 
 
 def _prepare(folder: Path, recipe: dict, labels: np.ndarray) -> np.ndarray:
-    """Check the folder, write the recipe, and return which indices are missing, (N,) bool."""
+    """Check the folder, and return which indices are missing, (N,) bool."""
     chunks = folder / "chunks"
     path = folder / "recipe.json"
     try:
@@ -129,10 +131,8 @@ def _prepare(folder: Path, recipe: dict, labels: np.ndarray) -> np.ndarray:
         raise SfdError(f"cannot write to {folder}: {error}") from error
     if path.exists():
         _check_same_recipe(path, recipe)
-    else:
-        if present := [file for file in (folder / "samples.npz", *chunks.glob("*.npz")) if file.exists()]:
-            raise SfdError(f"{folder} holds {present[0].name} but no recipe.json; choose an empty folder")
-        _write_recipe(path, recipe)
+    elif present := [file for file in (folder / "samples.npz", *chunks.glob("*.npz")) if file.exists()]:
+        raise SfdError(f"{folder} holds {present[0].name} but no recipe.json; choose an empty folder")
     missing = np.ones(len(labels), bool)
     for file in sorted(chunks.glob("chunk_*.npz")):
         indices = _check_chunk(file, labels)

@@ -88,11 +88,7 @@ def fit(
 def _fit(lock, task, batches, config, workdir, mesh, seed, metadata, params, evaluate, progress) -> TrainState:
     # --- Work folder: one folder, one run -----------------------------------------------------------------
     metadata = _complete(metadata, task, seed, params)
-    names = ("task", "seed", "network_config", "config", "latent_statistics", "frozen", "init", "data_hash",
-             "held_out_hash")  # fmt: skip
-    record = {name: metadata[name] for name in names if name in metadata}
-    record["fit"] = dataclasses.asdict(config)
-    claimed = claim_workdir(workdir, record, may_extend=config.optimizer.schedule == "constant")
+    claimed = _claim(workdir, metadata, config)
 
     # --- State: the newest checkpoint, else the given parameters, else fresh ones; born sharded -------------
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -173,6 +169,21 @@ def _fit(lock, task, batches, config, workdir, mesh, seed, metadata, params, eva
     finally:
         checkpointer.close()
     return state
+
+
+def check_workdir(
+    task: Task, config: TrainConfig, workdir, *, seed: int = 0, metadata: dict | None = None, params: dict | None = None
+) -> None:
+    """Raise SfdError where `fit` with these arguments would refuse the folder as another run's; nothing is written."""
+    _claim(workdir, _complete(metadata or {}, task, seed, params), config, write=False)
+
+
+def _claim(workdir, metadata: dict, config: TrainConfig, write: bool = True) -> dict:
+    names = ("task", "seed", "network_config", "config", "latent_statistics", "frozen", "init", "data_hash",
+             "held_out_hash")  # fmt: skip
+    record = {name: metadata[name] for name in names if name in metadata}
+    record["fit"] = dataclasses.asdict(config)
+    return claim_workdir(workdir, record, may_extend=config.optimizer.schedule == "constant", write=write)
 
 
 def _complete(metadata: dict, task: Task, seed: int, params: dict | None) -> dict:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sfd_jax.errors import SfdError, nearest
+from sfd_jax.errors import Faults, SfdError, nearest
 from sfd_jax.models.network import checkpoint_name
 from sfd_jax.ranges import check_fields
 
@@ -31,6 +31,9 @@ class OptimizerConfig:
       constant_steps: step at which "constant_cosine" begins to fall.
       final_fraction: of the peak, where the cosine ends.
       clip_norm: greatest global norm of the gradient; 0 clips nothing.
+
+    Raises:
+      SfdError: unknown schedule, or a number outside its range.
     """
 
     learning_rate: float = 1e-4
@@ -46,7 +49,12 @@ class OptimizerConfig:
     clip_norm: float = 0.0
 
     def __post_init__(self):
-        check_fields("optimizer", self)
+        found = Faults()
+        with found:
+            check_fields("optimizer", self)
+        if self.schedule not in SCHEDULES:
+            found.append(f"optimizer.schedule '{self.schedule}' is unknown; {nearest(self.schedule, SCHEDULES)}")
+        found.stop()
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
@@ -60,7 +68,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
       An optax.GradientTransformation.
 
     Raises:
-      SfdError: unknown schedule, or one whose parts do not fit into `total_steps`.
+      SfdError: the schedule's parts do not fit into `total_steps`.
     """
     adamw = optax.adamw(
         make_schedule(config, total_steps),
@@ -80,10 +88,8 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
       total_steps: where a falling schedule ends.
 
     Raises:
-      SfdError: unknown schedule, or one whose parts do not fit into `total_steps`.
+      SfdError: its parts do not fit into `total_steps`.
     """
-    if config.schedule not in SCHEDULES:
-        raise SfdError(f"optimizer.schedule '{config.schedule}' is unknown; {nearest(config.schedule, SCHEDULES)}")
     peak, warmup = config.learning_rate, config.warmup_steps
     hold = config.constant_steps if config.schedule == "constant_cosine" else warmup
     if config.schedule != "constant" and not warmup <= hold < total_steps:
@@ -157,5 +163,5 @@ def average_notes(metadata: Mapping[str, Any]) -> list[str]:
         return []
     return [
         f"{checkpoint_name(metadata)}: at step {step:,} the averaged weights still hold {share:.1%} of "
-        f"the initial ones (ema_decay={decay}); --weights=raw takes the network as trained"
+        f"the initial ones (ema_decay={decay}); in sampling --weights=raw takes the network as trained"
     ]

@@ -17,13 +17,14 @@ PLACES = ("path", "held_out_path", "semantic_vae", "visual_encoder", "lpips")
 FREE_GROUPS = ("mesh", "sample", "evaluate", "demo")
 
 
-def claim_workdir(workdir, record: dict, may_extend: bool) -> dict:
+def claim_workdir(workdir, record: dict, may_extend: bool, *, write: bool = True) -> dict:
     """Write the run's record into its folder, or check that the folder holds this very run.
 
     Args:
       workdir: folder of the run; made where needed.
       record: JSON-able dict of everything that decides the run's numbers.
       may_extend: whether `steps` may differ too, as it may under a schedule that does not depend on it.
+      write: False only compares.
 
     Returns:
       The record that the folder holds.
@@ -44,7 +45,8 @@ def claim_workdir(workdir, record: dict, may_extend: bool) -> dict:
                     f"{path.parent} holds checkpoints but no run.json, which tells what run they are of (an incomplete "
                     "copy?); copy it here too, or take another --workdir"
                 )
-            write_anywhere(path, json.dumps(record, indent=1, sort_keys=True))
+            if write:
+                write_anywhere(path, json.dumps(record, indent=1, sort_keys=True))
         return record
     except SfdError:
         raise

@@ -48,6 +48,11 @@ class SemanticVAELoss:
 
     def __post_init__(self):
         check_fields("loss", self)
+        if not (self.mse_weight or self.l1_weight or self.cosine_weight):
+            raise SfdError(
+                "loss.mse_weight=0, loss.l1_weight=0 and loss.cosine_weight=0: nothing would teach the network to "
+                "reconstruct; give one a weight"
+            )
         if self.cosine_axis not in COSINE_AXES:
             raise SfdError(f"loss.cosine_axis '{self.cosine_axis}': choose token or feature")
         if self.classification_weight and self.num_classes < 2:

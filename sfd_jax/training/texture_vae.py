@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from sfd_jax.errors import SfdError
 from sfd_jax.models.network import Network
 from sfd_jax.models.posterior import sample_posterior
 from sfd_jax.ranges import check_fields
@@ -52,7 +53,15 @@ def texture_vae_task(
       weights: of the loss.
       perceptual: (reconstruction, pixels), both (B, H, W, 3) in [-1, 1] -> distances (B,); e.g. LPIPS.
       frozen: its parameters, where it has any: handed to it as third argument.
+
+    Raises:
+      SfdError: no error of the reconstruction has a weight.
     """
+    if not (weights.l1_weight or weights.mse_weight or (perceptual and weights.perceptual_weight)):
+        raise SfdError(
+            "loss.l1_weight=0 and loss.mse_weight=0, and no perceptual distance: nothing would teach the network to "
+            "reconstruct; give one a weight"
+        )
 
     def loss(params: dict, batch: dict, key: jax.Array, *frozen: dict):
         pixels = batch["pixels"]

@@ -136,6 +136,9 @@ def test_all_faults_are_named_at_once():
         ("--config.sample.calls=9", "--config.sample.calls=9 has no effect beside --config.sample.solver=dopri5"),
         ("--config.data.visual_encoder=x", "has no effect without --config.data.repa_source=online"),
         ("--config.data.images.image_size=64", "images.image_size=64 has no effect without --config.data.repa_source=online"),
+        ("--config.loss.repa_weight=0 --config.data.repa_source=semvae", "no effect without --config.loss.repa_weight"),
+        ("--config.optimizer.learning_rate=0", "learning_rate=0.0: give a number above 0"),
+        ("--config.loss.label_dropout=1", "label_dropout=1.0: give a number from 0 to below 1"),
         ("--config.data.path=gs:/bucket/x", "a bucket is written gs://BUCKET/FOLDER"),
         ("--config.clocks.name=sequential --config.clocks.delta_t=0.5", "delta_t=0.5 has no effect without --config.clocks.name"),
         ("--config.data.path=gs://bucket/x", "only --workdir and checkpoints may lie in a bucket"),
@@ -150,6 +153,12 @@ def test_values_that_would_do_nothing_or_harm_are_named(flag, says):
     with pytest.raises(SfdError) as error:
         parse(*flag.split())
     assert says in str(error.value)
+
+
+def test_settings_of_a_semantic_vae_that_do_nothing_are_named():
+    for flags in (["model.arch=linear", "model.hidden_dim=9"], ["model.variational=False", "loss.kl_weight=1.0"]):
+        with pytest.raises(SfdError, match=f"{flags[1]} has no effect"):
+            load_config("configs/semantic_vae.py", [f"--config.{flag}" for flag in flags])
 
 
 def test_a_config_of_no_kind_is_a_sentence(tmp_path):

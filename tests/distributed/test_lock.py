@@ -94,3 +94,23 @@ def test_a_damaged_lock_file_blocks_nobody(kind, tmp_path):
     (tmp_path / ".lock").write_bytes(b"\xff\x00")
     with FolderLock(tmp_path):
         assert os.listdir(tmp_path) == [".lock"]
+
+
+def test_a_process_of_a_loaders_process_keeps_its_files(tmp_path):
+    """The first gives the lock's descriptor up, and a file of its own takes the number."""
+    code = """
+import os, sys
+from sfd_jax.distributed.lock import FolderLock
+with FolderLock(sys.argv[1]) as held:
+    number = held._descriptor
+    if os.fork() == 0:
+        files = [os.open(__file__, os.O_RDONLY) for _ in range(4)]
+        assert number in files
+        if os.fork() == 0:
+            os._exit(not os.path.exists(f"/proc/self/fd/{number}"))
+        os._exit(os.waitstatus_to_exitcode(os.wait()[1]))
+    sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+    (tmp_path / "forks.py").write_text(code)
+    command = [sys.executable, str(tmp_path / "forks.py"), str(tmp_path / "run")]
+    subprocess.run(command, check=True, timeout=60, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})

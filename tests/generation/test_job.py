@@ -118,6 +118,16 @@ def test_another_recipe_is_refused_and_nothing_lost(tmp_path):
     assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
 
 
+def test_a_start_that_made_nothing_binds_nobody(tmp_path):
+    def refuses(indices, labels):
+        raise SfdError("calls = 1: too few")
+
+    with pytest.raises(SfdError, match="too few"):
+        run(tmp_path, make=refuses, recipe={**RECIPE, "seed": 2})
+    run(tmp_path)
+    check_complete(tmp_path)
+
+
 def test_damaged_and_foreign_chunks_are_named(tmp_path):
     run(tmp_path)
     chunk = job.chunk_files(tmp_path)[1]

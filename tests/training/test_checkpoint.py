@@ -102,6 +102,9 @@ def test_folders_named_from_where_one_stands(tmp_path, monkeypatch):
 
 
 def test_absent_and_damaged_checkpoints(tmp_path, state):
+    (tmp_path / "weights.pt").write_bytes(b"PK")
+    with pytest.raises(SfdError, match="is a file, and a checkpoint is a folder"):
+        load_params(tmp_path / "weights.pt")
     with pytest.raises(SfdError, match="no checkpoint folder"):
         load_params(tmp_path / "absent")
     with pytest.raises(SfdError, match="holds no complete checkpoint"):

@@ -133,7 +133,7 @@ def test_resume_on_another_mesh(whole, tmp_path):
 def test_given_parameters_are_where_a_fresh_run_starts(whole, tmp_path):
     state, folder = whole
     params, _ = load_params(folder, which="raw")
-    still = dataclasses.replace(toy_config(steps=1), optimizer=OptimizerConfig(learning_rate=0.0))
+    still = dataclasses.replace(toy_config(steps=1), optimizer=OptimizerConfig(learning_rate=1e-30))
     started = train(tmp_path, still, params=params)
     assert_same(state.params, started.params)
     assert_same(state.params, started.ema_params)

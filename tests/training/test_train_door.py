@@ -67,6 +67,11 @@ def test_the_shipped_recipe_trains_and_goes_on(latents, tmp_path, capsys):
 
     assert train(run, latents, "--config.clocks.delta_t=0.5", *small) == 2
     assert "config.clocks.delta_t: there 0.3, here 0.5" in capsys.readouterr().err
+    assert train(run, latents, "--config.clocks.delta_t=0.5", "--check", *small) == 2
+    assert "config.clocks.delta_t: there 0.3, here 0.5" in capsys.readouterr().err
+    before = (run / "run.json").read_bytes()
+    assert train(run, latents, "--check", "--config.model.remat=full", "--config.model.depth=2") == 0
+    assert (run / "run.json").read_bytes() == before
 
 
 @pytest.mark.slow
@@ -206,12 +211,13 @@ def test_all_faults_are_named_at_once_with_the_flags_that_fix_them(tmp_path, cap
             records.add({**arrays, "label": 1, "index": index})
     writer.finish()
     wrong = ["--config.optimizer.learning_rate=nan", "--config.loss.time=none", "--config.train.accumulation=3",
-             "--config.model.input_size=8"]  # fmt: skip
+             "--config.model.input_size=8", "--config.clocks.name=none", "--config.optimizer.schedule=none"]  # fmt: skip
     for check in ([], ["--check"]):
         assert train(tmp_path / "run", folder, *wrong, *check) == 2
         told = capsys.readouterr().err
-        assert told.startswith("sfd train: 7 faults:\n")
-        for words in ("optimizer.learning_rate=nan: give", "unknown loss.time 'none'", "train.accumulation=3",
+        assert told.startswith("sfd train: 9 faults:\n")
+        for words in ("optimizer.learning_rate=nan: give", "unknown loss.time 'none'", "unknown clocks 'none'",
+                      "optimizer.schedule 'none' is unknown", "train.accumulation=3",
                       "--config.latents.texture_channels=6 --config.latents.semantic_channels=3", "--config.data.flips=False",
                       "`sfd extract --repa`", "--config.model.repa_features=0 --config.loss.repa_weight=0",
                       "--config.model.input_size=4"):  # fmt: skip
@@ -227,6 +233,11 @@ def test_all_faults_are_named_at_once_with_the_flags_that_fix_them(tmp_path, cap
      ("3 faults", "hidden_dim 7", "loss.mse_weight=nan", "say where the features are")),
     ("train_texture_vae", ["--config.model.norm_groups=7", "--config.data.workers=-1", "--config.lpips=s3://x"],
      ("4 faults", "norm_groups 7", "data.workers=-1", "'s3:' cannot be read", "say where the images are")),
+    ("train_semvae", ["--config.loss.mse_weight=0", "--config.loss.cosine_weight=0"], ("nothing would teach the network",)),
+    ("train_texture_vae", ["--config=configs/texture_vae.py:tiny", "--config.loss.l1_weight=0", "--config.loss.mse_weight=0"],
+     ("nothing would teach the network",)),
+    ("train_texture_vae", ["--config=configs/texture_vae.py:tiny", "--config.data.held_out_split=train"],
+     ("the held-out data are training data",)),
 ])  # fmt: skip
 def test_the_other_training_commands_check_too(module, flags, words, tmp_path, capsys):
     import importlib
@@ -247,7 +258,7 @@ def test_check_of_a_texture_vae_and_a_semantic_vae(latents, tmp_path, capsys):
     assert open_door(train_semvae.main, "train_semvae", flags) == 0
     assert capsys.readouterr().out.count("no faults found") == 2 and not (tmp_path / "run").exists()
     assert open_door(train_semvae.main, "train_semvae", [*flags, "--config.model.input_dim=20"]) == 2
-    assert "the data do not fit the network" in capsys.readouterr().err
+    assert "--config.model.input_dim=24" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -275,6 +286,10 @@ def test_train_semvae_from_stored_features(latents, tmp_path, capsys):
 
     others = make_store(tmp_path / "held_out", seed=1)
     flags = ["--config=configs/semantic_vae.py:tiny", f"--workdir={tmp_path}", f"--config.data.path={latents}"]
+    stores = [make_store(tmp_path / name, seed, weights={"visual": name * 8}) for seed, name in enumerate("ab")]
+    paths = [f"--config.data.path={stores[0]}", f"--config.data.held_out_path={stores[1]}"]
+    assert open_door(main, "train_semvae", [*flags[:2], *paths]) == 2
+    assert "the held-out features are of another encoder" in capsys.readouterr().err
     assert open_door(main, "train_semvae", [*flags, f"--config.data.held_out_path={latents}"]) == 2
     assert "the held-out data are training data" in capsys.readouterr().err
     assert open_door(main, "train_semvae", [*flags, f"--config.data.held_out_path={others}"]) == 0
