@@ -177,7 +177,7 @@ def choose_state(tree: Any, path: str | os.PathLike, which: str | None = None) -
             f"'{path}': '{chosen.name}' is a list of arrays without names, and no raw weights beside it tell them"
         )
     state, more = _unwrap(arrays, path)
-    fixed = [k for k in trained if k not in state and any(fnmatch.fnmatch(k, p) for p in _NOT_TRAINED)]
+    fixed = [k for k in trained if k not in state and _fits(k, _NOT_TRAINED)]
     if fixed:
         notes.append(f"not in the average, fixed tables taken from '{raw.name}': {', '.join(fixed)}")
     state |= {key: trained[key] for key in fixed}
@@ -229,9 +229,9 @@ def _choose(tree: dict, sets: list[Weights], path, which: str | None) -> Weights
         held = held or "only " + ", ".join(map(repr, tree))
         hint = f"; take --weights {'raw' if which == 'ema' else 'ema'}" if sets else ""
         raise SfdError(f"'{path}' holds no {which or 'raw'} weights (it holds {held}){hint}")
-    keys = _unwrap(raw.arrays, path)[0].keys()
+    trained = lambda s: {key for key in _unwrap(s.arrays, path)[0] if not _fits(key, _NOT_TRAINED)}  # noqa: E731
     others = [s for s in sets if which is None and s.which != "ema" and s is not raw]
-    twins = [s for s in others if _unwrap(s.arrays, path)[0].keys() == keys]
+    twins = [s for s in others if trained(s) == trained(raw)]
     if twins:
         raise SfdError(
             f"'{path}' holds weights of one network several times, and nothing tells which are averaged: "
@@ -307,6 +307,10 @@ def _known(state: Mapping[str, Any]) -> bool:
     return any(module.recognises(state) for module in FORMATS.values())
 
 
+def _fits(key: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatch(key, pattern) for pattern in patterns)
+
+
 def _is_counter(key: Any, array: LazyArray) -> bool:
     return str(key).rsplit(".", 1)[-1] in _COUNTERS and math.prod(array.shape) <= 1
 
@@ -359,7 +363,7 @@ def _named_like(chosen: Weights, raw: Weights, trained: Mapping[str, LazyArray],
         numbers = sorted(key for key in arrays if isinstance(key, int))
         shapes = [tuple(arrays[index].shape) for index in numbers] if len(numbers) == len(arrays) else None
         for patterns in ((), _NOT_TRAINED[1:], _NOT_TRAINED):
-            keys = [key for key in trained if not any(fnmatch.fnmatch(key, p) for p in patterns)]
+            keys = [key for key in trained if not _fits(key, patterns)]
             if [tuple(trained[key].shape) for key in keys] == shapes and keys != sorted(keys):
                 notes.append(f"the average is a list; its keys are those of '{raw.name}', in their order")
                 return {key: arrays[index] for key, index in zip(keys, numbers)}
@@ -506,8 +510,6 @@ def describe(tree: Any) -> list[str]:
 
     walk(tree, "file", 0)
     return lines
-
-
 
 
 def _config(beside: Mapping[str, Any], path) -> dict[str, Any]:

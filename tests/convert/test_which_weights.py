@@ -112,6 +112,7 @@ def test_averages_are_used_under_whatever_name(name):
         ({"model": RAW, "ema_0.999": MEAN, "ema_0.9999": MEAN}, "several averages: 'ema_0.999' .*'ema_0.9999'"),
         ({"model": RAW, "teacher": MEAN}, "nothing tells which are averaged: 'model' .*'teacher'"),
         ({"model": RAW, "best_state": MEAN}, "nothing tells which are averaged"),
+        ({"model": RAW, "teacher": TRAINED}, "nothing tells which are averaged"),
         ({"student": RAW, "teacher": MEAN}, "several sets of weights: 'student' .*'teacher'"),
     ],
 )
