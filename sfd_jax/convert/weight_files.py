@@ -22,6 +22,7 @@ from sfd_jax.convert import FORMATS
 from sfd_jax.convert.file_kinds import SAFETENSORS, SHARDED, Kind, find_weights, shards_of
 from sfd_jax.convert.lazy_array import LazyArray
 from sfd_jax.convert.safetensors_files import read_safetensors
+from sfd_jax.convert.pickles import Record
 from sfd_jax.convert.torch_files import read_torch_file, write_torch_file
 from sfd_jax.errors import SfdError, nearest
 
@@ -161,10 +162,11 @@ def choose_state(tree: Any, path: str | os.PathLike, which: str | None = None) -
     if not isinstance(tree, dict) or not tree:
         raise SfdError(f"'{path}' holds a {type(tree).__name__}, not a dict of arrays")
     sets = find_sets(tree)
-    if _role(Path(path).stem) == "ema":
+    places = [Path(path), find_weights(path)[0]] if Path(path).is_dir() else [Path(path)]
+    if any(_role(place.name) == "ema" for place in places):
         sets = [dataclasses.replace(s, which="ema") if s.name == "" else s for s in sets]
     chosen = _choose(tree, sets, path, which)
-    notes = _averages_beside(path) if which is None and chosen.which != "ema" else []
+    notes = _averages_beside(path) if which is None and (chosen.which != "ema" or not chosen.name) else []
     if (chosen.name, chosen.which) == ("", "ema"):
         notes.append("averaged weights: by the file's name")
     elif chosen.name not in ((EMA_KEY,) if chosen.which == "ema" else ("", *RAW_KEYS)):
@@ -214,7 +216,7 @@ def _choose(tree: dict, sets: list[Weights], path, which: str | None) -> Weights
         return averages[0]
     if which is None and not averages and (lost := _lost_average(tree)):
         raise SfdError(
-            f"'{path}': '{lost}' should be an average and holds no arrays; take --weights raw for the raw ones"
+            f"'{path}': '{lost}' should be an average and holds no arrays that can be read; take --weights raw for the raw ones"
         )
     if which != "ema" and raw is None:
         unnamed = [s for s in sets if not s.which]
@@ -276,12 +278,13 @@ def _averages_beside(path) -> list[str]:
 def _lost_average(tree: dict) -> str | None:
     """Return the name of an entry that should be an average and has no arrays: cleared, or not readable."""
     for key, value in tree.items():
-        words = set(_words(key))
-        if words & {"config", "cfg", "args", "kwargs", "parameters", "hparams", "groups", "rate", "decay"}:
+        name = f"{key} {value.name.rpartition('.')[2]}" if isinstance(value, Record) else key
+        words = set(_words(name))
+        if words & {"config", "cfg", "args", "kwargs", "parameters", "hparams", "groups", "rate", "decay", "meter", "meters"}:
             continue
         if isinstance(value, (bool, int, float, str, LazyArray, type(None))):
             continue
-        if _role(key) == "ema":
+        if _role(name) == "ema":
             return str(key)
         if isinstance(value, dict) and (found := _lost_average(value)):
             return f"{key}/{found}"
