@@ -295,6 +295,8 @@ def _read_zip(path: Path) -> Any:
         root = pickles[0].removesuffix("data.pkl")
         if f"{root}constants.pkl" in members:
             raise SfdError(f"refused: '{path}' is a TorchScript program, not a file of weights")
+        # Where torch was told to write no checksums (torch.serialization.set_crc32_options), all are 0.
+        summed = members[pickles[0]].CRC != 0
         found: dict[str, _Bytes] = {}
 
         def member(name: str) -> _Bytes:
@@ -314,7 +316,7 @@ def _read_zip(path: Path) -> Any:
                 if stored and info.compress_size != info.file_size:
                     raise ValueError(f"{name} is of the wrong size")
                 packed = None if stored else info.compress_size
-                found[name] = _Bytes(file, start, info.file_size, info.CRC, packed)
+                found[name] = _Bytes(file, start, info.file_size, info.CRC if summed else None, packed)
             return found[name]
 
         def content(name: str) -> bytes:
