@@ -389,6 +389,7 @@ _HARMLESS = _TORCH_DTYPES | _table({
     "numpy.core.numeric": "_frombuffer",
     "numpy._core.numeric": "_frombuffer",
     "numpy.random._pickle": "__randomstate_ctor __generator_ctor __bit_generator_ctor",
+    "numpy.random.bit_generator": "__pyx_unpickle_SeedSequence",
     "torch": "Size device Generator",
     "torch.torch_version": "TorchVersion",
     "torch.serialization": "_get_layout",
