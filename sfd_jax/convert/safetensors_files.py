@@ -39,8 +39,6 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, LazyArray]:
     import safetensors
 
     path = Path(path)
-    if not path.is_file():
-        raise SfdError(f"no file '{path}'")
 
     @contextlib.contextmanager
     def opened():

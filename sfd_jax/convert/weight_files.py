@@ -392,12 +392,10 @@ def _named_like(chosen: Weights, raw: Weights, trained: Mapping[str, LazyArray],
 
 
 def _whole_number(value: Any) -> int | None:
-    """Return a step as int: a Python, NumPy or one-element tensor's number; None where it is none."""
+    """Return a step as int: a number or one of a one-element tensor; None where it is none."""
     if isinstance(value, LazyArray) and math.prod(value.shape) == 1:
-        value = np.asarray(value).reshape(())[()]
-    if isinstance(value, np.ndarray) and value.size == 1:
-        value = value.reshape(())[()]
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        value = np.asarray(value).item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return int(value) if 0 <= value < 2**53 and value == int(value) else None
 
