@@ -88,10 +88,7 @@ def write_torch_file(path: str | os.PathLike, tree: Any) -> None:
             return torch.from_numpy(array)
         return node
 
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".unfinished")
-    torch.save(tensors(tree), unfinished)
-    unfinished.rename(path)
+    torch.save(tensors(tree), path)
 
 
 # --- Storages and tensors ----------------------------------------------------------------------------

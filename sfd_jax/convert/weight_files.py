@@ -25,6 +25,7 @@ from sfd_jax.convert.safetensors_files import read_safetensors
 from sfd_jax.convert.pickles import Record
 from sfd_jax.convert.torch_files import read_torch_file, write_torch_file
 from sfd_jax.errors import SfdError, nearest
+from sfd_jax.files import appearing
 
 # Where files keep the weights being trained, in the order of preference, and their average.
 RAW_KEYS = ("model", "model_state_dict", "state_dict", "params", "module", "net", "network", "weights")
@@ -462,21 +463,25 @@ def write_file(path: str | os.PathLike, state: dict[str, np.ndarray], tree: dict
     """Write an export, visible only once complete: the bare state for .safetensors, else the tree.
 
     Raises:
-      SfdError: the file exists, its suffix is unknown, or it is a .pt and torch is missing.
+      SfdError: the file exists, its suffix is unknown, it cannot be written, or it is a .pt and torch is missing.
     """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
     path = Path(path)
     if path.exists():
         raise SfdError(f"'{path}' exists; nothing is overwritten, name another file")
-    if path.suffix in (".pt", ".pth", ".ckpt"):
-        return write_torch_file(path, tree)
-    if path.suffix != ".safetensors":
+    if path.suffix not in (".pt", ".pth", ".ckpt", ".safetensors"):
         raise SfdError(f"'{path}': export to a name that ends in .pt, .pth, .ckpt or .safetensors")
-    import safetensors.numpy
-
-    unfinished = path.with_name(path.name + ".unfinished")
-    # transformers asks for the entry "format"; other readers ignore it.
-    safetensors.numpy.save_file(state, unfinished, metadata={"format": "pt"})
-    unfinished.rename(path)
+    try:
+        with appearing(path) as part:
+            if path.suffix == ".safetensors":
+                # transformers asks for the entry "format"; other readers ignore it.
+                save_file(state, part, metadata={"format": "pt"})
+            else:
+                write_torch_file(part, tree)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch tells a full disk by a RuntimeError
+        raise SfdError(f"cannot write '{path}': {error}") from error
 
 
 def describe(tree: Any) -> list[str]:

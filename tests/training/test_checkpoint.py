@@ -106,6 +106,9 @@ def test_absent_and_damaged_checkpoints(tmp_path, state):
         load_params(tmp_path / "absent")
     with pytest.raises(SfdError, match="holds no complete checkpoint"):
         load_params(tmp_path)
+    (tmp_path / "0000100.pt").write_bytes(b"PK")
+    with pytest.raises(SfdError, match="0000100.pt is a file, no checkpoint folder; `sfd convert"):
+        load_params(tmp_path / "0000100.pt")
     save_params(tmp_path, state.params, {})
     for data in (tmp_path / "0" / "params").rglob("d/*"):
         data.write_bytes(b"damaged")
