@@ -2,6 +2,7 @@
 
 import json
 import resource
+import time
 
 import jax
 import numpy as np
@@ -180,6 +181,18 @@ def test_unknown_and_damaged_files_say_what_is_wrong(tmp_path, torch_file, relea
     for length in (4, 100, len(data) - 4):
         with pytest.raises(SfdError, match="no complete safetensors"):
             import_checkpoint(write(tmp_path / "cut.safetensors", data[:length]))
+
+
+def test_many_arrays_of_safetensors_cost_linear_time(tmp_path):
+    arrays = {f"k{index}": np.full(2, index, np.float16) for index in range(6000)}
+    safetensors.numpy.save_file(arrays, tmp_path / "f.safetensors")
+    start = time.process_time()
+    tree = read_tree(tmp_path / "f.safetensors")
+    assert all(np.array_equal(tree[key], array) for key, array in arrays.items())
+    assert time.process_time() - start < 15  # reading the header for each takes more than twice that
+    (tmp_path / "f.safetensors").write_bytes(b"")
+    with pytest.raises(SfdError, match="changed while it was being read"):
+        np.asarray(tree["k0"])
 
 
 def test_export_needs_a_known_suffix(released, tmp_path):
