@@ -177,6 +177,8 @@ def read_system(
         )
     if statistics is not None:
         found = (statistics.texture_mean.size, statistics.semantic_mean.size)
+        if semantic_channels is None and config.two_clocks:
+            semantic_channels = stored.get("semantic_chans")
         if sum(found) != channels or semantic_channels not in (None, found[1]):
             raise SfdError(
                 f"statistics of {found[0]} texture and {found[1]} semantic channels do not fit a "
@@ -184,6 +186,8 @@ def read_system(
                 + (f", {semantic_channels} of them semantic" if semantic_channels is not None else "")
             )
         semantic_channels = found[1]
+        if semantic_channels:
+            notes.append(f"{found[0]} channels texture and {found[1]} semantic: by the statistics given")
     else:
         notes.append("no latent statistics: sampling needs them, give --statistics (and --semantic_statistics)")
     if semantic_channels is None and not config.two_clocks:

@@ -359,48 +359,6 @@ _TORCH_DTYPES = _table({
     "float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn_x2",
 })  # fmt: skip
 
-# Types and plain constructors that training scripts leave in their checkpoints; no function that acts.
-_HARMLESS = _TORCH_DTYPES | _table({
-    "builtins": "dict list tuple set frozenset int float complex bool str bytes bytearray long unicode object slice "
-    "range type Ellipsis NotImplemented Exception ValueError print",
-    "typing": "Any Union Optional Dict List Tuple Callable",
-    "collections": "OrderedDict defaultdict Counter deque ChainMap UserDict UserList",
-    "copyreg": "_reconstructor __newobj__",
-    "argparse": "Namespace",
-    "types": "SimpleNamespace",
-    "functools": "partial",
-    "pathlib": "Path PurePath PosixPath PurePosixPath WindowsPath PureWindowsPath",
-    "pathlib._local": "Path PurePath PosixPath PurePosixPath WindowsPath PureWindowsPath",
-    "datetime": "date time datetime timedelta timezone",
-    "decimal": "Decimal",
-    "fractions": "Fraction",
-    "uuid": "UUID SafeUUID",
-    "enum": "Enum IntEnum Flag IntFlag",
-    "random": "Random",
-    "re": "_compile",
-    "time": "struct_time",
-    "zoneinfo": "ZoneInfo ZoneInfo._unpickle",
-    "string": "Template",
-    "logging": "Logger getLogger",
-    "_codecs": "encode",  # how Python 3 stores bytes for Python 2
-    "numpy": "dtype ndarray bool_ float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64 str_",
-    "numpy.core.multiarray": "scalar _reconstruct",
-    "numpy._core.multiarray": "scalar _reconstruct",
-    "numpy.core.numeric": "_frombuffer",
-    "numpy._core.numeric": "_frombuffer",
-    "numpy.random._pickle": "__randomstate_ctor __generator_ctor __bit_generator_ctor",
-    "torch": "Size device Generator",
-    "torch.torch_version": "TorchVersion",
-    "torch.serialization": "_get_layout",
-    "torch.nn.parameter": "Parameter Buffer",
-    "torch._utils": "_rebuild_tensor _rebuild_tensor_v2 _rebuild_tensor_v3 _rebuild_parameter "
-    "_rebuild_parameter_with_state",
-    "torch._tensor": "_rebuild_from_type_v2",
-    "omegaconf.dictconfig": "DictConfig",
-    "omegaconf.listconfig": "ListConfig",
-    "omegaconf.base": "ContainerMetadata Metadata SCMode",
-    "omegaconf.nodes": "AnyNode StringNode IntegerNode FloatNode BooleanNode EnumNode BytesNode PathNode",
-})  # fmt: skip
 # Packages that everybody has: what is harmless in them is listed.
 _LISTED = {"torch", "numpy", "omegaconf", "sfd_jax"}
 
@@ -497,7 +455,7 @@ _BUILDERS: dict[str, Callable] = {
     "builtins.frozenset": _entries(_Set),
     "builtins.bytes": _bytes,
     "builtins.bytearray": _bytes,
-    "_codecs.encode": _bytes,
+    "_codecs.encode": _bytes,  # how Python 3 stores bytes for Python 2
     "torch.Size": _entries(tuple),
     "torch.device": _text(),
     "torch.torch_version.TorchVersion": _text(),
@@ -515,6 +473,41 @@ _BUILDERS: dict[str, Callable] = {
     for module in ("pathlib", "pathlib._local")
     for name in ("Path", "PurePath", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
 }
+
+# Types and plain constructors that training scripts leave in their checkpoints; no function that acts.
+_HARMLESS = _TORCH_DTYPES | _BUILDERS.keys() | _table({
+    "builtins": "int float complex bool str long unicode object slice range type Ellipsis NotImplemented Exception "
+    "ValueError print",
+    "typing": "Any Union Optional Dict List Tuple Callable",
+    "collections": "ChainMap UserDict UserList",
+    "copyreg": "_reconstructor __newobj__",
+    "argparse": "Namespace",
+    "types": "SimpleNamespace",
+    "functools": "partial",
+    "datetime": "date time datetime timedelta timezone",
+    "uuid": "UUID SafeUUID",
+    "enum": "Enum IntEnum Flag IntFlag",
+    "random": "Random",
+    "re": "_compile",
+    "time": "struct_time",
+    "zoneinfo": "ZoneInfo ZoneInfo._unpickle",
+    "string": "Template",
+    "logging": "Logger getLogger",
+    "numpy": "dtype ndarray bool_ float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64 str_",
+    "numpy.core.multiarray": "_reconstruct",
+    "numpy._core.multiarray": "_reconstruct",
+    "numpy.random._pickle": "__randomstate_ctor __generator_ctor __bit_generator_ctor",
+    "numpy.random.bit_generator": "__pyx_unpickle_SeedSequence",
+    "torch": "Generator",
+    "torch.nn.parameter": "Parameter Buffer",
+    "torch._utils": "_rebuild_tensor _rebuild_tensor_v2 _rebuild_tensor_v3 _rebuild_parameter "
+    "_rebuild_parameter_with_state",
+    "torch._tensor": "_rebuild_from_type_v2",
+    "omegaconf.dictconfig": "DictConfig",
+    "omegaconf.listconfig": "ListConfig",
+    "omegaconf.base": "ContainerMetadata Metadata SCMode",
+    "omegaconf.nodes": "AnyNode StringNode IntegerNode FloatNode BooleanNode EnumNode BytesNode PathNode",
+})  # fmt: skip
 
 _VALUES = frozenset(
     "INT BININT BININT1 BININT2 LONG LONG1 LONG4 STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 "

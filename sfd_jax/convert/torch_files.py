@@ -88,10 +88,7 @@ def write_torch_file(path: str | os.PathLike, tree: Any) -> None:
             return torch.from_numpy(array)
         return node
 
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".unfinished")
-    torch.save(tensors(tree), unfinished)
-    unfinished.rename(path)
+    torch.save(tensors(tree), path)
 
 
 # --- Storages and tensors ----------------------------------------------------------------------------
@@ -295,6 +292,8 @@ def _read_zip(path: Path) -> Any:
         root = pickles[0].removesuffix("data.pkl")
         if f"{root}constants.pkl" in members:
             raise SfdError(f"refused: '{path}' is a TorchScript program, not a file of weights")
+        # Where torch was told to write no checksums (torch.serialization.set_crc32_options), all are 0.
+        summed = members[pickles[0]].CRC != 0
         found: dict[str, _Bytes] = {}
 
         def member(name: str) -> _Bytes:
@@ -314,7 +313,7 @@ def _read_zip(path: Path) -> Any:
                 if stored and info.compress_size != info.file_size:
                     raise ValueError(f"{name} is of the wrong size")
                 packed = None if stored else info.compress_size
-                found[name] = _Bytes(file, start, info.file_size, info.CRC, packed)
+                found[name] = _Bytes(file, start, info.file_size, info.CRC if summed else None, packed)
             return found[name]
 
         def content(name: str) -> bytes:

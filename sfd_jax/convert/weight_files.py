@@ -22,8 +22,10 @@ from sfd_jax.convert import FORMATS
 from sfd_jax.convert.file_kinds import SAFETENSORS, SHARDED, Kind, find_weights, shards_of
 from sfd_jax.convert.lazy_array import LazyArray
 from sfd_jax.convert.safetensors_files import read_safetensors
+from sfd_jax.convert.pickles import Record
 from sfd_jax.convert.torch_files import read_torch_file, write_torch_file
 from sfd_jax.errors import SfdError, nearest
+from sfd_jax.files import appearing
 
 # Where files keep the weights being trained, in the order of preference, and their average.
 RAW_KEYS = ("model", "model_state_dict", "state_dict", "params", "module", "net", "network", "weights")
@@ -161,10 +163,11 @@ def choose_state(tree: Any, path: str | os.PathLike, which: str | None = None) -
     if not isinstance(tree, dict) or not tree:
         raise SfdError(f"'{path}' holds a {type(tree).__name__}, not a dict of arrays")
     sets = find_sets(tree)
-    if _role(Path(path).stem) == "ema":
+    places = [Path(path), find_weights(path)[0]] if Path(path).is_dir() else [Path(path)]
+    if any(_role(place.name) == "ema" for place in places):
         sets = [dataclasses.replace(s, which="ema") if s.name == "" else s for s in sets]
     chosen = _choose(tree, sets, path, which)
-    notes = _averages_beside(path) if which is None and chosen.which != "ema" else []
+    notes = _averages_beside(path) if which is None and (chosen.which != "ema" or not chosen.name) else []
     if (chosen.name, chosen.which) == ("", "ema"):
         notes.append("averaged weights: by the file's name")
     elif chosen.name not in ((EMA_KEY,) if chosen.which == "ema" else ("", *RAW_KEYS)):
@@ -177,7 +180,7 @@ def choose_state(tree: Any, path: str | os.PathLike, which: str | None = None) -
             f"'{path}': '{chosen.name}' is a list of arrays without names, and no raw weights beside it tell them"
         )
     state, more = _unwrap(arrays, path)
-    fixed = [k for k in trained if k not in state and any(fnmatch.fnmatch(k, p) for p in _NOT_TRAINED)]
+    fixed = [k for k in trained if k not in state and _fits(k, _NOT_TRAINED)]
     if fixed:
         notes.append(f"not in the average, fixed tables taken from '{raw.name}': {', '.join(fixed)}")
     state |= {key: trained[key] for key in fixed}
@@ -214,7 +217,7 @@ def _choose(tree: dict, sets: list[Weights], path, which: str | None) -> Weights
         return averages[0]
     if which is None and not averages and (lost := _lost_average(tree)):
         raise SfdError(
-            f"'{path}': '{lost}' should be an average and holds no arrays; take --weights raw for the raw ones"
+            f"'{path}': '{lost}' should be an average and holds no arrays that can be read; take --weights raw for the raw ones"
         )
     if which != "ema" and raw is None:
         unnamed = [s for s in sets if not s.which]
@@ -229,9 +232,9 @@ def _choose(tree: dict, sets: list[Weights], path, which: str | None) -> Weights
         held = held or "only " + ", ".join(map(repr, tree))
         hint = f"; take --weights {'raw' if which == 'ema' else 'ema'}" if sets else ""
         raise SfdError(f"'{path}' holds no {which or 'raw'} weights (it holds {held}){hint}")
-    keys = _unwrap(raw.arrays, path)[0].keys()
+    trained = lambda s: {key for key in _unwrap(s.arrays, path)[0] if not _fits(key, _NOT_TRAINED)}  # noqa: E731
     others = [s for s in sets if which is None and s.which != "ema" and s is not raw]
-    twins = [s for s in others if _unwrap(s.arrays, path)[0].keys() == keys]
+    twins = [s for s in others if trained(s) == trained(raw)]
     if twins:
         raise SfdError(
             f"'{path}' holds weights of one network several times, and nothing tells which are averaged: "
@@ -276,12 +279,13 @@ def _averages_beside(path) -> list[str]:
 def _lost_average(tree: dict) -> str | None:
     """Return the name of an entry that should be an average and has no arrays: cleared, or not readable."""
     for key, value in tree.items():
-        words = set(_words(key))
-        if words & {"config", "cfg", "args", "kwargs", "parameters", "hparams", "groups", "rate", "decay"}:
+        name = f"{key} {value.name.rpartition('.')[2]}" if isinstance(value, Record) else key
+        words = set(_words(name))
+        if words & {"config", "cfg", "args", "kwargs", "parameters", "hparams", "groups", "rate", "decay", "meter", "meters"}:
             continue
         if isinstance(value, (bool, int, float, str, LazyArray, type(None))):
             continue
-        if _role(key) == "ema":
+        if _role(name) == "ema":
             return str(key)
         if isinstance(value, dict) and (found := _lost_average(value)):
             return f"{key}/{found}"
@@ -305,6 +309,10 @@ def _role(name: Any) -> str:
 
 def _known(state: Mapping[str, Any]) -> bool:
     return any(module.recognises(state) for module in FORMATS.values())
+
+
+def _fits(key: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatch(key, pattern) for pattern in patterns)
 
 
 def _is_counter(key: Any, array: LazyArray) -> bool:
@@ -359,7 +367,7 @@ def _named_like(chosen: Weights, raw: Weights, trained: Mapping[str, LazyArray],
         numbers = sorted(key for key in arrays if isinstance(key, int))
         shapes = [tuple(arrays[index].shape) for index in numbers] if len(numbers) == len(arrays) else None
         for patterns in ((), _NOT_TRAINED[1:], _NOT_TRAINED):
-            keys = [key for key in trained if not any(fnmatch.fnmatch(key, p) for p in patterns)]
+            keys = [key for key in trained if not _fits(key, patterns)]
             if [tuple(trained[key].shape) for key in keys] == shapes and keys != sorted(keys):
                 notes.append(f"the average is a list; its keys are those of '{raw.name}', in their order")
                 return {key: arrays[index] for key, index in zip(keys, numbers)}
@@ -385,12 +393,10 @@ def _named_like(chosen: Weights, raw: Weights, trained: Mapping[str, LazyArray],
 
 
 def _whole_number(value: Any) -> int | None:
-    """Return a step as int: a Python, NumPy or one-element tensor's number; None where it is none."""
+    """Return a step as int: a number or one of a one-element tensor; None where it is none."""
     if isinstance(value, LazyArray) and math.prod(value.shape) == 1:
-        value = np.asarray(value).reshape(())[()]
-    if isinstance(value, np.ndarray) and value.size == 1:
-        value = value.reshape(())[()]
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        value = np.asarray(value).item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return int(value) if 0 <= value < 2**53 and value == int(value) else None
 
@@ -457,21 +463,25 @@ def write_file(path: str | os.PathLike, state: dict[str, np.ndarray], tree: dict
     """Write an export, visible only once complete: the bare state for .safetensors, else the tree.
 
     Raises:
-      SfdError: the file exists, its suffix is unknown, or it is a .pt and torch is missing.
+      SfdError: the file exists, its suffix is unknown, it cannot be written, or it is a .pt and torch is missing.
     """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
     path = Path(path)
     if path.exists():
         raise SfdError(f"'{path}' exists; nothing is overwritten, name another file")
-    if path.suffix in (".pt", ".pth", ".ckpt"):
-        return write_torch_file(path, tree)
-    if path.suffix != ".safetensors":
+    if path.suffix not in (".pt", ".pth", ".ckpt", ".safetensors"):
         raise SfdError(f"'{path}': export to a name that ends in .pt, .pth, .ckpt or .safetensors")
-    import safetensors.numpy
-
-    unfinished = path.with_name(path.name + ".unfinished")
-    # transformers asks for the entry "format"; other readers ignore it.
-    safetensors.numpy.save_file(state, unfinished, metadata={"format": "pt"})
-    unfinished.rename(path)
+    try:
+        with appearing(path) as part:
+            if path.suffix == ".safetensors":
+                # transformers asks for the entry "format"; other readers ignore it.
+                save_file(state, part, metadata={"format": "pt"})
+            else:
+                write_torch_file(part, tree)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch tells a full disk by a RuntimeError
+        raise SfdError(f"cannot write '{path}': {error}") from error
 
 
 def describe(tree: Any) -> list[str]:
@@ -506,8 +516,6 @@ def describe(tree: Any) -> list[str]:
 
     walk(tree, "file", 0)
     return lines
-
-
 
 
 def _config(beside: Mapping[str, Any], path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from sfd_jax.errors import SfdError
 
 EXTENSIONS = (".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 # What systems and tools put among the files of a user; names that start with a dot are hidden as well.
-HIDDEN = {"@eadir", "@tmp", "__macosx", "__pycache__", "thumbs.db", "desktop.ini", "#recycle", "#snapshot",
+HIDDEN = {"@eadir", "@tmp", "@recycle", "@recently-snapshot", "__macosx", "__pycache__", "thumbs.db", "desktop.ini",
+          "#recycle", "#snapshot", "~snapshot",
           "$recycle.bin", "system volume information", "lost+found"}  # fmt: skip
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "held_out"}
 NO_CLASS = {"images", "image", "imgs", "img", "jpegimages", "data"}  # where such a folder is the only one
@@ -28,11 +30,11 @@ def is_image(path: str) -> bool:
     return path.lower().endswith(EXTENSIONS) and not is_hidden(path)
 
 
-def walk(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
+def walk(folder: str | os.PathLike) -> tuple[list[str], list[str], Counter[str]]:
     """List a folder at every depth, links followed, hidden entries left out.
 
     Returns:
-      Relative paths of the images and of the folders, in no order.
+      Relative paths of the images and of the folders, in no order, and how many other files have which ending.
 
     Raises:
       SfdError: a folder that cannot be read or holds itself, or a link beside the class folders that leads nowhere.
@@ -41,7 +43,7 @@ def walk(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
     def refuse(error: OSError) -> None:
         raise SfdError(f"cannot read folder {error.filename}: {error.strerror}")
 
-    images, folders = [], []
+    images, folders, others = [], [], Counter()
     for parent, below, names in os.walk(folder, followlinks=True, onerror=refuse):
         inside = os.path.relpath(parent, folder)
         prefix = "" if inside == "." else f"{inside}/"
@@ -51,12 +53,14 @@ def walk(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
             if os.path.islink(path) and Path(parent).resolve().is_relative_to(Path(path).resolve()):
                 raise SfdError(f"{path} is a link to a folder that it lies in; remove it")
         folders += [prefix + name for name in below]
-        images += [prefix + name for name in names if is_image(name)]
+        found = [name for name in names if is_image(name)]
+        images += [prefix + name for name in found]
+        others.update(os.path.splitext(name)[1] for name in set(names).difference(found) if not is_hidden(name))
         for name in [] if prefix else names:
             path = os.path.join(parent, name)
             if not is_hidden(name) and not os.path.exists(path):
                 raise SfdError(f"{path} is a link that leads nowhere; mount what it names, or remove it")
-    return images, folders
+    return images, folders, others
 
 
 @dataclasses.dataclass(frozen=True)

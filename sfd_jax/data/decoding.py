@@ -92,11 +92,12 @@ def _eight_bits(image: Image.Image) -> np.ndarray:
         if not (low >= 0 and high <= 1):  # also where one is NaN
             raise ValueError(f"floating-point grey from {low:g} to {high:g}; expected 0 to 1")
         values = np.round(values * np.float32(65535)).astype(np.uint16)
-    elif image.mode == "I":
-        # PGM says its range and Pillow scales it to 16 bits; elsewhere 32 bits hold numbers of any range.
-        if low < 0 or high > 65535 or (0 < high <= 255 and image.format != "PPM"):
-            raise ValueError(f"32-bit grey from {low} to {high}, whose range is not clear; save it with 8 or 16 bits")
     bits = 12 if tags.get(258) == (12,) else 16
+    # PGM says its range and Pillow scales it to 16 bits; elsewhere 32 bits hold numbers of any range, and what 16 make
+    # black throughout is rather an image of 8.
+    if image.mode != "F" and (low < 0 or high > 65535 or (0 < high < 2 ** (bits - 8) and image.format != "PPM")):
+        size = 32 if image.mode == "I" else bits
+        raise ValueError(f"{size}-bit grey from {low} to {high}, whose range is not clear; save it with 8 or 16 bits")
     return (values >> (bits - 8)).astype(np.uint8)
 
 

@@ -31,12 +31,16 @@ class ImageFolder:
         self.root = Path(path)
         if split and (self.root / split).is_dir():
             self.root, split = self.root / split, ""
-        if not self.root.is_dir():
-            raise SfdError(f"no folder '{path}'")
-        found = find_classes(str(self.root), *walk(self.root), split)
+        if not path or not self.root.is_dir():
+            raise SfdError(f"no folder '{path}'" + ": it is a file" * os.path.isfile(path))
+        images, folders, others = walk(self.root)
+        found = find_classes(str(self.root), images, folders, split)
         # One flat array of names: a million Python strings would cost ten times as much memory.
         self.paths = np.array([os.fsencode(name) for name in found.paths], dtype=np.bytes_)
         self.labels, self.class_names, self.notes = found.labels, found.class_names, found.notes
+        if others:
+            endings = ", ".join(f"{ending or 'none'} ({count:,})" for ending, count in others.most_common(8))
+            self.notes.append(f"files of {self.root} that are no images by their ending are left out: {endings}")
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -154,7 +154,8 @@ def _members(path: Path, file: BinaryIO, inside: str, start: int, end: int) -> I
                 if member.size < 0 or member.offset_data + (0 if member.issparse() else member.size) > end:
                     raise damaged(f"it is cut in {member.name}")
                 name = "/".join(part for part in member.name.split("/") if part not in ("", ".", ".."))
-                wanted = is_image(name) or (name.lower().endswith(ARCHIVES) and not is_hidden(name))
+                # A symbolic link of any name may be a class folder.
+                wanted = is_image(name) or ((name.lower().endswith(ARCHIVES) or member.issym()) and not is_hidden(name))
                 if wanted and not member.isdir() and (not member.isreg() or member.issparse()):
                     raise SfdError(
                         f"{member.name} in {what} is a link, sparse or no file, so its bytes do not lie in the tar; "

@@ -88,6 +88,8 @@ class PublishedLatents:
         self._open_files: dict[int, Any] = {}
         self._lock = threading.Lock()
         self.notes = _gaps([_rank_and_shard(path) for path in self.paths])
+        if others := sorted({path.name for path in self.directory.glob("*.safetensors")} - {path.name for path in found}):
+            self.notes.append(f"not read, named otherwise than shards are: {', '.join(others[:5])} ({len(others)} in all)")
         headers = [_header(path) for path in self.paths]
         self._ends = np.cumsum([header["labels"][1][0] for header in headers])
         self.names = _our_names(headers[0], repa, self.paths[0])
@@ -114,7 +116,7 @@ class PublishedLatents:
                            f"'{self.names['semantic']}' {semantic} differ; do they belong together?")  # fmt: skip
         for path, labels in zip(self.paths, self._labels()):
             if labels.size and not 0 <= labels.min() <= labels.max() < 2**31:
-                raise SfdError(f"{path}: labels reach from {labels.min()} to {labels.max()}; expected 0 and above")
+                raise SfdError(f"{path}: labels reach from {labels.min()} to {labels.max()}; expected 0 to 2^31 - 1")
 
     def __len__(self) -> int:
         return int(self._ends[-1])

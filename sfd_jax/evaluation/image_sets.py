@@ -214,7 +214,8 @@ def _open_folder(folder: Path, image_size: int | None) -> ImageSet:
         # Numbered files are a sampler's: a gap means that it was not done.
         numbers = np.array([int(file.stem) for file in files])
         files = [files[i] for i in np.argsort(numbers, kind="stable")]
-        _check_indices(numbers - min(1, int(numbers.min())), len(np.unique(numbers)), f"{folder}: numbered files")
+        where = f"{folder}: files numbered as samples are (give an image size if they are references)"
+        _check_indices(numbers - min(1, int(numbers.min())), len(np.unique(numbers)), where)
 
     def pieces(n):
         first = None

@@ -195,8 +195,8 @@ def find_checkpoint(directory, step: int | None = None) -> epath.Path:
     root = _folder(directory)
     if not root.exists():
         raise SfdError(f"no checkpoint folder {root}")
-    if not root.is_dir():
-        raise SfdError(f"{root} is a file, and a checkpoint is a folder: `sfd convert` makes one of PyTorch's")
+    if root.is_file():
+        raise SfdError(f"{root} is a file, no checkpoint folder; `sfd convert {root} --out=DIR` makes one of a released file")
     if any((root / item).exists() for item in (*_STATE_ITEMS, "metadata")):
         if step is not None and root.name != str(step):
             raise SfdError(f"{root} is one checkpoint, so step {step} cannot be chosen: leave it out, or give the run's folder")

@@ -1,6 +1,8 @@
 """Files in the released formats, through the front door and back."""
 
 import json
+import resource
+import time
 
 import jax
 import numpy as np
@@ -181,12 +183,57 @@ def test_unknown_and_damaged_files_say_what_is_wrong(tmp_path, torch_file, relea
             import_checkpoint(write(tmp_path / "cut.safetensors", data[:length]))
 
 
+def test_many_arrays_of_safetensors_cost_linear_time(tmp_path):
+    arrays = {f"k{index}": np.full(2, index, np.float16) for index in range(6000)}
+    safetensors.numpy.save_file(arrays, tmp_path / "f.safetensors")
+    start = time.process_time()
+    tree = read_tree(tmp_path / "f.safetensors")
+    assert all(np.array_equal(tree[key], array) for key, array in arrays.items())
+    assert time.process_time() - start < 15  # reading the header for each takes more than twice that
+    (tmp_path / "f.safetensors").write_bytes(b"")
+    with pytest.raises(SfdError, match="changed while it was being read"):
+        np.asarray(tree["k0"])
+
+
 def test_export_needs_a_known_suffix(released, tmp_path):
     path, *_ = released
     assert main([path, f"--out={tmp_path}/o"]) == 0
     with pytest.raises(SfdError, match="ends in .pt"):
         main([f"{tmp_path}/o", f"--export={tmp_path}/o.onnx"])
     assert not (tmp_path / "o.onnx").exists()
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", pytest.param("pt", marks=pytest.mark.torch)])
+def test_an_export_that_cannot_be_written_is_a_sentence(released, tmp_path, suffix):
+    if suffix == "pt":
+        pytest.importorskip("torch", reason="needs the extra `torch`: pip install sfd_jax[torch]")
+    path, *_ = released
+    assert main([path, f"--out={tmp_path}/o"]) == 0
+    with pytest.raises(SfdError, match=f"cannot write '.*absent/x.{suffix}'"):
+        main([f"{tmp_path}/o", f"--export={tmp_path}/absent/x.{suffix}"])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # as on a full disk
+    try:
+        with pytest.raises(SfdError, match=f"cannot write '.*x.{suffix}'"):
+            main([f"{tmp_path}/o", f"--export={tmp_path}/x.{suffix}"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["0001234.pt", "o"]
+
+
+def test_statistics_of_the_two_groups_the_other_way_round(tmp_path, torch_file):
+    for name, channels in (("texture", 3), ("semantic", 2)):
+        ones = np.ones((1, channels, 1, 1), np.float32)
+        write(tmp_path / f"{name}.pt", torch_file({"mean": ones, "std": ones}).zip_bytes())
+    texture, semantic = tmp_path / "texture.pt", tmp_path / "semantic.pt"
+    file = write(tmp_path / "f.pt", torch_file({"ema": dit_state()}).zip_bytes())
+    imported = import_checkpoint(file, texture_statistics=semantic, semantic_statistics=texture)
+    assert "2 channels texture and 3 semantic: by the statistics given" in imported.notes
+    tree = {"ema": dit_state(), "config": json.dumps({"in_chans": 5, "semantic_chans": 2})}
+    told = write(tmp_path / "told.pt", torch_file(tree).zip_bytes())
+    assert import_checkpoint(told, texture_statistics=texture, semantic_statistics=semantic)
+    with pytest.raises(SfdError, match="2 texture and 3 semantic channels do not fit .* 2 of them semantic"):
+        import_checkpoint(told, texture_statistics=semantic, semantic_statistics=texture)
 
 
 # --- The pack's own files, where they are at hand ---------------------------------------------------

@@ -11,6 +11,7 @@ from sfd_jax.cli.convert import main
 from sfd_jax.convert import FORMATS
 from sfd_jax.convert.checkpoints import export_checkpoint, import_checkpoint
 from sfd_jax.convert.lazy_array import LazyArray
+from sfd_jax.convert.pickles import Record
 from sfd_jax.convert.weight_files import choose_state, find_sets
 from sfd_jax.errors import SfdError
 from tests.convert.test_checkpoints import dit_state, same_bytes
@@ -107,11 +108,13 @@ def test_averages_are_used_under_whatever_name(name):
         ({"model": RAW, "ema_params": {}}, "'ema_params' should be an average and holds no arrays"),
         ({"model": RAW, "ema": {}}, "'ema' should be an average and holds no arrays"),
         ({"model": RAW, "ema": {"decay": 0.9, "updates": 3}}, "'ema' should be an average and holds no arrays"),
+        ({"model": RAW, "helper": Record("timm.utils.ModelEmaV2")}, "'helper' should be an average"),
         ({"state_dict": RAW, "callbacks": {"EMA": {}}}, "'callbacks/EMA' should be an average"),
         ({"model": RAW, "ema": prefixed(MEAN, "other_")}, "should be the average of 'model' but has other keys"),
         ({"model": RAW, "ema_0.999": MEAN, "ema_0.9999": MEAN}, "several averages: 'ema_0.999' .*'ema_0.9999'"),
         ({"model": RAW, "teacher": MEAN}, "nothing tells which are averaged: 'model' .*'teacher'"),
         ({"model": RAW, "best_state": MEAN}, "nothing tells which are averaged"),
+        ({"model": RAW, "teacher": TRAINED}, "nothing tells which are averaged"),
         ({"student": RAW, "teacher": MEAN}, "several sets of weights: 'student' .*'teacher'"),
     ],
 )
@@ -145,7 +148,12 @@ def test_one_of_several_is_taken_by_name():
         choose(tree, "ema_0.99")
 
 
-@pytest.mark.parametrize("beside", [{"use_ema": True}, {"ema": None}, {"ema_decay": 0.9}, {"config": {"ema": {}}}])
+METERS = {"loss_meters": {"average_meter": [Record("train.AverageMeter")]}, "best": Record("train.AverageMeter")}
+
+
+@pytest.mark.parametrize(
+    "beside", [{"use_ema": True}, {"ema": None}, {"ema_decay": 0.9}, {"config": {"ema": {}}}, METERS]
+)
 def test_settings_of_an_average_are_no_average(beside):
     file = choose({"model": RAW} | beside)
     assert file.which == "raw" and holds(file, RAW)
@@ -160,7 +168,14 @@ def test_a_bare_state_dict_may_be_an_average_by_the_files_name(tmp_path):
     folder = tmp_path / "only"
     folder.mkdir()
     safetensors.numpy.save_file(MEAN, folder / "ema.safetensors")
-    assert import_checkpoint(folder).network.name == "lightning_dit"
+    assert import_checkpoint(folder).metadata["foreign"]["weights"] == "ema"
+    folder = tmp_path / "dit_0.9999_ema"
+    folder.mkdir()
+    safetensors.numpy.save_file(MEAN, folder / "model.safetensors")
+    assert import_checkpoint(folder).metadata["foreign"]["weights"] == "ema"
+    (folder / "ema").mkdir()
+    with pytest.raises(SfdError, match="beside them averages: ema"):
+        import_checkpoint(folder)
 
 
 def test_no_key_of_a_known_network_reads_as_an_average():

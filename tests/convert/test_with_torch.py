@@ -70,6 +70,17 @@ def test_reads_what_torch_writes(tmp_path, zipped):
     np.testing.assert_array_equal(read["model"]["weight"], layer.weight.detach())
 
 
+def test_checksums_may_be_left_out_of_a_file_but_not_of_one_storage(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    torch.save({"ema": torch.ones(3)}, tmp_path / "f.pt")
+    torch.serialization.set_crc32_options(True)
+    np.testing.assert_array_equal(read_torch_file(tmp_path / "f.pt")["ema"], np.ones(3))
+    with torch.serialization.skip_data():  # leaves room for numbers that are to be written later
+        torch.save({"ema": torch.ones(3)}, tmp_path / "f.pt")
+    with pytest.raises(SfdError, match="checksum"):
+        np.asarray(read_torch_file(tmp_path / "f.pt")["ema"])
+
+
 def test_a_whole_module_is_refused(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "f.pt")
     with pytest.raises(SfdError, match=r"refused: .* asks for torch\.nn"):

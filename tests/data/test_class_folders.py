@@ -13,7 +13,7 @@ from sfd_jax.data.images import open_images
 from sfd_jax.errors import SfdError
 from sfd_jax.evaluation.image_sets import open_image_set
 
-HIDDEN = [".ipynb_checkpoints", "@eaDir", "__MACOSX", "#recycle", "lost+found", ".Trash-1000", "$RECYCLE.BIN"]
+HIDDEN = [".ipynb_checkpoints", "@eaDir", "@Recycle", "__MACOSX", "#recycle", "lost+found", ".Trash-1000", "$RECYCLE.BIN"]
 
 
 def png() -> bytes:
@@ -166,6 +166,24 @@ def test_a_class_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", denied)
     with pytest.raises(SfdError, match="cannot read folder .*n2: Permission denied"):
         open_images("folder", str(tmp_path), "", 8)
+
+
+def test_files_that_are_left_out_are_counted(tmp_path):
+    for name in ("n1/a.png", "n1/b.avif", "n2/a.png", "n2/boxes.txt", "n2/c", "n2/.d.txt", "n3.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(png())
+    (note,) = open_images("folder", str(tmp_path), "", 8).notes
+    assert "left out" in note and all(part in note for part in (".avif (1)", ".txt (1)", ".tar (1)", "none (1)"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_no_path_is_not_the_folder_one_stands_in(tmp_path, monkeypatch, kind):
+    (tmp_path / "n1").mkdir()
+    (tmp_path / "n1" / "a.png").write_bytes(png())
+    monkeypatch.chdir(tmp_path)
+    for path, words in (("", "no (folder|tar file) ''"), ("n1/a.png", "n1/a.png")):
+        with pytest.raises(SfdError, match=words):
+            open_images(kind, path, "", 8)
 
 
 def test_a_class_may_be_called_train():

@@ -118,6 +118,7 @@ def test_dark_pgm_is_dark_but_a_range_that_is_not_clear_is_refused(tmp_path):
     assert (both_ways(image_file(tmp_path / "a", "a.pgm", Image.fromarray(dark.astype(np.uint16)))) == 0).all()
     for place, (values, reason) in enumerate({
         "eight bits": (dark.astype(np.int32), "32-bit grey from 255 to 255"),
+        "eight of sixteen bits": (dark.astype(np.uint16), "16-bit grey from 255 to 255"),
         "all bits": (np.full((32, 32), 2**30, np.int32), "32-bit grey from 1073741824"),
         "negative": (-dark.astype(np.int32), "32-bit grey from -255"),
         "bytes as floats": (dark.astype(np.float32), "floating-point grey from 255 to 255; expected 0 to 1"),

@@ -98,6 +98,7 @@ def test_whole_ones_are_read(tmp_path):
         (b"", "x.tar .* it is empty"),
         (tar_of({"n1/a.JPEG": jpeg(), "n1/b.JPEG": link("n1/b.JPEG", "n1/a.JPEG", tarfile.LNKTYPE)}), "n1/b.JPEG in .*is a link"),
         (tar_of({"n1/a.JPEG": jpeg(), "n1/b.JPEG": link("n1/b.JPEG", "a.JPEG", tarfile.SYMTYPE)}), "n1/b.JPEG in .*is a link"),
+        (tar_of({"n1/a.JPEG": jpeg(), "n2": link("n2", "n1", tarfile.SYMTYPE)}), "n2 in .*is a link"),
         (sparse_tar(), "n1/a.JPEG in .*is a link, sparse"),
     ],
 )  # fmt: skip

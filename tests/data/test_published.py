@@ -199,6 +199,8 @@ def test_missing_shards_are_said_and_copies_refused(shards):
     assert "rank 0, rank 1, rank 3" in PublishedLatents(folder).notes[0]
     (folder / "latents_rank02_shard001.safetensors").rename(folder / "latents_rank02_shard004.safetensors")
     assert "rank 2 shard 1, rank 2 shard 2, rank 2 shard 3, " in PublishedLatents(folder).notes[0]
+    (folder / "latents_rank10_shard001 (1).safetensors").write_bytes(b"")
+    assert "not read, named otherwise than shards are: latents_rank10_shard001 (1)" in PublishedLatents(folder).notes[1]
     (folder / "latents_rank2_shard4.safetensors").write_bytes((folder / "latents_rank02_shard004.safetensors").read_bytes())
     with pytest.raises(SfdError, match="two files are shard 4 of rank 2"):
         PublishedLatents(folder)

@@ -102,13 +102,13 @@ def test_folders_named_from_where_one_stands(tmp_path, monkeypatch):
 
 
 def test_absent_and_damaged_checkpoints(tmp_path, state):
-    (tmp_path / "weights.pt").write_bytes(b"PK")
-    with pytest.raises(SfdError, match="is a file, and a checkpoint is a folder"):
-        load_params(tmp_path / "weights.pt")
     with pytest.raises(SfdError, match="no checkpoint folder"):
         load_params(tmp_path / "absent")
     with pytest.raises(SfdError, match="holds no complete checkpoint"):
         load_params(tmp_path)
+    (tmp_path / "0000100.pt").write_bytes(b"PK")
+    with pytest.raises(SfdError, match="0000100.pt is a file, no checkpoint folder; `sfd convert"):
+        load_params(tmp_path / "0000100.pt")
     save_params(tmp_path, state.params, {})
     for data in (tmp_path / "0" / "params").rglob("d/*"):
         data.write_bytes(b"damaged")
