@@ -57,6 +57,8 @@ def main(argv: list[str]) -> int:
         with found:
             find_checkpoint(checkpoint)
     notes = []
+    if config.model.repa_features and not config.loss.repa_weight:
+        notes.append("loss.repa_weight=0 leaves REPA's projector untrained; --config.model.repa_features=0 leaves it out")
     with found:
         source = open_source(config.data.path, repa=False)
         check_data(config, source, found, repa=repa)

@@ -40,6 +40,8 @@ def main(argv: list[str]) -> int:
     with found:
         train = train_config(config)
     with found:
+        if config.lpips and not config.loss.perceptual_weight:
+            raise SfdError("lpips has no effect with loss.perceptual_weight=0: leave one of them out")
         if config.lpips:
             from sfd_jax.cli.repa import open_frozen
 

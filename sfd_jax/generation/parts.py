@@ -72,6 +72,8 @@ def _check_texture_vae(model: Mapping, texture_vae: Mapping, given: str, allowed
             f"{model_name} does not tell which texture VAE made its latents; {vae_name} was compared by "
             "channels alone"
         ]
+    if made_by == given and allowed:
+        raise SfdError(f"--other_texture_vae has no effect: {vae_name} made {model_name}'s latents; leave it out")
     if made_by == given:
         return []
     differing = f"{vae_name} ({given[:12]}) is not the texture VAE that made {model_name}'s latents ({made_by[:12]})"

@@ -38,6 +38,8 @@ def test_the_texture_vae_is_the_one_that_made_the_latents():
         make_sampler(other, given, EULER)
     [note] = notes(other, given, EULER, other_texture_vae=True)
     assert "is not the texture VAE that made" in note and "as --other_texture_vae allows" in note
+    with pytest.raises(SfdError, match="--other_texture_vae has no effect"):
+        make_sampler(model(), vae(), EULER, other_texture_vae=True)
     bigger = notes(model(latents={**OURS, "image_size": 16}), vae(), EULER)
     assert bigger == ["images come out at 8 px; the model's latents were made from images of 16 px"]
     [note] = notes(model(latents=None), vae(), EULER)  # a converted checkpoint, or one written before this was told

@@ -225,7 +225,11 @@ def test_all_faults_are_named_at_once_with_the_flags_that_fix_them(tmp_path, cap
     assert not (tmp_path / "run").exists()
     flags = ("--config.latents.texture_channels=6", "--config.latents.semantic_channels=3", "--config.data.flips=False",
              "--config.model.repa_features=0", "--config.loss.repa_weight=0", "--check")  # fmt: skip
+    capsys.readouterr()
     assert train(tmp_path / "run", folder, *flags) == 0  # the flags do fix it
+    assert "projector untrained" not in capsys.readouterr().out
+    assert train(tmp_path / "run", folder, *flags[:3], *flags[4:]) == 0
+    assert "note: loss.repa_weight=0 leaves REPA's projector untrained" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("module, flags, words", [
@@ -238,6 +242,8 @@ def test_all_faults_are_named_at_once_with_the_flags_that_fix_them(tmp_path, cap
      ("nothing would teach the network",)),
     ("train_texture_vae", ["--config=configs/texture_vae.py:tiny", "--config.data.held_out_split=train"],
      ("the held-out data are training data",)),
+    ("train_texture_vae", ["--config=configs/texture_vae.py:tiny", "--config.lpips=x", "--config.loss.perceptual_weight=0"],
+     ("lpips has no effect with loss.perceptual_weight=0",)),
 ])  # fmt: skip
 def test_the_other_training_commands_check_too(module, flags, words, tmp_path, capsys):
     import importlib
