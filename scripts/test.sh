@@ -3,7 +3,8 @@
 #   --with-torch   also install the extra `torch`, so that the tests that need it run
 #   --with-pod     also install the extra `pod`, libtpu, so that a program is compiled for a TPU slice
 #   --fast         leave out the tests marked slow
-# Two processes share the test files; SFD_TEST_PROCESSES=0 runs them in one, as a debugger needs it.
+# Two processes share the test files, in their order, since the longest one, the demo's, is among the first.
+# SFD_TEST_PROCESSES=0 runs them in one, as a debugger needs it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras=(dev)
@@ -18,4 +19,4 @@ for argument in "$@"; do
 done
 bash scripts/setup.sh "${extras[@]}"
 exec .venv/bin/python -m pytest -q --durations=25 \
-    -n "${SFD_TEST_PROCESSES:-2}" --dist=loadfile ${arguments[@]+"${arguments[@]}"}
+    -n "${SFD_TEST_PROCESSES:-2}" --dist=loadfile --no-loadscope-reorder ${arguments[@]+"${arguments[@]}"}

@@ -80,7 +80,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_samples(uninterrupted, s
         with open(log, "w") as out:
             process = subprocess.Popen(command(workdir), stdout=out, stderr=subprocess.STDOUT, **surroundings)
             # Later attempts live longer, so that every stage is hit and the run still ends.
-            deadline = time.monotonic() + moments.uniform(4, 8 + attempt)
+            deadline = time.monotonic() + moments.uniform(5, 14 + 2 * attempt)
             while process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.05)
             if process.poll() is None:
