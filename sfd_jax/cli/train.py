@@ -57,6 +57,8 @@ def main(argv: list[str]) -> int:
         with found:
             find_checkpoint(checkpoint)
     notes = []
+    if any(flag.lstrip("-").startswith("config.sample.") for flag in argv):
+        notes.append("config.sample is only stored with the checkpoints; `sfd sample` takes flags of its own")
     if config.model.repa_features and not config.loss.repa_weight:
         notes.append("loss.repa_weight=0 leaves REPA's projector untrained; --config.model.repa_features=0 leaves it out")
     with found:
