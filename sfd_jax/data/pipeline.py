@@ -270,7 +270,10 @@ def prefetch(
             absl_flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
         one_thread = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-        iterator = iter(dataset.to_iter_dataset(one_thread).mp_prefetch(options))
+        processes = dataset.to_iter_dataset(one_thread).mp_prefetch(options)
+        # A thread takes batches out of the shared memory: Ctrl-C, which only the main thread hears, would leave there
+        # what it was about to give back.
+        iterator = iter(grain.experimental.ThreadPrefetchIterDataset(processes.map(_copied), prefetch_buffer_size=1))
     else:
         two_threads = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)  # more would leave the cache
         iterator = iter(dataset.to_iter_dataset(two_threads))
@@ -291,6 +294,10 @@ def prefetch(
             yield from iterator
     finally:  # also when the generator is dropped: the processes and their shared memory go with it
         iterator.close()
+
+
+def _copied(batch: Batch) -> Batch:
+    return {name: np.array(values) for name, values in batch.items()} if isinstance(batch, dict) else np.array(batch)
 
 
 def pixel_transform(batch: Batch) -> Batch:
