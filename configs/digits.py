@@ -45,11 +45,20 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
         steps=300,
         batch=64,
         learning_rate=1e-3,
-        model=dict(arch="transformer", input_dim=128, bottleneck_dim=8, hidden_dim=128, transformer_blocks=2, transformer_heads=4),
+        model=dict(
+            arch="transformer",
+            input_dim=128,
+            bottleneck_dim=8,
+            hidden_dim=128,
+            transformer_blocks=2,
+            transformer_heads=4,
+        ),
         # The released weights: MSE 1, L1 0, cosine 1 over the token axis, KL 1e-7.
         loss=dict(mse_weight=1.0, l1_weight=0.0, cosine_weight=1.0, kl_weight=1e-7, cosine_axis="token"),
     )
-    config.extract = ml_collections.ConfigDict(dict(batch_size=128, shard_size=512, dtype="float32", texture="sample", semantic="sample"))
+    config.extract = ml_collections.ConfigDict(
+        dict(batch_size=128, shard_size=512, dtype="float32", texture="sample", semantic="sample")
+    )
 
     config.diffusion = _diffusion(width=128, depth=6, num_heads=4, repa_depth=2, steps=1000)
     config.weak = _diffusion(width=64, depth=3, num_heads=2, repa_depth=1, steps=300)
@@ -87,11 +96,17 @@ def _stage(*, steps, batch, learning_rate, model, loss) -> ml_collections.Config
     stage.train = _sfd["get_config"]("s").train.copy_and_resolve_references()
     stage.optimizer.unlock()
     stage.train.unlock()
-    stage.optimizer.update(
-        dict(learning_rate=learning_rate, schedule="cosine", warmup_steps=20, clip_norm=1.0)
-    )
+    stage.optimizer.update(dict(learning_rate=learning_rate, schedule="cosine", warmup_steps=20, clip_norm=1.0))
     stage.train.update(
-        dict(steps=steps, global_batch_size=batch, ema_decay=0.99, log_every=50, checkpoint_every=100, keep_last=1, keep_every=0)
+        dict(
+            steps=steps,
+            global_batch_size=batch,
+            ema_decay=0.99,
+            log_every=50,
+            checkpoint_every=100,
+            keep_last=1,
+            keep_every=0,
+        )
     )
     return stage
 
@@ -120,7 +135,15 @@ def _diffusion(*, width, depth, num_heads, repa_depth, steps) -> ml_collections.
     config.latents.update(dict(texture_channels=8, semantic_channels=8))
     config.optimizer.update(dict(learning_rate=2e-3, schedule="cosine", warmup_steps=50, clip_norm=1.0))
     config.train.update(
-        dict(steps=steps, global_batch_size=64, ema_decay=0.99, log_every=50, checkpoint_every=100, keep_last=1, keep_every=0)
+        dict(
+            steps=steps,
+            global_batch_size=64,
+            ema_decay=0.99,
+            log_every=50,
+            checkpoint_every=100,
+            keep_last=1,
+            keep_every=0,
+        )
     )
     return config
 

@@ -103,9 +103,7 @@ class LatentStatistics:
         for group in ("texture", "semantic"):
             mean, std = getattr(self, f"{group}_mean"), getattr(self, f"{group}_std")
             if mean.shape != std.shape:
-                raise SfdError(
-                    f"{group} statistics: {mean.size} means but {std.size} standard deviations"
-                )
+                raise SfdError(f"{group} statistics: {mean.size} means but {std.size} standard deviations")
             if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
                 raise SfdError(
                     f"{group} statistics: every mean must be finite and every standard deviation "
@@ -143,8 +141,7 @@ class LatentStatistics:
         expected = {*_ARRAYS, "multiplier"}
         if set(fields) != expected:
             raise SfdError(
-                f"latent statistics: missing {sorted(expected - set(fields))}, "
-                f"unknown {sorted(set(fields) - expected)}"
+                f"latent statistics: missing {sorted(expected - set(fields))}, unknown {sorted(set(fields) - expected)}"
             )
         return cls(**fields)
 

@@ -83,7 +83,9 @@ RANGES = {
     **_rows("steps global_batch_size accumulation log_every checkpoint_every keep_last max_bad_steps", _COUNT),
     **_rows("keep_every", _COUNT_OR_0),
     # Sampling
-    **_rows("num", Range(int, 1, 10**9)) | _rows("num_steps", Range(int, 2, 10**6)) | _rows("calls", Range(int, 0, 10**6)),
+    **_rows("num", Range(int, 1, 10**9))
+    | _rows("num_steps", Range(int, 2, 10**6))
+    | _rows("calls", Range(int, 0, 10**6)),
     **_rows("atol rtol", Range(float, 0, 1, above=True)) | _rows("max_calls", Range(int, 8, 10**9)),
     **_rows("timestep_shift", Range(float, 0, 1e3)),
     **_rows("guidance_scale guidance_scale_semantic guidance_scale_texture", Range(float, 0, 1e3)),
@@ -122,8 +124,12 @@ RULES = {
         Only("num_steps calls timestep_shift", "solver", ("dopri5",), never=True, hint="dopri5 follows its tolerances"),
         Only("atol rtol", "solver", ("dopri5",)),
         Only("num_steps", "calls", never=True),
-        Only("guidance_scale guidance_interval_start guidance_interval_groups", "guidance", ("cfg", "autoguidance"),
-             hint="--weak=CKPT brings autoguidance"),
+        Only(
+            "guidance_scale guidance_interval_start guidance_interval_groups",
+            "guidance",
+            ("cfg", "autoguidance"),
+            hint="--weak=CKPT brings autoguidance",
+        ),
         Only("guidance_scale_semantic guidance_scale_texture", "guidance", ("autoguidance",)),
         Only("guidance_interval_groups", "guidance_interval_start"),
     ),
@@ -160,7 +166,7 @@ RULES = {
         Only("kind path split image_size", "repa_source", ("online",)),
         Only("held_out_split", "visual_encoder"),
     ),
-}  # fmt: skip
+}
 
 
 def faults(values: Mapping[str, Any], prefix: str = "", group: str = "") -> list[str]:
@@ -231,7 +237,9 @@ def useless(
     found = {}
     for rule in rules:
         others = [name for name in rule.where.split() if name in values]
-        holds = any(values[name] in rule.values if rule.values else values[name] not in (None, False, "") for name in others)
+        holds = any(
+            values[name] in rule.values if rule.values else values[name] not in (None, False, "") for name in others
+        )
         if not others or holds != rule.never:
             continue
         among = f"={' or '.join(rule.values)}" if rule.values else ""

@@ -25,8 +25,19 @@ MAY_IMPORT = {
     "convert": {"latents", "models"},
     "parity": {"latents", "models", "diffusion", "distributed", "training", "generation", "evaluation", "convert"},
     "pod": {"latents", "models", "data", "distributed", "training", "generation", "evaluation"},
-    "cli": {"latents", "models", "diffusion", "data", "distributed", "training", "generation",
-            "evaluation", "convert", "parity", "pod"},
+    "cli": {
+        "latents",
+        "models",
+        "diffusion",
+        "data",
+        "distributed",
+        "training",
+        "generation",
+        "evaluation",
+        "convert",
+        "parity",
+        "pod",
+    },
 }
 HEAVY = ("torch", "tensorflow", "matplotlib", "sklearn", "tensorflow_datasets", "clu.metric_writers")
 

@@ -23,10 +23,9 @@ def test_a_file_keeps_its_old_content_until_the_block_ends(tmp_path):
 def test_a_block_that_fails_leaves_nothing(tmp_path, fault):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(fault):
-        with appearing(path, shared=True) as part:
-            part.write_text("ne")
-            raise fault
+    with pytest.raises(fault), appearing(path, shared=True) as part:
+        part.write_text("ne")
+        raise fault
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
 
@@ -60,14 +59,22 @@ def test_a_path_is_read_as_it_is_meant(monkeypatch, tmp_path):
     ("path", "says"),
     [
         ("", "an empty path"),
-        (" x", "blanks"), ("x\n", "blanks"), ("'x'", "quotes"), ("a\nb", "line ends"),
-        ("gs:/bucket/x", "gs://BUCKET/FOLDER"), ("gs:bucket", "gs://BUCKET/FOLDER"), ("GS://bucket/x", "small letters"),
+        (" x", "blanks"),
+        ("x\n", "blanks"),
+        ("'x'", "quotes"),
+        ("a\nb", "line ends"),
+        ("gs:/bucket/x", "gs://BUCKET/FOLDER"),
+        ("gs:bucket", "gs://BUCKET/FOLDER"),
+        ("GS://bucket/x", "small letters"),
         ("gs:///x", "gs://BUCKET/FOLDER"),
-        ("file:///x", "leave 'file:' out, /x"), ("FILE:/x", "leave 'FILE:' out, /x"),
-        ("hdfs://a/b", "'hdfs:' cannot be read"), ("s3://b/x", "'s3:' cannot be read"), ("https://b/x", "cannot be read"),
+        ("file:///x", "leave 'file:' out, /x"),
+        ("FILE:/x", "leave 'FILE:' out, /x"),
+        ("hdfs://a/b", "'hdfs:' cannot be read"),
+        ("s3://b/x", "'s3:' cannot be read"),
+        ("https://b/x", "cannot be read"),
         ("~nobody-of-this-name/x", "no such user"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_path_is_refused(path, says):
     with pytest.raises(SfdError, match=re.escape(says)):
         user_path(path)
@@ -84,5 +91,8 @@ def test_a_bucket_is_no_local_path():
 
 
 def test_a_scale_that_was_not_given_is_none_in_old_records_too():
-    old, new = {"sample": {"guidance_scale_semantic": -1.0, "n": -1}}, {"sample": {"guidance_scale_semantic": None, "n": None}}
+    old, new = (
+        {"sample": {"guidance_scale_semantic": -1.0, "n": -1}},
+        {"sample": {"guidance_scale_semantic": None, "n": None}},
+    )
     assert list(differences(old, new)) == [("sample", "n")]

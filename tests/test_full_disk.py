@@ -21,7 +21,7 @@ from sfd_jax.evaluation.statistics import FeatureStatistics, save_statistics
 from sfd_jax.files import disk_fault, write_json, write_new
 from sfd_jax.generation.job import _write_recipe, write_npz
 from sfd_jax.generation.outputs import write_grid, write_pngs, write_samples_npz
-from sfd_jax.training import Checkpointer, save_params
+from sfd_jax.training import save_params
 from sfd_jax.training.logging import MetricsLog
 from sfd_jax.training.record import claim_workdir
 
@@ -45,8 +45,13 @@ def full():
 
 def chunks(folder):
     (folder / "chunks").mkdir()
-    write_npz(folder / "chunks" / "chunk_00000000_00000001.npz", images=np.zeros((2, 8, 8, 3), np.uint8),
-              labels=np.arange(2), indices=np.arange(2), nfe=np.ones(2))  # fmt: skip
+    write_npz(
+        folder / "chunks" / "chunk_00000000_00000001.npz",
+        images=np.zeros((2, 8, 8, 3), np.uint8),
+        labels=np.arange(2),
+        indices=np.arange(2),
+        nfe=np.ones(2),
+    )
 
 
 def metrics_row(folder):
@@ -73,7 +78,9 @@ def shard(folder):
     def write():
         with writer.open_shard(0) as records:
             for index in writer.plan.span(0):
-                records.add({name: np.ones(field["shape"]) for name, field in fields.items()} | {"label": 0, "index": index})
+                records.add(
+                    {name: np.ones(field["shape"]) for name, field in fields.items()} | {"label": 0, "index": index}
+                )
 
     return write
 
@@ -125,7 +132,9 @@ def test_standard_output_on_a_full_disk():
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full on this system")
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-m", "sfd_jax.cli.main"], stdout=full, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "sfd_jax.cli.main"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
     assert done.returncode == 2 and done.stderr.startswith("sfd help: cannot write") and "Traceback" not in done.stderr
 
 

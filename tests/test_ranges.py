@@ -27,9 +27,17 @@ from sfd_jax.training.texture_vae import TextureVAELoss
 from sfd_jax.training.visual_encoder import VisualEncoderLoss
 
 WRONG = (float("nan"), float("inf"), float("-inf"), -1, 1e30, True)
-CONFIGS = ["configs/sfd.py:xl", "configs/sfd.py:b,weak,tiny", "configs/sfd.py:xl,lr2e4", "configs/semantic_vae.py",
-           "configs/semantic_vae.py:tiny", "configs/texture_vae.py", "configs/texture_vae.py:tiny", "configs/digits.py",
-           "configs/digits.py:tiny"]  # fmt: skip
+CONFIGS = [
+    "configs/sfd.py:xl",
+    "configs/sfd.py:b,weak,tiny",
+    "configs/sfd.py:xl,lr2e4",
+    "configs/semantic_vae.py",
+    "configs/semantic_vae.py:tiny",
+    "configs/texture_vae.py",
+    "configs/texture_vae.py:tiny",
+    "configs/digits.py",
+    "configs/digits.py:tiny",
+]
 # What is taken although it is among WRONG, and why.
 TAKEN = {
     ("data", -1): "mesh.data=-1 is whatever the other axis leaves",
@@ -60,9 +68,13 @@ def numbers(tree, path=()):
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from numbers(value, (*path, name))
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield (*path, name)
-        elif isinstance(value, (tuple, list)) and value and isinstance(value[0], (int, float)):
+        elif (
+            isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            or isinstance(value, (tuple, list))
+            and value
+            and isinstance(value[0], (int, float))
+        ):
             yield (*path, name)
 
 
@@ -186,11 +198,17 @@ def test_the_largest_seed_is_honoured():
 
 
 def test_what_has_no_effect_is_named():
-    rules = (Only("b c", "a"), Only("d", "a", ("x", "y"), hint="or so"), Only("e", "a", ("x",), never=True), Only("f", "missing"))
+    rules = (
+        Only("b c", "a"),
+        Only("d", "a", ("x", "y"), hint="or so"),
+        Only("e", "a", ("x",), never=True),
+        Only("f", "missing"),
+    )
     values = {"a": None, "b": 1, "c": 2, "d": 3, "e": 4, "f": 5}
     assert useless(rules, values, {"b", "d", "e", "f"}, "--{}".format) == {
-        "b": "--b=1 has no effect without --a", "d": "--d=3 has no effect without --a=x or y (or so)",
-    }  # fmt: skip
+        "b": "--b=1 has no effect without --a",
+        "d": "--d=3 has no effect without --a=x or y (or so)",
+    }
     assert useless(rules, {**values, "a": "x"}, set(values)) == {"e": "e=4 has no effect beside a=x"}
     assert useless(rules, {**values, "a": "z"}, {"c", "d"}) == {"d": "d=3 has no effect without a=x or y (or so)"}
 
@@ -241,4 +259,6 @@ def test_a_group_of_a_config_serves_every_solver_and_guidance():
     config = load_config("configs/digits.py", ["--config.sample.solver=euler", "--config.sample.guidance=none"])
     sample = SampleConfig.from_group(config.sample)
     assert (sample.rtol, sample.guidance_scale, sample.num_steps) == (SampleConfig().rtol, 1.0, 50)
-    assert SampleConfig.from_group({**config.sample, "guidance_scale_semantic": -1.0}) == sample  # as it was written once
+    assert (
+        SampleConfig.from_group({**config.sample, "guidance_scale_semantic": -1.0}) == sample
+    )  # as it was written once

@@ -39,10 +39,14 @@ def main() -> None:
             for what in ("train", "sample", "decode"):
                 _, mesh, batch, _, lower = compile_pod.PROGRAMS[what](flags, devices)
                 lower_seconds, compile_seconds, _ = timed(lower)
-                rows.append({"program": what, "for": where, "batch": batch, "lower": lower_seconds,
-                             "compile": compile_seconds})  # fmt: skip
-                print(f"{what:<7} {where:<15} batch {batch:<5} lowered in {lower_seconds:5.1f} s, "
-                      f"compiled in {compile_seconds:5.1f} s", flush=True)  # fmt: skip
+                rows.append(
+                    {"program": what, "for": where, "batch": batch, "lower": lower_seconds, "compile": compile_seconds}
+                )
+                print(
+                    f"{what:<7} {where:<15} batch {batch:<5} lowered in {lower_seconds:5.1f} s, "
+                    f"compiled in {compile_seconds:5.1f} s",
+                    flush=True,
+                )
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"rows": rows, "machine": machine()}, file, indent=2)

@@ -76,7 +76,11 @@ def measure_extraction(args) -> None:
     state = {}
     for key, shape in key_shapes(table_, Network("inception", {})).items():
         if len(shape) == 1:
-            state[key] = np.ones(shape, np.float32) if key.endswith(("running_var", "bn.weight")) else np.zeros(shape, np.float32)
+            state[key] = (
+                np.ones(shape, np.float32)
+                if key.endswith(("running_var", "bn.weight"))
+                else np.zeros(shape, np.float32)
+            )
         else:
             state[key] = (1.4 * generator.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
     images = generator.integers(0, 256, (args.images, args.image_size, args.image_size, 3), dtype=np.uint8)
@@ -101,11 +105,17 @@ def measure_extraction(args) -> None:
     tables = [size, table(["what", "seconds", "spread", "images/s"], rows)]
     ratios = {name: times[name]["median"] / times["sfd_jax"]["median"] for name in times if name != "sfd_jax"}
     if ratios:
-        tables.append(table(["speed of sfd_jax over", "ratio of medians"], [[n, f"{r:.2f}"] for n, r in ratios.items()]))
+        tables.append(
+            table(["speed of sfd_jax over", "ratio of medians"], [[n, f"{r:.2f}"] for n, r in ratios.items()])
+        )
     record = {
-        "benchmark": "features", "settings": vars(args), "seconds": times, "first_call": first, "ratios": ratios,
+        "benchmark": "features",
+        "settings": vars(args),
+        "seconds": times,
+        "first_call": first,
+        "ratios": ratios,
         "peak_gib": peak_memory(),
-    }  # fmt: skip
+    }
     finish(record, tables, notes, args.json)
 
 

@@ -60,8 +60,10 @@ def main() -> None:
         released, lean, full = make_data(args.data or Path(folder), args.images)
         notes = [compare(released, full, args)] if args.versus else []
         wall, cpu = measure(released, lean, full, args)
-        disk = {name: sum(shard["bytes"] for shard in store.shards) / len(store)
-                for name, store in zip(OURS, (full, lean), strict=True)}  # fmt: skip
+        disk = {
+            name: sum(shard["bytes"] for shard in store.shards) / len(store)
+            for name, store in zip(OURS, (full, lean), strict=True)
+        }
         disk[WITH_FEATURES] = sum(path.stat().st_size for path in released.iterdir()) / args.images
     report(wall, cpu, disk, args, notes)
 
@@ -111,12 +113,16 @@ def compare(released: Path, full, args) -> str:
         ours = batch["latents"][row].transpose(2, 0, 1), batch["repa_features"][row].T.astype(np.float32)
         differences = []
         for suffix in ("", "_flip"):
-            item = {name: np.asarray(values, np.float32) for name, values in image(int(batch["index"][row]), suffix).items()}
+            item = {
+                name: np.asarray(values, np.float32) for name, values in image(int(batch["index"][row]), suffix).items()
+            }
             theirs = np.concatenate([item["texture"], item["semantic"]]), item["features"].reshape(ours[1].shape)
             differences.append(max(np.abs(a - b).max() / np.abs(b).max() for a, b in zip(ours, theirs, strict=True)))
         worst = max(worst, float(min(differences)))
     if not worst < SAME:
-        raise SystemExit(f"the two loaders do not read the same images ({worst:.1e}; at most {SAME:g}): nothing is timed")
+        raise SystemExit(
+            f"the two loaders do not read the same images ({worst:.1e}; at most {SAME:g}): nothing is timed"
+        )
     return f"largest relative difference of {COMPARED} images before timing: {worst:.1e} (ours are stored in bfloat16)"
 
 
@@ -196,15 +202,21 @@ def report(wall: dict, cpu: dict, disk: dict, args, notes: list[str]) -> None:
     for name, each in wall.items():
         # The processor time of worker processes is not this process's.
         spent = "" if args.workers and name in OURS else 1e6 * cpu[name]["median"]
-        rows.append([name, f"{1 / each['median']:,.0f}", spread(each), spent, f"{disk[name]:,.0f}" if name in disk else ""])
+        rows.append(
+            [name, f"{1 / each['median']:,.0f}", spread(each), spent, f"{disk[name]:,.0f}" if name in disk else ""]
+        )
     for name, same in OURS.items() if args.versus else ():
         for other in {"what the original reads for REPA": WITH_FEATURES, "the same bytes": same}.items():
             ratios[f"{name}, over {other[0]}"] = wall[other[1]]["median"] / wall[name]["median"]
     needs = {}
     for name, (chips, flops, batch) in SLICES.items():
         need_all = chips * flops * UTILISATION / XL_FLOPS
-        needs[name] = {"batch": batch, "step_seconds": batch / need_all, "images_per_second": need_all,
-                       "a_host": need_all * CHIPS_A_HOST / chips}  # fmt: skip
+        needs[name] = {
+            "batch": batch,
+            "step_seconds": batch / need_all,
+            "images_per_second": need_all,
+            "a_host": need_all * CHIPS_A_HOST / chips,
+        }
     tables = [
         f"{args.images} images, batches of {args.batch}, {args.rounds} turns of {args.seconds:g} s",
         table(["loader", "images/s", "spread of s/image", "cpu us/image", "bytes/image"], rows),
@@ -215,15 +227,26 @@ def report(wall: dict, cpu: dict, disk: dict, args, notes: list[str]) -> None:
         f"What an XL step at {UTILISATION:.0%} of a slice's peak reads",
         table(
             ["slice", "batch", "step, ms", "images/s", "a host"],
-            [[name, n["batch"], *(f"{x:,.0f}" for x in (1e3 * n["step_seconds"], n["images_per_second"], n["a_host"]))]
-             for name, n in needs.items()],
+            [
+                [
+                    name,
+                    n["batch"],
+                    *(f"{x:,.0f}" for x in (1e3 * n["step_seconds"], n["images_per_second"], n["a_host"])),
+                ]
+                for name, n in needs.items()
+            ],
         ),
-    ]  # fmt: skip
+    ]
     record = {
-        "benchmark": "loader", "settings": {k: v for k, v in vars(args).items() if k not in ("json", "data")},
-        "seconds": wall, "cpu_seconds": cpu, "bytes_per_image": disk, "needed": needs, "ratios": ratios,
+        "benchmark": "loader",
+        "settings": {k: v for k, v in vars(args).items() if k not in ("json", "data")},
+        "seconds": wall,
+        "cpu_seconds": cpu,
+        "bytes_per_image": disk,
+        "needed": needs,
+        "ratios": ratios,
         "peak_gib": peak_memory(),
-    }  # fmt: skip
+    }
     finish(record, tables, notes, args.json)
 
 

@@ -174,16 +174,23 @@ def plot(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
-    panels = (("frechet_distance", "Frechet distance to held-out digits", 1), ("read_as_label", "read as their label, %", 100))
+    panels = (
+        ("frechet_distance", "Frechet distance to held-out digits", 1),
+        ("read_as_label", "read as their label, %", 100),
+    )
     curves = {(row["solver"], row["mode"]) for row in rows if row["solver"] != "real"}
     colours = dict(zip(("euler", "heun", "midpoint", "rk4", "ab2", "dopri5"), plt.cm.tab10.colors))
     for axis, (name, title, factor) in zip(axes, panels):
         for solver, mode in sorted(curves, key=lambda c: (c[1] != "staged", c[0])):
-            own = sorted((r for r in rows if (r["solver"], r["mode"]) == (solver, mode)), key=lambda r: r["network_calls"])
+            own = sorted(
+                (r for r in rows if (r["solver"], r["mode"]) == (solver, mode)), key=lambda r: r["network_calls"]
+            )
             x, y, spread = (np.array([r[k] for r in own]) for k in ("network_calls", name, name + "_spread"))
             style = dict(fmt="o-", ms=4) if mode == "staged" else dict(fmt="s--", ms=5, mfc="none")
             label = solver + ("" if mode == "staged" else ", as released")
-            axis.errorbar(x, factor * y, factor * spread, color=colours[solver], label=label, lw=1.3, capsize=2, **style)
+            axis.errorbar(
+                x, factor * y, factor * spread, color=colours[solver], label=label, lw=1.3, capsize=2, **style
+            )
         for row in (r for r in rows if r["solver"] == "real"):
             axis.axhline(factor * row[name], color="grey", lw=1, ls=":", label="real training digits")
         axis.set(xscale="log", xlabel="network calls", title=title)

@@ -20,20 +20,25 @@ ROWS = {
     "train_1p0b_v5e_4x4": ("--config=configs/sfd.py:1p0b --topology=v5e:4x4", 8),
     "train_1p6b_v5e_4x4": ("--config=configs/sfd.py:1p6b --topology=v5e:4x4", 11),
     "train_xl_v4_4x4x4": ("--config=configs/sfd.py:xl --topology=v4:4x4x4 --config.train.global_batch_size=1024", 16),
-    "train_xl_v5p_4x4x4": ("--config=configs/sfd.py:xl --topology=v5p:4x4x4 --config.train.global_batch_size=1024", 47.5),
+    "train_xl_v5p_4x4x4": (
+        "--config=configs/sfd.py:xl --topology=v5p:4x4x4 --config.train.global_batch_size=1024",
+        47.5,
+    ),
     "train_xl_v6e_8x8": ("--config=configs/sfd.py:xl --topology=v6e:8x8 --config.train.global_batch_size=1024", 16),
     "train_xl_v5e_16x16": ("--config=configs/sfd.py:xl --topology=v5e:16x16 --config.train.global_batch_size=4096", 8),
     "train_xl_2_v5e_16x16": (
-        "--config=configs/sfd.py:xl --topology=v5e:16x16 --slices=2 --config.train.global_batch_size=4096", 8,
+        "--config=configs/sfd.py:xl --topology=v5e:16x16 --slices=2 --config.train.global_batch_size=4096",
+        8,
     ),
     "sample_dopri5_v5e_2x2": ("--what=sample --config=configs/sfd.py:xl --topology=v5e:2x2", 12),
     "sample_euler_v5e_2x2": (
-        "--what=sample --config=configs/sfd.py:xl --topology=v5e:2x2 --config.sample.solver=euler", 12,
+        "--what=sample --config=configs/sfd.py:xl --topology=v5e:2x2 --config.sample.solver=euler",
+        12,
     ),
     "decode_v5e_2x2": ("--what=decode --config=configs/sfd.py:xl --topology=v5e:2x2", 12),
     "extract_v5e_2x2": ("--what=extract --config=configs/sfd.py:xl --topology=v5e:2x2", 12),
     "inception_v5e_2x2": ("--what=inception --config=configs/sfd.py:xl --topology=v5e:2x2", 12),
-}  # fmt: skip
+}
 
 
 def main() -> int:
@@ -43,8 +48,10 @@ def main() -> int:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     within = True
-    print("| program | batch a chip | slices, mesh | arguments | temporaries | peak, GiB a chip | asked | TFLOPs a chip "
-          "| sent, GiB a chip | compiled in |\n|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+    print(
+        "| program | batch a chip | slices, mesh | arguments | temporaries | peak, GiB a chip | asked | TFLOPs a chip "
+        "| sent, GiB a chip | compiled in |\n|---|---|---|---|---|---|---|---|---|---|"
+    )
     for name in args.rows.split(","):
         if name not in ROWS:
             parser.error(f"no row '{name}'; rows: {', '.join(ROWS)}")

@@ -107,8 +107,10 @@ def report_flops() -> None:
     # Unrolled and without remat: a loop's body would be counted once, recomputation twice.
     dit = Network(
         "lightning_dit",
-        dit_config("XL", input_size=16, in_channels=48, repa_features=768, repa_width=2048, scan_blocks=False, remat="none"),
-    )  # fmt: skip
+        dit_config(
+            "XL", input_size=16, in_channels=48, repa_features=768, repa_width=2048, scan_blocks=False, remat="none"
+        ),
+    )
 
     def loss(params, latents, t, labels):
         velocity, projected = dit.apply(params, latents, t, t, labels, return_repa=True)
@@ -119,8 +121,17 @@ def report_flops() -> None:
     sizes = dict(image_size=518, patch_size=14, width=768, depth=12, num_heads=12, num_registers=4, scan_blocks=False)
     encoder = Network("dinov2", sizes)
     online = flops(encoder.apply, encoder.abstract_params(), shape(1, 224, 224, 3))
-    vae = Network("semantic_vae", dict(arch="transformer", input_dim=768, bottleneck_dim=16, hidden_dim=768,
-                                       transformer_heads=6, transformer_blocks=4))  # fmt: skip
+    vae = Network(
+        "semantic_vae",
+        dict(
+            arch="transformer",
+            input_dim=768,
+            bottleneck_dim=16,
+            hidden_dim=768,
+            transformer_heads=6,
+            transformer_blocks=4,
+        ),
+    )
     decode = lambda params, tokens: vae.apply(params, tokens, method="decode")
     semvae = flops(decode, vae.abstract_params(), shape(1, 256, 16))
     print(f"SFD-XL step: {step / 1e9:,.1f} GFLOPs an image (forward, backward; without remat and optimizer)")

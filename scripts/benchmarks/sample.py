@@ -105,10 +105,15 @@ def make_problem(args) -> Problem:
     config, random = networks[0].config, np.random.default_rng(0)
     shape = (args.batch, config.input_size, config.input_size, config.in_channels)
     return Problem(
-        networks, params, layout, FixedOffset(0.3), statistics,
+        networks,
+        params,
+        layout,
+        FixedOffset(0.3),
+        statistics,
         noise=random.standard_normal(shape, dtype=np.float32),
-        labels=random.integers(0, config.num_classes, args.batch).astype(np.int32), scale=args.scale,
-    )  # fmt: skip
+        labels=random.integers(0, config.num_classes, args.batch).astype(np.int32),
+        scale=args.scale,
+    )
 
 
 class Ours:
@@ -256,26 +261,43 @@ def report(problem, contenders, args, notes) -> None:
         runs["sfd_jax, images"] = decoded(problem, args)
     times, first = take_turns(runs, args.rounds)
     rows = [
-        [name, calls.get(name, ""), each["median"], spread(each), args.batch / each["median"],
-         f"{errors[name]:.1e}" if name in errors else "", first[name]]
+        [
+            name,
+            calls.get(name, ""),
+            each["median"],
+            spread(each),
+            args.batch / each["median"],
+            f"{errors[name]:.1e}" if name in errors else "",
+            first[name],
+        ]
         for name, each in times.items()
-    ]  # fmt: skip
+    ]
     head = ["what", "calls", "seconds", "spread", "images/s", "error", "first call, s"]
     sizes = "trained weights" if args.checkpoint else f"{args.size} and {args.weak_size}, drawn weights"
-    tables = [f"AutoGuidance {args.scale:g}, {sizes}, batch {args.batch}, {args.dtype}, {args.rounds} rounds in turns",
-              table(head, rows)]  # fmt: skip
+    tables = [
+        f"AutoGuidance {args.scale:g}, {sizes}, batch {args.batch}, {args.dtype}, {args.rounds} rounds in turns",
+        table(head, rows),
+    ]
     ratios = {name: times[name]["median"] / times["sfd_jax"]["median"] for name in times if name.startswith("torch")}
     if ratios:
-        tables.append(table(["speed of sfd_jax over", "ratio of medians"], [[n, f"{r:.2f}"] for n, r in ratios.items()]))
+        tables.append(
+            table(["speed of sfd_jax over", "ratio of medians"], [[n, f"{r:.2f}"] for n, r in ratios.items()])
+        )
     by_stage = contenders["sfd_jax"].calls_by_stage
     notes.append(f"our calls by stage, of the slowest sample: {by_stage}; each is one call of both networks")
     memory = peak_memory()
     notes.append("peak GiB: " + ", ".join(f"{name} {value:.2f}" for name, value in memory.items()))
     record = {
-        "benchmark": "sample", "settings": {k: v for k, v in vars(args).items() if k != "json"}, "seconds": times,
-        "first_call": first, "calls": calls, "calls_by_stage": by_stage, "errors": errors, "ratios": ratios,
+        "benchmark": "sample",
+        "settings": {k: v for k, v in vars(args).items() if k != "json"},
+        "seconds": times,
+        "first_call": first,
+        "calls": calls,
+        "calls_by_stage": by_stage,
+        "errors": errors,
+        "ratios": ratios,
         "peak_gib": memory,
-    }  # fmt: skip
+    }
     finish(record, tables, notes, args.json)
 
 
@@ -286,14 +308,17 @@ def decoded(problem: Problem, args):
     from sfd_jax.training import load_params
 
     params, metadata = load_params(args.texture_vae)
-    config = SampleConfig(
-        solver=args.solver, calls=args.calls, guidance="autoguidance", guidance_scale=args.scale
-    )
+    config = SampleConfig(solver=args.solver, calls=args.calls, guidance="autoguidance", guidance_scale=args.scale)
     model, weak = zip(problem.networks, problem.params, strict=True)
     sampler = Sampler(
-        model, (Network("texture_vae", metadata["network_config"]), params), weak=weak, config=config,
-        layout=problem.layout, statistics=problem.statistics, clocks=problem.clocks,
-    )  # fmt: skip
+        model,
+        (Network("texture_vae", metadata["network_config"]), params),
+        weak=weak,
+        config=config,
+        layout=problem.layout,
+        statistics=problem.statistics,
+        clocks=problem.clocks,
+    )
     return lambda: sampler(np.arange(args.batch), problem.labels)
 
 

@@ -148,9 +148,7 @@ def measure(systems: list[System], kind: str, args) -> list[dict]:
                 "mean_by_stage": [float(n) for n in np.asarray(stats.sample_nfe).mean(axis=0)],
             }
         row["share_of_calls"] = row["staged"]["calls"] / row["released"]["calls"]
-        row["share_of_error"] = {
-            k: row["staged"]["error"][k] / row["released"]["error"][k] for k in ("rms", "max")
-        }
+        row["share_of_error"] = {k: row["staged"]["error"][k] / row["released"]["error"][k] for k in ("rms", "max")}
         row["grids"] = {
             name: {"calls": int(answers[name][1].nfe), "error": errors(answers[name][0], exact)} for name in grids
         }
@@ -183,15 +181,17 @@ def summarise(rows: list[dict]) -> dict[str, dict]:
         of_error = [row["share_of_error"]["rms"] for row in group]
         summary[name] = {
             "batches": len(group),
-            "calls": calls | {
+            "calls": calls
+            | {
                 "share": calls["staged"] / calls["released"],
                 "range": f"{min(of_calls):.0%}..{max(of_calls):.0%}",
             },
-            "error_rms": error | {
+            "error_rms": error
+            | {
                 "share": error["staged"] / error["released"],
                 "range": f"{min(of_error):.3f}..{max(of_error):.3f}",
             },
-        }  # fmt: skip
+        }
     return summary
 
 
@@ -236,12 +236,16 @@ def main() -> int:
     print(HEADER)
     rows = [row for systems in groups for kind in args.guidance or GUIDANCE for row in measure(systems, kind, args)]
     summary = summarise(rows)
-    print(f"\n{'together':<28}{'calls: released':>16}{'staged':>8}{'share':>7}{'(range)':>15}{'error: released':>17}"
-          f"{'staged':>9}{'share':>7}{'(range)':>15}")  # fmt: skip
+    print(
+        f"\n{'together':<28}{'calls: released':>16}{'staged':>8}{'share':>7}{'(range)':>15}{'error: released':>17}"
+        f"{'staged':>9}{'share':>7}{'(range)':>15}"
+    )
     for kind, row in summary.items():
         calls, error = row["calls"], row["error_rms"]
-        print(f"{kind:<28}{calls['released']:>16.1f}{calls['staged']:>8.1f}{calls['share']:>7.0%}{calls['range']:>15}"
-              f"{error['released']:>17.1e}{error['staged']:>9.1e}{error['share']:>7.3f}{error['range']:>15}")  # fmt: skip
+        print(
+            f"{kind:<28}{calls['released']:>16.1f}{calls['staged']:>8.1f}{calls['share']:>7.0%}{calls['range']:>15}"
+            f"{error['released']:>17.1e}{error['staged']:>9.1e}{error['share']:>7.3f}{error['range']:>15}"
+        )
     if args.out:
         args.out.write_text(json.dumps({"summary": summary, "rows": rows}, indent=1) + "\n")
     return 0

@@ -146,9 +146,13 @@ class Ours:
             draws = Draws(few["noise"], few["t"], few["labels"])
             terms = velocity_loss(
                 lambda *inputs: network.apply(params, *inputs, return_repa=repa),
-                few["latents"], draws, layout=layout, clocks=clocks, config=loss_config,
+                few["latents"],
+                draws,
+                layout=layout,
+                clocks=clocks,
+                config=loss_config,
                 repa_features=few.get("repa_features"),
-            )  # fmt: skip
+            )
             return terms.total.mean()
 
         self._loss_and_grads = jax.jit(jax.value_and_grad(loss))
@@ -316,10 +320,16 @@ def report(contenders, earlier, config, args, notes) -> None:
     rows, ratios = [], {}
     for name, each in times.items():
         work = flops * args.batch * (3 if name.endswith("step") else 1)
-        rows.append([
-            name, each["median"], spread(each), args.batch / each["median"],
-            f"{100 * work / each['median'] / rate:.0f} %", first[name],
-        ])  # fmt: skip
+        rows.append(
+            [
+                name,
+                each["median"],
+                spread(each),
+                args.batch / each["median"],
+                f"{100 * work / each['median'] / rate:.0f} %",
+                first[name],
+            ]
+        )
         contender, _, call = name.partition(": ")
         if contender != "sfd_jax":
             ratios[name] = each["median"] / times[f"sfd_jax: {call}"]["median"]
@@ -330,14 +340,21 @@ def report(contenders, earlier, config, args, notes) -> None:
         table(head, rows),
     ]
     if ratios:
-        tables.append(table(["speed of sfd_jax over", "ratio of medians"], [[n, f"{r:.2f}"] for n, r in ratios.items()]))
+        tables.append(
+            table(["speed of sfd_jax over", "ratio of medians"], [[n, f"{r:.2f}"] for n, r in ratios.items()])
+        )
     memory = peak_memory()
     notes.append("peak GiB: " + ", ".join(f"{name} {value:.2f}" for name, value in memory.items()))
     record = {
-        "benchmark": "train_step", "settings": {k: v for k, v in vars(args).items() if k != "json"},
-        "seconds": times, "first_call": first, "matmul_flops_per_second": rate, "forward_flops_per_image": flops,
-        "ratios": ratios, "peak_gib": memory,
-    }  # fmt: skip
+        "benchmark": "train_step",
+        "settings": {k: v for k, v in vars(args).items() if k != "json"},
+        "seconds": times,
+        "first_call": first,
+        "matmul_flops_per_second": rate,
+        "forward_flops_per_image": flops,
+        "ratios": ratios,
+        "peak_gib": memory,
+    }
     finish(record, tables, notes, args.json)
 
 

@@ -51,7 +51,9 @@ def main() -> None:
             raise RuntimeError("pip failed, see its message above; if the network failed, run this cell again")
         old = [name for name in ("jax", "numpy") if name in sys.modules]
         if old:
-            raise RuntimeError(f"installed, but {' and '.join(old)} were loaded before: restart the kernel, then run all cells")
+            raise RuntimeError(
+                f"installed, but {' and '.join(old)} were loaded before: restart the kernel, then run all cells"
+            )
     print(f"found {what}; the pinned packages are installed")
 
 

@@ -50,7 +50,9 @@ def check(seconds: float, chips: list[str]) -> str:
     if done.returncode == 0:
         return ""
     reason = (done.stderr.strip().splitlines() or ["JAX took another platform"])[-1]
-    return f"no TPU is seen here: {reason}. Where another user's process holds the chips, `sudo lsof {chips[0]}` names it"
+    return (
+        f"no TPU is seen here: {reason}. Where another user's process holds the chips, `sudo lsof {chips[0]}` names it"
+    )
 
 
 def main() -> None:

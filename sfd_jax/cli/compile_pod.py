@@ -40,10 +40,12 @@ def main(argv: list[str]) -> int:
     add_topology_flags(parser)
     flag = parser.add_argument
     flag("--what", choices=WHAT, default="train", help="which program (default: %(default)s)")
-    flag("--batch_size", type=int,
-         help="images a chip for the other programs than train (default: the config's sample.batch_size, or 64)")
-    flag("--weak", metavar="CONFIG",
-         help="config of AutoGuidance's weaker model (default: --config in size b)")
+    flag(
+        "--batch_size",
+        type=int,
+        help="images a chip for the other programs than train (default: the config's sample.batch_size, or 64)",
+    )
+    flag("--weak", metavar="CONFIG", help="config of AutoGuidance's weaker model (default: --config in size b)")
     flag("--fsdp", type=int, default=1, help="for sample and decode: as in `sfd sample` (default: %(default)s)")
     args = parse_door(parser, argv, config="configs/sfd.py:xl", rules=RULES)
 
@@ -91,9 +93,7 @@ def measure_program(args, what: str):
     program, mesh, batch, networks, lower = PROGRAMS[what](args, topology_devices(topology))
     counts = {name: network.num_params() for name, network in networks.items()}
     name = f"{what} {args.config_name}"
-    return measure(
-        lower, program=f"{name}{program}", topology=topology, mesh=mesh, batch=batch, parameters=counts
-    )
+    return measure(lower, program=f"{name}{program}", topology=topology, mesh=mesh, batch=batch, parameters=counts)
 
 
 def _train(args, devices):

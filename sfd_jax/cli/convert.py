@@ -45,14 +45,10 @@ def main(argv: list[str]) -> int:
         metavar="ema|raw|NAME",
         help="averaged or raw weights, or a set by its name, see --inspect (default: the average, if any)",
     )
-    parser.add_argument(
-        "--allow_nonfinite", action="store_true", help="convert weights that are NaN or infinite too"
-    )
+    parser.add_argument("--allow_nonfinite", action="store_true", help="convert weights that are NaN or infinite too")
     parser.add_argument("--statistics", type=local_path, help="latents_stats.pt, mean and std of texture latents")
     parser.add_argument("--semantic_statistics", type=local_path, help="latents_sv_stats.pt, of semantic latents")
-    parser.add_argument(
-        "--semantic_channels", type=int, help="semantic channels, where nothing else tells"
-    )
+    parser.add_argument("--semantic_channels", type=int, help="semantic channels, where nothing else tells")
     parser.add_argument(
         "--set",
         action="append",
@@ -61,9 +57,7 @@ def main(argv: list[str]) -> int:
         help="state a field of the network's config that shapes do not tell, e.g. num_heads=16",
     )
     parser.add_argument("--step", type=int, help="with --export: which checkpoint (default: newest)")
-    parser.add_argument(
-        "--format", help="with --export: another format of the same network, e.g. dinov2_hf"
-    )
+    parser.add_argument("--format", help="with --export: another format of the same network, e.g. dinov2_hf")
     parser.add_argument(
         "--max_gib", type=float, help="memory that reading may take, where a file asks for more than its size explains"
     )
@@ -91,7 +85,13 @@ def _inspect(args) -> int:
     try:
         file = choose_state(tree, args.path, args.weights)
         name, network, _, _, notes = read_architecture(
-            file, args.path, args.weights, _given(args), args.statistics, args.semantic_statistics, args.semantic_channels
+            file,
+            args.path,
+            args.weights,
+            _given(args),
+            args.statistics,
+            args.semantic_statistics,
+            args.semantic_channels,
         )
     except SfdError as error:
         print(f"not convertible as it is: {error}")

@@ -80,22 +80,42 @@ def _parse(argv: list[str]):
     flag = parser.add_argument
     flag("--samples", type=local_path, metavar="PATH", help="images to be judged")
     flag("--live", action="store_true", help="judge images straight from the sampler, whose flags are below")
-    flag("--reconstruction", action="store_true", help="judge --texture_vae by how it gives the reference's images back")
+    flag(
+        "--reconstruction", action="store_true", help="judge --texture_vae by how it gives the reference's images back"
+    )
     flag("--reference", type=local_path, required=True, metavar="PATH", help="what to compare with")
-    flag("--image_size", type=int, default=None,
-         help="crop a reference folder's images to this size, as the ADM suite does (default: take them as they are)")
+    flag(
+        "--image_size",
+        type=int,
+        default=None,
+        help="crop a reference folder's images to this size, as the ADM suite does (default: take them as they are)",
+    )
     flag("--inception", type=path, metavar="DIR", help="checkpoint of the 2015 Inception, as `sfd convert` writes it")
-    flag("--dinov2", type=path, metavar="DIR",
-         help="DINOv2 checkpoint: adds fd_dinov2, the Frechet distance in its class tokens; of another encoder than "
-         "the published ViT-L/14 it is called fd_ and that encoder's name")
+    flag(
+        "--dinov2",
+        type=path,
+        metavar="DIR",
+        help="DINOv2 checkpoint: adds fd_dinov2, the Frechet distance in its class tokens; of another encoder than "
+        "the published ViT-L/14 it is called fd_ and that encoder's name",
+    )
     flag("--lpips", type=path, metavar="DIR", help="checkpoint of LPIPS; without it --reconstruction leaves lpips out")
-    flag("--metrics", default="fid,sfid,is,precision,recall",
-         help="comma-separated, out of fid, sfid, is, precision, recall, kid (default: %(default)s)")
+    flag(
+        "--metrics",
+        default="fid,sfid,is,precision,recall",
+        help="comma-separated, out of fid, sfid, is, precision, recall, kid (default: %(default)s)",
+    )
     flag("--out", type=local_path, metavar="FILE", help="JSON file for scores and recipe")
-    flag("--save_statistics", type=local_path, metavar="FILE",
-         help="write the reference's statistics and features, to be used as --reference later")
-    flag("--eval_batch_size", type=int,
-         help="images per device for features; changes nothing but speed (default: 8 on a CPU, 32 elsewhere)")
+    flag(
+        "--save_statistics",
+        type=local_path,
+        metavar="FILE",
+        help="write the reference's statistics and features, to be used as --reference later",
+    )
+    flag(
+        "--eval_batch_size",
+        type=int,
+        help="images per device for features; changes nothing but speed (default: 8 on a CPU, 32 elsewhere)",
+    )
     add_sampling_flags(parser, required=False)
     args = parse_door(parser, argv, rules=RULES)
 
@@ -152,7 +172,9 @@ def _evaluate(args) -> dict:
     notes = list((told["sampling"] or {}).get("notes", []))
     notes += dict.fromkeys(note for values in results for note in values.pop("notes", ()))
     if samples.count < 10_000:
-        notes.append(f"scores of {samples.count:,} images are biased (FID upwards, IS downwards); published tables use 50,000")
+        notes.append(
+            f"scores of {samples.count:,} images are biased (FID upwards, IS downwards); published tables use 50,000"
+        )
     for comparison, values in zip(comparisons, results, strict=True):
         name = comparison.extractor.name
         scores |= values if name == "inception" else {f"fd_{name}": values["fid"]}
@@ -204,8 +226,13 @@ def _statistics_alone(args) -> dict:
 
     reference = open_reference(args.reference, args.image_size)
     extractor = _save_statistics(args, reference)
-    return {"scores": {}, "recipe": {"reference": {"path": reference.name, "hash": reference.hash},
-                                     "extractors": {extractor.name: extractor.hash}}}
+    return {
+        "scores": {},
+        "recipe": {
+            "reference": {"path": reference.name, "hash": reference.hash},
+            "extractors": {extractor.name: extractor.hash},
+        },
+    }
 
 
 def _save_statistics(args, reference):
@@ -235,9 +262,7 @@ def _reconstruction(args) -> dict:
     extractor = _extractor("inception", args.inception)
     vae = load_checkpoint("--texture_vae", args.texture_vae, weights=args.weights)
     lpips = load_checkpoint("--lpips", args.lpips) if args.lpips else None
-    scores = evaluate_reconstruction(
-        images, vae, extractor, lpips, seed=args.seed, progress=True, **_batches(args)
-    )
+    scores = evaluate_reconstruction(images, vae, extractor, lpips, seed=args.seed, progress=True, **_batches(args))
     recipe = {
         "images": {"path": args.reference, "hash": images.hash(), "image_size": args.image_size},
         "num_images": images.count,

@@ -93,8 +93,12 @@ def _parse(argv: list[str]):
     flag("--expect_count", type=int, help="with --check: images there must be (ImageNet's are known)")
     flag("--seed", type=int, default=0, help="of the posterior samples (default: %(default)s)")
     flag("--repack", type=local_path, metavar="FOLDER", help="folder of released shards, instead of images")
-    flag("--statistics", choices=("released", "measured"), default="released",
-         help="with --repack: take *_stats.pt, which go with the released weights, or measure")  # fmt: skip
+    flag(
+        "--statistics",
+        choices=("released", "measured"),
+        default="released",
+        help="with --repack: take *_stats.pt, which go with the released weights, or measure",
+    )
     flag("--check", action="store_true", help="only look for faults")
     return parse_door(parser, argv, rules=RULES)
 
@@ -233,9 +237,7 @@ def _pca(args, source, encoder, params, sharding, whole) -> dict:
         count = min(args.pca_images, len(source))
         # Every n-th image: the order of a source is by class.
         indices = np.unique(np.linspace(0, len(source) - 1, count).round().astype(np.int64))
-        batches = make_eval_batches(
-            Tolerant(source), batch_size=args.batch_size, indices=indices, workers=args.workers
-        )
+        batches = make_eval_batches(Tolerant(source), batch_size=args.batch_size, indices=indices, workers=args.workers)
         features = jax.jit(lambda params, pixels: encoder.visual.features(params, to_float(pixels)))
 
         def parts():
@@ -255,9 +257,18 @@ def _pca(args, source, encoder, params, sharding, whole) -> dict:
 def _config(args, checkpoints: dict) -> dict:
     """Return what decides the latents, for the manifest; paths may differ between two machines."""
     names = (
-        "images", "split", "image_size", "tile_size", "texture_posterior", "semantic_posterior",
-        "flips", "repa", "pca", "weights", "seed",
-    )  # fmt: skip
+        "images",
+        "split",
+        "image_size",
+        "tile_size",
+        "texture_posterior",
+        "semantic_posterior",
+        "flips",
+        "repa",
+        "pca",
+        "weights",
+        "seed",
+    )
     config = {name: getattr(args, name) for name in names}
     return config | {"pca": args.pca or 0, "checkpoints": checkpoints}  # 0, as stores begun before say it
 
@@ -330,10 +341,7 @@ def _check_extract(args, source, encoder, params) -> int:
     pixels = jax.ShapeDtypeStruct((1, args.image_size, args.image_size, 3), np.uint8)
     shapes = jax.eval_shape(encoder, params, pixels, jax.ShapeDtypeStruct((1,), np.int32))
     width = {"bfloat16": 2, "float32": 4}[args.dtype]
-    image = sum(
-        int(np.prod(leaf.shape)) * (2 if name.startswith("repa") else width)
-        for name, leaf in shapes.items()
-    )
+    image = sum(int(np.prod(leaf.shape)) * (2 if name.startswith("repa") else width) for name, leaf in shapes.items())
     print(f"{len(source):,} images, {image:,} bytes each: {len(source) * image / 1e9:.2f} GB in all")
     return _report(faults + check_writable(args.out, int(1.02 * image * len(source))))
 
@@ -356,8 +364,7 @@ def _check_repack(args) -> int:
         faults.append(f"the released shards hold {len(source):,} images, not {args.expect_count:,}")
     width = {"bfloat16": 2, "float32": 4}[args.dtype]
     image = sum(
-        int(np.prod(shape)) * (2 if name.startswith("repa") else width)
-        for name, (_, shape) in source.fields.items()
+        int(np.prod(shape)) * (2 if name.startswith("repa") else width) for name, (_, shape) in source.fields.items()
     )
     print(f"{len(source):,} images, {image:,} bytes each: {len(source) * image / 1e9:.2f} GB in all")
     return _report(faults + check_writable(args.out, int(1.02 * image * len(source))))
@@ -390,8 +397,9 @@ def _unlike(manifest: dict) -> str:
     for group in ("texture", "semantic"):
         mean, std, true_mean, true_std = (
             np.array(manifest[kind][f"{group}_{name}"])
-            for kind in ("statistics", "measured_statistics") for name in ("mean", "std")
-        )  # fmt: skip
+            for kind in ("statistics", "measured_statistics")
+            for name in ("mean", "std")
+        )
         shift, ratio = np.abs(true_mean - mean) / std, true_std / std
         if shift.size and (shift.max() > 1 or ratio.max() > 2 or ratio.min() < 0.5):
             return (

@@ -17,8 +17,12 @@ def main(argv: list[str]) -> int:
     parser = door_parser("plan", __doc__)
     add_topology_flags(parser)
     flag = parser.add_argument
-    flag("--utilisation", type=float, default=0.4,
-         help="share of the peak matrix rate that the step reaches, an assumption (default: %(default)s)")
+    flag(
+        "--utilisation",
+        type=float,
+        default=0.4,
+        help="share of the peak matrix rate that the step reaches, an assumption (default: %(default)s)",
+    )
     flag("--images", type=int, default=None, help="in the data set (default: ImageNet's training set)")
     args = parse_door(parser, argv, config="configs/sfd.py:xl")
 

@@ -22,8 +22,12 @@ def main(argv: list[str]) -> int:
     outputs = parser.add_argument_group("what to write")
     flag = outputs.add_argument
     flag("--out", type=local_path, required=True, metavar="DIR", help="folder of the job")
-    flag("--chunk_size", type=int, default=None,
-         help="images in a chunk, the most that a kill can lose (default: about 1,000)")
+    flag(
+        "--chunk_size",
+        type=int,
+        default=None,
+        help="images in a chunk, the most that a kill can lose (default: about 1,000)",
+    )
     flag("--png", action="store_true", help="also write every sample as a PNG")
     flag("--no_npz", action="store_true", help="do not join the chunks to samples.npz")
     args = parse_door(parser, argv, rules=SAMPLING_RULES)
@@ -42,7 +46,9 @@ def main(argv: list[str]) -> int:
         distributed.say(f"note: {note}")
 
     def make(indices, labels):
-        made = sampler(indices, labels, batch_size=batch_size)  # the last batch is padded, so one compilation serves all
+        made = sampler(
+            indices, labels, batch_size=batch_size
+        )  # the last batch is padded, so one compilation serves all
         heartbeat.at(int(indices[-1]) + 1)
         return made
 

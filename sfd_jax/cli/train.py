@@ -60,7 +60,9 @@ def main(argv: list[str]) -> int:
     if any(flag.lstrip("-").startswith("config.sample.") for flag in argv):
         notes.append("config.sample is only stored with the checkpoints; `sfd sample` takes flags of its own")
     if config.model.repa_features and not config.loss.repa_weight:
-        notes.append("loss.repa_weight=0 leaves REPA's projector untrained; --config.model.repa_features=0 leaves it out")
+        notes.append(
+            "loss.repa_weight=0 leaves REPA's projector untrained; --config.model.repa_features=0 leaves it out"
+        )
     with found:
         source = open_source(config.data.path, repa=False)
         check_data(config, source, found, repa=repa)
@@ -259,8 +261,8 @@ def check_init(path: str, network, source) -> list[str]:
     Raises:
       SfdError: it is of another network.
     """
-    from sfd_jax.latents import LatentStatistics, other_makers
     from sfd_jax.distributed import start
+    from sfd_jax.latents import LatentStatistics, other_makers
     from sfd_jax.models import network_of
     from sfd_jax.training import load_metadata
     from sfd_jax.training.optimizer import average_notes
@@ -268,8 +270,10 @@ def check_init(path: str, network, source) -> list[str]:
     start()  # Orbax asks JAX for its devices
     metadata = {**load_metadata(path), "given_as": f"--init={path}"}
     network_of(metadata, network.name)
-    notes = [f"--init={path} was trained on latents of another {line}" for line in
-             other_makers(metadata.get("latents"), source.origin)] + average_notes(metadata)  # fmt: skip
+    notes = [
+        f"--init={path} was trained on latents of another {line}"
+        for line in other_makers(metadata.get("latents"), source.origin)
+    ] + average_notes(metadata)
     told = metadata.get("latent_statistics")
     if told and not LatentStatistics.from_dict(told).same_scale(source.statistics):
         notes.append(f"--init={path} was trained with other latent statistics than these latents have")

@@ -48,8 +48,10 @@ def main(argv: list[str]) -> int:
     maker, transform = None, feature_transform
     with found:
         if data.visual_encoder and (data.path or data.held_out_path):
-            raise SfdError("data.visual_encoder makes features from data.images, so data.path and data.held_out_path "
-                           "have no effect: give either")  # fmt: skip
+            raise SfdError(
+                "data.visual_encoder makes features from data.images, so data.path and data.held_out_path "
+                "have no effect: give either"
+            )
         elif data.visual_encoder:
             source, held_out_source, maker = _open_images(config)
             transform, weights = pixel_transform, {"visual": params_hash(maker.params)}

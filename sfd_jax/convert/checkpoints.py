@@ -83,9 +83,7 @@ def import_checkpoint(
     if step is None and network.name == "lightning_dit":
         notes.append("step 0: neither the file nor its name tells it")
     source = f"'{path}' ({file.which} weights)"
-    params = import_params(
-        table, file.state, network, source=source, place=place, allow_nonfinite=allow_nonfinite
-    )
+    params = import_params(table, file.state, network, source=source, place=place, allow_nonfinite=allow_nonfinite)
     metadata = {
         "network": network.name,
         "network_config": network.config_dict(),

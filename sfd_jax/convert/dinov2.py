@@ -104,11 +104,7 @@ class _Format:
         side = round(places**0.5)
         if side * side != places:
             raise SfdError(f"{self._names['positions']} has {places} patches, which is no square grid")
-        blocks = [
-            int(match[1])
-            for key in state
-            if (match := re.match(re.escape(self._prefix) + r"\.(\d+)\.", key))
-        ]
+        blocks = [int(match[1]) for key in state if (match := re.match(re.escape(self._prefix) + r"\.(\d+)\.", key))]
         if not blocks:
             raise SfdError(f"the state dict has no {self._prefix}.*: it is no whole DINOv2")
         registers = state.get(self._names["registers"])

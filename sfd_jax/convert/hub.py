@@ -172,9 +172,7 @@ def _listing(source: Source) -> list[RemoteFile]:
     """Ask the hub which files fit; an address outside of the hub is its only file."""
     if "://" in source.where:
         digits = re.search(r"-([0-9a-f]{8,64})\.\w+$", source.files)
-        return [
-            RemoteFile(_url(source, source.files), source.files, sha256=digits and digits[1])
-        ]
+        return [RemoteFile(_url(source, source.files), source.files, sha256=digits and digits[1])]
     folder = str(PurePosixPath(source.files.split("*")[0] + "x").parent)
     path = "" if folder == "." else "/" + urllib.parse.quote(folder)
     url = f"{_endpoint()}/api/models/{source.where}/tree/main{path}?recursive=true"
@@ -215,9 +213,7 @@ def _download(remote: RemoteFile, folder: Path, report: Callable[[str], None]) -
         except _Dropped as error:
             reason = str(error)
         if attempt == 3:
-            raise SfdError(
-                f"{remote.url}: {reason}. What came is kept; run the same command again to go on"
-            )
+            raise SfdError(f"{remote.url}: {reason}. What came is kept; run the same command again to go on")
         time.sleep(attempt)
     _check(remote, part, size)
     part.rename(target)

@@ -229,9 +229,7 @@ def _mlp_ratio(block: Mapping[str, tuple], width: int) -> float:
     # hidden = int(2/3 int(ratio D)): the published ratio where it fits, else the one that does.
     if hidden == int(2 / 3 * (4 * width)):
         return 4.0
-    return next(
-        (wide / width for wide in range(width, 32 * width) if int(2 / 3 * wide) == hidden), 4.0
-    )
+    return next((wide / width for wide in range(width, 32 * width) if int(2 / 3 * wide) == hidden), 4.0)
 
 
 def _grid(state, patch: int, given) -> dict[str, Any]:

@@ -353,11 +353,13 @@ def _table(names: dict[str, str]) -> frozenset[str]:
     return frozenset(f"{module}.{name}" for module, all_names in names.items() for name in all_names.split())
 
 
-_TORCH_DTYPES = _table({
-    "torch": "float16 float32 float64 bfloat16 half float double int8 int16 int32 int64 short int long uint8 uint16 "
-    "uint32 uint64 bool complex32 complex64 complex128 cfloat cdouble qint8 quint8 qint32 quint4x2 quint2x4 "
-    "float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn_x2",
-})  # fmt: skip
+_TORCH_DTYPES = _table(
+    {
+        "torch": "float16 float32 float64 bfloat16 half float double int8 int16 int32 int64 short int long uint8 uint16 "
+        "uint32 uint64 bool complex32 complex64 complex128 cfloat cdouble qint8 quint8 qint32 quint4x2 quint2x4 "
+        "float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn_x2",
+    }
+)
 
 # Packages that everybody has: what is harmless in them is listed.
 _LISTED = {"torch", "numpy", "omegaconf", "sfd_jax"}
@@ -467,51 +469,75 @@ _BUILDERS: dict[str, Callable] = {
     "numpy.core.multiarray.scalar": _numpy_scalar,
     "numpy._core.multiarray.scalar": _numpy_scalar,
 } | {
-    f"{module}.{name}": (
-        lambda *parts, kind=PureWindowsPath if "Windows" in name else PurePosixPath: str(kind(*parts))
-    )
+    f"{module}.{name}": (lambda *parts, kind=PureWindowsPath if "Windows" in name else PurePosixPath: str(kind(*parts)))
     for module in ("pathlib", "pathlib._local")
     for name in ("Path", "PurePath", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
 }
 
 # Types and plain constructors that training scripts leave in their checkpoints; no function that acts.
-_HARMLESS = _TORCH_DTYPES | _BUILDERS.keys() | _table({
-    "builtins": "int float complex bool str long unicode object slice range type Ellipsis NotImplemented Exception "
-    "ValueError print",
-    "typing": "Any Union Optional Dict List Tuple Callable",
-    "collections": "ChainMap UserDict UserList",
-    "copyreg": "_reconstructor __newobj__",
-    "argparse": "Namespace",
-    "types": "SimpleNamespace",
-    "functools": "partial",
-    "datetime": "date time datetime timedelta timezone",
-    "uuid": "UUID SafeUUID",
-    "enum": "Enum IntEnum Flag IntFlag",
-    "random": "Random",
-    "re": "_compile",
-    "time": "struct_time",
-    "zoneinfo": "ZoneInfo ZoneInfo._unpickle",
-    "string": "Template",
-    "logging": "Logger getLogger",
-    "numpy": "dtype ndarray bool_ float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64 str_",
-    "numpy.core.multiarray": "_reconstruct",
-    "numpy._core.multiarray": "_reconstruct",
-    "numpy.random._pickle": "__randomstate_ctor __generator_ctor __bit_generator_ctor",
-    "numpy.random.bit_generator": "__pyx_unpickle_SeedSequence",
-    "torch": "Generator",
-    "torch.nn.parameter": "Parameter Buffer",
-    "torch._utils": "_rebuild_tensor _rebuild_tensor_v2 _rebuild_tensor_v3 _rebuild_parameter "
-    "_rebuild_parameter_with_state",
-    "torch._tensor": "_rebuild_from_type_v2",
-    "omegaconf.dictconfig": "DictConfig",
-    "omegaconf.listconfig": "ListConfig",
-    "omegaconf.base": "ContainerMetadata Metadata SCMode",
-    "omegaconf.nodes": "AnyNode StringNode IntegerNode FloatNode BooleanNode EnumNode BytesNode PathNode",
-})  # fmt: skip
+_HARMLESS = (
+    _TORCH_DTYPES
+    | _BUILDERS.keys()
+    | _table(
+        {
+            "builtins": "int float complex bool str long unicode object slice range type Ellipsis NotImplemented Exception "
+            "ValueError print",
+            "typing": "Any Union Optional Dict List Tuple Callable",
+            "collections": "ChainMap UserDict UserList",
+            "copyreg": "_reconstructor __newobj__",
+            "argparse": "Namespace",
+            "types": "SimpleNamespace",
+            "functools": "partial",
+            "datetime": "date time datetime timedelta timezone",
+            "uuid": "UUID SafeUUID",
+            "enum": "Enum IntEnum Flag IntFlag",
+            "random": "Random",
+            "re": "_compile",
+            "time": "struct_time",
+            "zoneinfo": "ZoneInfo ZoneInfo._unpickle",
+            "string": "Template",
+            "logging": "Logger getLogger",
+            "numpy": "dtype ndarray bool_ float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64 str_",
+            "numpy.core.multiarray": "_reconstruct",
+            "numpy._core.multiarray": "_reconstruct",
+            "numpy.random._pickle": "__randomstate_ctor __generator_ctor __bit_generator_ctor",
+            "numpy.random.bit_generator": "__pyx_unpickle_SeedSequence",
+            "torch": "Generator",
+            "torch.nn.parameter": "Parameter Buffer",
+            "torch._utils": "_rebuild_tensor _rebuild_tensor_v2 _rebuild_tensor_v3 _rebuild_parameter "
+            "_rebuild_parameter_with_state",
+            "torch._tensor": "_rebuild_from_type_v2",
+            "omegaconf.dictconfig": "DictConfig",
+            "omegaconf.listconfig": "ListConfig",
+            "omegaconf.base": "ContainerMetadata Metadata SCMode",
+            "omegaconf.nodes": "AnyNode StringNode IntegerNode FloatNode BooleanNode EnumNode BytesNode PathNode",
+        }
+    )
+)
 
 _VALUES = frozenset(
-    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 "
-    "BYTEARRAY8 UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 FLOAT BINFLOAT".split()
+    [
+        "INT",
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "LONG",
+        "LONG1",
+        "LONG4",
+        "STRING",
+        "BINSTRING",
+        "SHORT_BINSTRING",
+        "BINBYTES",
+        "SHORT_BINBYTES",
+        "BINBYTES8",
+        "BYTEARRAY8",
+        "UNICODE",
+        "SHORT_BINUNICODE",
+        "BINUNICODE",
+        "BINUNICODE8",
+        "FLOAT",
+        "BINFLOAT",
+    ]
 )
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": _Set}

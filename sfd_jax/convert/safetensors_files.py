@@ -67,4 +67,6 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, LazyArray]:
             data, places = 8 + size, json.loads(stream.read(size))
             return {key: lazy(file, key) for key in file.keys()}
     except (safetensors.SafetensorError, OSError, ValueError, MemoryError, RecursionError) as error:
-        raise SfdError(f"'{path}' is no complete safetensors file ({error!s:.200}); copy or download it again") from error
+        raise SfdError(
+            f"'{path}' is no complete safetensors file ({error!s:.200}); copy or download it again"
+        ) from error

@@ -71,9 +71,7 @@ def read_config(
         return len({key.split(".")[0] for key in encoder if key.split(".", 1)[1].startswith(name)})
 
     attention, residual, gated = map(layers_with, ("attn.", "norm.", "gate."))
-    arch = (
-        "transformer" if attention else "resnet" if residual else "mlp" if gated else "linear"
-    )
+    arch = "transformer" if attention else "resnet" if residual else "mlp" if gated else "linear"
     first_in = "encoder.0.gate.weight" if arch == "mlp" else "encoder.0.weight"
     decoder_in = "decoder.0.gate.weight" if arch in ("mlp", "resnet") else "decoder.0.weight"
     hidden, input_dim = shape_of(state, first_in, rank=2)

@@ -221,11 +221,7 @@ def our_place(table: Table, network: Network) -> dict[str, Callable[[Mapping[str
 
         return take
 
-    return {
-        key: taker(slot, part)
-        for slot in _slots(table, network)
-        for part, key in enumerate(slot.keys)
-    }
+    return {key: taker(slot, part) for slot in _slots(table, network) for part, key in enumerate(slot.keys)}
 
 
 def shape_of(state: Mapping[str, Any], key: str, rank: int | None = None) -> tuple[int, ...]:
@@ -259,16 +255,12 @@ def _check_strictly(table, state, network, slots, source) -> None:
         if key not in fixed:
             extra.append(f"  extra     {key} {tuple(state[key].shape)}")
         elif tuple(state[key].shape) != fixed[key].shape:
-            misshapen.append(
-                f"  misshapen {key} is {tuple(state[key].shape)}, expected {fixed[key].shape}"
-            )
+            misshapen.append(f"  misshapen {key} is {tuple(state[key].shape)}, expected {fixed[key].shape}")
         elif not _agree(np.asarray(state[key]), fixed[key]):
             wrong.append(f"  changed   {key} is a fixed table, but not the one this network computes")
     faults = missing + extra + misshapen + wrong
     if faults:
-        raise SfdError(
-            f"{source} does not fit {table.network} ({_described(network)}):\n" + "\n".join(faults)
-        )
+        raise SfdError(f"{source} does not fit {table.network} ({_described(network)}):\n" + "\n".join(faults))
 
 
 def _check_ours(params, network: Network) -> None:
@@ -283,9 +275,7 @@ def _check_ours(params, network: Network) -> None:
         if found.get(path, shape) != shape
     ]
     if faults:
-        raise SfdError(
-            f"these parameters are not of {network.name} ({_described(network)}):\n" + "\n".join(faults)
-        )
+        raise SfdError(f"these parameters are not of {network.name} ({_described(network)}):\n" + "\n".join(faults))
 
 
 def _nonfinite(name: str, array: np.ndarray) -> list[str]:

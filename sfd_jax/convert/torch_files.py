@@ -53,8 +53,7 @@ def read_torch_file(path: str | os.PathLike) -> Any:
             return _read_zip(path)
     if start[:4] == b"PK\x03\x04":
         raise SfdError(
-            f"'{path}' is cut short: its zip directory, which stands at the end, is missing; "
-            "copy or download it again"
+            f"'{path}' is cut short: its zip directory, which stands at the end, is missing; copy or download it again"
         )
     raise SfdError(
         f"'{path}' is not a PyTorch file: neither the zip archive nor the older stream "
@@ -111,7 +110,16 @@ _STORAGE_DTYPES = {
 # Types without a storage class of their own: `_rebuild_tensor_v3` names them beside an UntypedStorage.
 _TENSOR_DTYPES = {
     f"torch.{name}": np.dtype(getattr(ml_dtypes, name, None) or name)
-    for name in "uint16 uint32 uint64 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu".split()
+    for name in [
+        "uint16",
+        "uint32",
+        "uint64",
+        "float8_e4m3fn",
+        "float8_e5m2",
+        "float8_e4m3fnuz",
+        "float8_e5m2fnuz",
+        "float8_e8m0fnu",
+    ]
 }
 _CHUNK = 2**22  # bytes that are read at a time where only their checksum is wanted
 
@@ -286,9 +294,7 @@ def _read_zip(path: Path) -> Any:
             raise ValueError("two members of one name")
         pickles = [name for name in members if name.split("/")[1:] == ["data.pkl"]]
         if len(pickles) != 1:
-            raise SfdError(
-                f"'{path}' is a zip archive but not a PyTorch file of weights (it has no data.pkl)"
-            )
+            raise SfdError(f"'{path}' is a zip archive but not a PyTorch file of weights (it has no data.pkl)")
         root = pickles[0].removesuffix("data.pkl")
         if f"{root}constants.pkl" in members:
             raise SfdError(f"refused: '{path}' is a TorchScript program, not a file of weights")
@@ -397,6 +403,4 @@ def _damage_explained(path: Path):
         raise SfdError(f"no file '{path}'") from error
     except Exception as error:
         reason = str(error)[:200] or type(error).__name__
-        raise SfdError(
-            f"'{path}' is damaged or cut short ({reason}); copy or download it again"
-        ) from error
+        raise SfdError(f"'{path}' is damaged or cut short ({reason}); copy or download it again") from error

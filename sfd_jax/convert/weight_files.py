@@ -21,8 +21,8 @@ import yaml
 from sfd_jax.convert import FORMATS
 from sfd_jax.convert.file_kinds import SAFETENSORS, SHARDED, Kind, find_weights, shards_of
 from sfd_jax.convert.lazy_array import LazyArray
-from sfd_jax.convert.safetensors_files import read_safetensors
 from sfd_jax.convert.pickles import Record
+from sfd_jax.convert.safetensors_files import read_safetensors
 from sfd_jax.convert.torch_files import read_torch_file, write_torch_file
 from sfd_jax.errors import SfdError, nearest
 from sfd_jax.files import appearing
@@ -281,7 +281,19 @@ def _lost_average(tree: dict) -> str | None:
     for key, value in tree.items():
         name = f"{key} {value.name.rpartition('.')[2]}" if isinstance(value, Record) else key
         words = set(_words(name))
-        if words & {"config", "cfg", "args", "kwargs", "parameters", "hparams", "groups", "rate", "decay", "meter", "meters"}:
+        if words & {
+            "config",
+            "cfg",
+            "args",
+            "kwargs",
+            "parameters",
+            "hparams",
+            "groups",
+            "rate",
+            "decay",
+            "meter",
+            "meters",
+        }:
             continue
         if isinstance(value, (bool, int, float, str, LazyArray, type(None))):
             continue
@@ -455,7 +467,9 @@ def read_statistics(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
     wrong = ~np.isfinite(mean) | ~np.isfinite(std) | (std <= 0)
     if wrong.any():
         at = int(np.argmax(wrong))
-        raise SfdError(f"'{path}': channel {at} has mean {mean[at]} and std {std[at]}; latents cannot be normalised by it")
+        raise SfdError(
+            f"'{path}': channel {at} has mean {mean[at]} and std {std[at]}; latents cannot be normalised by it"
+        )
     return mean, std
 
 

@@ -86,7 +86,9 @@ def check_store(
     if expected_count is not None and found != expected_count:
         faults.append(f"{directory} holds {found:,} images, not the expected {expected_count:,}")
     limit = num_classes if num_classes is not None else len(names) if names else 2**31
-    faults += check_labels(store, limit, "model.num_classes" if num_classes is not None else "the number of class names")
+    faults += check_labels(
+        store, limit, "model.num_classes" if num_classes is not None else "the number of class names"
+    )
     wanted = ["texture", "semantic"] + ["repa_features"] * repa
     wanted += [f"{name}_flip" for name in wanted] * flips
     for name in wanted:
@@ -115,7 +117,9 @@ def check_published(source: PublishedLatents, *, num_classes: int, flips: bool =
     counts, expected = source.label_counts(), IMAGENET_COUNTS["train"]
     faults = check_labels(source, num_classes)
     if len(counts) == 1000 and len(source) != expected:
-        faults.append(f"{source.directory} holds {len(source):,} images, not the expected {expected:,}; shards are missing")
+        faults.append(
+            f"{source.directory} holds {len(source):,} images, not the expected {expected:,}; shards are missing"
+        )
     if flips and not source.flips:
         faults.append(f"{source.directory} holds no flipped latents; train with --config.data.flips=False")
     return faults
@@ -135,8 +139,10 @@ def check_labels(source: Any, num_classes: int, setting: str = "model.num_classe
     if not wrong:
         return []
     where, images = getattr(source, "directory", "the data"), sum(counts.get(label, 0) for label in wrong)
-    return [f"{where}: labels outside 0..{num_classes - 1}: {wrong[:5]} ({len(wrong):,} labels, {images:,} images), but "
-            f"{setting}={num_classes}"]  # fmt: skip
+    return [
+        f"{where}: labels outside 0..{num_classes - 1}: {wrong[:5]} ({len(wrong):,} labels, {images:,} images), but "
+        f"{setting}={num_classes}"
+    ]
 
 
 def check_writable(directory: str | os.PathLike, needed: int) -> list[str]:

@@ -12,9 +12,22 @@ from sfd_jax.errors import SfdError
 
 EXTENSIONS = (".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 # What systems and tools put among the files of a user; names that start with a dot are hidden as well.
-HIDDEN = {"@eadir", "@tmp", "@recycle", "@recently-snapshot", "__macosx", "__pycache__", "thumbs.db", "desktop.ini",
-          "#recycle", "#snapshot", "~snapshot",
-          "$recycle.bin", "system volume information", "lost+found"}  # fmt: skip
+HIDDEN = {
+    "@eadir",
+    "@tmp",
+    "@recycle",
+    "@recently-snapshot",
+    "__macosx",
+    "__pycache__",
+    "thumbs.db",
+    "desktop.ini",
+    "#recycle",
+    "#snapshot",
+    "~snapshot",
+    "$recycle.bin",
+    "system volume information",
+    "lost+found",
+}
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "held_out"}
 NO_CLASS = {"images", "image", "imgs", "img", "jpegimages", "data"}  # where such a folder is the only one
 MOST_NUMBERED = 100_000  # numbers beyond are no labels, but dates or identities
@@ -106,8 +119,10 @@ def find_classes(where: str, images: list[str], folders: list[str], split: str =
     if split:
         if deeper := [path for path in folders if path.endswith(f"/{split}")]:
             above = min(deeper, key=lambda path: path.count("/"))[: -len(split) - 1]
-            raise SfdError(f"{where} has no split '{split}': {found}. Give {above} in it as the path, or "
-                           f"{above}/{split} as the split")  # fmt: skip
+            raise SfdError(
+                f"{where} has no split '{split}': {found}. Give {above} in it as the path, or "
+                f"{above}/{split} as the split"
+            )
         name = Path(where).resolve().stem
         itself = split == name or split in re.split(r"[\W_]", name)
         if not itself and (split != "train" or name.lower() in SPLITS):
@@ -127,7 +142,9 @@ def find_classes(where: str, images: list[str], folders: list[str], split: str =
         )
     endings = ", ".join(EXTENSIONS)
     if not images:
-        raise SfdError(f"no images in {where}: {found}; wanted are class folders, each with files that end in {endings}")
+        raise SfdError(
+            f"no images in {where}: {found}; wanted are class folders, each with files that end in {endings}"
+        )
     if empty := [name for name, paths in by_class.items() if not paths]:
         raise SfdError(
             f"{where} holds folders without images: {_some(empty, 'of ' + format(len(tops), ',') + ' folders')}; fill "
@@ -166,14 +183,18 @@ def _number(where: str, tops: list[str], notes: list[str]) -> tuple[list[str], l
     is_number = [re.fullmatch(r"-?[0-9]+", name) is not None for name in tops]
     if not all(is_number):
         if any(is_number):
-            notes.append(f"not all class folders of {where} are numbers: labels follow the order of their names as text")
+            notes.append(
+                f"not all class folders of {where} are numbers: labels follow the order of their names as text"
+            )
         return tops, list(range(len(tops)))
     by_number: dict[int, str] = {}
     for name in tops:
         if int(name) in by_number or not 0 <= int(name) < MOST_NUMBERED:
             twin = by_number.get(int(name))
             what = f"'{twin}' and '{name}' are one number" if twin else f"'{name}' is no label"
-            raise SfdError(f"the class folders of {where} are numbers, which are taken as labels, but {what}; rename it")
+            raise SfdError(
+                f"the class folders of {where} are numbers, which are taken as labels, but {what}; rename it"
+            )
         by_number[int(name)] = name
     count = max(by_number) + 1
     gaps = sorted(set(range(count)) - set(by_number))

@@ -275,9 +275,7 @@ def _encoded(
     workers: int,
 ) -> Iterator[tuple[int, dict | BrokenImage]]:
     """Yield (index, fields or what was wrong) for each index, in order."""
-    batches = make_eval_batches(
-        Tolerant(source), batch_size=batch_size, indices=indices, workers=workers
-    )
+    batches = make_eval_batches(Tolerant(source), batch_size=batch_size, indices=indices, workers=workers)
     waiting = None
     for batch in batches:
         pixels, index = batch["pixels"], batch["index"].astype(np.int32)

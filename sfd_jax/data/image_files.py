@@ -68,14 +68,11 @@ class TfdsImages:
             import tensorflow_datasets as tfds
         except ImportError as error:
             raise SfdError(
-                "reading TensorFlow Datasets needs the package tensorflow-datasets: "
-                "pip install 'sfd_jax[tfds]'"
+                "reading TensorFlow Datasets needs the package tensorflow-datasets: pip install 'sfd_jax[tfds]'"
             ) from error
         try:
             # SkipDecoding hands over the encoded bytes, so that our decoder sees what others see.
-            self.source = tfds.data_source(
-                name, split=split, decoders={"image": tfds.decode.SkipDecoding()}
-            )
+            self.source = tfds.data_source(name, split=split, decoders={"image": tfds.decode.SkipDecoding()})
         except Exception as error:  # the package raises many kinds, for anything from name to disk
             raise SfdError(
                 f"cannot open TFDS data set '{name}', split '{split}': {error}\nPrepare it once with "

@@ -19,10 +19,14 @@ INDEX_FORMAT = 2  # part of the stamp: another one is made anew
 BLOCK = 512
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")  # all but the first are refused
 BEGINNINGS = {
-    b"\x1f\x8b": "compressed with gzip", b"BZh": "compressed with bzip2", b"\xfd7zXZ": "compressed with xz",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd", b"PK": "a zip archive", b"<": "a web page",
+    b"\x1f\x8b": "compressed with gzip",
+    b"BZh": "compressed with bzip2",
+    b"\xfd7zXZ": "compressed with xz",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    b"PK": "a zip archive",
+    b"<": "a web page",
     b"version https://git-lfs": "a pointer of Git LFS, whose file was not fetched",
-}  # fmt: skip
+}
 
 
 class ImageTar:

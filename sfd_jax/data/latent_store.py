@@ -95,8 +95,15 @@ class LatentStore:
         self.orientations = orientations(manifest["fields"])
         self.statistics = LatentStatistics.from_dict(manifest["statistics"])
         self.class_names = manifest["class_names"]
-        self.shards = [{key: shard[key] for key in ("name", "count", "bytes", "sha256")} for shard in manifest["shards"]]
-        if not sum(shard["count"] for shard in self.shards) == sum(self.label_counts().values()) == manifest["count"] > 0:
+        self.shards = [
+            {key: shard[key] for key in ("name", "count", "bytes", "sha256")} for shard in manifest["shards"]
+        ]
+        if (
+            not sum(shard["count"] for shard in self.shards)
+            == sum(self.label_counts().values())
+            == manifest["count"]
+            > 0
+        ):
             raise ValueError("the counts of its shards, its labels and its images differ, or are 0")
         for group in ("texture", "semantic"):
             channels = self.record_dtype[group].shape[-1]
@@ -140,7 +147,7 @@ class LatentStore:
         """
         indices = np.asarray(indices)
         flip = np.zeros(len(indices), bool) if flip is None else flip
-        if indices.size and not (0 <= indices.min() and indices.max() < len(self)):
+        if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
             raise IndexError(f"index outside the {len(self)} images of {self.directory}")
         if self.orientations == 1:
             refuse_flips(flip, self.directory)
@@ -329,9 +336,7 @@ class LatentStoreWriter:
             "statistics": (statistics or measured).to_dict(),
             # Over every position of every stored image; flipped ones are not counted, as released.
             "measured_statistics": measured.to_dict(),
-            "shards": [
-                {key: shard[key] for key in ("name", "count", "bytes", "sha256")} for shard in facts
-            ],
+            "shards": [{key: shard[key] for key in ("name", "count", "bytes", "sha256")} for shard in facts],
         }
         with _writing(self.directory / "manifest.json"):
             write_json(self.directory / "manifest.json", manifest)
@@ -444,8 +449,7 @@ def _label_counts(facts: list[dict]) -> Counter[int]:
 
 def _statistics(moments: list[dict]) -> LatentStatistics:
     texture, semantic = (
-        Moments.merge([Moments.from_dict(shard[group]) for shard in moments])
-        for group in ("texture", "semantic")
+        Moments.merge([Moments.from_dict(shard[group]) for shard in moments]) for group in ("texture", "semantic")
     )
     return LatentStatistics(
         texture_mean=texture.mean.astype(np.float32),
@@ -529,9 +533,7 @@ def _read_manifest(directory: Path) -> dict:
     path = directory / "manifest.json"
     if not path.exists():
         if (directory / "plan.json").exists():
-            raise SfdError(
-                f"the latents in {directory} are not finished; run the command that makes them again"
-            )
+            raise SfdError(f"the latents in {directory} are not finished; run the command that makes them again")
         raise SfdError(f"no latents in {directory} (no manifest.json); make them with `sfd extract`")
     try:
         manifest = json.loads(path.read_text())

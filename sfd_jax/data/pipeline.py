@@ -254,9 +254,7 @@ class InMemory:
         return batch
 
 
-def prefetch(
-    function: Callable[[int], Batch], start: int, stop: int, workers: int
-) -> Iterator[Batch]:
+def prefetch(function: Callable[[int], Batch], start: int, stop: int, workers: int) -> Iterator[Batch]:
     """Iterate over `function(start), ..., function(stop - 1)`, computed ahead.
 
     Args:

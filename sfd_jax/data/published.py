@@ -88,8 +88,12 @@ class PublishedLatents:
         self._open_files: dict[int, Any] = {}
         self._lock = threading.Lock()
         self.notes = _gaps([_rank_and_shard(path) for path in self.paths])
-        if others := sorted({path.name for path in self.directory.glob("*.safetensors")} - {path.name for path in found}):
-            self.notes.append(f"not read, named otherwise than shards are: {', '.join(others[:5])} ({len(others)} in all)")
+        if others := sorted(
+            {path.name for path in self.directory.glob("*.safetensors")} - {path.name for path in found}
+        ):
+            self.notes.append(
+                f"not read, named otherwise than shards are: {', '.join(others[:5])} ({len(others)} in all)"
+            )
         headers = [_header(path) for path in self.paths]
         self._ends = np.cumsum([header["labels"][1][0] for header in headers])
         self.names = _our_names(headers[0], repa, self.paths[0])
@@ -99,8 +103,10 @@ class PublishedLatents:
         for path, header in zip(self.paths, headers):
             for name in both:
                 if (name in header) != (self.flips or not name.endswith("_flip")):
-                    raise SfdError(f"{path} {'holds' if name in header else 'does not hold'} the '{name}', unlike "
-                                   f"{self.paths[0].name} or its other arrays; do they belong together?")  # fmt: skip
+                    raise SfdError(
+                        f"{path} {'holds' if name in header else 'does not hold'} the '{name}', unlike "
+                        f"{self.paths[0].name} or its other arrays; do they belong together?"
+                    )
         for path, header in zip(self.paths, headers):
             for ours, theirs in self.names.items():
                 for suffix in FLIPS if self.flips else FLIPS[:1]:
@@ -108,12 +114,16 @@ class PublishedLatents:
                     field = (dtype, _our_shape(ours, shape))
                     expected = self.fields.setdefault(ours + suffix, self.fields.get(ours, field))
                     if field != expected:
-                        raise SfdError(f"{path}: '{theirs + suffix}' is {field[0]} {field[1]} an image (channels last), but "
-                                       f"{expected[0]} {expected[1]} elsewhere; do the shards belong together?")  # fmt: skip
+                        raise SfdError(
+                            f"{path}: '{theirs + suffix}' is {field[0]} {field[1]} an image (channels last), but "
+                            f"{expected[0]} {expected[1]} elsewhere; do the shards belong together?"
+                        )
         texture, semantic = (self.fields[group][1][:2] for group in ("texture", "semantic"))
         if texture != semantic:
-            raise SfdError(f"{self.paths[0]}: the grids of '{self.names['texture']}' {texture} and "
-                           f"'{self.names['semantic']}' {semantic} differ; do they belong together?")  # fmt: skip
+            raise SfdError(
+                f"{self.paths[0]}: the grids of '{self.names['texture']}' {texture} and "
+                f"'{self.names['semantic']}' {semantic} differ; do they belong together?"
+            )
         for path, labels in zip(self.paths, self._labels()):
             if labels.size and not 0 <= labels.min() <= labels.max() < 2**31:
                 raise SfdError(f"{path}: labels reach from {labels.min()} to {labels.max()}; expected 0 to 2^31 - 1")
@@ -138,7 +148,7 @@ class PublishedLatents:
         """
         indices = np.asarray(indices, np.int64)
         flip = np.zeros(len(indices), bool) if flip is None else flip
-        if indices.size and not (0 <= indices.min() and indices.max() < len(self)):
+        if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
             raise IndexError(f"index outside the {len(self)} images of {self.directory}")
         if not self.flips:
             refuse_flips(flip, self.directory)
@@ -170,7 +180,9 @@ class PublishedLatents:
         for ours, theirs in self.names.items():
             values[ours] = _our_layout(ours, file.get_slice(theirs + suffix)[row : row + 1][0])
             if not np.isfinite(values[ours]).all():
-                raise SfdError(f"{self.paths[number]}: '{theirs + suffix}' of row {row} is not finite; download it again")
+                raise SfdError(
+                    f"{self.paths[number]}: '{theirs + suffix}' of row {row} is not finite; download it again"
+                )
         return values
 
     def _file(self, number: int) -> Any:

@@ -134,7 +134,9 @@ class FixedOffset(Clocks):
     delta_t: float = 0.3
 
     def __post_init__(self):
-        check_fields("fixed_offset", self)  # without a lead there is Synchronous; beyond 1 nothing would move between the groups
+        check_fields(
+            "fixed_offset", self
+        )  # without a lead there is Synchronous; beyond 1 nothing would move between the groups
 
     @property
     def tau_end(self) -> float:

@@ -187,9 +187,18 @@ def dopri5(
             kept = jnp.where(per_sample(here, kept), y[None], kept)
         spent = (jnp.arange(segments)[None] == segment[:, None]) & active[:, None]
         return _Walk(
-            y, tau, new_segment, node, slopes, step, wish, broken, walk.nfe + 1,
-            walk.sample_nfe + spent, kept,
-        )  # fmt: skip
+            y,
+            tau,
+            new_segment,
+            node,
+            slopes,
+            step,
+            wish,
+            broken,
+            walk.nfe + 1,
+            walk.sample_nfe + spent,
+            kept,
+        )
 
     zeros = jnp.zeros(batch, jnp.float32)
     walk = _Walk(
@@ -205,9 +214,7 @@ def dopri5(
         sample_nfe=jnp.zeros((batch, segments), jnp.int32),
         kept=jnp.full((segments, *y0.shape), jnp.nan, y0.dtype) if keep_edges else None,
     )
-    walk = jax.lax.while_loop(
-        lambda walk: jnp.any(walk.segment < segments) & (walk.nfe < max_calls), one_call, walk
-    )
+    walk = jax.lax.while_loop(lambda walk: jnp.any(walk.segment < segments) & (walk.nfe < max_calls), one_call, walk)
     converged = (walk.segment == segments) & ~walk.broken
     return Solution(
         final=jnp.where(per_sample(converged, walk.y), walk.y, jnp.nan),
@@ -297,9 +304,7 @@ def dopri5_shared(
         past = accepted & (tau + step >= end)
 
         middle = y + combine(jnp.asarray(MIDDLE) * step, slopes)
-        y_end = _interpolate(
-            y, middle, y_new, step * slopes[0], step * slopes[-1], (end - tau) / step
-        )
+        y_end = _interpolate(y, middle, y_new, step * slopes[0], step * slopes[-1], (end - tau) / step)
         factor = jnp.clip(_SAFETY * ratio**-0.2, jnp.where(ratio < 1, 1.0, _SHRINK), _GROW)
         return _March(
             y=jnp.where(past, y_end, jnp.where(accepted, y_new, y)),

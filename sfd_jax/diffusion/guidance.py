@@ -173,9 +173,7 @@ def guided_groups(
     return semantic, texture
 
 
-def jumps(
-    clocks: Clocks, *, interval_start: float = 0.0, interval_groups: str = "both"
-) -> tuple[float, ...]:
+def jumps(clocks: Clocks, *, interval_start: float = 0.0, interval_groups: str = "both") -> tuple[float, ...]:
     """Return the global times at which the guided velocity jumps, for `sampling.sample`.
 
     Guidance sets in at once when a group's clock passes `interval_start`. An integrator that is
@@ -191,6 +189,5 @@ def jumps(
 def check_groups(interval_groups: str):
     if interval_groups not in INTERVAL_GROUPS:
         raise SfdError(
-            f"unknown guidance interval groups {interval_groups!r}: "
-            f"{nearest(interval_groups, INTERVAL_GROUPS)}"
+            f"unknown guidance interval groups {interval_groups!r}: {nearest(interval_groups, INTERVAL_GROUPS)}"
         )

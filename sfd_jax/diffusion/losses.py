@@ -256,8 +256,7 @@ def loss_metrics(terms: LossTerms) -> dict[str, tuple[jax.Array, jax.Array]]:
     """
     count = jnp.float32(len(terms.total))
     metrics = {
-        f"loss_{name}": (jnp.sum(getattr(terms, name)), count)
-        for name in ("total", "velocity", "cosine", "repa")
+        f"loss_{name}": (jnp.sum(getattr(terms, name)), count) for name in ("total", "velocity", "cosine", "repa")
     }
     for group in ("semantic", "texture"):
         error, clock = getattr(terms, f"error_{group}"), getattr(terms, f"t_{group}")

@@ -273,9 +273,7 @@ def published_points(tau_end: float, num_steps: int, timestep_shift: float = 0.0
     return points if timestep_shift == 0 else _shift(points / end, np.float32(timestep_shift)) * end
 
 
-def staged_points(
-    edges: Sequence[float], num_steps: int, timestep_shift: float = 0.0
-) -> list[np.ndarray]:
+def staged_points(edges: Sequence[float], num_steps: int, timestep_shift: float = 0.0) -> list[np.ndarray]:
     """Place `num_steps` points on [edges[0], edges[-1]] so that no step straddles an edge.
 
     The rule: take the released grid of as many points. Each inner edge takes the place of the

@@ -191,9 +191,7 @@ def combine(weights: jax.Array, slopes: jax.Array) -> jax.Array:
     return total
 
 
-def readable(
-    edges: Sequence[float], jumps: Sequence[bool] | None
-) -> tuple[np.ndarray, np.ndarray]:
+def readable(edges: Sequence[float], jumps: Sequence[bool] | None) -> tuple[np.ndarray, np.ndarray]:
     """Return the lowest and highest time (S,) at which each segment may read the velocity."""
     edges = np.asarray(edges, np.float32)
     inset = MARGIN * np.asarray(np.zeros(len(edges)) if jumps is None else jumps, np.float32)

@@ -82,8 +82,15 @@ class Heartbeat:
     def _write(self) -> None:
         if self.path is None:
             return
-        beat = {**self._who, "pid": os.getpid(), "time": round(time.time(), 3), "phase": self.phase, "step": self._step,
-                "step_time": self._step_time and round(self._step_time, 3), "status": self._status}  # fmt: skip
+        beat = {
+            **self._who,
+            "pid": os.getpid(),
+            "time": round(time.time(), 3),
+            "phase": self.phase,
+            "step": self._step,
+            "step_time": self._step_time and round(self._step_time, 3),
+            "status": self._status,
+        }
         try:
             write_anywhere(self.path, json.dumps(beat) + "\n")
             self._fault = None

@@ -57,7 +57,9 @@ def start(job: Job | None = None, timeout: float | None = None) -> None:
     place = _place(timeout)
     expected, count = _number("SFD_EXPECT_PROCESSES"), place[1] if place else 1
     if expected not in (None, count):
-        raise SfdError(f"SFD_EXPECT_PROCESSES={expected}, but the job has {count}: start it on all hosts, or mend the number")
+        raise SfdError(
+            f"SFD_EXPECT_PROCESSES={expected}, but the job has {count}: start it on all hosts, or mend the number"
+        )
     if place and count > 1:
         address, _, index = place
         facts = _preflight(job or Job(), index, lambda facts: meet(address, count, index, facts, timeout))

@@ -155,8 +155,13 @@ class FolderLock:
 def _me() -> dict:
     """Return who this process is; processes of two containers may share name and number, but no PID namespace."""
     space = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
-    return {"host": socket.gethostname(), "space": space, "pid": os.getpid(),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S"), "token": secrets.token_hex(8)}  # fmt: skip
+    return {
+        "host": socket.gethostname(),
+        "space": space,
+        "pid": os.getpid(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "token": secrets.token_hex(8),
+    }
 
 
 def _name(who: dict) -> str:

@@ -32,7 +32,9 @@ _TOLD = "sfd/lookout/"
 class Lookout:
     """Two threads beside the work: one listens for SIGTERM and judges silence, one talks to the store."""
 
-    def __init__(self, names: list[str] = ("alone",), index: int = 0, store=None, address: str = "", timeout: float = 60.0):
+    def __init__(
+        self, names: list[str] = ("alone",), index: int = 0, store=None, address: str = "", timeout: float = 60.0
+    ):
         """Prepare the lookout.
 
         Args:
@@ -259,7 +261,9 @@ class Lookout:
             try:
                 socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
             except OSError:
-                text = f"\nsfd: {self.name(0)} is gone, and with it the job's coordinator; look at its log. What is saved "
+                text = (
+                    f"\nsfd: {self.name(0)} is gone, and with it the job's coordinator; look at its log. What is saved "
+                )
                 text += "stays: start the same command again on all hosts\n"
                 os.write(2, text.encode())
                 with contextlib.suppress(Exception):

@@ -72,12 +72,15 @@ def gather_facts(job: Job, index: int) -> dict:
         "pid": os.getpid(),
         "commit": _commit(),
         "sources": _sources(),
-        "versions": {"sfd_jax": __version__, "python": platform.python_version(),
-                     **{name: version(name) for name in ("jax", "jaxlib", "flax", "orbax-checkpoint")}},
+        "versions": {
+            "sfd_jax": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("jax", "jaxlib", "flax", "orbax-checkpoint")},
+        },
         "settings": job.settings,
         "faults": faults,
         "probe": probe,
-    }  # fmt: skip
+    }
 
 
 def check_facts(facts: list[dict]) -> None:

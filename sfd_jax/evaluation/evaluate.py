@@ -128,7 +128,9 @@ def _check(samples: ImageSet, comparison: Comparison) -> None:
     if reference.images is not None and None not in (samples.size, reference.images.size):
         if samples.size != reference.images.size:
             ours, theirs = ("x".join(map(str, size[::-1])) for size in (samples.size, reference.images.size))
-            raise SfdError(f"images of {samples.name} are {ours}, those of {reference.name} {theirs}: one size is needed")
+            raise SfdError(
+                f"images of {samples.name} are {ours}, those of {reference.name} {theirs}: one size is needed"
+            )
     for metric in metrics:
         if metric not in METRICS:
             raise SfdError(f"unknown metric '{metric}'; {nearest(metric, METRICS)}")

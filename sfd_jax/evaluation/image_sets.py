@@ -74,9 +74,7 @@ def open_image_set(path: str | Path, image_size: int | None = None) -> ImageSet:
         raise SfdError(f"no images at {path}: give an npz, or a folder of PNGs or chunks")
     promised = (images.recipe or {}).get("num_images", images.count)
     if images.count != promised:
-        raise SfdError(
-            f"{path} holds {images.count} images, but its recipe.json is of {promised}: {_UNFINISHED}"
-        )
+        raise SfdError(f"{path} holds {images.count} images, but its recipe.json is of {promised}: {_UNFINISHED}")
     return images
 
 
@@ -222,8 +220,9 @@ def _open_folder(folder: Path, image_size: int | None) -> ImageSet:
         with ThreadPoolExecutor() as pool:
             ahead = pool.map(lambda file: read_image(file, image_size), files[:n])
             for start in range(0, len(files), n):
-                now, ahead = ahead, pool.map(
-                    lambda file: read_image(file, image_size), files[start + n : start + 2 * n]
+                now, ahead = (
+                    ahead,
+                    pool.map(lambda file: read_image(file, image_size), files[start + n : start + 2 * n]),
                 )
                 images = list(now)
                 first = images[0].shape if first is None else first

@@ -259,9 +259,7 @@ def precision_recall(
         )
     for name, features in (("reference", reference), ("samples", samples)):
         if len(features) <= k:
-            raise SfdError(
-                f"precision and recall with k={k} need more than {k} images; {name}: {len(features)}"
-            )
+            raise SfdError(f"precision and recall with k={k} need more than {k} images; {name}: {len(features)}")
         if not np.isfinite(features).all():
             raise SfdError(f"precision and recall: a feature of the {name} is not finite")
     half = distances == "float16" and _fits_float16(reference, samples)
@@ -318,9 +316,7 @@ def _half_norms(features: np.ndarray) -> np.ndarray:
     return norms.astype(np.float32)
 
 
-def _squared_radii(
-    features: np.ndarray, norms: np.ndarray, k: int, block: int, half: bool
-) -> np.ndarray:
+def _squared_radii(features: np.ndarray, norms: np.ndarray, k: int, block: int, half: bool) -> np.ndarray:
     """Return each row's squared distance to its k-th neighbour, (N,) float32."""
     radii = np.empty(len(features), np.float32)
     present = np.zeros(len(features), np.float32)
@@ -357,9 +353,7 @@ def _merge_smallest(smallest, rows, row_norms, columns, column_norms, column_rad
 
 
 @partial(jax.jit, static_argnames="half")
-def _inside(
-    rows, row_norms, row_radii, columns, column_norms, column_radii, *, half
-) -> tuple[jax.Array, jax.Array]:
+def _inside(rows, row_norms, row_radii, columns, column_norms, column_radii, *, half) -> tuple[jax.Array, jax.Array]:
     """Tell which rows lie in a column's ball (R,) and which columns in a row's (C,)."""
     distances = _squared_distances(rows, row_norms, columns, column_norms, half)
     in_columns = jnp.any(distances <= column_radii[None, :], axis=1)

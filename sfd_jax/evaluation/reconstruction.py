@@ -73,7 +73,9 @@ def evaluate_reconstruction(
             for name, rows in values.items():
                 rows = np.asarray(rows, np.float64)[:size]
                 if not np.isfinite(rows).all():
-                    raise SfdError(f"{images.name}: {name} of image {count + int(np.argmin(np.isfinite(rows)))} is not finite")
+                    raise SfdError(
+                        f"{images.name}: {name} of image {count + int(np.argmin(np.isfinite(rows)))} is not finite"
+                    )
                 sums[name] = sums.get(name, 0.0) + float(rows.sum())
             count += size
             yield np.asarray(made)[:size]
@@ -137,9 +139,7 @@ def ssim(images: jax.Array, others: jax.Array) -> jax.Array:
     def local_mean(x):
         # Rows, then columns; each channel by itself.
         for axis in (1, 2):
-            shifted = [
-                jax.lax.slice_in_dim(x, i, x.shape[axis] - 10 + i, axis=axis) for i in range(11)
-            ]
+            shifted = [jax.lax.slice_in_dim(x, i, x.shape[axis] - 10 + i, axis=axis) for i in range(11)]
             x = sum(weight * part for weight, part in zip(window, shifted, strict=True))
         return x
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from sfd_jax.errors import SfdError
-from sfd_jax.evaluation.npz import read_npz
 from sfd_jax.evaluation.metrics import check_gaussian
+from sfd_jax.evaluation.npz import read_npz
 from sfd_jax.files import appearing
 
 # Names of mean and covariance in a file, by feature: those of the ADM reference batches.
@@ -184,4 +184,6 @@ def _check_features(features: np.ndarray, count: int, mean: np.ndarray, covarian
     off, largest = np.abs(sums).max() / rows, variances.max()
     is_mean = off <= 1e-3 * (np.abs(mean).max() + np.sqrt(largest))
     if not (is_mean and np.abs(squares / (rows - 1) - variances).max() <= 1e-3 * largest):
-        raise SfdError(f"{path}: `mu` and `sigma` are not those of the `features` beside them; make the statistics again")
+        raise SfdError(
+            f"{path}: `mu` and `sigma` are not those of the `features` beside them; make the statistics again"
+        )

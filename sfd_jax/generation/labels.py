@@ -85,9 +85,7 @@ def parse_classes(spec: str, num_classes: int, class_names: list[str] | None = N
         parts = spec.split(",")
     parts = [part.strip() for part in parts if part.strip()]
     if not parts:
-        raise SfdError(
-            f"labels '{spec}' name no class; give 'balanced', 'random', or numbers or names of classes"
-        )
+        raise SfdError(f"labels '{spec}' name no class; give 'balanced', 'random', or numbers or names of classes")
     return [_find_class(part, num_classes, names) for part in parts]
 
 

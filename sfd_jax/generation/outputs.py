@@ -65,9 +65,7 @@ def write_pngs(folder: str | Path) -> Path:
     return target
 
 
-def write_grid(
-    folder: str | Path, class_names: list[str] | None = None, rows: int = 10, columns: int = 8
-) -> Path:
+def write_grid(folder: str | Path, class_names: list[str] | None = None, rows: int = 10, columns: int = 8) -> Path:
     """Write `grid.png`: a row for each of up to `rows` classes, its name at the left, its first samples.
 
     Args:
@@ -112,9 +110,7 @@ def draw_grid(rows: list[list[np.ndarray]], names: list[str]) -> Image.Image:
     names = [name.split(",")[0] for name in names]  # the first of ImageNet's synonyms
     margin = 8 + int(max(font.getlength(name) for name in names))
     gap = max(1, height // 32)
-    grid = Image.new(
-        "RGB", (margin + max(map(len, rows)) * (width + gap), len(rows) * (height + gap)), "white"
-    )
+    grid = Image.new("RGB", (margin + max(map(len, rows)) * (width + gap), len(rows) * (height + gap)), "white")
     draw = ImageDraw.Draw(grid)
     for y, (name, images) in enumerate(zip(names, rows, strict=True)):
         top = y * (height + gap)

@@ -69,8 +69,7 @@ def _check_texture_vae(model: Mapping, texture_vae: Mapping, given: str, allowed
     model_name, vae_name = checkpoint_name(model), checkpoint_name(texture_vae)
     if made_by is None:
         return [
-            f"{model_name} does not tell which texture VAE made its latents; {vae_name} was compared by "
-            "channels alone"
+            f"{model_name} does not tell which texture VAE made its latents; {vae_name} was compared by channels alone"
         ]
     if made_by == given and allowed:
         raise SfdError(f"--other_texture_vae has no effect: {vae_name} made {model_name}'s latents; leave it out")

@@ -281,9 +281,9 @@ class Sampler:
             rows = slice(start, start + size)
             count = len(indices[rows])
             padded = (np.pad(x[rows], (0, size - count), mode="edge") for x in (indices, labels))
-            yield count, *(
-                put_same(x.astype(kind), batch_sharding(self.mesh))
-                for x, kind in zip(padded, _KINDS, strict=True)
+            yield (
+                count,
+                *(put_same(x.astype(kind), batch_sharding(self.mesh)) for x, kind in zip(padded, _KINDS, strict=True)),
             )
 
     def _sample(self, params, indices, labels):
@@ -297,10 +297,14 @@ class Sampler:
     def _problem(self, params, noise, labels) -> dict:
         """Return the arguments of `sample`: what to integrate, from where, and how."""
         config = self._config
-        jumps = () if config.guidance == "none" else guidance.jumps(
-            self._clocks,
-            interval_start=config.guidance_interval_start,
-            interval_groups=config.guidance_interval_groups,
+        jumps = (
+            ()
+            if config.guidance == "none"
+            else guidance.jumps(
+                self._clocks,
+                interval_start=config.guidance_interval_start,
+                interval_groups=config.guidance_interval_groups,
+            )
         )
         return {
             "velocity_fn": self._velocity_fn(params, labels),

@@ -88,9 +88,7 @@ class SelfAttention(nnx.Module):
       dtype: dtype of the matmuls.
     """
 
-    def __init__(
-        self, width, num_heads, *, rngs, make_norm=None, init=XAVIER, dtype=jnp.float32
-    ):
+    def __init__(self, width, num_heads, *, rngs, make_norm=None, init=XAVIER, dtype=jnp.float32):
         self.num_heads = num_heads
         self.dtype = dtype
         self.normalise = make_norm is not None

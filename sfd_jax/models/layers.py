@@ -27,9 +27,7 @@ def normal(stddev: float):
 
 def dense(features_in, features_out, *, rngs, init=XAVIER, dtype=jnp.float32) -> nnx.Linear:
     """Build a Linear with zero bias: (..., features_in) -> (..., features_out) in `dtype`."""
-    return nnx.Linear(
-        features_in, features_out, kernel_init=init, dtype=dtype, dot_general=_dot_general, rngs=rngs
-    )
+    return nnx.Linear(features_in, features_out, kernel_init=init, dtype=dtype, dot_general=_dot_general, rngs=rngs)
 
 
 def precision_of(dtype) -> jax.lax.Precision | None:

@@ -71,6 +71,7 @@ SIZES = {
     "1p6B": dict(depth=28, width=1792, num_heads=28),
 }
 
+
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
     """Say which LightningDiT; the defaults are SFD's, without REPA.

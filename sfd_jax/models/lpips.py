@@ -67,9 +67,7 @@ class Lpips(nnx.Module):
           pixels, others: (B, H, W, 3), about [-1, 1]; H and W at least 16.
         """
         distance = jnp.zeros(len(pixels))
-        for weights, ours, theirs in zip(
-            self.weights, self.features(pixels), self.features(others), strict=True
-        ):
+        for weights, ours, theirs in zip(self.weights, self.features(pixels), self.features(others), strict=True):
             squares = (_unit(ours) - _unit(theirs)) ** 2
             distance += jnp.matmul(squares, weights[0, 0], precision="highest").mean(axis=(1, 2, 3))
         return distance

@@ -115,11 +115,7 @@ def _read_config(config_cls, values):
     for key in values:
         if key not in names:
             raise SfdError(f"{config_cls.__name__} has no field '{key}': {nearest(key, names)}")
-    required = {
-        field.name
-        for field in dataclasses.fields(config_cls)
-        if field.default is dataclasses.MISSING
-    }
+    required = {field.name for field in dataclasses.fields(config_cls) if field.default is dataclasses.MISSING}
     if missing := required - values.keys():
         raise SfdError(f"{config_cls.__name__} needs a value for: " + ", ".join(sorted(missing)))
     return config_cls(**values)
@@ -145,8 +141,7 @@ def _check_same_tree(name, params, abstract):
         elif found[path] != wanted[path]:
             lines.append(f"  {path} is {found[path]}, the network needs {wanted[path]}")
     raise SfdError(
-        f"these parameters are not of this {name} config (was it saved with another one?):\n"
-        + "\n".join(lines)
+        f"these parameters are not of this {name} config (was it saved with another one?):\n" + "\n".join(lines)
     )
 
 

@@ -70,13 +70,10 @@ class SemanticVAEConfig:
 
     def __post_init__(self):
         check_fields("model", self)
-        check(
-            self.arch in STACKS, f"no Semantic VAE arch '{self.arch}': {nearest(self.arch, STACKS)}"
-        )
+        check(self.arch in STACKS, f"no Semantic VAE arch '{self.arch}': {nearest(self.arch, STACKS)}")
         check(
             self.arch != "transformer" or self.hidden_dim % self.transformer_heads == 0,
-            f"hidden_dim {self.hidden_dim} does not divide by transformer_heads "
-            f"{self.transformer_heads}",
+            f"hidden_dim {self.hidden_dim} does not divide by transformer_heads {self.transformer_heads}",
         )
         check_dtype(self.compute_dtype)
 
@@ -186,9 +183,7 @@ class TransformerBlock(nnx.Module):
     def __init__(self, config, *, rngs):
         d = config.hidden_dim
         self.norm1 = layer_norm(d, rngs=rngs, epsilon=1e-5)
-        self.attention = SelfAttention(
-            d, config.transformer_heads, rngs=rngs, dtype=jnp.dtype(config.compute_dtype)
-        )
+        self.attention = SelfAttention(d, config.transformer_heads, rngs=rngs, dtype=jnp.dtype(config.compute_dtype))
         self.norm2 = layer_norm(d, rngs=rngs, epsilon=1e-5)
         self.mlp = _mlp(config, rngs)
 

@@ -18,9 +18,15 @@ REMAT = {
 # GiB a device that "auto" lets blocks keep, by the beginning of the device's kind: about a third of its memory, since
 # parameters, optimizer and a block's own values need the rest.
 KEPT_AT_MOST = {
-    "TPU v5 lite": 5, "TPU v5": 30, "TPU v4": 10, "TPU v6": 10,
-    "NVIDIA A100-SXM4-40GB": 12, "NVIDIA A100": 25, "NVIDIA H200": 45, "NVIDIA H": 25,
-}  # fmt: skip
+    "TPU v5 lite": 5,
+    "TPU v5": 30,
+    "TPU v4": 10,
+    "TPU v6": 10,
+    "NVIDIA A100-SXM4-40GB": 12,
+    "NVIDIA A100": 25,
+    "NVIDIA H200": 45,
+    "NVIDIA H": 25,
+}
 _KEPT_ELSEWHERE = 5
 
 
@@ -68,9 +74,7 @@ def choose_remat(kept_a_row: int, rows: int, scan: bool = True) -> str:
     return "dots" if kept <= most else "full"
 
 
-def run_stack(
-    blocks: nnx.Module, x, *, extras=(), start=0, stop=None, scan=True, remat="none"
-) -> jax.Array:
+def run_stack(blocks: nnx.Module, x, *, extras=(), start=0, stop=None, scan=True, remat="none") -> jax.Array:
     """Pass `x` through the blocks `start` to `stop` of a stack.
 
     Args:

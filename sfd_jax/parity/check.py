@@ -67,6 +67,4 @@ def close_by(tree: Any, count: int) -> Iterator[Any]:
     random = np.random.default_rng(0)
     directions = np.array([-np.inf, np.inf], np.float32)
     for _ in range(count - 1):
-        yield jax.tree.map(
-            lambda x: np.nextafter(np.asarray(x), random.choice(directions, np.shape(x))), tree
-        )
+        yield jax.tree.map(lambda x: np.nextafter(np.asarray(x), random.choice(directions, np.shape(x))), tree)

@@ -66,9 +66,7 @@ def load_dit(
         )
     network = Network("lightning_dit", fields | {"compute_dtype": dtype})
     source = f"parity case {case.name}, {params}"
-    return network, import_params(
-        lightning_dit.TABLE, state, network, source=source, place=jax.device_put
-    )
+    return network, import_params(lightning_dit.TABLE, state, network, source=source, place=jax.device_put)
 
 
 def layout_of(case: Case) -> LatentLayout:

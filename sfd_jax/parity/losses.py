@@ -68,10 +68,7 @@ def check_train(case: Case, dtype: str) -> Iterator[Check]:
     runs = []
     for state, metrics in map(train, close_by(params, RUNS)):
         trees = {"after_": state.params, "ema_": state.ema_params}
-        worst = {
-            prefix: worst_of(_by_their_key(network, tree), published[prefix])
-            for prefix, tree in trees.items()
-        }
+        worst = {prefix: worst_of(_by_their_key(network, tree), published[prefix]) for prefix, tree in trees.items()}
         runs.append((max(error for error, _ in worst.values()), metrics, worst))
         if runs[-1][0] <= TRAIN_BOUND[dtype]:
             break

@@ -40,6 +40,4 @@ def _told(case: Case, pattern: str) -> int:
 
 def _frechet(reference: np.ndarray, sample: np.ndarray) -> float:
     a, b = reference.astype(np.float64), sample.astype(np.float64)
-    return frechet_distance(
-        a.mean(axis=0), np.cov(a, rowvar=False), b.mean(axis=0), np.cov(b, rowvar=False)
-    )
+    return frechet_distance(a.mean(axis=0), np.cov(a, rowvar=False), b.mean(axis=0), np.cov(b, rowvar=False))

@@ -33,9 +33,7 @@ def load_network(case: Case, dtype: str, given: dict[str, Any]) -> tuple[Network
     if module.TABLE.network != "inception":  # which is float32 for good
         fields |= {"compute_dtype": dtype}
     network = Network(module.TABLE.network, fields)
-    params = import_params(
-        module.TABLE, state, network, source=f"parity case {case.name}", place=jax.device_put
-    )
+    params = import_params(module.TABLE, state, network, source=f"parity case {case.name}", place=jax.device_put)
     return network, params
 
 

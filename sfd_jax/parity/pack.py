@@ -113,9 +113,7 @@ class Case:
         try:
             return np.load(self._arrays_path, allow_pickle=False)
         except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-            raise SfdError(
-                f"parity case {self.name}: '{self._arrays_path}' cannot be read ({error})"
-            ) from error
+            raise SfdError(f"parity case {self.name}: '{self._arrays_path}' cannot be read ({error})") from error
 
 
 def drawn_weight(key: str, shape, seed: int, gain: float = 1.0) -> LazyArray:
@@ -147,4 +145,3 @@ def _draw(key: str, shape: tuple[int, ...], seed: int, gain: np.float32) -> np.n
 
 
 _TOKENS = ("cls_token", "register_tokens", "mask_token", "pos_embed")
-

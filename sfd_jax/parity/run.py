@@ -67,9 +67,7 @@ def run_case(directory: str | os.PathLike, name: str, dtype: str = "float32") ->
         yield broken("case", f"cannot be compared: {type(error).__name__}: {error}")
 
 
-def run_pack(
-    directory: str | os.PathLike, dtype: str = "float32", only: list[str] | None = None
-) -> Iterator[Check]:
+def run_pack(directory: str | os.PathLike, dtype: str = "float32", only: list[str] | None = None) -> Iterator[Check]:
     """Compare all cases of a pack, or those whose names fit one of the patterns `only`.
 
     Raises:

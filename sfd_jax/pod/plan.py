@@ -118,17 +118,26 @@ def plan_table(plan: Plan) -> str:
     tb = lambda size: f"{size / 1e12:.2f} TB" if size >= 1e12 else f"{size / 1e9:.1f} GB"
     rows = [
         ("run", f"{step.program}, global batch {step.batch}"),
-        ("topology", f"{step.topology}: {step.topology.count} chips, {step.batch / step.topology.count:g} images a chip"),
+        (
+            "topology",
+            f"{step.topology}: {step.topology.count} chips, {step.batch / step.topology.count:g} images a chip",
+        ),
         ("memory a chip", f"{step.needed / GIB:.2f} of {chip.usable / GIB:g} GiB, from the compiler"),
         ("FLOPs a chip and step", f"{step.work.flops:.3g}, from the compiled program"),
-        ("step (estimate)", f"{plan.step_seconds:.3f} s, {plan.images_a_second:,.0f} images a second, "
-         f"at {plan.utilisation:.0%} of {chip.matrix_rate / 1e12:g} TFLOP/s a chip"),  # fmt: skip
+        (
+            "step (estimate)",
+            f"{plan.step_seconds:.3f} s, {plan.images_a_second:,.0f} images a second, "
+            f"at {plan.utilisation:.0%} of {chip.matrix_rate / 1e12:g} TFLOP/s a chip",
+        ),
     ]
     for length in plan.lengths:
         rows.append(
-            (f"{length.epochs} epochs (estimate)", f"{length.steps:,} steps, {length.hours:,.1f} hours, "
-             f"{length.chip_hours:,.0f} chip-hours; checkpoints kept {tb(length.checkpoint_bytes)}")
-        )  # fmt: skip
+            (
+                f"{length.epochs} epochs (estimate)",
+                f"{length.steps:,} steps, {length.hours:,.1f} hours, "
+                f"{length.chip_hours:,.0f} chip-hours; checkpoints kept {tb(length.checkpoint_bytes)}",
+            )
+        )
     stored = f", and {tb(plan.repa_bytes)} of REPA's features (none with another data.repa_source)"
     rows.append(("latents", tb(plan.latent_bytes) + (stored if plan.repa_bytes else "")))
     rows.append(("a checkpoint", tb(plan.checkpoint_bytes)))

@@ -135,7 +135,9 @@ def visual_encoder(grid: int, image_size: int, tile_grid: int, **overrides) -> V
     network = Network("dinov2", dinov2_config("B", **overrides))
     side = min(tile_grid, grid)
     if image_size * side % grid:
-        raise SfdError(f"images of {image_size} px do not divide over a grid of {grid} latents: set data.images.image_size")
+        raise SfdError(
+            f"images of {image_size} px do not divide over a grid of {grid} latents: set data.images.image_size"
+        )
     return VisualEncoder(network, view_size=side * network.config.patch_size, tile_size=image_size * side // grid)
 
 

@@ -196,10 +196,14 @@ def find_checkpoint(directory, step: int | None = None) -> epath.Path:
     if not root.exists():
         raise SfdError(f"no checkpoint folder {root}")
     if root.is_file():
-        raise SfdError(f"{root} is a file, no checkpoint folder; `sfd convert {root} --out=DIR` makes one of a released file")
+        raise SfdError(
+            f"{root} is a file, no checkpoint folder; `sfd convert {root} --out=DIR` makes one of a released file"
+        )
     if any((root / item).exists() for item in (*_STATE_ITEMS, "metadata")):
         if step is not None and root.name != str(step):
-            raise SfdError(f"{root} is one checkpoint, so step {step} cannot be chosen: leave it out, or give the run's folder")
+            raise SfdError(
+                f"{root} is one checkpoint, so step {step} cannot be chosen: leave it out, or give the run's folder"
+            )
         return root
     if (root / "checkpoints").exists():
         root = root / "checkpoints"

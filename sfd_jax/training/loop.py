@@ -179,8 +179,17 @@ def check_workdir(
 
 
 def _claim(workdir, metadata: dict, config: TrainConfig, write: bool = True) -> dict:
-    names = ("task", "seed", "network_config", "config", "latent_statistics", "frozen", "init", "data_hash",
-             "held_out_hash")  # fmt: skip
+    names = (
+        "task",
+        "seed",
+        "network_config",
+        "config",
+        "latent_statistics",
+        "frozen",
+        "init",
+        "data_hash",
+        "held_out_hash",
+    )
     record = {name: metadata[name] for name in names if name in metadata}
     record["fit"] = dataclasses.asdict(config)
     return claim_workdir(workdir, record, may_extend=config.optimizer.schedule == "constant", write=write)

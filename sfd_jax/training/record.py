@@ -10,8 +10,17 @@ from sfd_jax.files import differences, write_anywhere
 
 # What may differ when a run goes on: how often it speaks and saves, where it runs and how it saves memory (both change
 # the rounding and nothing else), what is done afterwards.
-FREE_KEYS = ("log_every", "checkpoint_every", "keep_last", "keep_every", "max_bad_steps", "workers", "remat",
-             "scan_blocks", "accumulation")  # fmt: skip
+FREE_KEYS = (
+    "log_every",
+    "checkpoint_every",
+    "keep_last",
+    "keep_every",
+    "max_bad_steps",
+    "workers",
+    "remat",
+    "scan_blocks",
+    "accumulation",
+)
 # Where data and frozen networks lie, where the record tells by hashes which they are.
 PLACES = ("path", "held_out_path", "semantic_vae", "visual_encoder", "lpips")
 FREE_GROUPS = ("mesh", "sample", "evaluate", "demo")
@@ -62,9 +71,7 @@ def _compare(path: epath.Path, old: dict, new: dict, may_extend: bool) -> None:
     if "data_hash" not in old:
         free += ("data_hash", "held_out_hash")
     differing = [
-        line
-        for key, line in differences(old, new).items()
-        if key[-1] not in free and not set(key) & set(FREE_GROUPS)
+        line for key, line in differences(old, new).items() if key[-1] not in free and not set(key) & set(FREE_GROUPS)
     ]
     if differing:
         raise SfdError(

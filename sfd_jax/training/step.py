@@ -102,8 +102,7 @@ def _jit_step(task, optimizer, config: TrainConfig, mesh: Mesh):
     parts, size = config.accumulation, config.global_batch_size
     if size % (parts * mesh.size):
         raise SfdError(
-            f"train.global_batch_size={size} does not divide over {mesh.size} devices "
-            f"times train.accumulation={parts}"
+            f"train.global_batch_size={size} does not divide over {mesh.size} devices times train.accumulation={parts}"
         )
     schedule = make_schedule(config.optimizer, config.steps)
 

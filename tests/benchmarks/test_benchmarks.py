@@ -22,8 +22,11 @@ def run(root, name, *flags):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     return subprocess.run(
         [sys.executable, root / "scripts" / "benchmarks" / f"{name}.py", *flags],
-        env=environment, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -25,7 +25,9 @@ def run(root, **variables):
     # By default JAX keeps what took a second to compile.
     environment = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **variables}
     environment = {name: value for name, value in environment.items() if value is not None}
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(root)], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(root)], env=environment, capture_output=True, text=True, check=True
+    )
     return tuple(map(int, done.stdout.split()))
 
 
@@ -36,6 +38,9 @@ def test_the_second_start_finds_what_the_first_compiled(root, tmp_path):
     assert run(root, **on) == (misses, 0)
     kept = sorted((tmp_path / "home" / "compilations").iterdir())
     # Moved, and turned off: the first place is left as it was.
-    assert run(root, **on | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "moved")}) == (0, misses) and (tmp_path / "moved").exists()
+    assert (
+        run(root, **on | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "moved")}) == (0, misses)
+        and (tmp_path / "moved").exists()
+    )
     assert run(root, **on | {"JAX_ENABLE_COMPILATION_CACHE": "false"}) == (0, 0)
     assert sorted((tmp_path / "home" / "compilations").iterdir()) == kept

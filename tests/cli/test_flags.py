@@ -87,7 +87,11 @@ def test_a_reader_that_has_seen_enough_is_no_fault(root):
     reading, writing = os.pipe()
     os.close(reading)  # as `| head` does once it has its lines
     done = subprocess.run(
-        [sys.executable, "-m", "sfd_jax.cli.fetch", "--list"], cwd=root, stdout=writing, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "sfd_jax.cli.fetch", "--list"],
+        cwd=root,
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     os.close(writing)
     assert done.returncode == 0 and done.stderr == ""
@@ -105,7 +109,12 @@ def test_too_little_memory_says_what_to_make_smaller(capfd, door):
     assert f"sfd {door}: a device's memory does not suffice: " in told and SMALLER[door] in told
     assert "RESOURCE_EXHAUSTED" in told and "Traceback" not in told
     if door == "train":  # the hint's flags exist
-        assert parse(*(word.rstrip(",") for word in SMALLER[door].split() if word.startswith("--"))).config.train.accumulation == 2
+        assert (
+            parse(
+                *(word.rstrip(",") for word in SMALLER[door].split() if word.startswith("--"))
+            ).config.train.accumulation
+            == 2
+        )
 
 
 def test_none_sets_back_what_may_be_none():
@@ -135,12 +144,18 @@ def test_all_faults_are_named_at_once():
     [
         ("--config.sample.calls=9", "--config.sample.calls=9 has no effect beside --config.sample.solver=dopri5"),
         ("--config.data.visual_encoder=x", "has no effect without --config.data.repa_source=online"),
-        ("--config.data.images.image_size=64", "images.image_size=64 has no effect without --config.data.repa_source=online"),
+        (
+            "--config.data.images.image_size=64",
+            "images.image_size=64 has no effect without --config.data.repa_source=online",
+        ),
         ("--config.loss.repa_weight=0 --config.data.repa_source=semvae", "no effect without --config.loss.repa_weight"),
         ("--config.optimizer.learning_rate=0", "learning_rate=0.0: give a number above 0"),
         ("--config.loss.label_dropout=1", "label_dropout=1.0: give a number from 0 to below 1"),
         ("--config.data.path=gs:/bucket/x", "a bucket is written gs://BUCKET/FOLDER"),
-        ("--config.clocks.name=sequential --config.clocks.delta_t=0.5", "delta_t=0.5 has no effect without --config.clocks.name"),
+        (
+            "--config.clocks.name=sequential --config.clocks.delta_t=0.5",
+            "delta_t=0.5 has no effect without --config.clocks.name",
+        ),
         ("--config.data.path=gs://bucket/x", "only --workdir and checkpoints may lie in a bucket"),
         ("--config.mesh.fsdp=0", "mesh.fsdp=0: give an integer from 1 to 1,048,576, or -1"),
         ("--config.train.steps=1e3", "takes an integer"),
@@ -170,27 +185,52 @@ def test_a_config_of_no_kind_is_a_sentence(tmp_path):
 
 def test_scales_of_old_configs_are_read(tmp_path):
     file = tmp_path / "old.py"
-    file.write_text("import ml_collections\ndef get_config():\n  return ml_collections.ConfigDict(dict(sample=dict(guidance_scale_semantic=-1.0)))\n")
+    file.write_text(
+        "import ml_collections\ndef get_config():\n  return ml_collections.ConfigDict(dict(sample=dict(guidance_scale_semantic=-1.0)))\n"
+    )
     assert load_config(str(file)).sample.guidance_scale_semantic is None
     with pytest.raises(SfdError, match="guidance_scale_semantic=-1.0"):
         load_config(str(file), ["--config.sample.guidance_scale_semantic=-1.0"])
 
 
-@pytest.mark.parametrize("command, flags, says", [
-    ("extract", ["--out=o", "--repack=r", "--texture_vae=v"], "--texture_vae=v has no effect beside --repack"),
-    ("extract", ["--out=o", "--images=folder", "--texture_vae=v", "--statistics=measured"], "has no effect without --repack"),
-    ("extract", ["--out=o", "--images=digits", "--texture_vae=v", "--path=x"], "--path=x has no effect beside --images=digits"),
-    ("extract", ["--out=o", "--images=digits", "--texture_vae=v", "--expect_count=3"], "has no effect without --check"),
-    ("extract", ["--out=o", "--images=digits", "--texture_vae=v", "--workers=-1"], "--workers=-1: give an integer from 0"),
-    ("extract", ["--out=gs://b/o", "--images=digits", "--texture_vae=v"], "argument --out: path gs://b/o: only --workdir"),
-    ("extract", ["--out= o", "--images=digits"], "has blanks or quotes at its ends"),
-    ("convert", ["x.pt", "--inspect", "--step=3"], "--step=3 has no effect without --export"),
-    ("convert", ["x.pt", "--out=", "--inspect"], "argument --out: an empty path"),
-    ("fetch", ["--file=x"], "--file=x has no effect without --name"),
-    ("compile_pod", ["--topology=v5e:2x2", "--batch_size=4"], "--batch_size=4 has no effect beside --what=train"),
-    ("plan", ["--topology=v5e:2x2", "--utilisation=nan"], "--utilisation=nan: give a number above 0 to 1"),
-    ("demo", ["--seed=-1"], "--seed=-1: give an integer from 0 to 4,294,967,295"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "command, flags, says",
+    [
+        ("extract", ["--out=o", "--repack=r", "--texture_vae=v"], "--texture_vae=v has no effect beside --repack"),
+        (
+            "extract",
+            ["--out=o", "--images=folder", "--texture_vae=v", "--statistics=measured"],
+            "has no effect without --repack",
+        ),
+        (
+            "extract",
+            ["--out=o", "--images=digits", "--texture_vae=v", "--path=x"],
+            "--path=x has no effect beside --images=digits",
+        ),
+        (
+            "extract",
+            ["--out=o", "--images=digits", "--texture_vae=v", "--expect_count=3"],
+            "has no effect without --check",
+        ),
+        (
+            "extract",
+            ["--out=o", "--images=digits", "--texture_vae=v", "--workers=-1"],
+            "--workers=-1: give an integer from 0",
+        ),
+        (
+            "extract",
+            ["--out=gs://b/o", "--images=digits", "--texture_vae=v"],
+            "argument --out: path gs://b/o: only --workdir",
+        ),
+        ("extract", ["--out= o", "--images=digits"], "has blanks or quotes at its ends"),
+        ("convert", ["x.pt", "--inspect", "--step=3"], "--step=3 has no effect without --export"),
+        ("convert", ["x.pt", "--out=", "--inspect"], "argument --out: an empty path"),
+        ("fetch", ["--file=x"], "--file=x has no effect without --name"),
+        ("compile_pod", ["--topology=v5e:2x2", "--batch_size=4"], "--batch_size=4 has no effect beside --what=train"),
+        ("plan", ["--topology=v5e:2x2", "--utilisation=nan"], "--utilisation=nan: give a number above 0 to 1"),
+        ("demo", ["--seed=-1"], "--seed=-1: give an integer from 0 to 4,294,967,295"),
+    ],
+)
 def test_flags_without_effect_or_sense_are_refused(command, flags, says, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main([command, *flags]) == 2

@@ -40,9 +40,14 @@ def test_ctrl_c(to, tmp_path):
     script = tmp_path / "command.py"
     script.write_text(COMMAND)
     root = Path(__file__).resolve().parents[2]
-    command = subprocess.Popen([sys.executable, script, tmp_path / "run"], text=True, start_new_session=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               env={**os.environ, "PYTHONPATH": str(root)})  # fmt: skip
+    command = subprocess.Popen(
+        [sys.executable, script, tmp_path / "run"],
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
     try:
         while command.stdout.readline().strip() != "3":
             assert command.poll() is None

@@ -61,9 +61,17 @@ class TorchFile:
         """The call of _rebuild_tensor_v2 for any numbers, true ones or not."""
         view = b"N" if self.legacy else b""
         persistent = (
-            b"(" + self._text("storage") + b"ctorch\n" + storage.encode() + b"\n" + self._text(key)
-            + self._text("cpu") + self._value(length) + view + b"tQ"
-        )  # fmt: skip
+            b"("
+            + self._text("storage")
+            + b"ctorch\n"
+            + storage.encode()
+            + b"\n"
+            + self._text(key)
+            + self._text("cpu")
+            + self._value(length)
+            + view
+            + b"tQ"
+        )
         numbers = [b"(" + b"".join(map(self._value, map(int, n))) + b"t" for n in (shape, strides)]
         call = b"(" + persistent + self._value(offset) + numbers[0] + numbers[1] + b"\x89Nt"
         return b"ctorch._utils\n_rebuild_tensor_v2\n" + call + b"R"

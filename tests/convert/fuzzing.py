@@ -67,13 +67,34 @@ def with_objects(protocol: int) -> dict:
 
 TREES += [with_objects(protocol) for protocol in range(6)]
 PICKLES = [TorchFile(tree).pickle for tree in TREES]
-OPCODES = [bytes([code]) for code in b"(.012FGIJKLMNPQRSTUVXabcdeghijlopqrstu}]]\x80\x81\x82\x85\x86\x87\x88\x89\x8a\x8b\x8c"
-           b"\x8d\x8e\x8f\x90\x91\x92\x93\x94\x95\x96\x97\x98B)"] + [
-    b"r\x00\x00\x00\x10", b"\x8d" + b"\xff" * 8, b"\x96" + struct.pack("<Q", 2**40), b"X\xff\xff\xff\x7f", b"}}]]((",
-    b"\x95" + struct.pack("<Q", 2**60), b"](2222222e", b"](h\x00h\x00e", b"q\x00h\x00", b"\x86q\x01h\x01", b"J\xff\xff\xff\xff",
-    b"ccollections\ndeque\n", b"ccollections\nOrderedDict\n)R", b"cx.y\nThing\n)\x81}b", b"cnumpy\ndtype\n(U\x02f4K\x00K\x01tR",
-    b"ctorch\nSize\n", b"(I1\nI2\nI3\nt", b"\x8a\x09" + b"\x7f" * 9, b"2222", b"\x94" * 4, b"h\x00h\x01s", b"cos\nsystem\n",
-]  # fmt: skip
+OPCODES = [
+    bytes([code])
+    for code in b"(.012FGIJKLMNPQRSTUVXabcdeghijlopqrstu}]]\x80\x81\x82\x85\x86\x87\x88\x89\x8a\x8b\x8c"
+    b"\x8d\x8e\x8f\x90\x91\x92\x93\x94\x95\x96\x97\x98B)"
+] + [
+    b"r\x00\x00\x00\x10",
+    b"\x8d" + b"\xff" * 8,
+    b"\x96" + struct.pack("<Q", 2**40),
+    b"X\xff\xff\xff\x7f",
+    b"}}]]((",
+    b"\x95" + struct.pack("<Q", 2**60),
+    b"](2222222e",
+    b"](h\x00h\x00e",
+    b"q\x00h\x00",
+    b"\x86q\x01h\x01",
+    b"J\xff\xff\xff\xff",
+    b"ccollections\ndeque\n",
+    b"ccollections\nOrderedDict\n)R",
+    b"cx.y\nThing\n)\x81}b",
+    b"cnumpy\ndtype\n(U\x02f4K\x00K\x01tR",
+    b"ctorch\nSize\n",
+    b"(I1\nI2\nI3\nt",
+    b"\x8a\x09" + b"\x7f" * 9,
+    b"2222",
+    b"\x94" * 4,
+    b"h\x00h\x01s",
+    b"cos\nsystem\n",
+]
 NUMBERS = [0, 1, 2, 3, 255, 2**15, 2**16, 2**28, 2**31 - 1, 2**31, 2**32 - 1, 2**33, 2**62, 2**63 - 1, 2**64 - 1]
 
 DIGITS = [b"-1", b"0", b"9" * 12, b"9" * 25, b"1e999", b"NaN", b"null"]
@@ -223,7 +244,10 @@ def safetensors_files(random: Random) -> None:
     if inside:
         header = json.loads(data[8 : 8 + size])
         for _ in range(random.randrange(4)):
-            entry, field = random.choice(list(header.values())), random.choice(["dtype", "shape", "shape", "data_offsets"])
+            entry, field = (
+                random.choice(list(header.values())),
+                random.choice(["dtype", "shape", "shape", "data_offsets"]),
+            )
             number = random.choice(NUMBERS)
             entry[field] = {
                 "dtype": random.choice(["F64", "F16", "BF16", "I32", "U8", "BOOL", "F8_E4M3", "F4", "X"]),
@@ -269,10 +293,17 @@ def npz_files(random: Random) -> None:
 def draw_tree(random: Random, depth: int = 0):
     kind = random.randrange(5 if depth < 4 else 4)
     if kind == 4:
-        return {f"{random.random()}"[: random.randrange(8)]: draw_tree(random, depth + 1) for _ in range(random.randrange(5))}
+        return {
+            f"{random.random()}"[: random.randrange(8)]: draw_tree(random, depth + 1)
+            for _ in range(random.randrange(5))
+        }
     shape = random.choices(range(4), k=random.randrange(4))
-    return [random.choice("abcé") * random.randrange(4), random.randrange(-(2**31), 2**31), random.random(),
-            np.ones(shape, np.float32)][kind]  # fmt: skip
+    return [
+        random.choice("abcé") * random.randrange(4),
+        random.randrange(-(2**31), 2**31),
+        random.random(),
+        np.ones(shape, np.float32),
+    ][kind]
 
 
 def parameter_trees(random: Random) -> None:

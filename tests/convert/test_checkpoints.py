@@ -26,9 +26,7 @@ DIT = dict(width=16, depth=2, num_heads=2, input_size=3, in_channels=5, num_clas
 def dit_state(seed=0, **changes):
     network = Network("lightning_dit", DIT | changes)
     rng = np.random.default_rng(seed)
-    params = jax.tree.map(
-        lambda leaf: rng.standard_normal(leaf.shape, np.float32), network.abstract_params()
-    )
+    params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), network.abstract_params())
     return export_state(FORMATS["lightning_dit"].TABLE, params, network)
 
 
@@ -155,9 +153,7 @@ def test_semantic_vae_config_is_yaml_and_tells_the_heads(tmp_path, torch_file):
 
 
 def test_other_formats_of_a_network_by_flag():
-    network = Network(
-        "dinov2", dict(width=24, depth=2, num_heads=2, image_size=15, patch_size=5, num_registers=2)
-    )
+    network = Network("dinov2", dict(width=24, depth=2, num_heads=2, image_size=15, patch_size=5, num_registers=2))
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), network.abstract_params())
     metadata = {"network": "dinov2", "network_config": network.config_dict()}
     assert "cls_token" in export_checkpoint(params, metadata)[0]
@@ -260,8 +256,7 @@ def test_the_packs_files_hold_the_drawn_weights_and_come_back(parity_dir, name, 
     # Which seed drew the Semantic VAE, files.json does not say.
     seeds = [drawn[seed]] if seed else [0, drawn["seed_model"], drawn["seed_ema"]]
     assert any(
-        all(np.array_equal(state[key], drawn_weight(key, shape, s)) for key, shape in shapes.items())
-        for s in seeds
+        all(np.array_equal(state[key], drawn_weight(key, shape, s)) for key, shape in shapes.items()) for s in seeds
     )
     original = choose_state(read_tree(files / name), name, which).state
     assert same_bytes(state, {key: np.asarray(array) for key, array in original.items()})

@@ -69,7 +69,7 @@ def tar() -> bytes:
         (b"\xef\xbb\xbf\n <HTML><body>", "a web page"),
         (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "a web page"),
         (b"Entry not found", "text that begins with 'Entry not found'"),
-        ("Kein Zugriff für " .encode() * 400, "text that begins with 'Kein Zugriff"),
+        ("Kein Zugriff für ".encode() * 400, "text that begins with 'Kein Zugriff"),
         (b'{"error": "Invalid username or password."}', "text that begins with .*Invalid username"),
         (gzip.compress(b"PK\x03\x04", mtime=0), "compressed with gzip"),
         (b"\x28\xb5\x2f\xfd\x00", "compressed with zstd"),
@@ -84,7 +84,7 @@ def tar() -> bytes:
         (b"\x80\x04\x95\x02\0\0\0\0\0\0\0}.", "pickle that torch.save did not write"),
         (b"\x89PNG\r\n\x1a\n", "an image"),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_weights_is_named(tmp_path, data, said, suffix):
     path = tmp_path / f"file{suffix}"
     path.write_bytes(data)

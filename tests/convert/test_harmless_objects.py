@@ -77,8 +77,11 @@ def test_data(tmp_path, torch_file, name, protocol):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("array", [A, A.T, A.astype(">f8"), np.int32(3) + np.zeros((), int), np.zeros((0, 2))],
-                         ids=["whole", "transposed", "big-endian", "scalar", "empty"])  # fmt: skip
+@pytest.mark.parametrize(
+    "array",
+    [A, A.T, A.astype(">f8"), np.int32(3) + np.zeros((), int), np.zeros((0, 2))],
+    ids=["whole", "transposed", "big-endian", "scalar", "empty"],
+)
 def test_numpy_arrays(tmp_path, torch_file, array, protocol):
     found = np.asarray(read(tmp_path, torch_file, array, protocol)["x"])
     np.testing.assert_array_equal(found, array)
@@ -88,17 +91,26 @@ def test_numpy_arrays(tmp_path, torch_file, array, protocol):
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize(
     "value",
-    [Schedule(), Schedule, datetime.datetime(2024, 1, 2), functools.partial(Schedule), np.array([Schedule()]),
-     np.random.default_rng(0)],
+    [
+        Schedule(),
+        Schedule,
+        datetime.datetime(2024, 1, 2),
+        functools.partial(Schedule),
+        np.array([Schedule()]),
+        np.random.default_rng(0),
+    ],
     ids=["instance", "class", "datetime", "partial", "array of objects", "generator"],
-)  # fmt: skip
+)
 def test_objects_are_left_out_with_a_note(tmp_path, torch_file, value, protocol):
     tree = read(tmp_path, torch_file, value, protocol)
     assert left_out(tree)[0].startswith("left out: x is an object of ")
 
 
 def test_a_class_that_is_nowhere_is_recorded_and_a_function_refused(tmp_path, torch_file):
-    for name, match in (("nowhere.train TrainState", None), ("nowhere.train restore", r"refused.*nowhere\.train\.restore")):
+    for name, match in (
+        ("nowhere.train TrainState", None),
+        ("nowhere.train restore", r"refused.*nowhere\.train\.restore"),
+    ):
         raw = torch_file.Raw(f"c{name.replace(' ', chr(10))}\n(K\x01tR".encode("latin-1"))
         path = tmp_path / "f.pt"
         path.write_bytes(torch_file({"ema": {"a": A}, "state": raw}).zip_bytes())
@@ -112,9 +124,22 @@ def test_a_class_that_is_nowhere_is_recorded_and_a_function_refused(tmp_path, to
     assert "nowhere" not in sys.modules
 
 
-@pytest.mark.parametrize("name", ["pty spawn", "runpy run_path", "timeit timeit", "code interact", "webbrowser open",
-                                  "operator attrgetter", "ctypes CDLL", "torch._utils _rebuild_sparse_tensor",
-                                  "torch.jit load", "joblib load", "builtins compile"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pty spawn",
+        "runpy run_path",
+        "timeit timeit",
+        "code interact",
+        "webbrowser open",
+        "operator attrgetter",
+        "ctypes CDLL",
+        "torch._utils _rebuild_sparse_tensor",
+        "torch.jit load",
+        "joblib load",
+        "builtins compile",
+    ],
+)
 def test_what_would_run_is_refused_by_name(tmp_path, torch_file, name):
     raw = torch_file.Raw(f"c{name.replace(' ', chr(10))}\n(X\x01\x00\x00\x00atR".encode("latin-1"))
     path = tmp_path / "f.pt"
@@ -123,13 +148,22 @@ def test_what_would_run_is_refused_by_name(tmp_path, torch_file, name):
         read_torch_file(path)
 
 
-@pytest.mark.parametrize("call", [
-    lambda f, tensor: b"ctorch._utils\n_rebuild_parameter_with_state\n(" + tensor + b"\x88}}tR",
-    lambda f, tensor: b"ctorch.nn.parameter\nParameter\n(" + tensor + b"\x88tR",
-    lambda f, tensor: b"ctorch._tensor\n_rebuild_from_type_v2\n(" + tensor[: tensor.index(b"(")] + b"ctorch\nTensor\n"
-    + tensor[tensor.index(b"(") : -1] + b"}tR",
-    lambda f, tensor: tensor + b"}X\x01\x00\x00\x00aK\x01sb",
-], ids=["with_state", "parameter", "from_type", "attributes"])  # fmt: skip
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda f, tensor: b"ctorch._utils\n_rebuild_parameter_with_state\n(" + tensor + b"\x88}}tR",
+        lambda f, tensor: b"ctorch.nn.parameter\nParameter\n(" + tensor + b"\x88tR",
+        lambda f, tensor: (
+            b"ctorch._tensor\n_rebuild_from_type_v2\n("
+            + tensor[: tensor.index(b"(")]
+            + b"ctorch\nTensor\n"
+            + tensor[tensor.index(b"(") : -1]
+            + b"}tR"
+        ),
+        lambda f, tensor: tensor + b"}X\x01\x00\x00\x00aK\x01sb",
+    ],
+    ids=["with_state", "parameter", "from_type", "attributes"],
+)
 def test_tensors_in_other_clothes(tmp_path, torch_file, call):
     file = torch_file({})
     file.storages = [A.tobytes()]
@@ -164,8 +198,12 @@ def test_what_torch_itself_saves(tmp_path):
     read = read_torch_file(tmp_path / "f.pt")
     assert not left_out(read)
     assert [read[key] for key in ("version", "device", "dtype", "size", "layout")] == [
-        "2.7.0", "cuda:1", "torch.bfloat16", (1, 2), "torch.strided",
-    ]  # fmt: skip
+        "2.7.0",
+        "cuda:1",
+        "torch.bfloat16",
+        (1, 2),
+        "torch.strided",
+    ]
     for key in ("random", "attributes", "float8", "uint16", "complex", "expanded"):
         found = np.asarray(read[key])
         assert str(tree[key].dtype) == f"torch.{found.dtype.name}"
@@ -173,9 +211,10 @@ def test_what_torch_itself_saves(tmp_path):
     np.testing.assert_array_equal(read["numpy"][1], tree["numpy"][1])
 
     for name, tensor in {
-        "sparse": torch.eye(2).to_sparse(), "quantised": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+        "sparse": torch.eye(2).to_sparse(),
+        "quantised": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
         "module": torch.nn.Linear(2, 2),
-    }.items():  # fmt: skip
+    }.items():
         torch.save(tensor if name == "module" else {"a": tensor}, tmp_path / "g.pt")
         with pytest.raises(SfdError, match="refused.*(_rebuild_sparse_tensor|QInt8Storage|_rebuild_qtensor|Linear)"):
             read_torch_file(tmp_path / "g.pt")

@@ -61,9 +61,15 @@ PICKLES = {
     "a list in itself": (b"]q\x00h\x00a", "without end"),
     "deep lists": (b"]" * 5000 + b"a" * 4999, "deep"),
     "many dicts": (b"(" + b"}" * 420_000 + b"l", "memory"),
-    "copies of one list": (b"(" + b"K\x00" * 50_000 + b"lq\x00" + b"0(" + b"ccollections\ndeque\nh\x00\x85R" * 3000 + b"l", "memory"),
-    "equal hashes": (b"}(" + b"".join(pickle.dumps(n * (2**61 - 1), 2)[2:-1] + b"N" for n in range(20_000)) + b"u", None),
-}  # fmt: skip
+    "copies of one list": (
+        b"(" + b"K\x00" * 50_000 + b"lq\x00" + b"0(" + b"ccollections\ndeque\nh\x00\x85R" * 3000 + b"l",
+        "memory",
+    ),
+    "equal hashes": (
+        b"}(" + b"".join(pickle.dumps(n * (2**61 - 1), 2)[2:-1] + b"N" for n in range(20_000)) + b"u",
+        None,
+    ),
+}
 
 
 @pytest.mark.parametrize("name", PICKLES)
@@ -122,9 +128,13 @@ def test_views_of_an_older_stream_stay_inside_their_storage(tmp_path):
     path.write_bytes(legacy_view(2, 5, 5))
     np.testing.assert_array_equal(read_torch_file(path)["a"], [2, 3, 4, 5, 6])
     for start, size, count, match in (
-        (1000, 64, 64, "view beyond"), (4, 5, 5, "view beyond"), (-1, 5, 5, "view beyond"),
-        (2, 5, 6, "larger than its storage"), (1000, 2**28, 2**28, "memory|view beyond"), (0, -8, 1, "view beyond"),
-    ):  # fmt: skip
+        (1000, 64, 64, "view beyond"),
+        (4, 5, 5, "view beyond"),
+        (-1, 5, 5, "view beyond"),
+        (2, 5, 6, "larger than its storage"),
+        (1000, 2**28, 2**28, "memory|view beyond"),
+        (0, -8, 1, "view beyond"),
+    ):
         path.write_bytes(legacy_view(start, size, count))
         refused(path, match)
 
@@ -224,17 +234,17 @@ def test_a_damaged_storage_is_found_from_any_view(tmp_path, torch_file, view):
 
 
 CONFIGS = {
-    "aliases": "a: &a [x, x]\n" + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]\n" for i in range(24)),
-    "merges": "a: &a {x: 1}\n" + "".join(
-        f"{chr(98 + i)}: &{chr(98 + i)} {{<<: [*{chr(97 + i)}, *{chr(97 + i)}]}}\n" for i in range(24)
-    ),
+    "aliases": "a: &a [x, x]\n"
+    + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]\n" for i in range(24)),
+    "merges": "a: &a {x: 1}\n"
+    + "".join(f"{chr(98 + i)}: &{chr(98 + i)} {{<<: [*{chr(97 + i)}, *{chr(97 + i)}]}}\n" for i in range(24)),
     "in itself": "a: &a [*a]\n",
     "deep": "[" * 5000,
     "long": "a: 1\n" * 100_000,
     "integer": "a: " + "9" * 5000,
     "date": "a: 2024-13-45",
     "object": "a: !!python/object/apply:os.system [echo]",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -267,7 +277,10 @@ ONES = np.ones((1, 3, 1, 1), np.float32)
         ({"mean": ONES}, "holds 'mean'"),
         ({"mean": ONES, "std": 1.0}, "needs arrays"),
         ({"mean": ONES, "std": np.ones((1, 4, 1, 1), np.float32)}, "one value a channel"),
-        ({"mean": ONES.reshape(()) if ONES.size == 1 else ONES[0, 0, 0, 0], "std": ONES[0, 0, 0, 0]}, "one value a channel"),
+        (
+            {"mean": ONES.reshape(()) if ONES.size == 1 else ONES[0, 0, 0, 0], "std": ONES[0, 0, 0, 0]},
+            "one value a channel",
+        ),
         ({"mean": np.ones((2, 3), np.float32), "std": np.ones((2, 3), np.float32)}, "one value a channel"),
         ({"mean": ONES[:, :0], "std": ONES[:, :0]}, "one value a channel"),
         ({"mean": ONES, "std": 0 * ONES}, "channel 0 has mean 1.0 and std 0.0"),

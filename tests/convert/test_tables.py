@@ -58,9 +58,7 @@ def make(name):
 
 def random_params(network, seed=0):
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda leaf: rng.standard_normal(leaf.shape, np.float32), network.abstract_params()
-    )
+    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), network.abstract_params())
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -97,9 +95,7 @@ def test_hugging_face_names_hold_the_same_network():
     jax.tree.map(
         np.testing.assert_array_equal,
         import_params(FORMATS["dinov2_hf"].TABLE, state, network),
-        import_params(
-            FORMATS["dinov2"].TABLE, export_state(FORMATS["dinov2"].TABLE, params, network), network
-        ),
+        import_params(FORMATS["dinov2"].TABLE, export_state(FORMATS["dinov2"].TABLE, params, network), network),
     )
 
 
@@ -107,9 +103,7 @@ def test_hugging_face_names_hold_the_same_network():
 def test_published_sizes_are_read_off_without_memory(size):
     network = Network("lightning_dit", SIZES[size] | dict(repa_features=768))
     table = FORMATS["lightning_dit"].TABLE
-    shapes = key_shapes(table, network) | {
-        key: array.shape for key, array in table.fixed(network.config).items()
-    }
+    shapes = key_shapes(table, network) | {key: array.shape for key, array in table.fixed(network.config).items()}
     state = {key: jax.ShapeDtypeStruct(shape, np.float32) for key, shape in shapes.items()}
     fields, _ = FORMATS["lightning_dit"].read_config(state, {}, {})
     assert Network("lightning_dit", fields).config == network.config

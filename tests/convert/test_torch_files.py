@@ -182,9 +182,7 @@ def test_recorders_cannot_be_changed(tmp_path, torch_file, name):
     file = torch_file({"x": torch_file.Raw(raw), "a": A})
     with pytest.raises(SfdError):
         read_torch_file(write(tmp_path / "f.pt", file.zip_bytes()))
-    np.testing.assert_array_equal(
-        read_torch_file(write(tmp_path / "g.pt", torch_file({"a": A}).zip_bytes()))["a"], A
-    )
+    np.testing.assert_array_equal(read_torch_file(write(tmp_path / "g.pt", torch_file({"a": A}).zip_bytes()))["a"], A)
 
 
 @pytest.mark.parametrize("container", ["zip", "legacy"])

@@ -63,7 +63,8 @@ AVERAGES = {
     "list": {"model": RAW, "ema": list(MEAN.values())},
     "torch_ema": {"model": RAW, "ema": {"shadow_params": list(TRAINED.values()), "collected_params": None}},
     "torch_ema, collected": {
-        "model": RAW, "ema": {"shadow_params": list(TRAINED.values()), "collected_params": list(RAW.values())}
+        "model": RAW,
+        "ema": {"shadow_params": list(TRAINED.values()), "collected_params": list(RAW.values())},
     },
     "in the optimizer": {"model": RAW, "optimizer_states": [{"state": {}, "ema": list(MEAN.values())}]},
     "one a parameter in the optimizer": {
@@ -80,7 +81,7 @@ AVERAGES = {
     "a bare state dict": prefixed(RAW, "net.") | prefixed(MEAN, "net_ema."),
     "names without dots": {"state_dict": prefixed(RAW, "model.") | DOTLESS | {"model_ema.decay": NUMBER}},
     "all but the fixed tables": {"model": RAW, "ema": TRAINED},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", AVERAGES)
@@ -213,9 +214,20 @@ def test_wrappers_inside_keys_are_removed(word):
 
 @pytest.mark.parametrize(
     "prefix",
-    ["module.", "_orig_mod.", "_forward_module.", "_fsdp_wrapped_module.", "model.", "net.", "network.", "dit.",
-     "_orig_mod.module.", "model._orig_mod.module.", "module.net.model."],
-)  # fmt: skip
+    [
+        "module.",
+        "_orig_mod.",
+        "_forward_module.",
+        "_fsdp_wrapped_module.",
+        "model.",
+        "net.",
+        "network.",
+        "dit.",
+        "_orig_mod.module.",
+        "model._orig_mod.module.",
+        "module.net.model.",
+    ],
+)
 def test_wrappers_before_all_keys_are_removed(prefix):
     for tree in ({"model": prefixed(RAW, prefix)}, prefixed(RAW, prefix)):
         file = choose(tree)
@@ -357,7 +369,7 @@ def test_what_a_diffusion_network_was_taken_for_is_said(tmp_path, torch_file, ch
 def test_a_network_that_says_it_predicts_something_else_is_refused(tmp_path, torch_file, config):
     tree = {"ema": dit_state(two_clocks=False), "config": json.dumps({"transport": config})}
     (tmp_path / "f.pt").write_bytes(torch_file(tree).zip_bytes())
-    (name, value), = config.items()
+    ((name, value),) = config.items()
     with pytest.raises(SfdError, match=f"says {name} {value}"):
         import_checkpoint(tmp_path / "f.pt")
 

@@ -20,9 +20,7 @@ torch = pytest.importorskip("torch", reason="needs the extra `torch`: pip instal
 
 def random_params(network, seed=0):
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda leaf: rng.standard_normal(leaf.shape, np.float32), network.abstract_params()
-    )
+    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), network.abstract_params())
 
 
 def numpy_of(tensor):
@@ -146,9 +144,7 @@ def test_the_semantic_vaes_block_is_torchs_own_encoder_layer():
     torch.manual_seed(0)
 
     def layer():
-        return torch.nn.TransformerEncoderLayer(
-            width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
-        )
+        return torch.nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
 
     def tower(a, b):
         return torch.nn.Sequential(
@@ -186,9 +182,14 @@ def test_dinov2_is_hugging_faces(tmp_path, swiglu):
     """
     transformers = pytest.importorskip("transformers", reason="needs the package transformers")
     config = transformers.Dinov2WithRegistersConfig(
-        hidden_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=30, patch_size=5,
-        num_register_tokens=3, use_swiglu_ffn=swiglu,
-    )  # fmt: skip
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=30,
+        patch_size=5,
+        num_register_tokens=3,
+        use_swiglu_ffn=swiglu,
+    )
     torch.manual_seed(0)
     model = transformers.Dinov2WithRegistersModel(config).eval()
     for parameter in model.parameters():

@@ -13,7 +13,16 @@ from sfd_jax.data.images import open_images
 from sfd_jax.errors import SfdError
 from sfd_jax.evaluation.image_sets import open_image_set
 
-HIDDEN = [".ipynb_checkpoints", "@eaDir", "@Recycle", "__MACOSX", "#recycle", "lost+found", ".Trash-1000", "$RECYCLE.BIN"]
+HIDDEN = [
+    ".ipynb_checkpoints",
+    "@eaDir",
+    "@Recycle",
+    "__MACOSX",
+    "#recycle",
+    "lost+found",
+    ".Trash-1000",
+    "$RECYCLE.BIN",
+]
 
 
 def png() -> bytes:
@@ -53,7 +62,14 @@ def test_hidden_entries_are_neither_classes_nor_images(lay):
 
 
 def test_hidden_entries_are_no_samples(tmp_path):
-    for name in ("0.png", "1.png", "._0.png", ".ipynb_checkpoints/0-checkpoint.png", "@eaDir/1.png", "sub.png/notes.txt"):
+    for name in (
+        "0.png",
+        "1.png",
+        "._0.png",
+        ".ipynb_checkpoints/0-checkpoint.png",
+        "@eaDir/1.png",
+        "sub.png/notes.txt",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(png())
     assert open_image_set(tmp_path).count == 2
@@ -65,16 +81,32 @@ def test_hidden_entries_are_no_samples(tmp_path):
     [
         (["n1/a.png", "n0/", "n2/notes.txt"], "", r"folders without images: n0, n2 \(2 of 3 folders\)"),
         (["n1/a.png", "n0/@eaDir/a.png"], "", "folders without images: n0"),
-        (["train/n1/a.png", "val/n1/a.png"], "validation", "no split 'validation': it holds train, val.*one of: train, val"),
+        (
+            ["train/n1/a.png", "val/n1/a.png"],
+            "validation",
+            "no split 'validation': it holds train, val.*one of: train, val",
+        ),
         (["train/n1/a.png", "val/n1/a.png"], "", "is no folder of classes.*one of: train, val"),
         (["val/n1/a.png"], "train", "no split 'train': it holds val.*one of: val"),
         (["train/n1/a.png", "extra/a.png"], "", "one of: train"),
         (["n1/a.png", "n2/a.png"], "val", "no split 'val': it holds n1, n2.*give an empty split"),
-        (["k/ILSVRC/Data/CLS-LOC/train/n1/a.png", "k/ILSVRC/Annotations/"], "train", "no split .train.*Give .*Data/CLS-LOC/train as the split"),
+        (
+            ["k/ILSVRC/Data/CLS-LOC/train/n1/a.png", "k/ILSVRC/Annotations/"],
+            "train",
+            "no split .train.*Give .*Data/CLS-LOC/train as the split",
+        ),
         (["ImageNet/n01440764/a.png", "other/n01443537/a.png"], "", "are no classes: below ImageNet"),
         (["bottle/train/good/a.png", "cable/train/good/a.png"], "", "are no classes: below bottle"),
-        (["val/ILSVRC2012_val_00000001.JPEG"], "val", "1 images that have no class, such as ILSVRC2012_val_00000001.JPEG"),
-        (["val/images/val_0.JPEG", "val/val_annotations.txt"], "val", "1 images that have no class, such as images/val_0"),
+        (
+            ["val/ILSVRC2012_val_00000001.JPEG"],
+            "val",
+            "1 images that have no class, such as ILSVRC2012_val_00000001.JPEG",
+        ),
+        (
+            ["val/images/val_0.JPEG", "val/val_annotations.txt"],
+            "val",
+            "1 images that have no class, such as images/val_0",
+        ),
         (["n1/a.png", "n2/a.png", "b.png"], "", "1 images that have no class, such as b.png, and 2 folders"),
         (["notes.txt"], "", "no images in .*net"),
         (["1/a.png", "01/a.png"], "", "'01' and '1' are one number"),

@@ -91,14 +91,19 @@ def test_grey_of_many_bits_has_one_brightness(tmp_path):
     sixteen = Image.fromarray(RAMP.astype(np.uint16))
     big_endian = tmp_path / "net" / "class" / "e.tif"
     for name, image in {
-        "a.png": sixteen, "b.pgm": sixteen, "c.tif": Image.fromarray(RAMP.astype(np.int32)), "d.tif": sixteen,
+        "a.png": sixteen,
+        "b.pgm": sixteen,
+        "c.tif": Image.fromarray(RAMP.astype(np.int32)),
+        "d.tif": sixteen,
         "f.tif": Image.fromarray((RAMP / 65535).astype(np.float32)),
-    }.items():  # fmt: skip
+    }.items():
         image_file(tmp_path, name, image)
     big_endian.write_bytes(tiff(RAMP.astype(">u2").tobytes(), 16))
     twelve = RAMP.astype(np.uint16) >> 4
     pairs = twelve.reshape(-1, 2).astype(int)
-    packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], 1).astype(np.uint8)
+    packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], 1).astype(
+        np.uint8
+    )
     (big_endian.parent / "g.tif").write_bytes(tiff(packed.tobytes(), 12, order="<"))
     for path in sorted(big_endian.parent.iterdir()):
         for channel in range(3):
@@ -107,23 +112,41 @@ def test_grey_of_many_bits_has_one_brightness(tmp_path):
 
 def tiff(data: bytes, bits: int, order: str = ">", photometric: int = 1) -> bytes:
     """Return a grey TIFF of 32 x 32 pixels, uncompressed, 16-bit numbers in the order given."""
-    fields = [(256, 32), (257, 32), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, 32), (279, len(data))]
+    fields = [
+        (256, 32),
+        (257, 32),
+        (258, bits),
+        (259, 1),
+        (262, photometric),
+        (273, 8),
+        (277, 1),
+        (278, 32),
+        (279, len(data)),
+    ]
     entries = b"".join(struct.pack(f"{order}HHIHH", tag, 3, 1, value, 0) for tag, value in fields)
     magic = {">": b"MM", "<": b"II"}[order]
-    return struct.pack(f"{order}2sHI", magic, 42, 8 + len(data)) + data + struct.pack(f"{order}H", len(fields)) + entries + bytes(4)
+    return (
+        struct.pack(f"{order}2sHI", magic, 42, 8 + len(data))
+        + data
+        + struct.pack(f"{order}H", len(fields))
+        + entries
+        + bytes(4)
+    )
 
 
 def test_dark_pgm_is_dark_but_a_range_that_is_not_clear_is_refused(tmp_path):
     dark = np.full((32, 32), 255)
     assert (both_ways(image_file(tmp_path / "a", "a.pgm", Image.fromarray(dark.astype(np.uint16)))) == 0).all()
-    for place, (values, reason) in enumerate({
-        "eight bits": (dark.astype(np.int32), "32-bit grey from 255 to 255"),
-        "eight of sixteen bits": (dark.astype(np.uint16), "16-bit grey from 255 to 255"),
-        "all bits": (np.full((32, 32), 2**30, np.int32), "32-bit grey from 1073741824"),
-        "negative": (-dark.astype(np.int32), "32-bit grey from -255"),
-        "bytes as floats": (dark.astype(np.float32), "floating-point grey from 255 to 255; expected 0 to 1"),
-        "not a number": (np.full((32, 32), np.nan, np.float32), "floating-point grey from nan"),
-    }.values()):  # fmt: skip
+    for place, (values, reason) in enumerate(
+        {
+            "eight bits": (dark.astype(np.int32), "32-bit grey from 255 to 255"),
+            "eight of sixteen bits": (dark.astype(np.uint16), "16-bit grey from 255 to 255"),
+            "all bits": (np.full((32, 32), 2**30, np.int32), "32-bit grey from 1073741824"),
+            "negative": (-dark.astype(np.int32), "32-bit grey from -255"),
+            "bytes as floats": (dark.astype(np.float32), "floating-point grey from 255 to 255; expected 0 to 1"),
+            "not a number": (np.full((32, 32), np.nan, np.float32), "floating-point grey from nan"),
+        }.values()
+    ):
         broken_both_ways(image_file(tmp_path / f"b{place}", "a.tif", Image.fromarray(values)), reason)
     assert (both_ways(image_file(tmp_path / "c", "a.tif", Image.fromarray(0 * dark.astype(np.int32)))) == 0).all()
     inverted = tmp_path / "d" / "class" / "a.tif"
@@ -138,9 +161,13 @@ def test_every_mode_gives_the_same_pixels_both_ways(tmp_path):
     clear = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
     palette = red.convert("P", palette=Image.Palette.ADAPTIVE)
     for name, image, settings in [
-        ("a.png", clear, {}), ("b.png", palette, {"transparency": b"\x00\x80"}), ("c.gif", palette, {"transparency": 0}),
-        ("d.webp", clear, {"lossless": True, "exact": True}), ("e.tif", red.convert("CMYK"), {}), ("f.bmp", red, {}),
-    ]:  # fmt: skip
+        ("a.png", clear, {}),
+        ("b.png", palette, {"transparency": b"\x00\x80"}),
+        ("c.gif", palette, {"transparency": 0}),
+        ("d.webp", clear, {"lossless": True, "exact": True}),
+        ("e.tif", red.convert("CMYK"), {}),
+        ("f.bmp", red, {}),
+    ]:
         np.testing.assert_array_equal(both_ways(image_file(tmp_path, name, image, **settings))[0, 0], [255, 0, 0], name)
     blue = Image.new("RGB", (32, 32), (0, 0, 255))
     for name in ("g.gif", "h.tif", "i.png"):
@@ -152,7 +179,9 @@ def test_every_mode_gives_the_same_pixels_both_ways(tmp_path):
     turned = Image.fromarray(np.arange(32 * 32, dtype=np.uint8).reshape(32, 32))
     exif = turned.getexif()
     exif[0x0112] = 6  # "turn by 90 degrees", which is left alone
-    np.testing.assert_array_equal(both_ways(image_file(tmp_path, "l.png", turned, exif=exif))[..., 0], np.asarray(turned))
+    np.testing.assert_array_equal(
+        both_ways(image_file(tmp_path, "l.png", turned, exif=exif))[..., 0], np.asarray(turned)
+    )
 
 
 @pytest.mark.parametrize("filters", ["ignore", "error"])  # Pillow itself only warns of the first one

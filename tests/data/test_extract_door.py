@@ -17,9 +17,7 @@ from sfd_jax.models.fingerprint import params_hash
 from sfd_jax.training.checkpoint import load_params, save_params
 
 NETWORKS = {
-    "texture_vae": dict(
-        ch=4, ch_mult=(1, 2), num_res_blocks=1, attention_levels=(), z_channels=3, norm_groups=2
-    ),
+    "texture_vae": dict(ch=4, ch_mult=(1, 2), num_res_blocks=1, attention_levels=(), z_channels=3, norm_groups=2),
     "dinov2": dict(width=8, depth=1, num_heads=2, image_size=6, patch_size=3, num_registers=1),
     "semantic_vae": dict(arch="linear", input_dim=8, bottleneck_dim=5),
 }
@@ -52,10 +50,18 @@ def work(tmp_path_factory):
 
 def flags(work, out, *more):
     return [
-        "extract", "--images=folder", f"--path={work / 'images'}", f"--out={out}", "--image_size=16",
-        "--tile_size=8", f"--texture_vae={work / 'texture_vae'}", f"--visual={work / 'dinov2'}",
-        "--batch_size=8", "--shard_size=4", *more,
-    ]  # fmt: skip
+        "extract",
+        "--images=folder",
+        f"--path={work / 'images'}",
+        f"--out={out}",
+        "--image_size=16",
+        "--tile_size=8",
+        f"--texture_vae={work / 'texture_vae'}",
+        f"--visual={work / 'dinov2'}",
+        "--batch_size=8",
+        "--shard_size=4",
+        *more,
+    ]
 
 
 def test_images_to_shards(work, capsys):
@@ -79,8 +85,10 @@ def test_images_to_shards(work, capsys):
     mirror = store.read(np.array([0]), np.array([True]))["texture"][0]
     assert mirror.shape == (8, 8, 3) and not np.array_equal(mirror, record["texture"])
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file() and path.name != ".lock"}
-    hashes = {name: params_hash(load_params(work / folder)[0]) for name, folder in
-              (("texture_vae", "texture_vae"), ("visual", "dinov2"), ("semantic_vae", "semantic_vae"))}  # fmt: skip
+    hashes = {
+        name: params_hash(load_params(work / folder)[0])
+        for name, folder in (("texture_vae", "texture_vae"), ("visual", "dinov2"), ("semantic_vae", "semantic_vae"))
+    }
     assert store.origin == {"weights": hashes, "image_size": 16, "labels": [0, 1]}  # what checkpoints keep of it
     (out / "latents-00001.ar").unlink()
     params, metadata = load_params(work / "texture_vae")
@@ -130,8 +138,14 @@ def test_check_store_names_each_fault(work, tmp_path):
     assert main([*repack, "--statistics=measured"]) == 0
     assert check_store(tmp_path / "ours") == []
     faults = check_store(tmp_path / "ours", num_classes=3, expected_count=7, flips=True, repa=True)
-    expected = ["not the expected 7", "labels outside 0..2: [7]", "no 'repa_features'", "'texture_flip'",
-                "'semantic_flip'", "'repa_features_flip'"]  # fmt: skip
+    expected = [
+        "not the expected 7",
+        "labels outside 0..2: [7]",
+        "no 'repa_features'",
+        "'texture_flip'",
+        "'semantic_flip'",
+        "'repa_features_flip'",
+    ]
     assert len(faults) == len(expected)
     assert all(any(part in fault for fault in faults) for part in expected)
     path = tmp_path / "ours" / "manifest.json"
@@ -187,19 +201,26 @@ def test_released_statistics_that_do_not_describe_the_latents_are_said(parity_di
     statistics["latents_stats.pt"] = tuple(10 * value for value in statistics["latents_stats.pt"])
     assert main(["extract", f"--repack={released}", f"--out={tmp_path / 'wrong'}"]) == 0
     assert "note: the released texture statistics are not those of these latents" in capsys.readouterr().out
+
+
 def test_encoders_that_do_not_fit_each_other_or_the_images(work, tmp_path, capsys):
     def answer(*more):
         assert main(flags(work, tmp_path / "out", *more, "--check")) == 2
         return capsys.readouterr().err
 
     semantic = f"--semantic_vae={work / 'semantic_vae'}"
-    assert "images of 15 px do not divide by 2, the texture VAE's downsampling: 14 or 16 px" in answer(semantic, "--image_size=15")
+    assert "images of 15 px do not divide by 2, the texture VAE's downsampling: 14 or 16 px" in answer(
+        semantic, "--image_size=15"
+    )
     assert "images of 5 px do not divide by 2, the texture VAE's downsampling (--tile_size): 4 or 6" in answer(
         semantic, "--image_size=10", "--tile_size=5"
     )
     assert "images of 20 px do not divide by 8, the tile_size" in answer(semantic, "--image_size=20")
-    for flag, holds, expected in (("texture_vae", "dinov2", "texture_vae"), ("visual", "semantic_vae", "dinov2"),
-                                  ("semantic_vae", "texture_vae", "semantic_vae")):  # fmt: skip
+    for flag, holds, expected in (
+        ("texture_vae", "dinov2", "texture_vae"),
+        ("visual", "semantic_vae", "dinov2"),
+        ("semantic_vae", "texture_vae", "semantic_vae"),
+    ):
         wrong = f"--{flag}={work / holds}"
         assert f"{wrong} holds '{holds}', expected '{expected}'" in answer(semantic, wrong)
     params, metadata = load_params(work / "semantic_vae")
@@ -209,12 +230,16 @@ def test_encoders_that_do_not_fit_each_other_or_the_images(work, tmp_path, capsy
     assert "was trained on features of another visual" in answer(f"--semantic_vae={tmp_path / 'other'}")
     assert main(flags(work, tmp_path / "out", f"--semantic_vae={tmp_path / 'own'}", "--max_broken=1", "--check")) == 0
     small = dict(hidden_dim=4, transformer_heads=2, transformer_blocks=1)
-    for name, changes, more in (("wide", {"input_dim": 9}, {}),
-                                ("long", {"arch": "transformer", **small}, {"latents": {"tokens": 64}})):  # fmt: skip
+    for name, changes, more in (
+        ("wide", {"input_dim": 9}, {}),
+        ("long", {"arch": "transformer", **small}, {"latents": {"tokens": 64}}),
+    ):
         network = Network("semantic_vae", NETWORKS["semantic_vae"] | changes)
         metadata = {"network": network.name, "network_config": network.config_dict(), **more}
         save_params(tmp_path / name, network.init(jax.random.key(0)), metadata)
-    assert "compresses features of 9, but the visual encoder makes features of 8" in answer(f"--semantic_vae={tmp_path / 'wide'}")
+    assert "compresses features of 9, but the visual encoder makes features of 8" in answer(
+        f"--semantic_vae={tmp_path / 'wide'}"
+    )
     long = f"--semantic_vae={tmp_path / 'long'}"
     assert "trained on 64 tokens at once, but a tile of 8 px has 16: --tile_size=16 would do" in answer(long)
     assert main(flags(work, tmp_path / "out", long, "--max_broken=1", "--check", "--tile_size=16")) == 0

@@ -88,20 +88,35 @@ def test_whole_ones_are_read(tmp_path):
         (inner_cut(BLOCK + 20), "n1.tar in .*x.tar is not a whole.*it is cut in n1_1.JPEG"),
         (tar_of({"n1.tar": b"<html>error</html>" * 40, "n2.tar": inner("n2")}), "n1.tar in .*x.tar.*a web page"),
         (tar_of({"n1.tar": b"", "n2.tar": inner("n2")}), "n1.tar in .*x.tar.*it is empty"),
-        (tar_of({"n1.tar": b"nonsense" * 100, "n2.tar": inner("n2")}), "n1.tar in .*x.tar is not a whole.*behind its start"),
-        (tar_of({"n1.tar": gzip.compress(inner("n1")), "n2.tar": inner("n2")}), "n1.tar in .*x.tar.*compressed with gzip"),
-        (tar_of({"n1.tar.gz": gzip.compress(inner("n1")), "n2.tar": inner("n2")}), "n1.tar.gz in .*compressed with gzip"),
+        (
+            tar_of({"n1.tar": b"nonsense" * 100, "n2.tar": inner("n2")}),
+            "n1.tar in .*x.tar is not a whole.*behind its start",
+        ),
+        (
+            tar_of({"n1.tar": gzip.compress(inner("n1")), "n2.tar": inner("n2")}),
+            "n1.tar in .*x.tar.*compressed with gzip",
+        ),
+        (
+            tar_of({"n1.tar.gz": gzip.compress(inner("n1")), "n2.tar": inner("n2")}),
+            "n1.tar.gz in .*compressed with gzip",
+        ),
         (tar_of({"n1.tar": tar_of({"deeper.tar": inner("n1")}), "n2.tar": inner("n2")}), "folders without images: n1"),
         (tar_of({"n1.tar": tar_of({}), "n2.tar": inner("n2")}), "folders without images: n1"),
         (gzip.compress(WHOLE), "x.tar is not a whole, uncompressed tar: it is compressed with gzip"),
         (b"version https://git-lfs.github.com/spec/v1\n", "x.tar .* pointer of Git LFS"),
         (b"", "x.tar .* it is empty"),
-        (tar_of({"n1/a.JPEG": jpeg(), "n1/b.JPEG": link("n1/b.JPEG", "n1/a.JPEG", tarfile.LNKTYPE)}), "n1/b.JPEG in .*is a link"),
-        (tar_of({"n1/a.JPEG": jpeg(), "n1/b.JPEG": link("n1/b.JPEG", "a.JPEG", tarfile.SYMTYPE)}), "n1/b.JPEG in .*is a link"),
+        (
+            tar_of({"n1/a.JPEG": jpeg(), "n1/b.JPEG": link("n1/b.JPEG", "n1/a.JPEG", tarfile.LNKTYPE)}),
+            "n1/b.JPEG in .*is a link",
+        ),
+        (
+            tar_of({"n1/a.JPEG": jpeg(), "n1/b.JPEG": link("n1/b.JPEG", "a.JPEG", tarfile.SYMTYPE)}),
+            "n1/b.JPEG in .*is a link",
+        ),
         (tar_of({"n1/a.JPEG": jpeg(), "n2": link("n2", "n1", tarfile.SYMTYPE)}), "n2 in .*is a link"),
         (sparse_tar(), "n1/a.JPEG in .*is a link, sparse"),
     ],
-)  # fmt: skip
+)
 def test_others_are_refused_with_the_member(tmp_path, data, words):
     (tmp_path / "x.tar").write_bytes(data)
     with pytest.raises(SfdError, match=words):
@@ -141,10 +156,21 @@ def test_an_index_that_is_damaged_or_of_another_tar_is_made_anew(tmp_path):
         data[random.integers(len(data))] ^= 1 << random.integers(8)
         index.write_bytes(data)
         source = open_images("tar", str(path), "train", 8)
-        assert [source.name(i) for i in range(len(source))] == names and [source[i]["label"] for i in range(6)] == [0, 0, 1, 1, 2, 2]
+        assert [source.name(i) for i in range(len(source))] == names and [source[i]["label"] for i in range(6)] == [
+            0,
+            0,
+            1,
+            1,
+            2,
+            2,
+        ]
     with np.load(index) as file:
         arrays = dict(file)
-    for change in ({"offsets": arrays["offsets"] + len(WHOLE)}, {"sizes": arrays["sizes"][:2]}, {"names": np.arange(6)}):
+    for change in (
+        {"offsets": arrays["offsets"] + len(WHOLE)},
+        {"sizes": arrays["sizes"][:2]},
+        {"names": np.arange(6)},
+    ):
         np.savez(index, **(arrays | change))
         assert len(open_images("tar", str(path), "train", 8)) == 6
     path.write_bytes(tar_of({"n5.tar": inner("n5")}))

@@ -40,9 +40,7 @@ class Noise:
 @jax.jit
 def encode(pixels, index):
     pixels = pixels.astype(jnp.float32) / 255
-    noise = jax.vmap(
-        lambda i: jax.random.normal(jax.random.fold_in(jax.random.key(0), i), (SIZE, SIZE, 2))
-    )(index)
+    noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(jax.random.key(0), i), (SIZE, SIZE, 2)))(index)
     return {
         "texture": pixels * 3 + 1,
         "texture_flip": pixels[:, :, ::-1] * 3 + 1,
@@ -276,7 +274,10 @@ def test_a_manifest_that_contradicts_itself_is_named(tmp_path, change, words):
         LatentStore(tmp_path)
 
 
-@pytest.mark.parametrize("name, value", [("texture_std", 0.0), ("semantic_mean", float("nan")), ("texture_mean", None), ("texture_mean", 0.5)])
+@pytest.mark.parametrize(
+    "name, value",
+    [("texture_std", 0.0), ("semantic_mean", float("nan")), ("texture_mean", None), ("texture_mean", 0.5)],
+)
 def test_statistics_of_a_store_are_numbers_for_its_channels(tmp_path, name, value):
     run(tmp_path)
     path = tmp_path / "manifest.json"

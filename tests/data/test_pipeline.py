@@ -100,9 +100,7 @@ def test_eval_batches_hold_every_element_once_whatever_their_size():
     for size, hosts in ((5, 1), (4, 2), (16, 1), (2, 3)):
         seen, rounds = [], set()
         for host in range(hosts):
-            found = list(
-                make_eval_batches(Squares(), batch_size=size, host_index=host, host_count=hosts)
-            )
+            found = list(make_eval_batches(Squares(), batch_size=size, host_index=host, host_count=hosts))
             rounds.add(len(found))
             assert all(len(batch["index"]) == size for batch in found)
             seen += [batch["index"][batch["mask"]] for batch in found]

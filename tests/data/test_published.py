@@ -59,7 +59,9 @@ def test_check_names_labels_missing_shards_and_missing_flips(shards, tmp_path):
     np.testing.assert_array_equal(source.labels(), whole["labels"])
     assert check_published(source, num_classes=1000, flips=True) == []
     most = int(whole["labels"].max())
-    assert [f"outside 0..{most - 1}: [{most}]" in fault for fault in check_published(source, num_classes=most)] == [True]
+    assert [f"outside 0..{most - 1}: [{most}]" in fault for fault in check_published(source, num_classes=most)] == [
+        True
+    ]
 
     alone = {"labels": np.arange(1000), "latents": np.zeros((1000, 3, 1, 1)), "latents_sv": np.zeros((1000, 2, 1, 1))}
     (tmp_path / "part").mkdir()
@@ -183,13 +185,22 @@ def test_a_shard_that_disagrees_is_named_when_it_is_opened(shards, changes, word
 
 def test_groups_of_two_grids_and_values_that_are_no_numbers(shards):
     folder, whole = shards
-    rewrite(folder, "rank10_shard000", latents=np.where(np.arange(5)[:, None, None, None] == 2, np.nan, whole["latents"][5:]).astype(np.float32))
+    rewrite(
+        folder,
+        "rank10_shard000",
+        latents=np.where(np.arange(5)[:, None, None, None] == 2, np.nan, whole["latents"][5:]).astype(np.float32),
+    )
     source = PublishedLatents(folder)
     assert source.read(np.arange(5))["texture"].shape[0] == 5
     with pytest.raises(SfdError, match="rank10_shard000.safetensors: 'latents' of row 2 is not finite"):
         source.read(np.arange(10))
     for name, rows in (("rank02_shard000", 2), ("rank02_shard001", 3), ("rank10_shard000", 5)):
-        rewrite(folder, name, latents_sv=np.zeros((rows, 2, 4, 4), np.float32), latents_sv_flip=np.zeros((rows, 2, 4, 4), np.float32))
+        rewrite(
+            folder,
+            name,
+            latents_sv=np.zeros((rows, 2, 4, 4), np.float32),
+            latents_sv_flip=np.zeros((rows, 2, 4, 4), np.float32),
+        )
     with pytest.raises(SfdError, match=r"grids of 'latents' \(5, 3\) and 'latents_sv' \(4, 4\) differ"):
         PublishedLatents(folder)
 
@@ -201,7 +212,9 @@ def test_missing_shards_are_said_and_copies_refused(shards):
     assert "rank 2 shard 1, rank 2 shard 2, rank 2 shard 3, " in PublishedLatents(folder).notes[0]
     (folder / "latents_rank10_shard001 (1).safetensors").write_bytes(b"")
     assert "not read, named otherwise than shards are: latents_rank10_shard001 (1)" in PublishedLatents(folder).notes[1]
-    (folder / "latents_rank2_shard4.safetensors").write_bytes((folder / "latents_rank02_shard004.safetensors").read_bytes())
+    (folder / "latents_rank2_shard4.safetensors").write_bytes(
+        (folder / "latents_rank02_shard004.safetensors").read_bytes()
+    )
     with pytest.raises(SfdError, match="two files are shard 4 of rank 2"):
         PublishedLatents(folder)
 
@@ -209,9 +222,21 @@ def test_missing_shards_are_said_and_copies_refused(shards):
 @pytest.mark.parametrize(
     ("changed", "statistics", "words"),
     [
-        ("latents_stats.pt", (np.zeros(32), np.ones(32)), "latents_stats.pt is of 32 channels, but 'latents' of the shards has 3"),
-        ("latents_sv_stats.pt", (np.zeros(3), np.ones(3)), "latents_sv_stats.pt is of 3 channels, but 'latents_sv' .* has 2"),
-        ("latents_sv_stats.pt", (np.zeros(2), np.array([1, 0])), "latents_sv_stats.pt: .* every std finite and positive"),
+        (
+            "latents_stats.pt",
+            (np.zeros(32), np.ones(32)),
+            "latents_stats.pt is of 32 channels, but 'latents' of the shards has 3",
+        ),
+        (
+            "latents_sv_stats.pt",
+            (np.zeros(3), np.ones(3)),
+            "latents_sv_stats.pt is of 3 channels, but 'latents_sv' .* has 2",
+        ),
+        (
+            "latents_sv_stats.pt",
+            (np.zeros(2), np.array([1, 0])),
+            "latents_sv_stats.pt: .* every std finite and positive",
+        ),
         ("latents_stats.pt", (np.array([0, np.nan, 0]), np.ones(3)), "latents_stats.pt: every mean must be finite"),
     ],
 )
@@ -222,7 +247,9 @@ def test_statistics_of_something_else_are_named(shards, changed, statistics, wor
         open_latents(folder, read_statistics=lambda path: whole[path.name])
     for name in (*whole, "latents_dino_stats.pt"):  # the last is of the PCA variant, not of these shards
         (folder / name).touch()
-    assert open_latents(folder, read_statistics=lambda path: whole[path.name]).statistics.texture_std.tolist() == [1] * 3
+    assert (
+        open_latents(folder, read_statistics=lambda path: whole[path.name]).statistics.texture_std.tolist() == [1] * 3
+    )
     whole[changed] = statistics
     with pytest.raises(SfdError, match=words):
         open_latents(folder, read_statistics=lambda path: whole[path.name])

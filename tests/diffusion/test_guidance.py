@@ -96,10 +96,15 @@ def test_a_group_of_scale_1_asks_for_no_weak_model():
     rows = []
     guided = jax.jit(
         guidance.autoguidance(
-            network(2), network(1, rows), LABELS, layout=LAYOUT, scale_semantic=1.0, scale_texture=3.0,
+            network(2),
+            network(1, rows),
+            LABELS,
+            layout=LAYOUT,
+            scale_semantic=1.0,
+            scale_texture=3.0,
             interval_start=0.5,
         )
-    )  # fmt: skip
+    )
     semantic_inside = inputs((0.6, 0.7, 0.8), (0.1, 0.2, 0.3))
     np.testing.assert_allclose(guided(*semantic_inside), network(2)(*semantic_inside, LABELS), rtol=1e-6)
     jax.effects_barrier()
@@ -110,9 +115,7 @@ def test_a_group_of_scale_1_asks_for_no_weak_model():
 
 
 def test_jumps_are_where_the_clocks_pass_the_start():
-    at = lambda groups, start=0.1: guidance.jumps(
-        FixedOffset(0.3), interval_start=start, interval_groups=groups
-    )
+    at = lambda groups, start=0.1: guidance.jumps(FixedOffset(0.3), interval_start=start, interval_groups=groups)
     np.testing.assert_allclose(at("both"), (0.1, 0.4), atol=1e-6)
     np.testing.assert_allclose(at("tex"), (0.4,), atol=1e-6)
     np.testing.assert_allclose(at("sem"), (0.1,), atol=1e-6)

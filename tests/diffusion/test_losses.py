@@ -153,9 +153,7 @@ def test_sharding_does_not_change_the_draws():
 
 def test_label_dropout_and_times_have_their_distributions():
     size = 4000
-    draws = draw(
-        jax.random.key(0), jnp.zeros((size, 1, 1, 1)), jnp.zeros(size, int), config=LossConfig(), null_label=9
-    )
+    draws = draw(jax.random.key(0), jnp.zeros((size, 1, 1, 1)), jnp.zeros(size, int), config=LossConfig(), null_label=9)
     assert set(np.unique(draws.labels)) == {0, 9}
     # A tenth, within 5 standard deviations of a binomial.
     assert abs(np.mean(draws.labels == 9) - 0.1) < 5 * np.sqrt(0.09 / size)

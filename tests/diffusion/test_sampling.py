@@ -89,9 +89,7 @@ def test_the_exact_answers_differ_by_clocks():
 
 def test_groups_are_frozen_outside_their_stages():
     taus = [0.0, 0.2, 0.3, 1.0, 1.2, 1.3]
-    states = jax.jit(
-        lambda x: trajectory(coupled, x, taus, layout=LAYOUT, clocks=SFD, solver=SolverConfig())
-    )(noise())
+    states = jax.jit(lambda x: trajectory(coupled, x, taus, layout=LAYOUT, clocks=SFD, solver=SolverConfig()))(noise())
     texture, semantic = LAYOUT.split(states)
     for still in (1, 2):  # texture waits in stage I
         np.testing.assert_array_equal(texture[still], texture[0])
@@ -112,9 +110,7 @@ def test_a_trajectory_of_a_fixed_grid_lands_on_the_given_times():
     with pytest.raises(SfdError, match="must increase"):
         trajectory(coupled, noise(), [0.5, 0.2], layout=LAYOUT, clocks=SFD)
     with pytest.raises(SfdError, match="staged"):
-        trajectory(
-            coupled, noise(), [0.5], layout=LAYOUT, clocks=SFD, solver=SolverConfig(mode="published")
-        )
+        trajectory(coupled, noise(), [0.5], layout=LAYOUT, clocks=SFD, solver=SolverConfig(mode="published"))
 
 
 def test_published_euler_by_hand():

@@ -48,16 +48,12 @@ def test_decay_and_measured_order(method):
 
 
 def test_the_tableau_of_dopri5_is_of_order_5(monkeypatch):
-    table = Tableau(
-        tuple(tableau.NODES[:6]), tuple(tableau.ROWS[i, :i] for i in range(6)), tableau.ROWS[6, :6]
-    )
+    table = Tableau(tuple(tableau.NODES[:6]), tuple(tableau.ROWS[i, :i] for i in range(6)), tableau.ROWS[6, :6])
     monkeypatch.setitem(TABLEAUS, "dopri5 at fixed steps", table)
     errors = [
         float(jnp.abs(solution.final - math.exp(-2)).max())
         for steps in (3, 6)
-        for solution in [
-            integrate_grid(DECAY, ONES, grid(0, 2, steps=steps), method="dopri5 at fixed steps")
-        ]
+        for solution in [integrate_grid(DECAY, ONES, grid(0, 2, steps=steps), method="dopri5 at fixed steps")]
     ]
     assert abs(math.log2(errors[0] / errors[1]) - 5) < 1  # more steps are lost in float32
 
@@ -87,16 +83,13 @@ def test_no_step_straddles_an_edge(method):
     """A slope that jumps at the edges is harmless to a method that stops there."""
     edges, taus = [0, 0.37, 1.0, 1.3], []
     jumping = Field(
-        velocity=lambda y, tau, segment: jax.debug.callback(lambda t: taus.append(t.copy()), tau)
-        or jnp.ones_like(y),
+        velocity=lambda y, tau, segment: jax.debug.callback(lambda t: taus.append(t.copy()), tau) or jnp.ones_like(y),
         rate=lambda tau, segment: jnp.asarray([3.0, -5.0, 7.0])[segment][:, None],
     )
     if method == "dopri5":
         solution = dopri5(jumping, ONES, edges, **TIGHT, keep_edges=True)
     else:
-        solution = integrate_grid(
-            jumping, ONES, grid(*edges, steps=3), method=method, keep_edges=True
-        )
+        solution = integrate_grid(jumping, ONES, grid(*edges, steps=3), method=method, keep_edges=True)
     levels = 1 + np.cumsum([3 * 0.37, -5 * 0.63, 7 * 0.3])
     np.testing.assert_allclose(solution.at_edges[:, 0, 0], levels, rtol=1e-5)
     np.testing.assert_allclose(solution.final[1], levels[-1], rtol=1e-5)

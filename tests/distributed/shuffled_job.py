@@ -44,8 +44,9 @@ def drawing(task):
     def loss(params, batch, key):
         value, metrics = task.loss(params, batch, key)
         config = LossConfig(repa_weight=0.0, label_dropout=0.5)
-        draws = draw(key, batch["latents"], batch["labels"], config=config, null_label=RECORDS,
-                     positions=batch["positions"])  # fmt: skip
+        draws = draw(
+            key, batch["latents"], batch["labels"], config=config, null_label=RECORDS, positions=batch["positions"]
+        )
         for name, values in (("noise", draws.noise[:, 0, 0, 0]), ("t", draws.t), ("dropped", draws.labels == RECORDS)):
             for record in range(RECORDS):
                 mine = batch["labels"] == record
@@ -61,11 +62,18 @@ def main(out, port, count, index, order, parts):
     sharding.MIN_ELEMENTS = 1  # else nothing of this size would be split
     mesh = jax.sharding.Mesh(np.array(jax.devices())[json.loads(order)].reshape(4, 2), ("data", "fsdp"))
     # With eps 1 Adam's updates are as smooth in the gradient as the gradient itself (see test_sharded_dit.py).
-    config = TrainConfig(OptimizerConfig(learning_rate=0.1, eps=1.0), steps=STEPS, global_batch_size=ROWS,
-                         ema_decay=0.5, accumulation=int(parts))  # fmt: skip
+    config = TrainConfig(
+        OptimizerConfig(learning_rate=0.1, eps=1.0),
+        steps=STEPS,
+        global_batch_size=ROWS,
+        ema_decay=0.5,
+        accumulation=int(parts),
+    )
     task = drawing(make_task(NETWORK, repa_weight=0.0, label_dropout=0.5))
     rng = np.random.default_rng(1)
-    params = jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape, np.float32), task.network.abstract_params())
+    params = jax.tree.map(
+        lambda leaf: 0.3 * rng.standard_normal(leaf.shape, np.float32), task.network.abstract_params()
+    )
     optimizer = make_optimizer(config.optimizer, STEPS)
     state, step = state_from_params(params, optimizer, mesh), make_train_step(task, optimizer, config, mesh)
     batches = make_batches(Records(), seed=3, global_batch_size=ROWS, rows=host_rows(mesh, ROWS), flips=True)

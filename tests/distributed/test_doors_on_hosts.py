@@ -18,7 +18,10 @@ from sfd_jax.models import Network
 from sfd_jax.training import load_params, save_params
 
 NETWORKS = {
-    "texture_vae": ("texture_vae", dict(ch=4, ch_mult=(1, 1, 2), num_res_blocks=1, attention_levels=(), z_channels=8, norm_groups=2)),
+    "texture_vae": (
+        "texture_vae",
+        dict(ch=4, ch_mult=(1, 1, 2), num_res_blocks=1, attention_levels=(), z_channels=8, norm_groups=2),
+    ),
     "visual": ("dinov2", dict(width=24, depth=1, num_heads=2, image_size=56, patch_size=14, num_registers=1)),
     "semantic_vae": ("semantic_vae", dict(arch="linear", input_dim=24, bottleneck_dim=4)),
 }
@@ -39,7 +42,9 @@ def work(tmp_path_factory):
     for index in range(32):
         target = folder / "images" / f"class{index % 10}" if index < 20 else folder / "judged"
         target.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 256 if index < 20 else 128, (16, 16, 3), np.uint8)).save(target / f"{index % 20:02d}.png")
+        Image.fromarray(random.integers(0, 256 if index < 20 else 128, (16, 16, 3), np.uint8)).save(
+            target / f"{index % 20:02d}.png"
+        )
     return folder
 
 
@@ -56,10 +61,23 @@ def launch(arguments: list[str], count: int) -> list[subprocess.Popen]:
         port = free.getsockname()[1]
     processes = []
     for index in range(count):
-        own = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index),
-               "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // count}",
-               "SFD_EXPECT_PROCESSES": str(count), "SFD_EXPECT_DEVICES": "4"}  # fmt: skip
-        processes.append(subprocess.Popen([sys.executable, *arguments], env=os.environ | own, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        own = {
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": str(count),
+            "JAX_PROCESS_ID": str(index),
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // count}",
+            "SFD_EXPECT_PROCESSES": str(count),
+            "SFD_EXPECT_DEVICES": "4",
+        }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, *arguments],
+                env=os.environ | own,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+        )
     return processes
 
 
@@ -76,7 +94,9 @@ def test_two_hosts_do_what_one_does(work, tmp_path):
 
     stores = [LatentStore(folder / "latents") for folder in (one, two)]
     records = [store.read(np.arange(20)) for store in stores]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *records)  # other devices, other tiles
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *records
+    )  # other devices, other tiles
     assert len(stores[1].shards) == 5
 
     # Sums over the batch cross the processes in another order.
@@ -98,7 +118,10 @@ def test_two_hosts_do_what_one_does(work, tmp_path):
     assert [line.replace(str(two), str(one)) for line in first[-3:]] == alone[-3:]
     assert NAME in "".join(first) and not second
     beats = sorted(path.relative_to(two).as_posix() for path in two.rglob("heartbeats/*"))
-    assert beats == [f"{job}/heartbeats/process_0000{i}.json" for job in ("latents", "run", "samples") for i in (0, 1)][:-1]
+    assert (
+        beats
+        == [f"{job}/heartbeats/process_0000{i}.json" for job in ("latents", "run", "samples") for i in (0, 1)][:-1]
+    )
 
 
 @pytest.mark.slow
@@ -107,8 +130,18 @@ def test_broken_images_are_counted_over_all_hosts(work, tmp_path):
     shutil.copytree(work / "images", tmp_path / "images")
     for name in ("class0/10.png", "class2/12.png"):  # numbers 1 and 5, in the first shard of each host
         (tmp_path / "images" / name).write_bytes(b"no image")
-    command = ["-m", "sfd_jax.cli.main", "extract", "--images=folder", f"--path={tmp_path / 'images'}", f"--out={tmp_path / 'latents'}",
-               "--image_size=16", f"--texture_vae={work / 'texture_vae'}", "--batch_size=4", "--shard_size=4"]  # fmt: skip
+    command = [
+        "-m",
+        "sfd_jax.cli.main",
+        "extract",
+        "--images=folder",
+        f"--path={tmp_path / 'images'}",
+        f"--out={tmp_path / 'latents'}",
+        "--image_size=16",
+        f"--texture_vae={work / 'texture_vae'}",
+        "--batch_size=4",
+        "--shard_size=4",
+    ]
     for limit, status in ((1, 2), (2, 0)):
         processes = launch([*command, f"--max_broken={limit}"], 2)
         ends = [process.communicate(timeout=300) for process in processes]
@@ -116,6 +149,10 @@ def test_broken_images_are_counted_over_all_hosts(work, tmp_path):
         assert (tmp_path / "latents" / "manifest.json").exists() == (limit == 2)
         if limit == 1:
             told = ends[0][1]
-            assert "2 broken images, more than the 1 allowed" in told and "class0/10.png" in told and "class2/12.png" in told
+            assert (
+                "2 broken images, more than the 1 allowed" in told
+                and "class0/10.png" in told
+                and "class2/12.png" in told
+            )
     store = LatentStore(tmp_path / "latents")
     assert [len({fault["index"] // 4 % 2 for fault in store.manifest["skipped"]}), len(store)] == [2, 18]

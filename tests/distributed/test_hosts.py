@@ -56,12 +56,17 @@ def test_two_processes_with_one_index(port):
     assert all("index 1 is taken twice" in str(fault) for fault in meet_all(port, (0, 1, 1), 3, timeout=10)[:1])
 
 
-@pytest.mark.parametrize("variables, message", [
-    ({"JAX_PROCESS_ID": "0"}, "JAX_PROCESS_ID set but not JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES"),
-    ({"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"},
-     "JAX_PROCESS_ID=2 must be a number below JAX_NUM_PROCESSES=2"),
-    ({"JAX_COORDINATOR_ADDRESS": "localhost", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, "not host:port"),
-])
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"JAX_PROCESS_ID": "0"}, "JAX_PROCESS_ID set but not JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES"),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"},
+            "JAX_PROCESS_ID=2 must be a number below JAX_NUM_PROCESSES=2",
+        ),
+        ({"JAX_COORDINATOR_ADDRESS": "localhost", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, "not host:port"),
+    ],
+)
 def test_variables_that_cannot_be(variables, message, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -88,16 +93,27 @@ def two():
     return facts
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda told: told["settings"]["config"]["train"].update(steps=5),
-     r"process 1 \(h1\) \(here\) has other settings than process 0 \(h0\) \(there\):\n *config.train.steps: there 4, here 5"),
-    (lambda told: told["settings"].update(images=19), "images: there 20, here 19"),
-    (lambda told: told["versions"].update(jax="0.1"), r"other versions(.|\n)*jax: there .*, here \"0.1\""),
-    (lambda told: told.update(sources="x", commit="abcdef0123456789"), "process 1 .h1. runs other code .*: commit abcdef012345, there"),
-    (lambda told: told.update(sources="x"), "runs other code than process 0 .h0.: edited sources of the same commit"),
-    (lambda told: told.update(clock=-42.0), r"the clock of process 1 \(h1\) is -42 s off that of process 0 \(h0\)"),
-    (lambda told: told["faults"].append("no latents/train here"), r"process 1 \(h1\): no latents/train here"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda told: told["settings"]["config"]["train"].update(steps=5),
+            r"process 1 \(h1\) \(here\) has other settings than process 0 \(h0\) \(there\):\n *config.train.steps: there 4, here 5",
+        ),
+        (lambda told: told["settings"].update(images=19), "images: there 20, here 19"),
+        (lambda told: told["versions"].update(jax="0.1"), r"other versions(.|\n)*jax: there .*, here \"0.1\""),
+        (
+            lambda told: told.update(sources="x", commit="abcdef0123456789"),
+            "process 1 .h1. runs other code .*: commit abcdef012345, there",
+        ),
+        (
+            lambda told: told.update(sources="x"),
+            "runs other code than process 0 .h0.: edited sources of the same commit",
+        ),
+        (lambda told: told.update(clock=-42.0), r"the clock of process 1 \(h1\) is -42 s off that of process 0 \(h0\)"),
+        (lambda told: told["faults"].append("no latents/train here"), r"process 1 \(h1\): no latents/train here"),
+    ],
+)
 def test_facts_that_do_not_agree(two, change, message):
     facts = copy.deepcopy(two)
     change(facts[1])
@@ -117,8 +133,12 @@ def test_code_without_git_is_named_by_version_and_hash(two):
 
 def test_what_each_host_must_have(tmp_path):
     (tmp_path / "file").write_text("")
-    faults = preflight.gather_facts(Job(folder=tmp_path / "file" / "run", needs=(tmp_path / "data", None, tmp_path)), 1)["faults"]
-    assert faults[0] == f"no {tmp_path / 'data'} here" and faults[1].startswith(f"cannot write to {tmp_path / 'file' / 'run'}:")
+    faults = preflight.gather_facts(
+        Job(folder=tmp_path / "file" / "run", needs=(tmp_path / "data", None, tmp_path)), 1
+    )["faults"]
+    assert faults[0] == f"no {tmp_path / 'data'} here" and faults[1].startswith(
+        f"cannot write to {tmp_path / 'file' / 'run'}:"
+    )
     assert len(faults) == 2
     # Where host 0 alone writes, the others need not be able to.
     assert preflight.gather_facts(Job(folder=tmp_path / "file" / "run", shared=False), 1)["faults"] == []
@@ -135,13 +155,16 @@ def test_one_folder_for_all(tmp_path):
     assert not list((tmp_path / "a").iterdir()) and not list((tmp_path / "b").iterdir())
 
 
-@pytest.mark.parametrize("variable, value, message", [
-    ("SFD_EXPECT_PROCESSES", "4", "SFD_EXPECT_PROCESSES=4, but the job has 1"),
-    ("SFD_EXPECT_DEVICES", "16", "SFD_EXPECT_DEVICES=16, but there are 8"),
-    ("SFD_EXPECT_DEVICES", "many", "SFD_EXPECT_DEVICES=many must be a whole number"),
-    ("SFD_START_TIMEOUT", "soon", "SFD_START_TIMEOUT=soon must be a number of seconds"),
-    ("SFD_MULTIHOST", "1", "SFD_MULTIHOST=1, but this machine is no part of a TPU pod"),
-])
+@pytest.mark.parametrize(
+    "variable, value, message",
+    [
+        ("SFD_EXPECT_PROCESSES", "4", "SFD_EXPECT_PROCESSES=4, but the job has 1"),
+        ("SFD_EXPECT_DEVICES", "16", "SFD_EXPECT_DEVICES=16, but there are 8"),
+        ("SFD_EXPECT_DEVICES", "many", "SFD_EXPECT_DEVICES=many must be a whole number"),
+        ("SFD_START_TIMEOUT", "soon", "SFD_START_TIMEOUT=soon must be a number of seconds"),
+        ("SFD_MULTIHOST", "1", "SFD_MULTIHOST=1, but this machine is no part of a TPU pod"),
+    ],
+)
 def test_a_process_alone_that_should_not_be(variable, value, message, monkeypatch):
     monkeypatch.setenv(variable, value)
     try:
@@ -153,8 +176,15 @@ def test_a_process_alone_that_should_not_be(variable, value, message, monkeypatc
 
 def test_place_as_jax_finds_it(monkeypatch):
     """Slurm's variables stand for a pod's metadata: JAX's own detection reads both."""
-    for name, value in {"SLURM_JOB_ID": "70123", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_TASKS": "3",
-                        "SLURM_NTASKS": "3", "SLURM_PROCID": "2", "SLURM_LOCALID": "2", "SFD_MULTIHOST": "1"}.items():
+    for name, value in {
+        "SLURM_JOB_ID": "70123",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_NUM_TASKS": "3",
+        "SLURM_NTASKS": "3",
+        "SLURM_PROCID": "2",
+        "SLURM_LOCALID": "2",
+        "SFD_MULTIHOST": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     address, count, index = hosts._place(5.0)
     assert address.startswith("localhost:") and (count, index) == (3, 2)
@@ -269,6 +299,8 @@ def test_a_fault_takes_all_along_with_its_words(outlooks):
 def test_barrier_names_who_does_not_come(outlooks, monkeypatch):
     monkeypatch.setattr(hosts, "_store", Store)
     monkeypatch.setattr(hosts, "_lookout", outlooks[0])
-    monkeypatch.setattr(hosts, "jax", SimpleNamespace(errors=jax.errors, process_count=lambda: 3, process_index=lambda: 1))
+    monkeypatch.setattr(
+        hosts, "jax", SimpleNamespace(errors=jax.errors, process_count=lambda: 3, process_index=lambda: 1)
+    )
     with pytest.raises(TryAgain, match=r"barrier 'data': process 0 \(h0\), process 2 \(h2\) did not arrive within 0 s"):
         hosts.barrier("data", timeout=0.2)

@@ -32,10 +32,15 @@ def start(out: Path, count: int, order: list[int], parts: int) -> list[subproces
     env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count}"}
     script = str(Path(__file__).with_name("shuffled_job.py"))
     return [
-        subprocess.Popen([sys.executable, script, *map(str, (out, port, count, index, json.dumps(order), parts))],
-                         env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        subprocess.Popen(
+            [sys.executable, script, *map(str, (out, port, count, index, json.dumps(order), parts))],
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         for index in range(count)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture(scope="module")

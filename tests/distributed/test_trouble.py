@@ -46,11 +46,20 @@ class Ended:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         # The silence that counts is far longer than eleven jobs at once on two cores can cause.
-        common = {"RUN": str(folder / "run"), "JAX_PLATFORMS": "cpu", "SFD_PEER_TIMEOUT": "12", "SFD_START_TIMEOUT": "120"}
+        common = {
+            "RUN": str(folder / "run"),
+            "JAX_PLATFORMS": "cpu",
+            "SFD_PEER_TIMEOUT": "12",
+            "SFD_START_TIMEOUT": "120",
+        }
         for index in range(count):
             if index == 1 and of_1 is None:
                 continue
-            own = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
+            own = {
+                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                "JAX_NUM_PROCESSES": str(count),
+                "JAX_PROCESS_ID": str(index),
+            }
             own["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={4 // count}"
             environment = {**os.environ, **common, **own, **variables, **(of_1 if index == 1 else {})}
             self.logs[index] = folder / f"log{index}"
@@ -98,14 +107,23 @@ def test_four_processes_train_as_one_does(jobs):
     np.testing.assert_allclose(kernel(four), kernel(whole), rtol=1e-5, atol=1e-5)  # sums run in another order
     for index in range(4):
         beat = four.heartbeat(index)
-        assert (beat["process"], beat["processes"], beat["step"], beat["phase"], beat["status"]) == (index, 4, 8, "end", 0)
+        assert (beat["process"], beat["processes"], beat["step"], beat["phase"], beat["status"]) == (
+            index,
+            4,
+            8,
+            "end",
+            0,
+        )
     assert not list((four.folder / "run").glob(".preflight*"))
 
 
 def test_a_stopped_process_is_named(jobs):
     job = jobs["stopped"]
     assert job.statuses[0] == 75, job.says
-    assert "process 1 (" in job.says[0] and "has given no sign of life for 12 s (stopped, killed or cut off)" in job.says[0]
+    assert (
+        "process 1 (" in job.says[0]
+        and "has given no sign of life for 12 s (stopped, killed or cut off)" in job.says[0]
+    )
     assert job.heartbeat(0)["status"] == 75 and load_params(job.folder / "run")[1]["step"] in (2, 4)
 
 

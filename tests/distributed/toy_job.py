@@ -69,7 +69,9 @@ def main(argv: list[str]) -> int:
 
     Checkpointer.save = save_in_trouble
     config = toy_config(steps=steps, checkpoint_every=2)
-    state = fit(Task("toy", None, init, task.loss), batches, config, folder, mesh=mesh, evaluate=evaluate, progress=False)
+    state = fit(
+        Task("toy", None, init, task.loss), batches, config, folder, mesh=mesh, evaluate=evaluate, progress=False
+    )
     kernel = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))(state.params["hidden"]["kernel"])
     if hosts.is_host0():
         np.save(Path(folder) / "kernel.npy", np.asarray(kernel))

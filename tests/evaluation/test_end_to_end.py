@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow  # Inception on two cores: a minute, most of it co
 SAMPLES, REFERENCES = 13, 11
 
 # Stands in the README too, where a test finds it.
-LIBRARY = '''\
+LIBRARY = """\
 import numpy as np
 from sfd_jax.evaluation import evaluate, image_set_of, inception_extractor, open_reference
 from sfd_jax.generation import balanced_labels, make_sampler
@@ -29,7 +29,7 @@ sampler = make_sampler(load_params("weights/sfd_xl"), load_params("weights/textu
 images, network_calls = sampler(np.arange(1000), balanced_labels(1000, 1000), batch_size=64)
 reference, inception = open_reference("VIRTUAL_imagenet256_labeled.npz"), load_params("weights/inception")
 print(evaluate(image_set_of("ours", images), reference, inception_extractor(inception)))
-'''
+"""
 
 
 def draw_inception():

@@ -55,7 +55,11 @@ def test_every_image_counts_once(batch_size, devices):
     # The features are exact in float32, so that nothing but counting, order and float64 sums is measured.
     mesh = make_mesh(devices=jax.devices()[:devices])
     [(statistics, score)] = gather(
-        image_set_of("samples", SAMPLES), [stand_in()], keep_features=[True], batch_size=batch_size, mesh=mesh,
+        image_set_of("samples", SAMPLES),
+        [stand_in()],
+        keep_features=[True],
+        batch_size=batch_size,
+        mesh=mesh,
         split_size=70,
     )
     features = SAMPLES.reshape(300, 45).astype(np.float64) @ stand_in().params["weights"]
@@ -145,8 +149,10 @@ def test_widths_are_compared_before_the_first_sample(tmp_path, size):
     extractor = stand_in()
     if size is None:  # not known before reading; extractors resize to their own
         extractor = dataclasses.replace(extractor, apply=lambda params, x: {"features": x[:, 0, :7, 0]})
-    for arrays, words in ((dict(mu=np.zeros(8), sigma=np.eye(8)), "of 8 features, but extractor 'inception' gives 7"),
-                          (dict(mu=np.zeros(7), sigma=np.eye(7), mu_s=np.zeros(2), sigma_s=np.eye(2)), "gives 3 .'spatial'.")):
+    for arrays, words in (
+        (dict(mu=np.zeros(8), sigma=np.eye(8)), "of 8 features, but extractor 'inception' gives 7"),
+        (dict(mu=np.zeros(7), sigma=np.eye(7), mu_s=np.zeros(2), sigma_s=np.eye(2)), "gives 3 .'spatial'."),
+    ):
         if size is None and "mu_s" in arrays:
             continue
         np.savez(tmp_path / "r.npz", **arrays)
@@ -154,12 +160,15 @@ def test_widths_are_compared_before_the_first_sample(tmp_path, size):
             evaluate(samples, open_reference(tmp_path / "r.npz"), extractor, metrics=("fid",))
 
 
-@pytest.mark.parametrize(("metrics", "count", "words"), [
-    (("fid", "is"), 300, "'is' needs 'probabilities', which extractor 'dinov2' does not give"),
-    (("sfid",), 300, "'sfid' needs 'spatial'"),
-    (("precision",), 3, "samples holds 3 images, but precision need at least 4"),
-    (("fid",), 1, "samples holds 1 images, but fid need at least 2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("metrics", "count", "words"),
+    [
+        (("fid", "is"), 300, "'is' needs 'probabilities', which extractor 'dinov2' does not give"),
+        (("sfid",), 300, "'sfid' needs 'spatial'"),
+        (("precision",), 3, "samples holds 3 images, but precision need at least 4"),
+        (("fid",), 1, "samples holds 1 images, but fid need at least 2"),
+    ],
+)
 def test_metrics_that_cannot_be_are_refused_before_the_first_sample(metrics, count, words):
     apply = lambda params, x: {"features": x[:, 0, :, 0]}  # noqa: E731
     samples = dataclasses.replace(image_set_of("samples", SAMPLES[:count]), pieces=no_pieces)
@@ -171,10 +180,16 @@ def test_notes_stand_beside_the_scores(tmp_path):
     """Images of two classes in turn or one after the other; statistics whose network nobody names."""
     classes = np.arange(300) % 2
     images = lambda classes: image_set_of("samples", SAMPLES // 8 + np.uint8(200) * (classes[:, None, None, None] == 1))  # noqa: E731
-    bright = dataclasses.replace(stand_in(), apply=lambda params, x: stand_in().apply(params, x) | {
-        "probabilities": jax.nn.one_hot((x.mean(axis=(1, 2, 3)) > 128).astype(int), 2)})  # fmt: skip
+    bright = dataclasses.replace(
+        stand_in(),
+        apply=lambda params, x: (
+            stand_in().apply(params, x)
+            | {"probabilities": jax.nn.one_hot((x.mean(axis=(1, 2, 3)) > 128).astype(int), 2)}
+        ),
+    )
     measured = lambda classes, **options: evaluate(  # noqa: E731
-        images(classes), reference_of(REFERENCE), bright, metrics=("is",), split_size=100, **options)  # fmt: skip
+        images(classes), reference_of(REFERENCE), bright, metrics=("is",), split_size=100, **options
+    )
     shuffled, in_order = measured(classes), measured(np.sort(classes))
     assert shuffled == {"is": pytest.approx(2.0)} and in_order["is"] < 1.7
     assert len(in_order["notes"]) == 1 and "sorted by class" in in_order["notes"][0]
@@ -225,15 +240,26 @@ def test_other_dtypes_are_refused():
         list(extract_features([stand_in()], [SAMPLES / 255.0]))
 
 
-@pytest.mark.parametrize(("config", "more", "name"), [
-    (dinov2_config("L", num_registers=0), {}, "dinov2"),  # the published FD-DINOv2
-    (dinov2_config("L"), {}, "dinov2_vitl14_reg4"),
-    (dinov2_config("B"), {}, "dinov2_vitb14_reg4"),
-    (dinov2_config("g", num_registers=0), {}, "dinov2_vitg14"),
-    (dinov2_config("L", num_registers=0, image_size=32, patch_size=16), {}, "encoder_w1024_d24_p16"),
-    (dinov2_config("L", num_registers=0), {"task": "visual_encoder"}, "encoder_w1024_d24_p14"),  # its shape, trained here
-    (dict(width=8, depth=2, num_heads=2, image_size=32, patch_size=8), {"task": "visual_encoder"}, "encoder_w8_d2_p8_reg4"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "more", "name"),
+    [
+        (dinov2_config("L", num_registers=0), {}, "dinov2"),  # the published FD-DINOv2
+        (dinov2_config("L"), {}, "dinov2_vitl14_reg4"),
+        (dinov2_config("B"), {}, "dinov2_vitb14_reg4"),
+        (dinov2_config("g", num_registers=0), {}, "dinov2_vitg14"),
+        (dinov2_config("L", num_registers=0, image_size=32, patch_size=16), {}, "encoder_w1024_d24_p16"),
+        (
+            dinov2_config("L", num_registers=0),
+            {"task": "visual_encoder"},
+            "encoder_w1024_d24_p14",
+        ),  # its shape, trained here
+        (
+            dict(width=8, depth=2, num_heads=2, image_size=32, patch_size=8),
+            {"task": "visual_encoder"},
+            "encoder_w8_d2_p8_reg4",
+        ),
+    ],
+)
 def test_an_encoder_is_called_what_it_is(config, more, name):
     network = Network("dinov2", config)
     extractor = dinov2_extractor(({}, {"network": "dinov2", "network_config": network.config_dict(), **more}))
@@ -243,5 +269,7 @@ def test_an_encoder_is_called_what_it_is(config, more, name):
 
 def test_an_encoder_whose_patches_do_not_divide_the_image_is_refused():
     network = Network("dinov2", dict(width=8, depth=1, num_heads=2, image_size=30, patch_size=15))
-    with pytest.raises(SfdError, match="images of 224 px do not divide by 15, the encoder's patches: 210 or 225 px would do"):
+    with pytest.raises(
+        SfdError, match="images of 224 px do not divide by 15, the encoder's patches: 210 or 225 px would do"
+    ):
         dinov2_extractor(({}, {"network": "dinov2", "network_config": network.config_dict()}))

@@ -169,16 +169,28 @@ def empty(path):
         (grey_png, "3.png is of mode L"),
         (odd_size, "3.png is 6x5, 0.png is 7x5"),
         (empty, "empty holds no image files"),
-        (lambda path: write_pngs(path / "p", names=[0, 1, 2, 3, 4, 5, 6, 8, 9, 10, 11]), "give an image size.*1 of 11 images are missing, the first is 7"),
-        (lambda path: write_pngs(path / "p", names=[0, 1, 2, 3, 4, 5, "05", 6, 7, 8, 9]), "1 indices are there twice, the first is 5"),
+        (
+            lambda path: write_pngs(path / "p", names=[0, 1, 2, 3, 4, 5, 6, 8, 9, 10, 11]),
+            "give an image size.*1 of 11 images are missing, the first is 7",
+        ),
+        (
+            lambda path: write_pngs(path / "p", names=[0, 1, 2, 3, 4, 5, "05", 6, 7, 8, 9]),
+            "1 indices are there twice, the first is 5",
+        ),
         (lambda path: write_chunks(path / "j", [(0, 4), (6, 11)]), "2 of 11 images are missing, the first is 4"),
         (lambda path: write_chunks(path / "j", [(0, 4), (3, 11)]), "1 indices are there twice, the first is 3"),
         (lambda path: write_chunks(path / "j", [(0, 9)], {"num_images": 11}), "2 of 11 images are missing"),
-        (lambda path: write_chunks(path / "j", [], {"num_images": 11}), "j is a sampling job of which all 11 images are missing"),
+        (
+            lambda path: write_chunks(path / "j", [], {"num_images": 11}),
+            "j is a sampling job of which all 11 images are missing",
+        ),
         (short_npz, "j holds 11 images, but its recipe.json is of 12: finish sampling"),
         (short_pngs, "images holds 11 images, but its recipe.json is of 13: finish sampling"),
         (lambda path: broken_npz(path, arr_0=np.moveaxis(IMAGES, -1, 1)), r"x.npz: arr_0 is uint8 \(11, 3, 5, 7\)"),
-        (lambda path: broken_npz(path, arr_0=IMAGES / np.float32(127.5) - 1), "x.npz: arr_0 is float32.*of bytes 0..255"),
+        (
+            lambda path: broken_npz(path, arr_0=IMAGES / np.float32(127.5) - 1),
+            "x.npz: arr_0 is float32.*of bytes 0..255",
+        ),
         (lambda path: path / "nowhere", "no images at .*nowhere"),
     ],
 )

@@ -29,9 +29,7 @@ def published(parity_dir):
 @pytest.mark.parametrize("case", ["", "_low_rank"])
 def test_frechet_distance_of_the_published_evaluator(published, case):
     prefix = "in_low_" if case else "in_"
-    ours = frechet_distance(
-        *gaussian_of(published[f"{prefix}reference"]), *gaussian_of(published[f"{prefix}sample"])
-    )
+    ours = frechet_distance(*gaussian_of(published[f"{prefix}reference"]), *gaussian_of(published[f"{prefix}sample"]))
     assert ours == pytest.approx(float(published[f"out_fid{case}"]), rel=1e-6)  # issue 3's bound
 
 

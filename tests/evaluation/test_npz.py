@@ -48,7 +48,9 @@ SHAPES = [(2**40, 4, 5, 3), (3, 4, 2**50, 3), (2, 4, 5, 3), (4, 4, 5, 3), (-3, -
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_headers_that_lie(tmp_path, shape):
-    path = write(tmp_path / "f.npz", arr_0=npy(IMAGES, shape=shape), mu=npy(np.ones(3), shape=shape), sigma=npy(np.eye(3)))
+    path = write(
+        tmp_path / "f.npz", arr_0=npy(IMAGES, shape=shape), mu=npy(np.ones(3), shape=shape), sigma=npy(np.eye(3))
+    )
     tracemalloc.start()
     try:
         for read in (open_image_set, load_statistics, open_reference):

@@ -56,8 +56,7 @@ def test_ssim_by_its_definition():
                 cov = ((u - mean_u) * (v - mean_v) * window).sum((0, 1))
                 c1, c2 = 0.02**2, 0.06**2
                 here.append(
-                    (2 * mean_u * mean_v + c1) * (2 * cov + c2)
-                    / ((mean_u**2 + mean_v**2 + c1) * (var_u + var_v + c2))
+                    (2 * mean_u * mean_v + c1) * (2 * cov + c2) / ((mean_u**2 + mean_v**2 + c1) * (var_u + var_v + c2))
                 )
         values.append(np.mean(here))
     np.testing.assert_allclose(ssim(a, b), values, rtol=1e-4)  # E[x^2] - E[x]^2 in float32

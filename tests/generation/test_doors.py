@@ -13,9 +13,9 @@ import pytest
 from sfd_jax.cli import evaluate as evaluate_door
 from sfd_jax.cli import sample as sample_door
 from sfd_jax.cli.main import open_door
-from sfd_jax.distributed.lock import FolderLock
 from sfd_jax.cli.sampling_flags import _load_texture_vae
 from sfd_jax.distributed import make_mesh
+from sfd_jax.distributed.lock import FolderLock
 from sfd_jax.evaluation import Extractor
 from sfd_jax.latents import LatentStatistics
 from sfd_jax.models import Network
@@ -31,7 +31,9 @@ def save_random(folder, name, config, seed, **metadata):
     network = Network(name, config)
     leaves, tree = jax.tree.flatten(network.abstract_params())
     generator = np.random.default_rng(seed)
-    leaves = [(generator.standard_normal(x.shape) / np.sqrt(max(1, np.prod(x.shape[:-1])))).astype(np.float32) for x in leaves]
+    leaves = [
+        (generator.standard_normal(x.shape) / np.sqrt(max(1, np.prod(x.shape[:-1])))).astype(np.float32) for x in leaves
+    ]
     metadata = {"network": name, "network_config": network.config_dict(), "source": "drawn"} | metadata
     save_params(folder, jax.tree.unflatten(tree, leaves), metadata)
     return str(folder)
@@ -144,12 +146,28 @@ def test_saved_statistics_serve_as_reference(stand_in, tmp_path):
         ("sample", ["model", "--chunk_size=-1"], "--chunk_size=-1: give an integer from 1"),
         ("sample", ["model", "--seed=4294967296"], "--seed=4294967296: give an integer from 0 to 4,294,967,295"),
         ("sample", ["model", "--timestep_shift=nan"], "--timestep_shift=nan: give a number"),
-        ("evaluate", ["--samples={tmp}/reference.npz", "--guidance_scale=2"], "--guidance_scale=2.0 has no effect without --live"),
-        ("evaluate", ["--samples={tmp}/reference.npz", "--seed=2"], "--seed=2 has no effect without --live or --reconstruction"),
-        ("evaluate", ["--samples={tmp}/reference.npz", "--lpips=l"], "--lpips=l has no effect without --reconstruction"),
+        (
+            "evaluate",
+            ["--samples={tmp}/reference.npz", "--guidance_scale=2"],
+            "--guidance_scale=2.0 has no effect without --live",
+        ),
+        (
+            "evaluate",
+            ["--samples={tmp}/reference.npz", "--seed=2"],
+            "--seed=2 has no effect without --live or --reconstruction",
+        ),
+        (
+            "evaluate",
+            ["--samples={tmp}/reference.npz", "--lpips=l"],
+            "--lpips=l has no effect without --reconstruction",
+        ),
         ("evaluate", ["--samples={tmp}/reference.npz", "--image_size=8"], "--image_size=8 has no effect"),
         ("evaluate", ["--samples={tmp}/reference.npz", "--metrics= ,"], "--metrics is empty"),
-        ("evaluate", ["--live", "--calls=3"], "2 faults:\n.*needs --checkpoint and --texture_vae\n.*--calls=3 has no effect"),
+        (
+            "evaluate",
+            ["--live", "--calls=3"],
+            "2 faults:\n.*needs --checkpoint and --texture_vae\n.*--calls=3 has no effect",
+        ),
         ("sample", ["model", "--solvr=euler"], "did you mean '--solver'"),
         ("evaluate", ["--samples={tmp}/reference.npz", "--num=31"], "holds 30 images, but --num=31"),
         ("evaluate", ["--samples={tmp}/nowhere.npz"], "no images at"),
@@ -174,7 +192,10 @@ def test_another_texture_vae_is_refused_or_said(flags, stand_in, tmp_path, capsy
     model, vae = (flags["model"][i].split("=", 1)[1] for i in (0, 1))
     params, metadata = load_params(model)
     (mine, _), other = load_params(vae), save_random(tmp_path / "other", "texture_vae", VAE, 7)
-    told = {**metadata, "latents": {"weights": {"texture_vae": params_hash(mine)}, "image_size": 8, "labels": [0, 1, 4]}}
+    told = {
+        **metadata,
+        "latents": {"weights": {"texture_vae": params_hash(mine)}, "image_size": 8, "labels": [0, 1, 4]},
+    }
     save_params(tmp_path / "told", params, told)
     sample = [f"--checkpoint={tmp_path / 'told'}", *flags["model"][2:], f"--out={tmp_path / 'out'}"]
     assert open_door(sample_door.main, "sample", [*sample, f"--texture_vae={other}"]) == 2
@@ -213,18 +234,26 @@ def test_raw_weights_are_decoded_by_the_vae_that_made_the_latents(flags, tmp_pat
     assert _load_texture_vae(args, model[1])[1]["which"] == "ema"  # not told: what was asked for
 
 
-@pytest.mark.parametrize(("door", "flag", "holds"), [
-    ("sample", "--checkpoint", "texture_vae"),
-    ("sample", "--texture_vae", "lightning_dit"),
-    ("sample", "--weak", "texture_vae"),
-    ("evaluate", "--inception", "texture_vae"),
-    ("evaluate", "--dinov2", "texture_vae"),
-    ("evaluate", "--lpips", "texture_vae"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("door", "flag", "holds"),
+    [
+        ("sample", "--checkpoint", "texture_vae"),
+        ("sample", "--texture_vae", "lightning_dit"),
+        ("sample", "--weak", "texture_vae"),
+        ("evaluate", "--inception", "texture_vae"),
+        ("evaluate", "--dinov2", "texture_vae"),
+        ("evaluate", "--lpips", "texture_vae"),
+    ],
+)
 def test_a_checkpoint_of_another_network_is_named(flags, tmp_path, capsys, monkeypatch, door, flag, holds):
     model, vae = (flags["model"][i].split("=", 1)[1] for i in (0, 1))
     wrong = f"{flag}={model if holds == 'lightning_dit' else vae}"
-    given = [*flags["model"], f"--out={tmp_path / 'out'}", wrong, *(["--guidance_scale=1.5"] if flag == "--weak" else [])]
+    given = [
+        *flags["model"],
+        f"--out={tmp_path / 'out'}",
+        wrong,
+        *(["--guidance_scale=1.5"] if flag == "--weak" else []),
+    ]
     if door == "evaluate":
         images = np.random.default_rng(3).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
         np.savez(tmp_path / "reference.npz", arr_0=images)

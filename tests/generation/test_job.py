@@ -177,13 +177,23 @@ def test_the_chunk_size_belongs_to_the_recipe_where_the_batch_size_does(tmp_path
 
 def test_folders_begun_before_go_on(tmp_path):
     """Recipes did not tell of chunks once, and said -1 for a scale that was not given."""
-    sampler = {"solver": "dopri5", "num_steps": 100, "guidance": "autoguidance", "guidance_scale": 1.5,
-               "guidance_scale_semantic": None, "guidance_scale_texture": None}  # fmt: skip
+    sampler = {
+        "solver": "dopri5",
+        "num_steps": 100,
+        "guidance": "autoguidance",
+        "guidance_scale": 1.5,
+        "guidance_scale_semantic": None,
+        "guidance_scale_texture": None,
+    }
     recipe = {**RECIPE, "batch_size": 7, "sampler": sampler}
     run(tmp_path, recipe=recipe, chunk_size=None)
     old = json.loads((tmp_path / "recipe.json").read_text())
     del old["chunk_size"]
-    old["sampler"] |= {"guidance_scale_semantic": -1.0, "guidance_scale_texture": -1.0, "num_steps": 50}  # dopri5 has none
+    old["sampler"] |= {
+        "guidance_scale_semantic": -1.0,
+        "guidance_scale_texture": -1.0,
+        "num_steps": 50,
+    }  # dopri5 has none
     (tmp_path / "recipe.json").write_text(json.dumps(old))
     run(tmp_path, recipe=recipe, chunk_size=None)
     with pytest.raises(SfdError, match="sampler.guidance_scale: there 1.5, here 2.0"):

@@ -11,7 +11,11 @@ from sfd_jax.generation import SampleConfig, make_labels, make_sampler
 from sfd_jax.latents import LatentStatistics
 from sfd_jax.models.fingerprint import params_hash
 
-OURS = {"weights": {"texture_vae": params_hash(vae()[0]), "semantic_vae": "5" * 64}, "image_size": 8, "labels": [0, 1, 2, 3, 4]}
+OURS = {
+    "weights": {"texture_vae": params_hash(vae()[0]), "semantic_vae": "5" * 64},
+    "image_size": 8,
+    "labels": [0, 1, 2, 3, 4],
+}
 GUIDED = SampleConfig(solver="euler", num_steps=5, guidance="autoguidance", guidance_scale=2.0)
 
 
@@ -34,7 +38,10 @@ def test_the_texture_vae_is_the_one_that_made_the_latents():
     assert params_hash(stored_in_half[0]) == params_hash(stored_in_half[1]) != params_hash({"a": np.float32([1, 3])})
     other = model(latents=made_by(texture_vae="7" * 64))
     given = vae()[0], {**vae()[1], "given_as": "--texture_vae=theirs"}
-    with pytest.raises(SfdError, match=r"--texture_vae=theirs \(.{12}\) is not the texture VAE .* \(777777777777\).*--other_texture_vae"):
+    with pytest.raises(
+        SfdError,
+        match=r"--texture_vae=theirs \(.{12}\) is not the texture VAE .* \(777777777777\).*--other_texture_vae",
+    ):
         make_sampler(other, given, EULER)
     [note] = notes(other, given, EULER, other_texture_vae=True)
     assert "is not the texture VAE that made" in note and "as --other_texture_vae allows" in note
@@ -46,15 +53,24 @@ def test_the_texture_vae_is_the_one_that_made_the_latents():
     assert "does not tell which texture VAE" in note
 
 
-@pytest.mark.parametrize(("weak", "words"), [
-    (lambda: model(), "are one network"),
-    (lambda: model(5, 8, latents=made_by(semantic_vae="6" * 64)), "semantic_vae 666666666666, not 555555555555"),
-    (lambda: model(5, 8, latents={**OURS, "weights": {"texture_vae": OURS["weights"]["texture_vae"]}}), "semantic_vae none"),
-    (lambda: model(5, 8, latent_statistics=statistics() | {"texture_std": [2.0, 2.0, 2.1]}), "other latent statistics"),
-    (lambda: model(5, 8, class_names=[f"name {i}" for i in reversed(range(CLASSES))]), "other class names"),
-    (lambda: model(5, 8, latents={**OURS, "labels": [0, 1, 4]}), "2 are missing, the first is 2"),
-    (lambda: model(5, 8, config={"clocks": {"name": "fixed_offset", "delta_t": 0.5}}), "other clocks"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("weak", "words"),
+    [
+        (lambda: model(), "are one network"),
+        (lambda: model(5, 8, latents=made_by(semantic_vae="6" * 64)), "semantic_vae 666666666666, not 555555555555"),
+        (
+            lambda: model(5, 8, latents={**OURS, "weights": {"texture_vae": OURS["weights"]["texture_vae"]}}),
+            "semantic_vae none",
+        ),
+        (
+            lambda: model(5, 8, latent_statistics=statistics() | {"texture_std": [2.0, 2.0, 2.1]}),
+            "other latent statistics",
+        ),
+        (lambda: model(5, 8, class_names=[f"name {i}" for i in reversed(range(CLASSES))]), "other class names"),
+        (lambda: model(5, 8, latents={**OURS, "labels": [0, 1, 4]}), "2 are missing, the first is 2"),
+        (lambda: model(5, 8, config={"clocks": {"name": "fixed_offset", "delta_t": 0.5}}), "other clocks"),
+    ],
+)
 def test_a_weak_model_of_another_system_is_refused(weak, words):
     strong = model(config={"clocks": {"name": "fixed_offset", "delta_t": 0.3}})
     with pytest.raises(SfdError, match=words):
@@ -83,32 +99,48 @@ def test_statistics_given_beside_the_checkpoints_own():
     other = LatentStatistics.from_dict(statistics() | {"texture_std": [1.0, 1.0, 1.0]})
     with pytest.raises(SfdError, match="holds other latent statistics"):
         make_sampler(model(), vae(), EULER, statistics=other)
-    assert make_sampler(model(latent_statistics=None), vae(), EULER, statistics=other).recipe["latent_statistics"] == other.hash()
+    assert (
+        make_sampler(model(latent_statistics=None), vae(), EULER, statistics=other).recipe["latent_statistics"]
+        == other.hash()
+    )
 
 
-@pytest.mark.parametrize(("metadata", "trained"), [
-    ({"latents": {**OURS, "labels": [1, 3]}}, [1, 3]),
-    ({"latents": None, "class_names": ["a", "b", "c"]}, [0, 1, 2]),  # an older checkpoint tells names alone
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("metadata", "trained"),
+    [
+        ({"latents": {**OURS, "labels": [1, 3]}}, [1, 3]),
+        ({"latents": None, "class_names": ["a", "b", "c"]}, [0, 1, 2]),  # an older checkpoint tells names alone
+    ],
+)
 def test_only_classes_that_were_trained_are_sampled(metadata, trained):
     sampler = make_sampler(model(**metadata), vae(), EULER)
     assert any(f"has 5 classes, of which {len(trained)} were trained" in note for note in sampler.recipe["notes"])
     draw = functools.partial(make_labels, num_classes=5, class_names=sampler.class_names, trained=sampler.labels)
     assert np.unique(draw("random", 40)).tolist() == trained
     assert np.bincount(draw("balanced", 6))[trained].tolist() == [6 // len(trained)] * len(trained)
-    for use in (lambda: draw("4", 2), lambda: sampler(np.arange(2), np.array([1, 4])), lambda: sampler.latents(np.arange(1), np.array([4]))):
+    for use in (
+        lambda: draw("4", 2),
+        lambda: sampler(np.arange(2), np.array([1, 4])),
+        lambda: sampler.latents(np.arange(1), np.array([4])),
+    ):
         with pytest.raises(SfdError, match="class 4 was not trained"):
             use()
 
 
-@pytest.mark.parametrize(("metadata", "share"), [
-    ({"average": {"decay": 0.9, "from": "drawn weights"}}, "72.9%"),
-    ({"config": {"train": {"ema_decay": 0.9}}}, "72.9%"),  # a run of before the average was told
-    ({"average": {"decay": 0.9, "from": "drawn weights"}, "which": "raw"}, None),
-    ({"average": {"decay": 0.9, "from": "given weights"}}, None),
-    ({"average": {"decay": 0.3, "from": "drawn weights"}}, None),  # 2.7 % after three steps
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("metadata", "share"),
+    [
+        ({"average": {"decay": 0.9, "from": "drawn weights"}}, "72.9%"),
+        ({"config": {"train": {"ema_decay": 0.9}}}, "72.9%"),  # a run of before the average was told
+        ({"average": {"decay": 0.9, "from": "drawn weights"}, "which": "raw"}, None),
+        ({"average": {"decay": 0.9, "from": "given weights"}}, None),
+        ({"average": {"decay": 0.3, "from": "drawn weights"}}, None),  # 2.7 % after three steps
+    ],
+)
 def test_an_average_that_is_still_its_beginning_is_said(metadata, share):
-    early_vae = vae()[0], {**vae()[1], "average": {"decay": 0.9, "from": "drawn weights"}}  # which made the latents all the same
+    early_vae = (
+        vae()[0],
+        {**vae()[1], "average": {"decay": 0.9, "from": "drawn weights"}},
+    )  # which made the latents all the same
     found = notes(model(**metadata), early_vae, EULER)
     assert len(found) == (share is not None) and all(f"still hold {share} of the initial" in note for note in found)

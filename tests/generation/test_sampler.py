@@ -24,8 +24,7 @@ def random_checkpoint(name, config, seed, **metadata):
     leaves, tree = jax.tree.flatten(network.abstract_params())
     generator = np.random.default_rng(seed)
     leaves = [
-        (generator.standard_normal(x.shape) / np.sqrt(max(1, np.prod(x.shape[:-1])))).astype(np.float32)
-        for x in leaves
+        (generator.standard_normal(x.shape) / np.sqrt(max(1, np.prod(x.shape[:-1])))).astype(np.float32) for x in leaves
     ]
     return jax.tree.unflatten(tree, leaves), {"network": name, "network_config": network.config_dict()} | metadata
 
@@ -169,12 +168,21 @@ def test_recipe_names_what_decides_the_images():
     ("build", "words"),
     [
         (lambda: make_sampler(vae(), vae(), EULER), "holds 'texture_vae', expected 'lightning_dit'"),
-        (lambda: make_sampler((dit()[0], dit()[1] | {"latent_statistics": None}), vae(), EULER), "no latent statistics"),
+        (
+            lambda: make_sampler((dit()[0], dit()[1] | {"latent_statistics": None}), vae(), EULER),
+            "no latent statistics",
+        ),
         (lambda: make_sampler(dit(), vae(z_channels=4), EULER), "3 channels, the texture VAE 4"),
         (lambda: make_sampler(dit(in_channels=6), vae(), EULER), "5 channels .* the model 6"),
-        (lambda: make_sampler(dit(), vae(), SampleConfig(guidance="autoguidance", guidance_scale=2.0)), "needs a weaker model"),
+        (
+            lambda: make_sampler(dit(), vae(), SampleConfig(guidance="autoguidance", guidance_scale=2.0)),
+            "needs a weaker model",
+        ),
         (lambda: make_sampler(dit(), vae(), EULER, weak=dit()), "guidance is 'none'"),
-        (lambda: make_sampler(dit(null_label=False), vae(), SampleConfig(guidance="cfg", guidance_scale=2.0)), "no null label"),
+        (
+            lambda: make_sampler(dit(null_label=False), vae(), SampleConfig(guidance="cfg", guidance_scale=2.0)),
+            "no null label",
+        ),
         (lambda: SampleConfig(guidance="cgf"), "did you mean 'cfg'"),
         (lambda: SampleConfig(solver="dopri"), "dopri5"),
     ],
@@ -198,8 +206,11 @@ def test_the_network_makes_modulation_once_a_sample_and_not_once_a_token():
     params, metadata = dit()
     network, batch = Network("lightning_dit", metadata["network_config"]), 3
     inputs = np.ones((batch, 4, 4, 5), np.float32), *np.full((2, batch), 0.5, np.float32), np.zeros(batch, np.int32)
-    shapes = [eqn.outvars[0].aval.shape for eqn in equations(jax.make_jaxpr(network.apply)(params, *inputs).jaxpr)
-              if eqn.primitive.name == "dot_general"]
+    shapes = [
+        eqn.outvars[0].aval.shape
+        for eqn in equations(jax.make_jaxpr(network.apply)(params, *inputs).jaxpr)
+        if eqn.primitive.name == "dot_general"
+    ]
     width = network.config.width
     # Of all products, those that make 6 D wide modulation (here 2 D in the final layer too) and the clocks' D / 2.
     assert (batch, 6 * width) in shapes and (batch, 2 * width) in shapes and shapes.count((batch, width // 2)) == 4

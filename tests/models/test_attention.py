@@ -28,5 +28,10 @@ def test_the_written_out_gradient_is_jax_own(dtype):
 def test_choice_of_a_backend():
     # XL's head width is 72, a multiple of 8; cuDNN has no float32.
     assert implementation_for("gpu", jnp.zeros(1, "bfloat16").dtype, 72) == "cudnn"
-    for unfit in (("gpu", jnp.float32, 72), ("gpu", jnp.bfloat16, 20), ("tpu", jnp.bfloat16, 72), ("cpu", jnp.bfloat16, 64)):
+    for unfit in (
+        ("gpu", jnp.float32, 72),
+        ("gpu", jnp.bfloat16, 20),
+        ("tpu", jnp.bfloat16, 72),
+        ("cpu", jnp.bfloat16, 64),
+    ):
         assert implementation_for(*unfit) == "plain"

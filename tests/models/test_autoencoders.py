@@ -2,8 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from model_testing import call, random_params
+
 from sfd_jax.errors import SfdError
 from sfd_jax.models import Network, SemanticVAEConfig, TextureVAEConfig, to_bytes
 from sfd_jax.models.posterior import sample_posterior, split_moments

@@ -2,8 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from model_testing import call, random_params
+
 from sfd_jax.errors import SfdError
 from sfd_jax.models import DinoV2Config, Network, dinov2_config, preprocess
 from sfd_jax.models.dinov2 import IMAGENET_MEAN, IMAGENET_STD
@@ -55,10 +55,7 @@ def test_positions(encoder):
     bare = Network("dinov2", config)
     bare_params = {k: v for k, v in params.items() if k != "register_tokens"}
     assert np.any(
-        np.abs(
-            bare.apply(bare_params, 2, 2, method="positions")
-            - network.apply(params, 2, 2, method="positions")
-        )
+        np.abs(bare.apply(bare_params, 2, 2, method="positions") - network.apply(params, 2, 2, method="positions"))
         > 1e-3
     )
     images = jnp.ones((1, 15, 15, 3))

@@ -29,9 +29,7 @@ def params():
     networks = {"texture_vae": TEXTURE, "visual": VISUAL.network, "semantic_vae": SEMANTIC}
     random = np.random.default_rng(3)
     return {
-        name: jax.tree.map(
-            lambda leaf: random.normal(0, 0.3, leaf.shape).astype(np.float32), network.abstract_params()
-        )
+        name: jax.tree.map(lambda leaf: random.normal(0, 0.3, leaf.shape).astype(np.float32), network.abstract_params())
         for name, network in networks.items()
     }
 

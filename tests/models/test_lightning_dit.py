@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from jax.sharding import AbstractDevice, AbstractMesh
-
 from model_testing import call, random_params
+
 from sfd_jax.distributed.mesh import AXES
 from sfd_jax.errors import SfdError
 from sfd_jax.models import DiTConfig, Network, dit_config, lightning_dit
@@ -85,8 +84,7 @@ def test_initial_distributions():
         # At least 512 draws: 0.02 to about 3 % (one sigma), so 15 % never fails by chance.
         np.testing.assert_allclose(np.std(table), 0.02, rtol=0.15)
     assert np.any(
-        params["time_embed_semantic"]["linear1"]["kernel"]
-        != params["time_embed_texture"]["linear1"]["kernel"]
+        params["time_embed_semantic"]["linear1"]["kernel"] != params["time_embed_texture"]["linear1"]["kernel"]
     )
 
 

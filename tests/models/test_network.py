@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from model_testing import call, random_params
+
 from sfd_jax.errors import SfdError
 from sfd_jax.models import NETWORKS, Network
 
@@ -28,9 +28,7 @@ def test_abstract_parameters_are_those_of_init(name):
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
         assert all(isinstance(part.key, str) for part in path), path
         assert leaf.dtype == jnp.float32, path
-    assert [leaf.shape for leaf in jax.tree.leaves(abstract)] == [
-        leaf.shape for leaf in jax.tree.leaves(concrete)
-    ]
+    assert [leaf.shape for leaf in jax.tree.leaves(abstract)] == [leaf.shape for leaf in jax.tree.leaves(concrete)]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -45,9 +43,7 @@ def test_init_is_a_function_of_the_key_alone():
     init = jax.jit(network.init)
     first, again, other = (init(jax.random.key(seed)) for seed in (3, 3, 4))
     jax.tree.map(np.testing.assert_array_equal, first, again)
-    assert np.any(
-        first["encoder"]["layers"]["0"]["kernel"] != other["encoder"]["layers"]["0"]["kernel"]
-    )
+    assert np.any(first["encoder"]["layers"]["0"]["kernel"] != other["encoder"]["layers"]["0"]["kernel"])
 
 
 def test_more_than_ten_layers_keep_their_order():
@@ -92,7 +88,5 @@ def test_unknown_names_are_answered_with_the_nearest():
 def test_parameters_keep_their_dtype_until_the_matmul():
     network = Network("lightning_dit", SMALL["lightning_dit"])
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), random_params(network))
-    out = call(
-        network, params, jnp.zeros((1, 2, 2, 3)), jnp.zeros(1), jnp.zeros(1), jnp.zeros(1, jnp.int32)
-    )
+    out = call(network, params, jnp.zeros((1, 2, 2, 3)), jnp.zeros(1), jnp.zeros(1), jnp.zeros(1, jnp.int32))
     assert out.dtype == jnp.float32

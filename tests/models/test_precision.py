@@ -1,6 +1,5 @@
 """float32 means float32 on a TPU: the precision of every product in the networks, the step and the sampler, as lowered."""
 
-import dataclasses
 import re
 
 import jax
@@ -74,55 +73,94 @@ def step(task, batch):
 
 
 def dit_step(dtype, **changes):
-    task = diffusion_task(Network("lightning_dit", {**DIT, "compute_dtype": dtype, **changes}), LatentLayout(3, 2),
-                          FixedOffset(0.3), LossConfig())  # fmt: skip
-    batch = {"latents": shape(16, 4, 4, 5), "labels": shape(16, dtype=jnp.int32),
-             "repa_features": shape(16, 16, 7, dtype=jnp.float16)}  # fmt: skip
+    task = diffusion_task(
+        Network("lightning_dit", {**DIT, "compute_dtype": dtype, **changes}),
+        LatentLayout(3, 2),
+        FixedOffset(0.3),
+        LossConfig(),
+    )
+    batch = {
+        "latents": shape(16, 4, 4, 5),
+        "labels": shape(16, dtype=jnp.int32),
+        "repa_features": shape(16, 16, 7, dtype=jnp.float16),
+    }
     return step(task, batch)
 
 
 def sampler(dtype):
     networks = Network("lightning_dit", DIT | {"compute_dtype": dtype, "repa_features": 0}), Network("texture_vae", VAE)
     ones = lambda n: np.ones(n, np.float32)
-    sampler = Sampler(*((network, network.abstract_params()) for network in networks), layout=LatentLayout(3, 2),
-                      statistics=LatentStatistics(ones(3), ones(3), ones(2), ones(2)), clocks=FixedOffset(0.3),
-                      config=SampleConfig(guidance="cfg", guidance_scale=1.5), mesh=make_mesh())  # fmt: skip
+    sampler = Sampler(
+        *((network, network.abstract_params()) for network in networks),
+        layout=LatentLayout(3, 2),
+        statistics=LatentStatistics(ones(3), ones(3), ones(2), ones(2)),
+        clocks=FixedOffset(0.3),
+        config=SampleConfig(guidance="cfg", guidance_scale=1.5),
+        mesh=make_mesh(),
+    )
     rows = shape(8, dtype=jnp.uint32), shape(8, dtype=jnp.int32)
-    return [program.trace(sampler._params, *args).lower(lowering_platforms=("tpu",))
-            for program, args in ((sampler._run_sample, rows), (sampler._run_decode, (shape(8, 4, 4, 5),)))]  # fmt: skip
+    return [
+        program.trace(sampler._params, *args).lower(lowering_platforms=("tpu",))
+        for program, args in ((sampler._run_sample, rows), (sampler._run_decode, (shape(8, 4, 4, 5),)))
+    ]
 
 
 def encoder(dtype):
-    networks = [Network(name, fields | {"compute_dtype": dtype})
-                for name, fields in (("texture_vae", VAE), ("dinov2", DINO), ("semantic_vae", SEMANTIC | {"input_dim": 8}))]  # fmt: skip
+    networks = [
+        Network(name, fields | {"compute_dtype": dtype})
+        for name, fields in (("texture_vae", VAE), ("dinov2", DINO), ("semantic_vae", SEMANTIC | {"input_dim": 8}))
+    ]
     texture, visual, semantic = networks
     encode = LatentEncoder(texture, VisualEncoder(visual, view_size=40, tile_size=16), semantic, repa=True, flips=True)
-    params = {name: network.abstract_params()
-              for name, network in zip(("texture_vae", "visual", "semantic_vae"), networks, strict=True)}  # fmt: skip
+    params = {
+        name: network.abstract_params()
+        for name, network in zip(("texture_vae", "visual", "semantic_vae"), networks, strict=True)
+    }
     return lower(encode, params, shape(2, 16, 16, 3, dtype=jnp.uint8), shape(2, dtype=jnp.int32))
 
 
 PROGRAMS = {
     "lightning_dit, MLP without norms": lambda dtype: gradients(
-        Network("lightning_dit", DIT | {"compute_dtype": dtype, "use_swiglu": False, "use_qknorm": False, "use_rope": False,
-                                        "use_rmsnorm": False, "two_clocks": False}), *dit_args()),
+        Network(
+            "lightning_dit",
+            DIT
+            | {
+                "compute_dtype": dtype,
+                "use_swiglu": False,
+                "use_qknorm": False,
+                "use_rope": False,
+                "use_rmsnorm": False,
+                "two_clocks": False,
+            },
+        ),
+        *dit_args(),
+    ),
     "step": dit_step,
     "step, remat": lambda dtype: dit_step(dtype, remat="dots", scan_blocks=False),
     "sampler": sampler,
     "extraction": encoder,
     "semantic_vae step": lambda dtype: step(
         semantic_vae_task(Network("semantic_vae", SEMANTIC | {"compute_dtype": dtype}), SemanticVAELoss()),
-        {"features": shape(16, 16, 16), "labels": shape(16, dtype=jnp.int32)}),
+        {"features": shape(16, 16, 16), "labels": shape(16, dtype=jnp.int32)},
+    ),
     "texture_vae step": lambda dtype: step(
         texture_vae_task(Network("texture_vae", VAE | {"compute_dtype": dtype}), TextureVAELoss()),
-        {"pixels": shape(16, 16, 16, 3), "labels": shape(16, dtype=jnp.int32)}),
-    **{f"semantic_vae {arch}": lambda dtype, arch=arch: gradients(
-        Network("semantic_vae", SEMANTIC | {"arch": arch, "compute_dtype": dtype}), shape(2, 16, 16))
-       for arch in ("mlp", "resnet")},
-    **{f"dinov2 {ffn}, {registers} registers": lambda dtype, ffn=ffn, registers=registers: gradients(
-        Network("dinov2", DINO | {"ffn": ffn, "num_registers": registers, "compute_dtype": dtype}), shape(2, 10, 15, 3))
-       for ffn, registers in (("mlp", 4), ("swiglu", 0))},
-}  # fmt: skip
+        {"pixels": shape(16, 16, 16, 3), "labels": shape(16, dtype=jnp.int32)},
+    ),
+    **{
+        f"semantic_vae {arch}": lambda dtype, arch=arch: gradients(
+            Network("semantic_vae", SEMANTIC | {"arch": arch, "compute_dtype": dtype}), shape(2, 16, 16)
+        )
+        for arch in ("mlp", "resnet")
+    },
+    **{
+        f"dinov2 {ffn}, {registers} registers": lambda dtype, ffn=ffn, registers=registers: gradients(
+            Network("dinov2", DINO | {"ffn": ffn, "num_registers": registers, "compute_dtype": dtype}),
+            shape(2, 10, 15, 3),
+        )
+        for ffn, registers in (("mlp", 4), ("swiglu", 0))
+    },
+}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -140,10 +178,13 @@ def test_every_product_of_float32_is_float32(name, dtype):
         assert fast and not any(fast)
 
 
-@pytest.mark.parametrize("name, fields, images", [
-    ("inception", {}, [shape(2, 32, 32, 3)]),
-    ("lpips", dict(channels=(4, 6, 8, 8, 8)), [shape(2, 32, 32, 3)] * 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, fields, images",
+    [
+        ("inception", {}, [shape(2, 32, 32, 3)]),
+        ("lpips", dict(channels=(4, 6, 8, 8, 8)), [shape(2, 32, 32, 3)] * 2),
+    ],
+)
 def test_networks_that_are_always_float32(name, fields, images):
     found = products(gradients(Network(name, fields), *images))
     assert len(found) > 20 and set(found) == {("f32", True)}

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-PACK = Path(
-    os.environ.get("SFD_PARITY_DIR", Path(__file__).resolve().parents[3] / "shared" / "parity")
-)
+PACK = Path(os.environ.get("SFD_PARITY_DIR", Path(__file__).resolve().parents[3] / "shared" / "parity"))
 
 
 def pytest_generate_tests(metafunc):

@@ -169,8 +169,13 @@ ENTRY %main (a: f32[2,3]) -> f32[2,3] {
 )
 def test_flops_of_convolutions(line, flops):
     shapes = {
-        "x": "f32[5,7]", "w": "f32[7,3]", "y": "bf16[4,5,7]", "v": "bf16[4,7,3]", "z": "f32[2,6,7]", "k": "f32[3,7,3]",
-    }  # fmt: skip
+        "x": "f32[5,7]",
+        "w": "f32[7,3]",
+        "y": "bf16[4,5,7]",
+        "v": "bf16[4,7,3]",
+        "z": "f32[2,6,7]",
+        "k": "f32[3,7,3]",
+    }
     assert hlo.product_flops(hlo._instruction("  " + line), shapes) == flops
 
 

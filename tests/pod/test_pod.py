@@ -160,8 +160,14 @@ def test_weak_models_default_to_the_same_config_in_size_b():
 def test_a_training_step_compiles_for_a_slice(tmp_path, capsys, remat):
     """The real step of a small network on four chips: its parts split as they are meant to be."""
     file = tmp_path / "numbers.json"
-    flags = ["--config=configs/sfd.py:xl,tiny", "--topology=v5e:2x2", "--config.train.global_batch_size=16",
-             "--config.model.width=128", f"--config.model.remat={remat}", f"--json={file}"]  # fmt: skip
+    flags = [
+        "--config=configs/sfd.py:xl,tiny",
+        "--topology=v5e:2x2",
+        "--config.train.global_batch_size=16",
+        "--config.model.width=128",
+        f"--config.model.remat={remat}",
+        f"--json={file}",
+    ]
     assert compile_pod.main(flags) == 0
     assert "fits" in capsys.readouterr().out
     numbers = json.loads(file.read_text())

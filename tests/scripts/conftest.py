@@ -122,12 +122,19 @@ class Cloud:
         """The arguments that the door was given on a worker."""
         return (home / "given").read_text().split("\0")[:-1]
 
-    def run(self, script: str, *arguments: str, drop: tuple[str, ...] = (), **environment) -> subprocess.CompletedProcess:
+    def run(
+        self, script: str, *arguments: str, drop: tuple[str, ...] = (), **environment
+    ) -> subprocess.CompletedProcess:
         settings = {name: value for name, value in (self.environment | environment).items() if name not in drop}
         return subprocess.run(
             ["bash", str(self.scripts / f"{script}.sh"), *arguments],
-            capture_output=True, text=True, timeout=120, env=settings, cwd=self.folder, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=settings,
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+        )
 
     def up(self, workers: int = 2, ready: bool = True) -> None:
         """A slice of up to two workers that is there, and prepared where `ready`."""

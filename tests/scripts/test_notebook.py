@@ -71,7 +71,9 @@ def test_what_is_installed_follows_the_accelerator(install, monkeypatch, acceler
     calls = []
     monkeypatch.setattr(install, "extra", lambda: accelerator)
     monkeypatch.setattr(install, "missing", lambda wanted: ["jax"])
-    monkeypatch.setattr(install.subprocess, "run", lambda command: calls.append(command) or type("", (), {"returncode": 1}))
+    monkeypatch.setattr(
+        install.subprocess, "run", lambda command: calls.append(command) or type("", (), {"returncode": 1})
+    )
     with pytest.raises(RuntimeError, match="run this cell again"):
         install.main()
     assert calls[0][-3].endswith("constraints.txt")

@@ -9,14 +9,29 @@ from pathlib import Path
 
 import pytest
 
-ODD = ["train", "--workdir=gs://bucket/my run", "it's", 'a "b" c', "$HOME `id` \\", "two  spaces", "", "new\nline", "*", "--x=ü"]
+ODD = [
+    "train",
+    "--workdir=gs://bucket/my run",
+    "it's",
+    'a "b" c',
+    "$HOME `id` \\",
+    "two  spaces",
+    "",
+    "new\nline",
+    "*",
+    "--x=ü",
+]
 SCRIPTS = ("create", "setup", "launch", "stop", "watch", "logs", "delete")
 
 
 def test_shellcheck_has_nothing_to_say(root):
     checker = shutil.which("shellcheck") or str(Path(sys.executable).with_name("shellcheck"))
     assert Path(checker).exists(), "shellcheck comes with the extra `dev`: bash scripts/setup.sh dev"
-    files = [root / "tpu_setup.sh", *sorted((root / "scripts").glob("*.sh")), *sorted((root / "scripts/tpu").glob("*.sh"))]
+    files = [
+        root / "tpu_setup.sh",
+        *sorted((root / "scripts").glob("*.sh")),
+        *sorted((root / "scripts/tpu").glob("*.sh")),
+    ]
     done = subprocess.run([checker, *map(str, files)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
@@ -27,7 +42,9 @@ def test_help_and_missing_settings(cloud, script):
     assert done.returncode == 0 and "TPU_NAME" in done.stdout and f"{script}.sh" in done.stdout
     done = cloud.run(script, "--", "train", drop=("ZONE", "PROJECT"))
     assert done.returncode == 2
-    assert "--zone=... (or the variable ZONE)" in done.stderr and "--project=... (or the variable PROJECT)" in done.stderr
+    assert (
+        "--zone=... (or the variable ZONE)" in done.stderr and "--project=... (or the variable PROJECT)" in done.stderr
+    )
     done = cloud.run(script, "--zoen=x")
     assert done.returncode == 2 and "--zoen" in done.stderr
     assert cloud.calls() == []
@@ -55,18 +72,34 @@ def test_a_dry_run_prints_what_a_run_calls(cloud):
     assert shown("create", "--spot") and cloud.calls() == []
     cloud.set(coming=["ACTIVE"], workers=1)
     job = ("--env=A=b c", "--", "train", "it's")
-    for script, arguments in [("create", ("--spot",)), ("setup", ()), ("launch", job), ("logs", ()), ("stop", ()), ("delete", ())]:
+    for script, arguments in [
+        ("create", ("--spot",)),
+        ("setup", ()),
+        ("launch", job),
+        ("logs", ()),
+        ("stop", ()),
+        ("delete", ()),
+    ]:
         expected = [same(words) for words in shown(script, *arguments)]
         assert [same(words) for words in called(script, *arguments)] == expected, script
 
 
 def test_create_asks_for_what_was_wanted_and_waits(cloud):
     cloud.set(pending=[])
-    done = cloud.run("create", "--spot", "--topology=v4:2x2x4", "--slices=3", "--create-flag=--network=own net", drop=("ACCELERATOR_TYPE",))
+    done = cloud.run(
+        "create",
+        "--spot",
+        "--topology=v4:2x2x4",
+        "--slices=3",
+        "--create-flag=--network=own net",
+        drop=("ACCELERATOR_TYPE",),
+    )
     assert done.returncode == 0, done.stderr
     request = cloud.calls()[1]
     assert request[:4] == ["compute", "tpus", "queued-resources", "create"]
-    assert {"--accelerator-type=v4-32", "--runtime-version=tpu-ubuntu2204-base", "--spot", "--network=own net"} <= set(request)
+    assert {"--accelerator-type=v4-32", "--runtime-version=tpu-ubuntu2204-base", "--spot", "--network=own net"} <= set(
+        request
+    )
     assert {"--node-count=3", "--node-prefix=pod"} <= set(request)
     assert "PROVISIONING" in done.stdout and cloud.state == "ACTIVE"
     # Again: it is there, nothing is asked for.
@@ -292,7 +325,14 @@ def test_watch_starts_again_what_was_preempted_or_killed(cloud):
     assert done.returncode == 0, done.stdout + done.stderr
     assert starts(cloud) == 6
     log = (cloud.homes()[0] / "sfd_jobs/train/log").read_text()
-    assert [line.split()[-1] for line in log.splitlines() if "exit status" in line] == ["75", "137", "134", "143", "75", "0"]
+    assert [line.split()[-1] for line in log.splitlines() if "exit status" in line] == [
+        "75",
+        "137",
+        "134",
+        "143",
+        "75",
+        "0",
+    ]
 
 
 def test_watch_gives_up_at_once_on_a_fault(cloud):
@@ -373,7 +413,9 @@ def test_watch_stops_the_others_when_one_worker_has_ended(cloud):
     for home in cloud.homes():
         cloud.wait_for((home / "given").exists)
     (cloud.homes()[0] / "sfd_jobs/train/status").write_text("137\n")
-    subprocess.run(["kill", "-KILL", "--", "-" + (cloud.homes()[0] / "sfd_jobs/train/pid").read_text().strip()], check=True)
+    subprocess.run(
+        ["kill", "-KILL", "--", "-" + (cloud.homes()[0] / "sfd_jobs/train/pid").read_text().strip()], check=True
+    )
     cloud.door("0")
     done = cloud.run("watch", "--", "train")
     assert done.returncode == 0, done.stdout + done.stderr

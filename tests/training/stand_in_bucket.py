@@ -40,12 +40,20 @@ class Bucket:
     def describe(self, name: str) -> dict:
         data, generation = self.objects[name]
         return {
-            "kind": "storage#object", "name": name, "bucket": "bucket", "id": name, "size": str(len(data)),
-            "generation": str(generation), "metageneration": "1", "contentType": "application/octet-stream",
-            "timeCreated": "2026-01-01T00:00:00.000Z", "updated": "2026-01-01T00:00:00.000Z", "etag": str(generation),
+            "kind": "storage#object",
+            "name": name,
+            "bucket": "bucket",
+            "id": name,
+            "size": str(len(data)),
+            "generation": str(generation),
+            "metageneration": "1",
+            "contentType": "application/octet-stream",
+            "timeCreated": "2026-01-01T00:00:00.000Z",
+            "updated": "2026-01-01T00:00:00.000Z",
+            "etag": str(generation),
             "md5Hash": base64.b64encode(hashlib.md5(data).digest()).decode(),
             "crc32c": base64.b64encode(google_crc32c.Checksum(data).digest()).decode(),
-        }  # fmt: skip
+        }
 
     def listing(self, prefix: str, delimiter: str, start: str, end: str) -> dict:
         items, prefixes = [], set()
@@ -82,7 +90,9 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def fault(self, status: int, reason: str):
-        self.answer(status, {"error": {"code": status, "message": reason, "errors": [{"reason": reason, "message": reason}]}})
+        self.answer(
+            status, {"error": {"code": status, "message": reason, "errors": [{"reason": reason, "message": reason}]}}
+        )
 
     def handle_request(self):
         url = urllib.parse.urlsplit(self.path)
@@ -126,11 +136,17 @@ class Handler(BaseHTTPRequestHandler):
     def upload(self, query: dict, body: bytes):
         kind, name, match = query.get("uploadType"), query.get("name"), query.get("ifGenerationMatch")
         if kind == "multipart":
-            message = email.message_from_bytes(b"Content-Type: " + self.headers["Content-Type"].encode() + b"\r\n\r\n" + body)
+            message = email.message_from_bytes(
+                b"Content-Type: " + self.headers["Content-Type"].encode() + b"\r\n\r\n" + body
+            )
             description, _ = message.get_payload()
             name = name or json.loads(description.get_payload())["name"]
             # The bytes between the second part's blank line and the closing boundary, untouched by the mail parser.
-            boundary = b"\r\n--" + message.get_boundary().encode() if b"\r\n--" in body else b"\n--" + message.get_boundary().encode()
+            boundary = (
+                b"\r\n--" + message.get_boundary().encode()
+                if b"\r\n--" in body
+                else b"\n--" + message.get_boundary().encode()
+            )
             part = body.split(boundary)[1]
             data = re.split(b"\r?\n\r?\n", part, maxsplit=1)[1]
         elif kind == "resumable":
@@ -170,8 +186,12 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(304)
         if query.get("alt") != "media":
             return self.answer(200, described)
-        headers = [("x-goog-generation", str(generation)), ("ETag", str(generation)),
-                   ("Content-Type", "application/octet-stream"), ("x-goog-hash", f"crc32c={described['crc32c']}")]
+        headers = [
+            ("x-goog-generation", str(generation)),
+            ("ETag", str(generation)),
+            ("Content-Type", "application/octet-stream"),
+            ("x-goog-hash", f"crc32c={described['crc32c']}"),
+        ]
         if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             first, last = int(wanted[1]), min(int(wanted[2] or len(data) - 1), len(data) - 1)
             if first >= len(data):
@@ -191,9 +211,15 @@ def serve():
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{server.server_port}"
-    variables = {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url, "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-                 "EPATH_USE_TF": "false", "TENSORSTORE_GCE_METADATA_ROOT": "127.0.0.1:1", "GCE_METADATA_ROOT": "127.0.0.1:1",
-                 "NO_GCE_CHECK": "true"}
+    variables = {
+        "STORAGE_EMULATOR_HOST": url,
+        "TENSORSTORE_GCS_HTTP_URL": url,
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+        "EPATH_USE_TF": "false",
+        "TENSORSTORE_GCE_METADATA_ROOT": "127.0.0.1:1",
+        "GCE_METADATA_ROOT": "127.0.0.1:1",
+        "NO_GCE_CHECK": "true",
+    }
     try:
         yield variables, bucket
     finally:

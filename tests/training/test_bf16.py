@@ -19,14 +19,31 @@ BF16 = dataclasses.replace(DIT, depth=1, compute_dtype="bfloat16")
 # All that a network does in bfloat16 beside moving numbers: matmuls, bias, and the SiLU between two matmuls with its
 # gradient. Norms (rsqrt), softmax (exp, reduce_max, div), the loss (sqrt) and the clocks (sin, cos) need more.
 ARITHMETIC = {"dot_general", "add", "add_any", "mul", "sub", "neg", "logistic", "reduce_sum", "max"}
-MOVES = {"broadcast_in_dim", "concatenate", "convert_element_type", "pad", "reshape", "slice", "split", "squeeze", "transpose",
-         "select_n", "dynamic_slice", "dynamic_update_slice", "copy", "stop_gradient", "optimization_barrier"}  # fmt: skip
+MOVES = {
+    "broadcast_in_dim",
+    "concatenate",
+    "convert_element_type",
+    "pad",
+    "reshape",
+    "slice",
+    "split",
+    "squeeze",
+    "transpose",
+    "select_n",
+    "dynamic_slice",
+    "dynamic_update_slice",
+    "copy",
+    "stop_gradient",
+    "optimization_barrier",
+}
 
 
 def equations(jaxpr):
     """Yield the equations of a jaxpr that hold no jaxpr of their own, at any depth."""
     for equation in jaxpr.eqns:
-        inner = [x for value in equation.params.values() for x in (value if isinstance(value, (list, tuple)) else [value])]
+        inner = [
+            x for value in equation.params.values() for x in (value if isinstance(value, (list, tuple)) else [value])
+        ]
         inner = [getattr(x, "jaxpr", x) for x in inner]
         inner = [x for x in inner if hasattr(x, "eqns")]
         for one in inner:
@@ -45,7 +62,9 @@ def test_what_is_computed_in_bfloat16(more):
     half = [e for e in equations(jaxpr.jaxpr) if any(map(is_half, e.invars))]
     names = {equation.primitive.name for equation in half}
     assert "dot_general" in names  # the search sees inside scans and custom gradients
-    allowed = ARITHMETIC | ({"tanh", "integer_pow", "one_minus_square"} if more else set())  # GELU, the last with jax 0.11
+    allowed = ARITHMETIC | (
+        {"tanh", "integer_pow", "one_minus_square"} if more else set()
+    )  # GELU, the last with jax 0.11
     assert names <= allowed | MOVES, names - allowed - MOVES
     for equation in half:
         if equation.primitive.name == "reduce_sum":  # the gradient of a bias, and of nothing else
@@ -79,20 +98,35 @@ def step():
         old = state_from_params(jax.tree.map(lambda x: x * np.float32(weights), params), optimizer, mesh)
         kept = jax.device_get(old)
         state, metrics = compiled(old, put_batch(batch, mesh), stream_key(5, "loss", mesh))
-        return kept, jax.device_get(state), {name: value[0] / max(1, value[1]) for name, value in jax.device_get(metrics).items()}
+        return (
+            kept,
+            jax.device_get(state),
+            {name: value[0] / max(1, value[1]) for name, value in jax.device_get(metrics).items()},
+        )
 
     return run
 
 
 @pytest.mark.slow
 def test_large_numbers_stay_finite_and_too_large_ones_are_skipped(step):
-    for scales in ((1, 1, 1), (1e3, 1, 1), (1e6, 1e6, 1), (1, 1, 10), (1e4, 1e4, 10), (1e12, 1, 1), (0, 0, 1), (1e-20, 1e-20, 1e-3)):
+    for scales in (
+        (1, 1, 1),
+        (1e3, 1, 1),
+        (1e6, 1e6, 1),
+        (1, 1, 10),
+        (1e4, 1e4, 10),
+        (1e12, 1, 1),
+        (0, 0, 1),
+        (1e-20, 1e-20, 1e-3),
+    ):
         old, new, metrics = step(*scales)
         assert (int(new.skipped), int(new.bad_steps)) == (0, 0), scales
         assert all(np.isfinite(value) for value in metrics.values()), (scales, metrics)
         for tree in (new.params, new.ema_params, new.opt_state):
             assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)), scales
-        assert metrics["grad_norm"] > 0 and not np.array_equal(*(s.params["final"]["linear"]["kernel"] for s in (old, new)))
+        assert metrics["grad_norm"] > 0 and not np.array_equal(
+            *(s.params["final"]["linear"]["kernel"] for s in (old, new))
+        )
 
     # 1e25 squared is beyond float32: the step is skipped and counted, and nothing else changes.
     old, new, metrics = step(1e25, 1, 1)

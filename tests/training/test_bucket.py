@@ -33,7 +33,9 @@ def bucket():
 
 def train(workdir, config=None):
     mesh = make_mesh(devices=jax.devices()[:1])
-    return jax.device_get(fit(toy_task(), toy_batches(), config or toy_config(), workdir, mesh=mesh, seed=3, progress=False))
+    return jax.device_get(
+        fit(toy_task(), toy_batches(), config or toy_config(), workdir, mesh=mesh, seed=3, progress=False)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +117,9 @@ def test_sigkill_during_a_save_to_a_bucket(bucket, whole):
         Checkpointer.save = cut_short
         fit(toy_task(), toy_batches(), toy_config(), {run!r}, mesh=make_mesh(devices=jax.devices()[:1]), seed=3)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=os.environ, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], env=os.environ, capture_output=True, text=True
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     started = {name.split("/")[3] for name in bucket.objects if name.startswith("runs/killed/checkpoints/")}
     assert load_params(run)[1]["step"] == 2 and started >= {"2"}

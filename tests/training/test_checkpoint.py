@@ -13,8 +13,16 @@ from toy_training import toy_task
 from sfd_jax.distributed import make_mesh
 from sfd_jax.errors import SfdError
 from sfd_jax.training import (
-    Checkpointer, OptimizerConfig, Task, abstract_state, init_state, load_metadata, load_params, make_optimizer,
-    checksums, save_params,
+    Checkpointer,
+    OptimizerConfig,
+    Task,
+    abstract_state,
+    checksums,
+    init_state,
+    load_metadata,
+    load_params,
+    make_optimizer,
+    save_params,
 )
 
 OPTIMIZER = make_optimizer(OptimizerConfig(clip_norm=1.0), 10)
@@ -148,7 +156,9 @@ def test_a_flipped_bit_in_any_file_is_named_or_read_by_nobody(saved):
                 refused.add(file.relative_to(folder).parts[0])
                 named += "kernel" in str(error)
         file.write_bytes(data)
-    assert refused == {"params", "ema_params", "progress", "metadata"} and named >= 3  # of six bits in the kernels; few are read by nobody
+    assert (
+        refused == {"params", "ema_params", "progress", "metadata"} and named >= 3
+    )  # of six bits in the kernels; few are read by nobody
     assert jax.tree.all(jax.tree.map(np.array_equal, read_all(folder, target), whole))
 
 
@@ -181,7 +191,11 @@ def test_checksums_do_not_depend_on_where_an_array_lies():
         array = np.asarray(jnp.asarray(rng.standard_normal((3, 8, 16)), dtype))
         split = jax.device_put(array, NamedSharding(mesh, PartitionSpec(None, "data", "fsdp")))
         (value,) = checksums.checksums({"a": array}).values()
-        assert {value} == set(checksums.checksums({"a": split}).values()) == {f"{int(checksums._on_device([split])[0]):08x}"}
+        assert (
+            {value}
+            == set(checksums.checksums({"a": split}).values())
+            == {f"{int(checksums._on_device([split])[0]):08x}"}
+        )
         swapped = array.copy()
         swapped[0, 0, 0], swapped[0, 0, 1] = array[0, 0, 1], array[0, 0, 0]
         assert np.array_equal(swapped, array) or checksums.checksums({"a": swapped})["a"] != value

@@ -15,8 +15,17 @@ from sfd_jax.latents import LatentLayout
 from sfd_jax.models import DiTConfig, Network
 from sfd_jax.training.diffusion import diffusion_task
 
-DIT = DiTConfig(width=16, depth=2, num_heads=2, input_size=2, in_channels=5, num_classes=3, repa_features=7,
-                repa_depth=1, repa_width=8)
+DIT = DiTConfig(
+    width=16,
+    depth=2,
+    num_heads=2,
+    input_size=2,
+    in_channels=5,
+    num_classes=3,
+    repa_features=7,
+    repa_depth=1,
+    repa_width=8,
+)
 LAYOUT = LatentLayout(3, 2)
 
 
@@ -51,12 +60,15 @@ def test_a_fresh_network_predicts_zero_so_the_loss_is_known():
     np.testing.assert_allclose(counts, expected, atol=0.03)  # four standard deviations of 4096 draws
 
 
-@pytest.mark.parametrize("parts, message", [
-    (dict(layout=LatentLayout(3, 1)), "model.in_channels=5, but the latents have 3 texture and 1 semantic"),
-    (dict(dit=dataclasses.replace(DIT, repa_features=0)), "loss.repa_weight=1.0 .* model.repa_features=0"),
-    (dict(dit=dataclasses.replace(DIT, null_label=False)), "loss.label_dropout=0.1 .* model.null_label=False"),
-    (dict(dit=dataclasses.replace(DIT, two_clocks=False)), "model.two_clocks=False .* 'FixedOffset'"),
-])
+@pytest.mark.parametrize(
+    "parts, message",
+    [
+        (dict(layout=LatentLayout(3, 1)), "model.in_channels=5, but the latents have 3 texture and 1 semantic"),
+        (dict(dit=dataclasses.replace(DIT, repa_features=0)), "loss.repa_weight=1.0 .* model.repa_features=0"),
+        (dict(dit=dataclasses.replace(DIT, null_label=False)), "loss.label_dropout=0.1 .* model.null_label=False"),
+        (dict(dit=dataclasses.replace(DIT, two_clocks=False)), "model.two_clocks=False .* 'FixedOffset'"),
+    ],
+)
 def test_parts_that_contradict_each_other(parts, message):
     with pytest.raises(SfdError, match=message):
         make_task(**parts)

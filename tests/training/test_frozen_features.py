@@ -51,7 +51,9 @@ def test_targets_made_in_the_step_are_those_of_the_data(parts):
 
 def test_checkpoints_hold_the_hash_of_frozen_weights_and_not_them(tmp_path):
     mesh, run = make_mesh(1, 1, devices=jax.devices()[:1]), tmp_path / "run"
-    through = fit(task_with_teacher(TEACHER), toy_batches(), toy_config(), tmp_path / "through", mesh=mesh, progress=False)
+    through = fit(
+        task_with_teacher(TEACHER), toy_batches(), toy_config(), tmp_path / "through", mesh=mesh, progress=False
+    )
     config = toy_config(optimizer=dataclasses.replace(toy_config().optimizer, schedule="constant"))
     fit(task_with_teacher(TEACHER), toy_batches(), dataclasses.replace(config, steps=4), run, mesh=mesh, progress=False)
     resumed = fit(task_with_teacher(TEACHER), toy_batches(), config, run, mesh=mesh, progress=False)
@@ -65,8 +67,12 @@ def test_checkpoints_hold_the_hash_of_frozen_weights_and_not_them(tmp_path):
 
 
 def test_semvae_features_are_decoded_from_raw_latents_tile_by_tile():
-    network = Network("semantic_vae", dict(arch="transformer", input_dim=6, bottleneck_dim=2, hidden_dim=4,
-                                           transformer_heads=2, transformer_blocks=1))  # fmt: skip
+    network = Network(
+        "semantic_vae",
+        dict(
+            arch="transformer", input_dim=6, bottleneck_dim=2, hidden_dim=4, transformer_heads=2, transformer_blocks=1
+        ),
+    )
     params, rng = network.init(jax.random.key(0)), np.random.default_rng(0)
     raw = rng.standard_normal((3, 4, 4, 5)).astype(np.float32)  # 3 texture channels, 2 semantic ones
     statistics = LatentStatistics(np.zeros(3), np.ones(3), np.array([0.5, -2.0]), np.array([3.0, 0.25]))
@@ -136,12 +142,15 @@ def test_pixels_are_those_the_latents_were_made_from():
         WithPixels(Latents(), Images(5)).read(np.array([4]), np.zeros(1, bool))
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--config.data.repa_source=semvae"], "--config.data.semantic_vae=CKPT"),
-    (["--config.data.repa_source=online"], "--config.data.visual_encoder=CKPT"),
-    (["--config.data.repa_source=online", "--config.data.visual_encoder=x"], "--config.data.images.path=IMAGES"),
-    (["--config.data.repa_source=semva"], "did you mean 'semvae'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--config.data.repa_source=semvae"], "--config.data.semantic_vae=CKPT"),
+        (["--config.data.repa_source=online"], "--config.data.visual_encoder=CKPT"),
+        (["--config.data.repa_source=online", "--config.data.visual_encoder=x"], "--config.data.images.path=IMAGES"),
+        (["--config.data.repa_source=semva"], "did you mean 'semvae'"),
+    ],
+)
 def test_what_a_source_needs_is_said_at_the_door(flags, message, tmp_path, capsys):
     from sfd_jax.cli.train import main
 

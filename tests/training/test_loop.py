@@ -25,8 +25,16 @@ from sfd_jax.training.logging import read_metrics
 
 def train(workdir, config=None, batches=None, devices=1, seed=3, **kwargs):
     mesh = make_mesh(-1, 1, devices=jax.devices()[:devices])
-    return fit(toy_task(), batches or toy_batches(), config or toy_config(), workdir, mesh=mesh, seed=seed,
-               progress=False, **kwargs)
+    return fit(
+        toy_task(),
+        batches or toy_batches(),
+        config or toy_config(),
+        workdir,
+        mesh=mesh,
+        seed=seed,
+        progress=False,
+        **kwargs,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +110,7 @@ def test_sigterm_saves_and_leaves_with_a_status(whole, tmp_path):
 
 def test_sigterm_that_the_loader_heard_too(whole, tmp_path):
     """A machine that shuts down signals all processes: the loader breaks off before the step is done."""
+
     def batches(start):
         for step, batch in enumerate(toy_batches()(start), start + 1):
             if step == 3 and start == 0:
@@ -138,7 +147,11 @@ def test_given_parameters_are_where_a_fresh_run_starts(whole, tmp_path):
     assert_same(state.params, started.params)
     assert_same(state.params, started.ema_params)
     # They are part of the run, which needs them no more once it has a checkpoint.
-    assert load_params(tmp_path)[1]["init"] == json.loads((tmp_path / "run.json").read_text())["init"] == params_hash(params)
+    assert (
+        load_params(tmp_path)[1]["init"]
+        == json.loads((tmp_path / "run.json").read_text())["init"]
+        == params_hash(params)
+    )
     assert_same(started, train(tmp_path, still, params=params))
     assert_same(started, train(tmp_path, still))
     assert load_params(tmp_path)[1]["init"] == params_hash(params)
@@ -164,10 +177,16 @@ def test_a_record_from_before_hashes_and_a_lost_one(whole, tmp_path):
 
 
 def test_what_saves_memory_and_the_place_of_data_may_change(tmp_path):
-    metadata = {"network_config": {"width": 8, "remat": "none", "scan_blocks": None}, "data_hash": "a",
-                "config": {"model": {"remat": "auto"}, "mesh": {"fsdp": 1}, "data": {"path": "here", "images": {"path": ""}}}}
-    changed = {"network_config": {"width": 8, "remat": "full", "scan_blocks": False}, "data_hash": "a",
-               "config": {"model": {"remat": "full"}, "mesh": {"fsdp": 2}, "data": {"path": "there", "images": {"path": "x"}}}}
+    metadata = {
+        "network_config": {"width": 8, "remat": "none", "scan_blocks": None},
+        "data_hash": "a",
+        "config": {"model": {"remat": "auto"}, "mesh": {"fsdp": 1}, "data": {"path": "here", "images": {"path": ""}}},
+    }
+    changed = {
+        "network_config": {"width": 8, "remat": "full", "scan_blocks": False},
+        "data_hash": "a",
+        "config": {"model": {"remat": "full"}, "mesh": {"fsdp": 2}, "data": {"path": "there", "images": {"path": "x"}}},
+    }
     train(tmp_path, toy_config(steps=2), metadata=metadata)
     train(tmp_path, toy_config(steps=4, accumulation=2), metadata=changed)
     with pytest.raises(SfdError, match='data_hash: there "a", here "b"'):

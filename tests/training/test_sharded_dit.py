@@ -15,8 +15,9 @@ from sfd_jax.training.state import state_from_params
 
 # Adam's first update is g / (|g| + eps): with eps 1 it is as smooth in the gradient as the gradient itself, where the
 # usual 1e-8 would blow up the rounding of gradients near zero. So parameters after the step tell of the gradients.
-CONFIG = TrainConfig(OptimizerConfig(learning_rate=1.0, eps=1.0, weight_decay=0.1), steps=5, global_batch_size=16,
-                     ema_decay=0.5)  # fmt: skip
+CONFIG = TrainConfig(
+    OptimizerConfig(learning_rate=1.0, eps=1.0, weight_decay=0.1), steps=5, global_batch_size=16, ema_decay=0.5
+)
 
 
 def random_params():

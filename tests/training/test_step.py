@@ -15,7 +15,6 @@ from sfd_jax.training import Task, TrainConfig, init_state, make_optimizer, make
 from sfd_jax.training.optimizer import OptimizerConfig, make_schedule
 from sfd_jax.training.randomness import stream_key
 
-
 TOY = toy_task()
 ALONE = make_mesh(1, 1, devices=jax.devices()[:1])
 
@@ -45,8 +44,12 @@ def test_adamw_ema_and_clipping_by_hand():
     config = TrainConfig(optimizer=optimizer, steps=5, global_batch_size=2, ema_decay=0.75)
     w = np.array([0.5, -1.0, 2.0])
     slopes = [np.array([3.0, -4.0, 12.0]), np.array([0.1, 0.2, -0.3])]  # norms 13 (clipped) and 0.37 (not)
-    task = Task("line", None, lambda key: {"w": jnp.asarray(w, jnp.float32)},
-                lambda params, batch, key: (jnp.sum(params["w"][None] * batch["g"], axis=-1).mean(), {}))
+    task = Task(
+        "line",
+        None,
+        lambda key: {"w": jnp.asarray(w, jnp.float32)},
+        lambda params, batch, key: (jnp.sum(params["w"][None] * batch["g"], axis=-1).mean(), {}),
+    )
     batches = lambda start: ({"g": np.stack([g, g]).astype(np.float32)} for g in slopes)
     state, history = run(task, config, ALONE, batches, steps=2)
 

@@ -57,7 +57,9 @@ def test_semantic_vae_loss(axis):
 
 
 def test_semantic_vae_without_posterior_and_with_classifier():
-    network = Network("semantic_vae", SemanticVAEConfig(arch="linear", input_dim=7, bottleneck_dim=3, variational=False))
+    network = Network(
+        "semantic_vae", SemanticVAEConfig(arch="linear", input_dim=7, bottleneck_dim=3, variational=False)
+    )
     task = semantic_vae_task(network, SemanticVAELoss(classification_weight=2.0, num_classes=4))
     params = task.init(jax.random.key(1))
     assert params.keys() == {"network", "heads"}
@@ -94,7 +96,9 @@ def test_lpips_alone_teaches_a_texture_vae():
     config = TextureVAEConfig(z_channels=2, ch=4, ch_mult=(1, 1), num_res_blocks=1, norm_groups=2)
     network, lpips = Network("texture_vae", config), Network("lpips", dict(channels=(5, 7), depths=(1, 2)))
     rng = np.random.default_rng(0)
-    frozen = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), lpips.abstract_params())
+    frozen = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), lpips.abstract_params()
+    )
     frozen["weights"] = jax.tree.map(jnp.abs, frozen["weights"])
     frozen["slices"]["0"]["0"]["bias"] -= 1.0  # at many places all channels are dead: ReLU must stop the NaN there
     weights = TextureVAELoss(l1_weight=0.0, mse_weight=0.0, kl_weight=0.0, perceptual_weight=1.0)
@@ -154,8 +158,14 @@ def test_visual_encoder_learns_and_leaves_its_network_alone_in_the_checkpoint(tm
             level = np.where(labels, 0.5, -0.5)[:, None, None, None]
             yield {"pixels": (level + 0.2 * rng.standard_normal((8, 8, 8, 3))).astype(np.float32), "labels": labels}
 
-    train = TrainConfig(OptimizerConfig(learning_rate=0.01), steps=30, global_batch_size=8, log_every=10,
-                        checkpoint_every=20, ema_decay=0.5)
+    train = TrainConfig(
+        OptimizerConfig(learning_rate=0.01),
+        steps=30,
+        global_batch_size=8,
+        log_every=10,
+        checkpoint_every=20,
+        ema_decay=0.5,
+    )
     mesh = make_mesh(1, 1, devices=jax.devices()[:1])
     state = fit(task, batches, train, tmp_path, mesh=mesh, progress=False)
     _, metrics = task.loss(state.ema_params, {**next(batches(99)), "positions": jnp.arange(8)}, jax.random.key(0))

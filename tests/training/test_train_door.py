@@ -108,18 +108,24 @@ def test_check_names_faults_without_training(latents, tmp_path, capsys):
     assert "no checkpoint folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag, message", [
-    ("--config.data.path=", "say where the latents are"),
-    ("--config.data.path=nowhere", "nowhere"),
-    ("--config.model.repa_features=0", "loss.repa_weight=1.0 needs the projector"),
-    ("--config.latents.semantic_channels=5", "8 texture and 4 semantic channels, but latents.texture_channels=8 and"),
-    ("--config.model.two_clocks=False", "model.two_clocks=False reads one clock"),
-    ("--config.optimizer.schedule=cosin", "did you mean 'cosine'"),
-    ("--config.train.accumulation=3", "global_batch_size=8 does not divide by train.accumulation=3"),
-    ("--config.train.ema_decay=1.0", "train.ema_decay=1.0: give a number from 0 to below 1"),
-    ("--config.data.repa_source=web", "data.repa_source='web'"),
-    ("--config.data.flip=False", "did you mean 'flips'"),
-])
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--config.data.path=", "say where the latents are"),
+        ("--config.data.path=nowhere", "nowhere"),
+        ("--config.model.repa_features=0", "loss.repa_weight=1.0 needs the projector"),
+        (
+            "--config.latents.semantic_channels=5",
+            "8 texture and 4 semantic channels, but latents.texture_channels=8 and",
+        ),
+        ("--config.model.two_clocks=False", "model.two_clocks=False reads one clock"),
+        ("--config.optimizer.schedule=cosin", "did you mean 'cosine'"),
+        ("--config.train.accumulation=3", "global_batch_size=8 does not divide by train.accumulation=3"),
+        ("--config.train.ema_decay=1.0", "train.ema_decay=1.0: give a number from 0 to below 1"),
+        ("--config.data.repa_source=web", "data.repa_source='web'"),
+        ("--config.data.flip=False", "did you mean 'flips'"),
+    ],
+)
 def test_faults_of_the_config_are_told_before_training(flag, message, latents, tmp_path, capsys):
     assert train(tmp_path / "run", latents, flag) == 2
     assert message in capsys.readouterr().err
@@ -130,7 +136,9 @@ def save_drawn(folder, name, config, seed=0, **metadata):
     """Save a drawn network; return its folder and its hash."""
     network, random = Network(name, config), np.random.default_rng(seed)
     params = jax.tree.map(lambda leaf: random.standard_normal(leaf.shape).astype(np.float32), network.abstract_params())
-    save_params(folder, params, {"network": name, "network_config": network.config_dict(), "source": "drawn", **metadata})
+    save_params(
+        folder, params, {"network": name, "network_config": network.config_dict(), "source": "drawn", **metadata}
+    )
     return str(folder), params_hash(params)
 
 
@@ -180,8 +188,11 @@ def test_targets_are_made_by_what_made_the_latents(tmp_path, capsys):
     for index in range(20):
         Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / f"{index:02d}.png")
     semvae = ["--config.data.repa_source=semvae", f"--config.data.semantic_vae={semantic}"]
-    online = ["--config.data.repa_source=online", f"--config.data.visual_encoder={visual}",
-              f"--config.data.images.path={tmp_path / 'images'}"]  # fmt: skip
+    online = [
+        "--config.data.repa_source=online",
+        f"--config.data.visual_encoder={visual}",
+        f"--config.data.images.path={tmp_path / 'images'}",
+    ]
 
     def answer(store, *flags):
         status = train(tmp_path / "run", store, "--check", *flags)
@@ -196,11 +207,19 @@ def test_targets_are_made_by_what_made_the_latents(tmp_path, capsys):
     assert "made by visual, pca, not by a 'semantic_vae'" in answer(principal, *semvae)
     narrow = [semvae[0], f"--config.data.semantic_vae={narrow}"]
     assert "model.repa_features=24, but data.semantic_vae makes features of 20" in answer(other, *narrow)
-    assert "data.tile_grid=3 does not divide model.input_size=4: 4 or a divisor" in answer(own, *semvae, "--config.data.tile_grid=3")
-    assert "images of 32 px, but data.images.image_size=64" in answer(own, *online, "--config.data.images.image_size=64")
-    assert "image_size=30 does not divide by model.input_size=4: 28 or 32" in answer(unknown, *online, "--config.data.images.image_size=30")
+    assert "data.tile_grid=3 does not divide model.input_size=4: 4 or a divisor" in answer(
+        own, *semvae, "--config.data.tile_grid=3"
+    )
+    assert "images of 32 px, but data.images.image_size=64" in answer(
+        own, *online, "--config.data.images.image_size=64"
+    )
+    assert "image_size=30 does not divide by model.input_size=4: 28 or 32" in answer(
+        unknown, *online, "--config.data.images.image_size=30"
+    )
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "more.png")
     assert "made from 20 images, but data.images names 21" in answer(own, *online)
+
+
 def test_all_faults_are_named_at_once_with_the_flags_that_fix_them(tmp_path, capsys):
     """What a new user meets whose latents were extracted without `--repa`, with other channels and no mirrored images."""
     folder = tmp_path / "plain"
@@ -208,24 +227,45 @@ def test_all_faults_are_named_at_once_with_the_flags_that_fix_them(tmp_path, cap
     writer = LatentStoreWriter(folder, Plan(8, 8, fields, {}, {}, [str(i) for i in range(10)]))
     with writer.open_shard(0) as records:
         for index in range(8):
-            arrays = {name: np.random.default_rng(index).standard_normal(field["shape"]) for name, field in fields.items()}
+            arrays = {
+                name: np.random.default_rng(index).standard_normal(field["shape"]) for name, field in fields.items()
+            }
             records.add({**arrays, "label": 1, "index": index})
     writer.finish()
-    wrong = ["--config.optimizer.learning_rate=nan", "--config.loss.time=none", "--config.train.accumulation=3",
-             "--config.model.input_size=8", "--config.clocks.name=none", "--config.optimizer.schedule=none"]  # fmt: skip
+    wrong = [
+        "--config.optimizer.learning_rate=nan",
+        "--config.loss.time=none",
+        "--config.train.accumulation=3",
+        "--config.model.input_size=8",
+        "--config.clocks.name=none",
+        "--config.optimizer.schedule=none",
+    ]
     for check in ([], ["--check"]):
         assert train(tmp_path / "run", folder, *wrong, *check) == 2
         told = capsys.readouterr().err
         assert told.startswith("sfd train: 9 faults:\n")
-        for words in ("optimizer.learning_rate=nan: give", "unknown loss.time 'none'", "unknown clocks 'none'",
-                      "optimizer.schedule 'none' is unknown", "train.accumulation=3",
-                      "--config.latents.texture_channels=6 --config.latents.semantic_channels=3", "--config.data.flips=False",
-                      "`sfd extract --repa`", "--config.model.repa_features=0 --config.loss.repa_weight=0",
-                      "--config.model.input_size=4"):  # fmt: skip
+        for words in (
+            "optimizer.learning_rate=nan: give",
+            "unknown loss.time 'none'",
+            "unknown clocks 'none'",
+            "optimizer.schedule 'none' is unknown",
+            "train.accumulation=3",
+            "--config.latents.texture_channels=6 --config.latents.semantic_channels=3",
+            "--config.data.flips=False",
+            "`sfd extract --repa`",
+            "--config.model.repa_features=0 --config.loss.repa_weight=0",
+            "--config.model.input_size=4",
+        ):
             assert words in told
     assert not (tmp_path / "run").exists()
-    flags = ("--config.latents.texture_channels=6", "--config.latents.semantic_channels=3", "--config.data.flips=False",
-             "--config.model.repa_features=0", "--config.loss.repa_weight=0", "--check")  # fmt: skip
+    flags = (
+        "--config.latents.texture_channels=6",
+        "--config.latents.semantic_channels=3",
+        "--config.data.flips=False",
+        "--config.model.repa_features=0",
+        "--config.loss.repa_weight=0",
+        "--check",
+    )
     capsys.readouterr()
     assert train(tmp_path / "run", folder, *flags) == 0  # the flags do fix it
     assert "projector untrained" not in capsys.readouterr().out
@@ -233,19 +273,41 @@ def test_all_faults_are_named_at_once_with_the_flags_that_fix_them(tmp_path, cap
     assert "note: loss.repa_weight=0 leaves REPA's projector untrained" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module, flags, words", [
-    ("train_semvae", ["--config.model.hidden_dim=7", "--config.loss.mse_weight=nan"],
-     ("3 faults", "hidden_dim 7", "loss.mse_weight=nan", "say where the features are")),
-    ("train_texture_vae", ["--config.model.norm_groups=7", "--config.data.workers=-1", "--config.lpips=s3://x"],
-     ("4 faults", "norm_groups 7", "data.workers=-1", "'s3:' cannot be read", "say where the images are")),
-    ("train_semvae", ["--config.loss.mse_weight=0", "--config.loss.cosine_weight=0"], ("nothing would teach the network",)),
-    ("train_texture_vae", ["--config=configs/texture_vae.py:tiny", "--config.loss.l1_weight=0", "--config.loss.mse_weight=0"],
-     ("nothing would teach the network",)),
-    ("train_texture_vae", ["--config=configs/texture_vae.py:tiny", "--config.data.held_out_split=train"],
-     ("the held-out data are training data",)),
-    ("train_texture_vae", ["--config=configs/texture_vae.py:tiny", "--config.lpips=x", "--config.loss.perceptual_weight=0"],
-     ("lpips has no effect with loss.perceptual_weight=0",)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "module, flags, words",
+    [
+        (
+            "train_semvae",
+            ["--config.model.hidden_dim=7", "--config.loss.mse_weight=nan"],
+            ("3 faults", "hidden_dim 7", "loss.mse_weight=nan", "say where the features are"),
+        ),
+        (
+            "train_texture_vae",
+            ["--config.model.norm_groups=7", "--config.data.workers=-1", "--config.lpips=s3://x"],
+            ("4 faults", "norm_groups 7", "data.workers=-1", "'s3:' cannot be read", "say where the images are"),
+        ),
+        (
+            "train_semvae",
+            ["--config.loss.mse_weight=0", "--config.loss.cosine_weight=0"],
+            ("nothing would teach the network",),
+        ),
+        (
+            "train_texture_vae",
+            ["--config=configs/texture_vae.py:tiny", "--config.loss.l1_weight=0", "--config.loss.mse_weight=0"],
+            ("nothing would teach the network",),
+        ),
+        (
+            "train_texture_vae",
+            ["--config=configs/texture_vae.py:tiny", "--config.data.held_out_split=train"],
+            ("the held-out data are training data",),
+        ),
+        (
+            "train_texture_vae",
+            ["--config=configs/texture_vae.py:tiny", "--config.lpips=x", "--config.loss.perceptual_weight=0"],
+            ("lpips has no effect with loss.perceptual_weight=0",),
+        ),
+    ],
+)
 def test_the_other_training_commands_check_too(module, flags, words, tmp_path, capsys):
     import importlib
 
@@ -260,7 +322,10 @@ def test_check_of_a_texture_vae_and_a_semantic_vae(latents, tmp_path, capsys):
     from sfd_jax.cli import train_semvae, train_texture_vae
 
     run = f"--workdir={tmp_path / 'run'}"
-    assert open_door(train_texture_vae.main, "train_texture_vae", ["--config=configs/texture_vae.py:tiny", run, "--check"]) == 0
+    assert (
+        open_door(train_texture_vae.main, "train_texture_vae", ["--config=configs/texture_vae.py:tiny", run, "--check"])
+        == 0
+    )
     flags = ["--config=configs/semantic_vae.py:tiny", run, f"--config.data.path={latents}", "--check"]
     assert open_door(train_semvae.main, "train_semvae", flags) == 0
     assert capsys.readouterr().out.count("no faults found") == 2 and not (tmp_path / "run").exists()
@@ -276,7 +341,9 @@ def test_the_label_of_every_record_is_checked_before_training(latents, tmp_path,
     writer = LatentStoreWriter(store, Plan(20, 20, fields, {}, {}, None))
     with writer.open_shard(0) as records:
         for index in range(20):
-            arrays = {name: np.random.default_rng(index).standard_normal(field["shape"]) for name, field in fields.items()}
+            arrays = {
+                name: np.random.default_rng(index).standard_normal(field["shape"]) for name, field in fields.items()
+            }
             records.add({**arrays, "label": 10 if index == 19 else index % 10, "index": index})
     writer.finish()
     run = tmp_path / "run"
@@ -284,7 +351,10 @@ def test_the_label_of_every_record_is_checked_before_training(latents, tmp_path,
     for flags in ((), ("--check",)):
         assert train(run, store, *flags) == 2 and words in capsys.readouterr().err
     semvae = [f"--config.data.path={store}", "--config.loss.classification_weight=1.0", "--config.loss.num_classes=10"]
-    assert open_door(train_semvae, "train_semvae", ["--config=configs/semantic_vae.py:tiny", f"--workdir={run}", *semvae]) == 2
+    assert (
+        open_door(train_semvae, "train_semvae", ["--config=configs/semantic_vae.py:tiny", f"--workdir={run}", *semvae])
+        == 2
+    )
     assert words in capsys.readouterr().err and not run.exists()
 
 

@@ -49,5 +49,12 @@ def toy_batches(rows: int = 16, bad_steps: tuple[int, ...] = ()):
 
 def toy_config(**changes) -> TrainConfig:
     optimizer = OptimizerConfig(learning_rate=0.01, weight_decay=0.1, clip_norm=1.0)
-    settings = {"optimizer": optimizer, "steps": 6, "global_batch_size": 16, "ema_decay": 0.9, "log_every": 1, "checkpoint_every": 2}
+    settings = {
+        "optimizer": optimizer,
+        "steps": 6,
+        "global_batch_size": 16,
+        "ema_decay": 0.9,
+        "log_every": 1,
+        "checkpoint_every": 2,
+    }
     return TrainConfig(**{**settings, **changes})

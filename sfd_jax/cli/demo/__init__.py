@@ -15,7 +15,9 @@ from sfd_jax.cli.flags import door_parser, local_path, parse_door
 def main(argv: list[str]) -> int:
     """Run the demo's stages that are not done yet."""
     parser = door_parser("demo", __doc__)
-    parser.add_argument("--workdir", type=local_path, default="demo_out", help="folder of the run (default: %(default)s)")
+    parser.add_argument(
+        "--workdir", type=local_path, default="demo_out", help="folder of the run (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, help="of everything drawn (default: the config's, 0)")
     args = parse_door(parser, argv, config="configs/digits.py")
     if args.seed is not None:
@@ -50,7 +52,10 @@ def main(argv: list[str]) -> int:
 
 def _print_summary(workdir, stages: dict[str, dict]) -> None:
     print()
-    for name, values in (("samples", stages["metrics"]["samples"]), ("real training digits", stages["metrics"]["real"])):
+    for name, values in (
+        ("samples", stages["metrics"]["samples"]),
+        ("real training digits", stages["metrics"]["real"]),
+    ):
         print(
             f"{name:<21} read as their label {values['read_as_label']:.1%}, Frechet distance "
             f"{values['frechet_distance']:.2f}, precision {values['precision']:.3f}, recall {values['recall']:.3f}"

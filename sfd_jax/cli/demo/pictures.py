@@ -41,9 +41,7 @@ def draw_samples(
     classes = np.unique(labels)
     _, height, width, _ = samples.shape
     gap = 3
-    canvas = np.full(
-        (len(classes) * (height + gap) + gap, (columns + 1) * (width + gap) + 5 * gap, 3), 255, np.uint8
-    )
+    canvas = np.full((len(classes) * (height + gap) + gap, (columns + 1) * (width + gap) + 5 * gap, 3), 255, np.uint8)
     for row, label in enumerate(classes):
         top = gap + row * (height + gap)
         tiles = [real[real_labels == label][0], *samples[labels == label][:columns]]

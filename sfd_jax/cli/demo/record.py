@@ -82,11 +82,12 @@ def writing(workdir: Path) -> Iterator[None]:
             "choose another --workdir, then run the same command again"
         ) from error
     except json.JSONDecodeError as error:
-        raise SfdError(f"{workdir / 'demo.json'} is damaged ({error}); remove it to have the stages looked at anew") from error
+        raise SfdError(
+            f"{workdir / 'demo.json'} is damaged ({error}); remove it to have the stages looked at anew"
+        ) from error
 
 
 def peak_memory_gib() -> float:
     """Return the largest resident size of this process so far, in GiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
-
