@@ -25,6 +25,18 @@ MAY_IMPORT = {
     "convert": {"latents", "models"},
     "parity": {"latents", "models", "diffusion", "distributed", "training", "generation", "evaluation", "convert"},
     "pod": {"latents", "models", "data", "distributed", "training", "generation", "evaluation"},
+    "experiment": {
+        "latents",
+        "models",
+        "diffusion",
+        "data",
+        "distributed",
+        "training",
+        "generation",
+        "evaluation",
+        "convert",
+        "pod",
+    },
     "cli": {
         "latents",
         "models",
@@ -37,6 +49,7 @@ MAY_IMPORT = {
         "convert",
         "parity",
         "pod",
+        "experiment",
     },
 }
 HEAVY = ("torch", "tensorflow", "matplotlib", "sklearn", "tensorflow_datasets", "clu.metric_writers")

@@ -7,12 +7,12 @@ import dataclasses
 import pytest
 
 from sfd_jax.cli import flags as cli_flags
-from sfd_jax.cli.flags import load_config
 from sfd_jax.cli.main import DOORS, main
 from sfd_jax.diffusion.clocks import FixedOffset
 from sfd_jax.diffusion.losses import LossConfig
 from sfd_jax.diffusion.sampling import SolverConfig
 from sfd_jax.errors import SfdError
+from sfd_jax.experiment.config_files import load_config
 from sfd_jax.generation import SampleConfig
 from sfd_jax.latents import LatentLayout
 from sfd_jax.models.dinov2 import DINOV2_SIZES, DinoV2Config

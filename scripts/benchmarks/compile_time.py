@@ -15,7 +15,7 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_enable_compilation_cache", False)
 
 from sfd_jax.cli import compile_pod  # noqa: E402
-from sfd_jax.cli.flags import load_config  # noqa: E402
+from sfd_jax.experiment.config_files import load_config  # noqa: E402
 from sfd_jax.pod import Topology, topology_devices  # noqa: E402
 from sfd_jax.pod.report import machine, timed  # noqa: E402
 

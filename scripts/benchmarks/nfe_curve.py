@@ -54,11 +54,11 @@ class Judge:
     def __init__(self, folder: Path, guidance: str, images: int):
         from sfd_jax.cli.demo import judge
         from sfd_jax.cli.demo.stages import Demo
-        from sfd_jax.cli.flags import load_config
         from sfd_jax.data.digits import digits_8x8
         from sfd_jax.evaluation.evaluate import gather
         from sfd_jax.evaluation.features import Extractor, class_token
         from sfd_jax.evaluation.image_sets import image_set_of
+        from sfd_jax.experiment.config_files import load_config
         from sfd_jax.training import load_params
 
         self.demo = Demo(load_config("configs/digits.py"), folder)

@@ -50,12 +50,12 @@ def main() -> int:
 
 def run(source: str, args, out: Path) -> dict:
     """Train and judge one source; returns the demo's metrics of its samples."""
-    from sfd_jax.cli.build import layout_from_config, task_from_config
     from sfd_jax.cli.demo import results, stages
-    from sfd_jax.cli.flags import load_config
-    from sfd_jax.cli.repa import open_targets
     from sfd_jax.data.latent_store import LatentStore
     from sfd_jax.data.pipeline import latent_transform
+    from sfd_jax.experiment.build import layout_from_config, task_from_config
+    from sfd_jax.experiment.config_files import load_config
+    from sfd_jax.experiment.targets import open_targets
 
     folder = out / source
     folder.mkdir(parents=True, exist_ok=True)

@@ -23,8 +23,9 @@ that ends by its data, as dopri5's does, is counted once: what is said then is t
 import json
 from pathlib import Path
 
-from sfd_jax.cli.flags import door_parser, load_config, local_path, parse_door
+from sfd_jax.cli.flags import door_parser, local_path, parse_door
 from sfd_jax.errors import SfdError
+from sfd_jax.experiment.config_files import load_config
 from sfd_jax.ranges import Only
 
 WHAT = ("train", "sample", "decode", "extract", "inception")
@@ -97,10 +98,10 @@ def measure_program(args, what: str):
 
 
 def _train(args, devices):
-    from sfd_jax.cli.build import layout_from_config, task_from_config, train_config
-    from sfd_jax.cli.repa import REPA_SOURCES
     from sfd_jax.distributed import make_mesh
     from sfd_jax.errors import nearest
+    from sfd_jax.experiment.build import layout_from_config, task_from_config, train_config
+    from sfd_jax.experiment.targets import REPA_SOURCES
     from sfd_jax.pod import programs
 
     config, train, layout = args.config, train_config(args.config), layout_from_config(args.config)
@@ -126,8 +127,8 @@ def _decode(args, devices):
 
 
 def _sampler(args, devices, decoding: bool):
-    from sfd_jax.cli.build import diffusion_settings, layout_from_config, network_from_config
     from sfd_jax.distributed import make_mesh
+    from sfd_jax.experiment.build import diffusion_settings, layout_from_config, network_from_config
     from sfd_jax.generation import SampleConfig
     from sfd_jax.pod import programs
 
@@ -153,8 +154,8 @@ def _sampler(args, devices, decoding: bool):
 
 
 def _extract(args, devices):
-    from sfd_jax.cli.build import layout_from_config
     from sfd_jax.distributed import make_mesh
+    from sfd_jax.experiment.build import layout_from_config
     from sfd_jax.pod import programs
 
     layout, grid = layout_from_config(args.config), args.config.model.input_size
@@ -167,8 +168,8 @@ def _extract(args, devices):
 
 
 def _inception(args, devices):
-    from sfd_jax.cli.build import layout_from_config
     from sfd_jax.distributed import make_mesh
+    from sfd_jax.experiment.build import layout_from_config
     from sfd_jax.pod import programs
 
     vae = programs.texture_vae(layout_from_config(args.config))

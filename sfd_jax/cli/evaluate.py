@@ -20,15 +20,9 @@ import json
 from pathlib import Path
 
 from sfd_jax.cli.flags import door_parser, local_path, parse_door, path
-from sfd_jax.cli.sampling_flags import (
-    ONLY_SAMPLING,
-    SAMPLING_RULES,
-    add_sampling_flags,
-    load_checkpoint,
-    open_sampler,
-    sample_config,
-)
+from sfd_jax.cli.sampling_flags import ONLY_SAMPLING, SAMPLING_RULES, add_sampling_flags
 from sfd_jax.errors import Faults, SfdError, nearest
+from sfd_jax.experiment.sampling import load_checkpoint, open_sampler, sample_config
 from sfd_jax.files import write_new
 from sfd_jax.ranges import Only
 

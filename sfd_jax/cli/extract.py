@@ -155,8 +155,8 @@ def _extract(args) -> int:
 
 def _encoder(args):
     """Return the encoder, its parameters, and which checkpoints they are from."""
-    from sfd_jax.cli.sampling_flags import load_checkpoint
     from sfd_jax.distributed import hosts
+    from sfd_jax.experiment.sampling import load_checkpoint
     from sfd_jax.latents import other_makers
     from sfd_jax.models import network_of
     from sfd_jax.models.fingerprint import params_hash

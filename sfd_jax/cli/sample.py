@@ -12,7 +12,8 @@ batch, as released; there batch and chunk sizes are part of the recipe).
 """
 
 from sfd_jax.cli.flags import door_parser, local_path, parse_door
-from sfd_jax.cli.sampling_flags import SAMPLING_RULES, add_sampling_flags, open_sampler, sample_config
+from sfd_jax.cli.sampling_flags import SAMPLING_RULES, add_sampling_flags
+from sfd_jax.experiment.sampling import open_sampler, sample_config
 
 
 def main(argv: list[str]) -> int:

@@ -27,11 +27,11 @@ def main(argv: list[str]) -> int:
     args = parse_door(parser, argv, config="configs/semantic_vae.py", pending=found)
     config = args.config
 
-    from sfd_jax.cli.build import from_group, train_config
-    from sfd_jax.cli.train import check_run, run
     from sfd_jax.data.checks import check_labels
     from sfd_jax.data.pipeline import feature_transform, pixel_transform
     from sfd_jax.data.published import open_latents
+    from sfd_jax.experiment.build import from_group, train_config
+    from sfd_jax.experiment.run import check_run, run
     from sfd_jax.latents import other_makers
     from sfd_jax.models import Network
     from sfd_jax.models.fingerprint import params_hash
@@ -99,8 +99,8 @@ def _visual(latents) -> dict[str, str]:
 
 def _open_images(config):
     """Return images to train on, held-out ones or None, and what makes features of them."""
-    from sfd_jax.cli.repa import open_frozen
     from sfd_jax.data.images import open_images
+    from sfd_jax.experiment.targets import open_frozen
     from sfd_jax.models.latent_encoder import VisualEncoder
     from sfd_jax.training.frozen_features import online_features
 

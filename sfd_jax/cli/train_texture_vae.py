@@ -25,10 +25,10 @@ def main(argv: list[str]) -> int:
     args = parse_door(parser, argv, config="configs/texture_vae.py", pending=found)
     config, data = args.config, args.config.data
 
-    from sfd_jax.cli.build import from_group, train_config
-    from sfd_jax.cli.train import check_run, run
     from sfd_jax.data.images import open_images
     from sfd_jax.data.pipeline import pixel_transform
+    from sfd_jax.experiment.build import from_group, train_config
+    from sfd_jax.experiment.run import check_run, run
     from sfd_jax.models import Network
     from sfd_jax.training.texture_vae import TextureVAELoss, measure_texture_vae, texture_vae_task
 
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
         if config.lpips and not config.loss.perceptual_weight:
             raise SfdError("lpips has no effect with loss.perceptual_weight=0: leave one of them out")
         if config.lpips:
-            from sfd_jax.cli.repa import open_frozen
+            from sfd_jax.experiment.targets import open_frozen
 
             lpips, frozen = open_frozen(config.lpips, "lpips", config.model.compute_dtype)
             perceptual = lambda ours, theirs, params: lpips.apply(params, ours, theirs)

@@ -97,7 +97,7 @@ class SampleConfig:
         """Take the fields from a config's `sample` group (a mapping), which may hold others too.
 
         A group says what to take with every solver and kind of guidance; of what its own have no use for, the
-        default is taken. (Overrides without effect are refused by `cli.flags.load_config`.)
+        default is taken. (Overrides without effect are refused by `experiment.config_files.load_config`.)
         """
         values = {field.name: group[field.name] for field in dataclasses.fields(cls)}
         values |= {name: None for name in MAY_BE_NONE if values.get(name) == -1}  # as it was written once

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-from sfd_jax.cli.flags import door_parser, load_config, parse_door
+from sfd_jax.cli.flags import door_parser, parse_door
 from sfd_jax.cli.main import DOORS, SMALLER, main, open_door
 from sfd_jax.errors import SfdError
+from sfd_jax.experiment.config_files import load_config
 
 CONFIG = "configs/sfd.py:xl,tiny"
 

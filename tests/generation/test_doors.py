@@ -13,10 +13,10 @@ import pytest
 from sfd_jax.cli import evaluate as evaluate_door
 from sfd_jax.cli import sample as sample_door
 from sfd_jax.cli.main import open_door
-from sfd_jax.cli.sampling_flags import _load_texture_vae
 from sfd_jax.distributed import make_mesh
 from sfd_jax.distributed.lock import FolderLock
 from sfd_jax.evaluation import Extractor
+from sfd_jax.experiment.sampling import _load_texture_vae
 from sfd_jax.latents import LatentStatistics
 from sfd_jax.models import Network
 from sfd_jax.models.fingerprint import params_hash

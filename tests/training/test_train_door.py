@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sfd_jax.cli.build import network_from_config, train_config
-from sfd_jax.cli.flags import load_config
 from sfd_jax.cli.main import SMALLER, open_door
 from sfd_jax.cli.train import main
 from sfd_jax.cli.train_semvae import main as train_semvae
 from sfd_jax.data.latent_store import LatentStore, LatentStoreWriter, Plan, latent_fields
+from sfd_jax.experiment.build import network_from_config, train_config
+from sfd_jax.experiment.config_files import load_config
 from sfd_jax.models import Network
 from sfd_jax.models.fingerprint import params_hash
 from sfd_jax.training import load_params, save_params

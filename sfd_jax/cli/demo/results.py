@@ -118,8 +118,8 @@ def draw_pictures(demo: Demo) -> dict:
 
 
 def _draw_stages(demo: Demo, label: int = 3) -> None:
-    from sfd_jax.cli.build import diffusion_settings, layout_from_config
     from sfd_jax.data.latent_store import LatentStore
+    from sfd_jax.experiment.build import diffusion_settings, layout_from_config
 
     sampler = open_sampler(demo)
     clocks = diffusion_settings(demo.config.diffusion)["clocks"]

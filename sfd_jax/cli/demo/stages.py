@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from sfd_jax.cli.build import diffusion_settings, layout_from_config, network_from_config, train_config
 from sfd_jax.data.extract import extract
 from sfd_jax.data.images import ImageSource, open_images
 from sfd_jax.data.latent_store import LatentStore
 from sfd_jax.data.pipeline import latent_transform, make_batches, pixel_transform
 from sfd_jax.distributed import make_mesh
+from sfd_jax.experiment.build import diffusion_settings, layout_from_config, network_from_config, train_config
 from sfd_jax.models import Network
 from sfd_jax.models.fingerprint import params_hash
 from sfd_jax.models.latent_encoder import LatentEncoder, VisualEncoder, to_float

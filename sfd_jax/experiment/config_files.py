@@ -1,0 +1,168 @@
+"""Config files: found, loaded, overridden by `--config.a.b=value`, and checked, all faults together.
+
+An unknown key or a value of the wrong type stops with the nearest valid name.
+"""
+
+from pathlib import Path
+
+import ml_collections
+from absl import flags as absl_flags
+from ml_collections import config_flags
+
+from sfd_jax import ranges
+from sfd_jax.errors import Faults, SfdError, nearest
+from sfd_jax.files import user_path
+
+# What tells a config file of one command from those of others: the command, keys that only its files have, an example.
+KINDS = (
+    ("demo", ("texture_vae", "encoder", "diffusion"), "configs/digits.py"),
+    ("train", ("latents", "clocks"), "configs/sfd.py:xl"),
+    ("train_texture_vae", ("lpips",), "configs/texture_vae.py"),
+    ("train_semvae", ("model.bottleneck_dim",), "configs/semantic_vae.py"),
+)
+# Keys of configs that hold paths.
+PATHS = ("path", "held_out_path", "semantic_vae", "visual_encoder", "lpips")
+
+
+def find_config(path: str) -> Path:
+    """Return the config file: as given, else relative to the repository that holds this package."""
+    for candidate in (Path(path).expanduser(), Path(__file__).resolve().parents[2] / path):
+        if candidate.is_file():
+            return candidate
+    raise SfdError(f"no config file '{path}' here or beside the package; configs live in configs/")
+
+
+def load_config(
+    name: str, overrides: list[str] = (), like: str | None = None, pending: Faults | None = None
+) -> ml_collections.ConfigDict:
+    """Load `path.py[:argument]` and apply `--config.a.b=value` overrides.
+
+    Args:
+      name: the file and its argument.
+      overrides: "--config.a.b=value" each; the value None sets back what may be None or is by default empty.
+      like: a config file of the kind that is wanted; None takes any.
+      pending: as in `parse_door`.
+
+    Raises:
+      SfdError: a config of another kind, unknown key (with the nearest valid one), wrong type, a number outside its
+        range, a path that is none, an override without effect, unknown argument, or no file. All are named.
+    """
+    path, _, argument = name.partition(":")
+    file = str(find_config(path)) + (f":{argument}" if argument else "")
+    base, found, values, nones = _parse(file, []), Faults(), {}, []
+    if like is not None:
+        _check_kind(base, name, like)
+    for flag in overrides:
+        key, equals, value = flag.lstrip("-").removeprefix("config.").partition("=")
+        with found:
+            if not equals:
+                raise SfdError(f"write {flag}=VALUE: a config override needs an equals sign")
+            if _check_value(base, key, value, name):
+                nones.append(key)
+            else:
+                values[key] = flag
+    with found:
+        config = _parse(file, list(values.values()))
+        sentinels = [f"sample.{name}" for name in ranges.MAY_BE_NONE if config.get("sample", {}).get(name) == -1]
+        for key in {*nones, *sentinels} - set(values):  # -1 is how configs said None once
+            _set(config, key)
+        told = found if pending is None else pending
+        told += ranges.faults(config.to_dict())
+        _check_rules(config, set(values), told)
+        _read_paths(config, "", told)
+    if found and pending is not None:
+        found += pending
+    found.stop()
+    return config
+
+
+def _check_kind(config: ml_collections.ConfigDict, name: str, like: str) -> None:
+    """Raise SfdError where a config is of another kind than the file `like`."""
+    has = lambda key: key in config if "." not in key else key.split(".")[1] in config.get(key.split(".")[0], {})
+    kind = next((kind for kind in KINDS if all(map(has, kind[1]))), None)
+    [wanted] = [kind for kind in KINDS if kind[2].partition(":")[0] == like.partition(":")[0]]
+    if kind is None:
+        lacks = ", ".join(key for key in wanted[1] if not has(key))
+        raise SfdError(f"config {name} lacks {lacks}: take one like {wanted[2]}")
+    if kind != wanted:
+        raise SfdError(f"config {name} is for `sfd {kind[0]}`; this command takes one like --config={wanted[2]}")
+
+
+def _check_rules(config: ml_collections.ConfigDict, given: set[str], found: Faults) -> None:
+    """Add the overrides that have no effect."""
+    for group in sorted({key.rpartition(".")[0] for key in given}):
+        node, path = config, "--config."
+        groups = {name: value for name, value in config.items() if isinstance(value, ml_collections.ConfigDict)}
+        values = {f"{name}.{key}": value for name, node_ in groups.items() for key, value in node_.items()}
+        spelled = {name: path + name for name in values}
+        for part in (*group.split("."), None):
+            values |= node  # what stands in the groups around it counts as well
+            spelled |= {name: path + name for name in node}
+            if part:
+                node, path = node[part], f"{path}{part}."
+        names = {key.rpartition(".")[2] for key in given if key.rpartition(".")[0] == group}
+        rules = ranges.RULES.get(group.rpartition(".")[2], ())
+        found += ranges.useless(rules, values, names, spelled.__getitem__).values()
+
+
+def _read_paths(config: ml_collections.ConfigDict, prefix: str, found: Faults) -> None:
+    """Expand the paths of a config in place."""
+    for name, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            _read_paths(value, f"{prefix}{name}.", found)
+        elif name in PATHS and isinstance(value, str) and value:
+            try:
+                config[name] = user_path(value, local=name.endswith("path"))
+            except SfdError as error:
+                found.append(f"{prefix}{name}: {error}")
+
+
+def _set(config: ml_collections.ConfigDict, key: str) -> None:
+    """Set a value back to None, or to an empty string where it is one."""
+    *groups, name = key.split(".")
+    for group in groups:
+        config = config[group]
+    with config.ignore_type():
+        config[name] = "" if isinstance(config[name], str) else None
+
+
+def _parse(file: str, overrides: list[str]) -> ml_collections.ConfigDict:
+    argv = ["sfd", f"--config={file}", *overrides]
+    values = absl_flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+        return values.config
+    except (absl_flags.Error, TypeError, ValueError, AttributeError, KeyError) as error:
+        # config_flags puts the traceback of the config file into its message: the last line says it.
+        reason = str(error).strip().splitlines()[-1]
+        raise SfdError(f"config {file}: {reason}") from error
+
+
+def _check_value(config: ml_collections.ConfigDict, key: str, value: str, name: str) -> bool:
+    """Raise SfdError where `key` is not in the config, or `value` does not read as its type; tell if it is None."""
+    node, walked = config, []
+    for part in key.split("."):
+        if not isinstance(node, ml_collections.ConfigDict):
+            raise SfdError(f"config {name} has no key '{key}': '{'.'.join(walked)}' is a value, not a group")
+        field = part.split("[")[0]
+        if field not in node:
+            here = ".".join(walked) or "the top level"
+            raise SfdError(f"config {name} has no key '{key}': {here} has no '{field}'; {nearest(field, node)}")
+        node = node[field]
+        walked.append(part)
+    if isinstance(node, ml_collections.ConfigDict):
+        raise SfdError(f"config {name}: '{key}' is a group; set one of its keys: {', '.join(node)}")
+    if value == "None" and (node in (None, "") or field in ranges.MAY_BE_NONE):
+        return True
+    if type(node) in (int, float):
+        try:
+            type(node)(value)
+        except ValueError:
+            raise SfdError(
+                f"config {name}: '{key}' takes {_ARTICLE[type(node)]}, as its default {node!r} is; got '{value}'"
+            ) from None
+    return False
+
+
+_ARTICLE = {int: "an integer", float: "a number"}

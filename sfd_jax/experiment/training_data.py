@@ -1,0 +1,102 @@
+"""The latents that a run trains on, and whether they are those that its config and --init say."""
+
+import contextlib
+
+from sfd_jax.errors import Faults, SfdError
+from sfd_jax.files import must_be_local
+
+
+def open_source(path: str, *, repa: bool):
+    """Open the latents to train on, with their statistics.
+
+    Raises:
+      SfdError: no path, no latents there, or released shards without their statistics.
+    """
+    from sfd_jax.convert.weight_files import read_statistics
+    from sfd_jax.data.published import open_latents
+
+    must_be_local("--config.data.path", path)
+    if not path:
+        raise SfdError("say where the latents are: --config.data.path=FOLDER, made by `sfd extract`")
+    return open_latents(path, repa=repa, read_statistics=read_statistics)
+
+
+def check_data(config, source, found: Faults, *, repa: bool) -> None:
+    """Add to `found` where the latents are not those that the config says, with the flags that make them fit.
+
+    Args:
+      config: of the run.
+      source: the latents.
+      found: gets the faults.
+      repa: stored features are wanted.
+
+    Raises:
+      SfdError: a record cannot be read.
+    """
+    statistics, latents = source.statistics, config.latents
+    texture, semantic = statistics.texture_mean.size, statistics.semantic_mean.size
+    if (texture, semantic) != (latents.texture_channels, latents.semantic_channels):
+        found.append(
+            f"the latents have {texture} texture and {semantic} semantic channels, but latents.texture_channels="
+            f"{latents.texture_channels} and latents.semantic_channels={latents.semantic_channels}: "
+            f"--config.latents.texture_channels={texture} --config.latents.semantic_channels={semantic}"
+        )
+    if config.data.flips and not (source.flips if hasattr(source, "flips") else source.orientations == 2):
+        found.append("the latents hold no mirrored images, which data.flips=True needs: --config.data.flips=False")
+    record, size = source[0], config.model.input_size
+    grid, features = record["texture"].shape[0], record.get("repa_features")
+    if grid != size:
+        found.append(f"the latents are {grid} x {grid}, but model.input_size={size}: --config.model.input_size={grid}")
+    if repa and features is None:
+        with contextlib.suppress(SfdError):  # released shards read them where they are asked for
+            features = open_source(config.data.path, repa=True)[0].get("repa_features")
+    if repa and features is None:
+        found.append(
+            f"the latents hold no visual features, which loss.repa_weight={config.loss.repa_weight:g} with "
+            "data.repa_source=stored needs: extract them with `sfd extract --repa`, make them while training (docs/repa.md), "
+            "or train without REPA: --config.model.repa_features=0 --config.loss.repa_weight=0"
+        )
+    elif repa and features.shape[-1] != config.model.repa_features > 0:
+        found.append(
+            f"the latents' visual features are {features.shape[-1]} wide, but model.repa_features="
+            f"{config.model.repa_features}: --config.model.repa_features={features.shape[-1]}"
+        )
+
+
+def unused_classes(num_classes: int, source) -> list[str]:
+    """Return a sentence where some of the network's classes have no data."""
+    known = source.label_counts() or source.class_names or ()
+    if missing := num_classes - len(known):
+        return [
+            f"model.num_classes={num_classes}, but the data have images of {len(known)} classes: the embeddings of the "
+            f"other {missing} are never trained, and sampling refuses those labels"
+        ]
+    return []
+
+
+def check_init(path: str, network, source) -> list[str]:
+    """Return sentences on what sets the checkpoint of --init apart from this run; the latents it was trained on.
+
+    Raises:
+      SfdError: it is of another network.
+    """
+    from sfd_jax.distributed import start
+    from sfd_jax.latents import LatentStatistics, other_makers
+    from sfd_jax.models import network_of
+    from sfd_jax.training import load_metadata
+    from sfd_jax.training.optimizer import average_notes
+
+    start()  # Orbax asks JAX for its devices
+    metadata = {**load_metadata(path), "given_as": f"--init={path}"}
+    network_of(metadata, network.name)
+    notes = [
+        f"--init={path} was trained on latents of another {line}"
+        for line in other_makers(metadata.get("latents"), source.origin)
+    ] + average_notes(metadata)
+    told = metadata.get("latent_statistics")
+    if told and not LatentStatistics.from_dict(told).same_scale(source.statistics):
+        notes.append(f"--init={path} was trained with other latent statistics than these latents have")
+    names = metadata.get("class_names"), source.class_names
+    if None not in names and names[0] != names[1]:
+        notes.append(f"--init={path} was trained with other class names: its labels begin as those of other classes")
+    return notes
