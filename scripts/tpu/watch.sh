@@ -6,9 +6,10 @@
 #   watch.sh --tpu-name=sfd --zone=us-west4-a --project=PROJECT --accelerator-type=v5litepod-16 --spot -- \
 #       train --config=configs/sfd.py:xl --workdir=gs://bucket/runs/xl --config.data.path=/mnt/latents
 #
-# Ends with 0 once all workers ended with 0. Status 75 of a door means "told to leave, saved" or "another host is
-# gone", 134, 137 and 143 that it was aborted or killed: these start again. Anything else is a fault that a new start
-# does not mend: watch shows the logs' ends and stops with that status; started again after that, it tries once more.
+# Ends with 0 once all workers ended with 0. Status 75 of a command means "told to leave, saved" or "another host did
+# not come", 134 that JAX ended it since another host is gone, 137 and 143 that it was killed: these start again.
+# Anything else is a fault that a new start does not fix: watch shows the logs' ends and stops with that status; started
+# again after that, it tries once more.
 # It stops, too, after too many starts in a row none of which ran for long.
 #
 #   --accelerator-type, --topology, --runtime-version, --spot, --create-flag: see create.sh; --job, --env: see launch.sh

@@ -129,10 +129,8 @@ def barrier(name: str, timeout: float = 300.0) -> None:
     except jax.errors.JaxRuntimeError as error:
         listed = str(error).partition("timed out task names:")[2]
         absent = ", ".join(f"process {index}" for index in re.findall(r"(?m)^(?:/.*task:)?(\d+)$", listed))
-        raise TryAgain(
-            f"barrier '{name}': {absent or 'a process (which, JAX does not say)'} did not arrive within {timeout:.0f} "
-            f"s; look at its log, then start all processes again. {'' if absent else error}"
-        ) from error
+        what = f"{absent} did not arrive within {timeout:.0f} s; look at its log" if absent else str(error)
+        raise TryAgain(f"barrier '{name}': {what}; start all processes again") from error
 
 
 class Preemption:
@@ -142,7 +140,9 @@ class Preemption:
 
     def shall_leave(self, step: int) -> bool:
         """Return whether to save and leave after this step; all processes get the same answer at the same step."""
-        return multihost_utils.reached_preemption_sync_point(step) if _several() else self._told
+        if not _several():
+            return self._told
+        return jax.config.jax_enable_preemption_service and multihost_utils.reached_preemption_sync_point(step)
 
 
 @contextlib.contextmanager

@@ -88,7 +88,10 @@ def two():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda facts: facts["config"]["train"].update(steps=5), r"differs from .* config.train.steps: there 4, here 5"),
+        (
+            lambda facts: facts["config"]["train"].update(steps=5),
+            r"differs from .* config.train.steps: there 4, here 5",
+        ),
         (lambda facts: facts.update(images=19), "images: there 20, here 19"),
         (lambda facts: facts["versions"].update(jax="0.1"), r"versions.jax: there .*, here \"0.1\""),
         (lambda facts: facts.update({"sources of sfd_jax": "x"}), r"sources of sfd_jax: there \"0.1.0, .*, here \"x\""),

@@ -5,17 +5,15 @@ must save train; the others count together.
 """
 
 import json
-import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from job_testing import launch
 from toy_job import fit_toy
 
 from sfd_jax.distributed import make_mesh, sharding
@@ -44,25 +42,17 @@ class Ended:
     """A job that has ended: statuses and what its processes printed."""
 
     def __init__(self, folder: Path, what: str, indices: tuple, count: int, variables: dict, of_1: dict):
-        self.folder, self.processes, self.logs = folder, {}, {}
         folder.mkdir()
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        # JAX's heartbeats come from threads of C++, so a loaded machine does not stop them.
-        common = {"RUN": str(folder / "run"), "SFD_PEER_TIMEOUT": "15", "SFD_START_TIMEOUT": "150"}
-        for index in indices:
-            own = {
-                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-                "JAX_NUM_PROCESSES": str(count),
-                "JAX_PROCESS_ID": str(index),
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // count}",
-            }
-            environment = {**os.environ, **common, **own, **variables, **(of_1 if index == 1 else {})}
-            self.logs[index] = folder / f"log{index}"
-            command = [sys.executable, str(Path(__file__).with_name("toy_job.py")), what]
-            with self.logs[index].open("w") as log:
-                self.processes[index] = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        self.folder, log = folder, lambda index: folder / f"log{index}"
+        environment = {"RUN": str(folder / "run"), **variables}
+        self.processes = launch(
+            [Path(__file__).with_name("toy_job.py"), what],
+            count,
+            indices=indices,
+            variables=lambda index: environment | (of_1 if index == 1 else {}),
+            log=log,
+        )
+        self.logs = {index: log(index) for index in indices}
 
     def wait(self, deadline: float) -> None:
         for process in self.processes.values():

@@ -94,4 +94,5 @@ if __name__ == "__main__":
     from sfd_jax.distributed import sharding
 
     sharding.MIN_ELEMENTS = 1  # else nothing of this size would be split
+    sys.modules["torch"] = None  # tensorboardX would import it, for seconds
     sys.exit(open_door({"count": count_together, "train": train}[sys.argv[1]], sys.argv[1], []))
