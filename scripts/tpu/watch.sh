@@ -132,7 +132,7 @@ another() {
 
 give_up() {
     die 1 "$1, and $ATTEMPTS attempts in a row came to nothing. The slice may still be there and cost: look at the \
-logs ($HERE/logs.sh --job=$JOB --tail=50), then mend it and run this again, or delete it ($HERE/delete.sh)"
+logs ($HERE/logs.sh --job=$JOB --tail=50), then fix it and run this again, or delete it ($HERE/delete.sh)"
 }
 
 # tried WHAT COMMAND...: a step that failed is no end; the next survey sees what came of it.
@@ -200,8 +200,8 @@ while :; do
                 continue
             fi
             bash "$HERE/logs.sh" --tail=20 || true
-            die "$FAULT" "job $JOB ended with status $FAULT, which a new start does not mend; the logs' ends are above. \
-The slice is still there and costs: mend it and run this again, or delete it ($HERE/delete.sh)"
+            die "$FAULT" "job $JOB ended with status $FAULT, which a new start does not fix; the logs' ends are above. \
+The slice is still there and costs: fix it and run this again, or delete it ($HERE/delete.sh)"
             ;;
         done)
             say "job $JOB is done on all $WORKERS workers"

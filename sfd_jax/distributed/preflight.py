@@ -62,8 +62,7 @@ def compare(job: Job) -> None:
         told = _exchange({"host": socket.gethostname(), "probe": probe, "faults": faults, "facts": facts_of(job)})
         clocks = _exchange(time.time())  # all leave the exchange before at the same time
         check_facts(told, [clock - clocks[0] for clock in clocks])
-        unseen = _exchange(_look_for_others(job, told, index))
-        refuse_hosts(told, unseen)
+        refuse_hosts(told, _exchange(_look_for_host0(job, told[0]["probe"])))
     finally:
         if probe:
             _probe(job, index, probe).unlink(missing_ok=True)
@@ -124,19 +123,17 @@ def _look_for_needs(job: Job, index: int) -> tuple[str | None, list[str]]:
     return probe, faults
 
 
-def _look_for_others(job: Job, told: list[dict], index: int, patience: float = 20.0) -> list[str]:
-    """Look in the folder for what others have left there: process 0 for all, the others for what 0 has left."""
-    others = (range(1, len(told)) if index == 0 else [0]) if job.shared else ()
-    wanted = {other: _probe(job, other, told[other]["probe"]) for other in others if told[other]["probe"]}
+def _look_for_host0(job: Job, token: str | None, patience: float = 20.0) -> list[str]:
+    """Look in the folder for what process 0 has left there; returns faults."""
     deadline = time.monotonic() + patience  # a network disk shows another host's file a little later
-    while wanted and time.monotonic() < deadline:
-        wanted = {other: path for other, path in wanted.items() if not path.exists()}
-        time.sleep(0.2 if wanted else 0.0)
-    return [
-        f"does not see in {job.folder} what process {other} wrote there: it must be one folder for all hosts, on a "
-        "network disk or gs://"
-        for other in wanted
-    ]
+    while job.shared and token and not _probe(job, 0, token).exists():
+        if time.monotonic() > deadline:
+            return [
+                f"does not see in {job.folder} what process 0 wrote there: it must be one folder for all hosts, on a "
+                "network disk or gs://"
+            ]
+        time.sleep(0.2)
+    return []
 
 
 def _probe(job: Job, index: int, token: str) -> epath.Path:

@@ -124,10 +124,10 @@ def test_what_each_host_must_have(tmp_path):
 
 def test_one_folder_for_all(tmp_path):
     jobs = [Job(folder=tmp_path / name) for name in ("a", "a", "b")]
-    told = [{"probe": preflight._look_for_needs(job, index)[0]} for index, job in enumerate(jobs)]
-    look = lambda index: preflight._look_for_others(jobs[index], told, index, patience=0.3)
-    assert "process 2" in look(0)[0] and "one folder for all hosts" in look(0)[0] and len(look(0)) == 1
-    assert look(1) == [] and "what process 0" in look(2)[0]
+    token, _ = preflight._look_for_needs(jobs[0], 0)
+    faults = [preflight._look_for_host0(job, token, patience=0.3) for job in jobs]
+    assert faults[:2] == [[], []] and "one folder for all hosts" in faults[2][0]
+    assert preflight._look_for_host0(Job(folder=tmp_path / "b", shared=False), token, patience=0.3) == []
 
 
 # --- SIGTERM ---------------------------------------------------------------------------------------------------
