@@ -71,6 +71,12 @@ def main(argv: list[str]) -> int:
     return open_door(lambda arguments: importlib.import_module(f"sfd_jax.cli.{door}").main(arguments), door, arguments)
 
 
+class Terminated(KeyboardInterrupt):
+    """Report SIGTERM, past all that handles mere errors."""
+
+    status = TryAgain.status
+
+
 def open_door(door_main, name: str, arguments: list[str]) -> int:
     """Run one command and return its exit status.
 
@@ -94,11 +100,13 @@ def _status(door_main, name: str, arguments: list[str]) -> int:
     except SfdError as error:
         tell(error)
         return error.status
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        told = isinstance(error, Terminated)
         with contextlib.suppress(ValueError):  # not the main thread
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only disturb the end
-        tell("interrupted; run the same command again to go on")
-        return 130
+            # A second one would only disturb the end.
+            signal.signal(signal.SIGTERM if told else signal.SIGINT, signal.SIG_IGN)
+        tell(f"{'told to leave by SIGTERM' if told else 'interrupted'}; run the same command again to go on")
+        return Terminated.status if told else 130
     except SystemExit:  # `--help`, or a SIGTERM that all hosts have heeded
         _leave_hosts(0)
         raise
@@ -128,18 +136,18 @@ def _leave_hosts(status: int, error: Exception | None = None) -> int:
 
 @contextlib.contextmanager
 def _signals_are_heard() -> Iterator[None]:
-    """Let SIGTERM raise, as Ctrl-C does; send a Ctrl-C again that came where no exception leaves (a finalizer)."""
+    """Let SIGTERM raise, as Ctrl-C does; send one again that came where no exception leaves (a finalizer)."""
     hook = sys.unraisablehook
 
     def again(report) -> None:
-        if report.exc_type is not KeyboardInterrupt:
+        if not issubclass(report.exc_type, KeyboardInterrupt):
             hook(report)
         else:
-            threading.Timer(0.1, _thread.interrupt_main).start()
+            number = signal.SIGTERM if issubclass(report.exc_type, Terminated) else signal.SIGINT
+            threading.Timer(0.1, _thread.interrupt_main, [number]).start()
 
     def leave(*_) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would only disturb the end
-        raise TryAgain("told to leave by SIGTERM; what is saved stays, the same command goes on")
+        raise Terminated
 
     sys.unraisablehook, before = again, None
     if threading.current_thread() is threading.main_thread():

@@ -23,7 +23,7 @@ import threading
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 from etils import epath
@@ -133,29 +133,22 @@ def barrier(name: str, timeout: float = 300.0) -> None:
         raise TryAgain(f"barrier '{name}': {what}; start all processes again") from error
 
 
-class Preemption:
-    """Whether the work shall save and leave; see `preemption_watch`."""
-
-    _told = False
-
-    def shall_leave(self, step: int) -> bool:
-        """Return whether to save and leave after this step; all processes get the same answer at the same step."""
-        if not _several():
-            return self._told
-        return jax.config.jax_enable_preemption_service and multihost_utils.reached_preemption_sync_point(step)
-
-
 @contextlib.contextmanager
-def preemption_watch() -> Iterator[Preemption]:
-    """Note SIGTERM instead of ending; yields what is to be asked after each step.
+def preemption_watch() -> Iterator[Callable[[int], bool]]:
+    """Note SIGTERM instead of ending; yields `shall_leave`, to be asked after each step.
 
-    Among several processes JAX's preemption service notes it, from the start of a job that `saves`.
+    `shall_leave(step)` tells whether to save and leave after this step: to all processes the same at the same step.
+    Among several JAX's preemption service hears the signal, from the start of a job that `saves`.
     """
-    preemption, before = Preemption(), None
-    if not _several() and threading.current_thread() is threading.main_thread():
-        before = signal.signal(signal.SIGTERM, lambda *_: setattr(preemption, "_told", True))
+    if _several():
+        heard = jax.config.jax_enable_preemption_service
+        yield multihost_utils.reached_preemption_sync_point if heard else lambda _: False
+        return
+    told, before = [], None
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGTERM, lambda *_: told.append(True))
     try:
-        yield preemption
+        yield lambda _: bool(told)
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)

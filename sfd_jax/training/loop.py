@@ -114,7 +114,7 @@ def _fit(lock, task, batches, config, workdir, mesh, seed, metadata, params, eva
         with (
             Heartbeat(workdir, "train") as heartbeat,
             MetricsLog(workdir, first) as log,
-            preemption_watch() as preemption,
+            preemption_watch() as shall_leave,
             _bar(task.name, first, config.steps, progress) as bar,
         ):
             iterator, total, logged, clock = batches(first), None, first, time.monotonic()
@@ -137,7 +137,7 @@ def _fit(lock, task, batches, config, workdir, mesh, seed, metadata, params, eva
                 heartbeat.at(step - 1)
                 bar.update()
 
-                leave = preemption.shall_leave(step)
+                leave = shall_leave(step)
                 save_now = leave or step == config.steps or step % config.checkpoint_every == 0
                 if not (save_now or step % config.log_every == 0):
                     continue

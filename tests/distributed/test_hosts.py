@@ -3,6 +3,7 @@
 test_trouble.py does the same with processes that are killed and signalled.
 """
 
+import contextlib
 import copy
 import json
 import os
@@ -137,11 +138,13 @@ def test_sigterm_ends_work_that_has_nothing_to_save(capsys):
     before = signal.getsignal(signal.SIGTERM)
 
     def command(_):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(10)
+        with contextlib.suppress(Exception):  # as there are, around a bucket's client
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        return 1
 
     assert open_door(command, "sample", []) == TryAgain.status == 75
-    assert "sfd sample: told to leave by SIGTERM; what is saved stays" in capsys.readouterr().err
+    assert "sfd sample: told to leave by SIGTERM; run the same command again" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
 
 
