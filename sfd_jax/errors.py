@@ -7,14 +7,14 @@ from collections.abc import Iterable
 class SfdError(Exception):
     """Report a fault of the input or the surroundings: names the thing and says what to do.
 
-    Every front door prints the message without a traceback and exits with `status`, 2: mend it first.
+    Every command prints the message without a traceback and exits with `status`, 2: fix it first.
     """
 
     status = 2
 
 
 class TryAgain(SfdError):
-    """Report what passes without mending: another host was missing, stopped or killed, or one was preempted.
+    """Report what passes without a fix: another host was missing, or this one was preempted.
 
     Status 75 (EX_TEMPFAIL of sysexits.h); the launch scripts start the same command again.
     """

@@ -27,6 +27,6 @@ for node in "${NODES[@]}"; do
         die 1 "the checkout could not be copied to all workers of $node; nothing was installed, run this again"
 done
 on_workers "bash sfd_worker.sh install $COMMIT" ||
-    die 1 "setup failed on a worker of $FAILED; see its message above, mend it and run this again"
+    die 1 "setup failed on a worker of $FAILED; see its message above, fix it and run this again"
 all_replied "ready $COMMIT" "setup was done"
 [ -n "$DRY_RUN" ] || say "$WORKERS workers are ready, commit ${COMMIT:0:12}"

@@ -6,9 +6,10 @@
 #   watch.sh --tpu-name=sfd --zone=us-west4-a --project=PROJECT --accelerator-type=v5litepod-16 --spot -- \
 #       train --config=configs/sfd.py:xl --workdir=gs://bucket/runs/xl --config.data.path=/mnt/latents
 #
-# Ends with 0 once all workers ended with 0. Status 75 of a door means "told to leave, saved" or "another host is
-# gone", 134, 137 and 143 that it was aborted or killed: these start again. Anything else is a fault that a new start
-# does not mend: watch shows the logs' ends and stops with that status; started again after that, it tries once more.
+# Ends with 0 once all workers ended with 0. Status 75 of a command means "told to leave, saved" or "another host did
+# not come", 134 that JAX ended it since another host is gone, 137 and 143 that it was killed: these start again.
+# Anything else is a fault that a new start does not fix: watch shows the logs' ends and stops with that status; started
+# again after that, it tries once more.
 # It stops, too, after too many starts in a row none of which ran for long.
 #
 #   --accelerator-type, --topology, --runtime-version, --spot, --create-flag: see create.sh; --job, --env: see launch.sh
@@ -131,7 +132,7 @@ another() {
 
 give_up() {
     die 1 "$1, and $ATTEMPTS attempts in a row came to nothing. The slice may still be there and cost: look at the \
-logs ($HERE/logs.sh --job=$JOB --tail=50), then mend it and run this again, or delete it ($HERE/delete.sh)"
+logs ($HERE/logs.sh --job=$JOB --tail=50), then fix it and run this again, or delete it ($HERE/delete.sh)"
 }
 
 # tried WHAT COMMAND...: a step that failed is no end; the next survey sees what came of it.
@@ -199,8 +200,8 @@ while :; do
                 continue
             fi
             bash "$HERE/logs.sh" --tail=20 || true
-            die "$FAULT" "job $JOB ended with status $FAULT, which a new start does not mend; the logs' ends are above. \
-The slice is still there and costs: mend it and run this again, or delete it ($HERE/delete.sh)"
+            die "$FAULT" "job $JOB ended with status $FAULT, which a new start does not fix; the logs' ends are above. \
+The slice is still there and costs: fix it and run this again, or delete it ($HERE/delete.sh)"
             ;;
         done)
             say "job $JOB is done on all $WORKERS workers"

@@ -282,7 +282,7 @@ def _share() -> dict:
     return {
         "host_index": jax.process_index(),
         "host_count": jax.process_count(),
-        "barrier": functools.partial(hosts.barrier, timeout=24 * 3600.0),  # the lookout knows whether the others live
+        "barrier": functools.partial(hosts.barrier, timeout=24 * 3600.0),  # JAX knows whether the others live
         "progress": None if hosts.is_host0() else False,
     }
 

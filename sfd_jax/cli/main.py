@@ -1,4 +1,4 @@
-"""`sfd <door> ...`: find the door, open it, and turn errors meant for the user into exit status 2."""
+"""`sfd <command> ...`: find the command, run it, and turn errors meant for the user into a sentence and a status."""
 
 import _thread
 import contextlib
@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sfd_jax import libtpu
-from sfd_jax.errors import SfdError, nearest
+from sfd_jax.errors import SfdError, TryAgain, nearest
 from sfd_jax.files import disk_fault
 
-# One line a door, in the order in which a project uses them.
+# One line a command, in the order in which a project uses them.
 DOORS = {
     "demo": "from real handwritten digits to new ones, on a laptop, with nothing downloaded",
     "extract": "images to latent shards with statistics",
@@ -31,7 +31,7 @@ DOORS = {
     "plan": "memory, time and storage of a training run on a TPU slice",
 }
 
-# What to do where a device's memory does not suffice; other doors are told nothing.
+# What to do where a device's memory does not suffice; other commands are told nothing.
 # What is said of training can be done on a begun run: see `FREE_KEYS` of training/record.py.
 _training = (
     "nothing saved is lost; go on with {}--config.train.accumulation=2 (or 4, 8, ...), or on more devices, with "
@@ -47,9 +47,6 @@ SMALLER = {
     "extract": "try a smaller --batch_size; shards already written are kept",
 }
 
-# Those that start on all hosts of a job.
-HOST_DOORS = ("extract", "train", "train_semvae", "train_texture_vae", "sample", "evaluate")
-
 
 def usage() -> str:
     """Return the overview that `sfd --help` prints."""
@@ -59,7 +56,7 @@ def usage() -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Open the door named by `argv[0]` with the remaining arguments and return its exit status."""
+    """Run the command named by `argv[0]` with the remaining arguments and return its exit status."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         return open_door(lambda _: print(usage()), "help", [])
     if argv[0] == "--version":
@@ -74,77 +71,94 @@ def main(argv: list[str]) -> int:
     return open_door(lambda arguments: importlib.import_module(f"sfd_jax.cli.{door}").main(arguments), door, arguments)
 
 
+class Terminated(KeyboardInterrupt):
+    """Report SIGTERM, past all that handles mere errors."""
+
+    status = TryAgain.status
+
+
 def open_door(door_main, name: str, arguments: list[str]) -> int:
-    """Run one door and return its exit status.
+    """Run one command and return its exit status.
 
     An SfdError becomes one message on stderr and its own status (2: fix it, 75: start again), a full disk one that
-    names the file, a device without enough memory one that says what to make smaller, Ctrl-C 130, a standard output that
-    nobody reads any more 0; any other broken pipe is a fault. The other hosts of a job learn of each end
-    that is none of theirs (see distributed/hosts.py).
+    names the file, a device without enough memory one that says what to make smaller, Ctrl-C 130, SIGTERM 75, a
+    standard output that nobody reads any more 0; any other broken pipe is a fault. A process of several that ends with
+    a fault does not return (see distributed/hosts.py).
     """
     keep_compilations()
     libtpu.hush()
-    with _ctrl_c_is_heard():
-        return _open_door(door_main, name, arguments)
+    with _signals_are_heard():
+        return _leave_hosts(_status(door_main, name, arguments))
 
 
-def _open_door(door_main, name: str, arguments: list[str]) -> int:
+def _status(door_main, name: str, arguments: list[str]) -> int:
+    tell = lambda message: print(f"sfd {name}: {message}", file=sys.stderr, flush=True)
     try:
         status = door_main(arguments) or 0
         sys.stdout.flush()
-        tell_hosts(name, status)
-        return status
+        return _leave_hosts(status)
     except SfdError as error:
-        print(f"sfd {name}: {error}", file=sys.stderr, flush=True)
-        tell_hosts(name, error.status, str(error))
+        tell(error)
         return error.status
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        told = isinstance(error, Terminated)
         with contextlib.suppress(ValueError):  # not the main thread
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only disturb the end
-        print(f"sfd {name}: interrupted; run the same command again to go on", file=sys.stderr, flush=True)
-        tell_hosts(name, 130, "interrupted")
-        return 130
+            # A second one would only disturb the end.
+            signal.signal(signal.SIGTERM if told else signal.SIGINT, signal.SIG_IGN)
+        tell(f"{'told to leave by SIGTERM' if told else 'interrupted'}; run the same command again to go on")
+        return Terminated.status if told else 130
     except SystemExit:  # `--help`, or a SIGTERM that all hosts have heeded
-        tell_hosts(name, 0)
+        _leave_hosts(0)
         raise
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             _drop_output()  # `sfd ... | head` has seen enough
             return 0
         message = disk_fault(error)
-        # By its name: a door may have failed before JAX was imported.
+        # By its name: a command may have failed before JAX was imported.
         if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(error):
             hint = SMALLER.get(name, "take a smaller model or batch")
             message = f"a device's memory does not suffice: {hint}\n  {str(error).strip().splitlines()[0]}"
         if message:
-            print(f"sfd {name}: {message}", file=sys.stderr, flush=True)
+            tell(message)
             _drop_output()
-            tell_hosts(name, SfdError.status, message)
             return SfdError.status
-        if _joins_hosts(name):
-            from sfd_jax.distributed import hosts
-
-            hosts.broke(error)
+        _leave_hosts(1, error)
         raise
 
 
+def _leave_hosts(status: int, error: Exception | None = None) -> int:
+    """Leave the job of several hosts that a command may have joined; returns the status."""
+    if hosts := sys.modules.get("sfd_jax.distributed.hosts"):
+        hosts.end(status) if error is None else hosts.broke(error)
+    return status
+
+
 @contextlib.contextmanager
-def _ctrl_c_is_heard() -> Iterator[None]:
-    """Send a Ctrl-C again that came in a finalizer or a callback of C code, which no exception leaves."""
+def _signals_are_heard() -> Iterator[None]:
+    """Let SIGTERM raise, as Ctrl-C does; send one again that came where no exception leaves (a finalizer)."""
     hook = sys.unraisablehook
 
     def again(report) -> None:
-        if report.exc_type is not KeyboardInterrupt:
+        if not issubclass(report.exc_type, KeyboardInterrupt):
             hook(report)
         else:
-            threading.Timer(0.1, _thread.interrupt_main).start()
+            number = signal.SIGTERM if issubclass(report.exc_type, Terminated) else signal.SIGINT
+            threading.Timer(0.1, _thread.interrupt_main, [number]).start()
 
-    sys.unraisablehook = again
+    def leave(*_) -> None:
+        raise Terminated
+
+    sys.unraisablehook, before = again, None
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGTERM, leave)
     try:
         yield
     finally:
         if sys.unraisablehook is again:
             sys.unraisablehook = hook
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _nobody_reads() -> bool:
@@ -166,26 +180,10 @@ def _drop_output() -> None:
 
 
 def keep_compilations() -> None:
-    """Let JAX keep what it compiles for the next start: in JAX_COMPILATION_CACHE_DIR, or where `sfd fetch` keeps files."""
+    """Let JAX keep what it compiles for the next start, where `sfd fetch` keeps files if not told otherwise."""
     home = Path(os.environ.get("SFD_CACHE") or Path.home() / ".cache" / "sfd_jax")
-    # By environment, since JAX reads it when a door imports it, which most do late or not at all.
+    # By environment, since JAX reads it when a command imports it, which most do late or not at all.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(home / "compilations"))
-
-
-def tell_hosts(name: str, status: int, why: str = "") -> None:
-    """Leave the job of several hosts that a door may have joined; see `distributed.hosts.end`."""
-    if _joins_hosts(name):
-        from sfd_jax.distributed import hosts
-
-        hosts.end(status, why)
-
-
-def _joins_hosts(name: str) -> bool:
-    """Return whether the door has started hosts, or is one that would have, in a job of several."""
-    if "sfd_jax.distributed.hosts" in sys.modules:
-        return True
-    several = os.environ.get("JAX_COORDINATOR_ADDRESS") or os.environ.get("SFD_MULTIHOST") == "1"
-    return bool(several) and name in HOST_DOORS
 
 
 def entry_point() -> None:

@@ -35,6 +35,8 @@ def main(argv: list[str]) -> int:
 
     from sfd_jax.data.checks import check_labels
     from sfd_jax.data.pipeline import latent_transform
+    from sfd_jax.distributed import start
+    from sfd_jax.distributed.preflight import Job
     from sfd_jax.experiment import build
     from sfd_jax.experiment.run import run
     from sfd_jax.experiment.targets import check_repa_source, open_targets
@@ -68,6 +70,8 @@ def main(argv: list[str]) -> int:
         found += check_labels(source, config.model.num_classes)
         notes += unused_classes(config.model.num_classes, source)
     found.stop()
+    if not args.check:
+        start(Job(folder=args.workdir, saves=True))
     layout, source = build.layout_from_config(config), open_source(config.data.path, repa=repa)
     source, targets = open_targets(config, layout, source)
     task = build.task_from_config(config, targets)
@@ -84,11 +88,8 @@ def main(argv: list[str]) -> int:
         return _check(args, config, source, task, train, transform, told, repa)
 
     # --- Devices, data, training -----------------------------------------------------------------------------
-    from sfd_jax.distributed import start
     from sfd_jax.training import load_params
 
-    if args.init:
-        start()  # Orbax asks JAX for its devices
     run(
         task,
         train,

@@ -1,9 +1,8 @@
 """A small file for each process in the job's folder, which tells from outside how far it is and that it lives.
 
-`<folder>/heartbeats/process_00000.json` holds `process`, `processes`, `host`, `pid`, `time` (of writing, unix
-seconds), `phase`, `step` (the last one done), `step_time` and `status` (null, and the exit status at the end). An
-old `time` says that the process is dead or stopped, an old `step_time` under a young `time` that it is busy with
-something else than steps: compiling, evaluating, or waiting for another host.
+`<folder>/heartbeats/process_00000.json`: an old `time` (of writing) says that the process is dead or stopped, an old
+`step_time` under a young `time` that it is busy with something else than steps: compiling, evaluating, or waiting for
+another host. `status` is null until the end. `scripts/tpu/watch.sh` starts a job again that is silent for too long.
 """
 
 import json
@@ -27,8 +26,6 @@ class Heartbeat:
     Failing to is not the job's failure, unless the disk is full: then the next `at` says so.
     """
 
-    current: "Heartbeat | None" = None
-
     def __init__(self, folder, phase: str):
         """Prepare the file of this process.
 
@@ -41,11 +38,9 @@ class Heartbeat:
         self.phase = phase
         self._step: int | None = None
         self._step_time: float | None = None
-        self._status: int | None = None
         self._fault: str | None = None
         self._who = {"process": index, "processes": jax.process_count(), "host": socket.gethostname()}
         self._end = threading.Event()
-        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def at(self, step: int) -> None:
@@ -54,32 +49,23 @@ class Heartbeat:
             raise SfdError(self._fault)
         self._step, self._step_time = step, time.time()
 
-    def end(self, status: int) -> None:
-        """Write the last beat; nothing is written after it."""
-        with self._lock:
-            if not self._end.is_set():
-                self._status, self.phase = status, "end"
-                self._write()
-                self._end.set()
-
     def __enter__(self) -> "Heartbeat":
         self._write()
         self._thread.start()
-        Heartbeat.current = self
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        Heartbeat.current = None
+        self._end.set()
+        self._thread.join(60)  # a bucket may not answer
         code = getattr(error, "code", getattr(error, "status", 1))  # of a SystemExit, of an SfdError
-        self.end(0 if error is None else code if isinstance(code, int) else 1)
+        self.phase = "end"
+        self._write(0 if error is None else code if isinstance(code, int) else 1)
 
     def _beat(self) -> None:
         while not self._end.wait(PERIOD):
-            with self._lock:
-                if not self._end.is_set():
-                    self._write()
+            self._write()
 
-    def _write(self) -> None:
+    def _write(self, status: int | None = None) -> None:
         if self.path is None:
             return
         beat = {
@@ -89,7 +75,7 @@ class Heartbeat:
             "phase": self.phase,
             "step": self._step,
             "step_time": self._step_time and round(self._step_time, 3),
-            "status": self._status,
+            "status": status,
         }
         try:
             write_anywhere(self.path, json.dumps(beat) + "\n")

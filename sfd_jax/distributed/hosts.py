@@ -1,120 +1,101 @@
-"""Processes of one job: start, barriers that name who is missing, the end, and who may print.
+"""Processes of one job: the start, barriers that name who is missing, SIGTERM, the end, and who may print.
 
-A job has several processes where the launch script says so: by JAX's own variables (`JAX_COORDINATOR_ADDRESS`,
-`JAX_NUM_PROCESSES`, `JAX_PROCESS_ID`), or by `SFD_MULTIHOST=1` where JAX can find them itself: on a TPU pod, whose
-metadata tell, or under Slurm. Otherwise the process is alone and nothing here waits for anything.
+JAX does the work, by its public functions. Its coordination service joins the processes and hears their heartbeats:
+where one is silent for `SFD_PEER_TIMEOUT` (60) seconds (killed, stopped, cut off) JAX says which and aborts the others
+(status 134), which `scripts/tpu/watch.sh` starts again.
 
+A job has several processes where the launch script says so: by the variables `JAX_COORDINATOR_ADDRESS`,
+`JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, or by `SFD_MULTIHOST=1` where `jax.distributed.initialize` finds them itself:
+on a TPU pod or under Slurm. Otherwise the process is alone and nothing here waits for anything.
 `SFD_EXPECT_PROCESSES` and `SFD_EXPECT_DEVICES` say how many there must be, `SFD_START_TIMEOUT` (300) how many seconds
-to wait for the others at the start, `SFD_PEER_TIMEOUT` (60) how long one may give no sign of life.
+to wait for the others at the start.
 """
 
 import contextlib
 import itertools
-import json
+import multiprocessing
 import os
+import re
+import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 import jax
-from jax._src import clusters, distributed  # the coordinator's store, and who finds it, have no public name
+from etils import epath
+from jax.experimental import multihost_utils
 
-from sfd_jax.distributed.lookout import Lookout
-from sfd_jax.distributed.preflight import Job, check_facts, gather_facts, look_around, remove_probe
-from sfd_jax.distributed.rendezvous import meet
+from sfd_jax.distributed.preflight import Job, compare
 from sfd_jax.errors import SfdError, TryAgain
 
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _rounds: dict[str, Iterator[int]] = defaultdict(itertools.count)
-_lookout: Lookout | None = None
 
 
-def start(job: Job | None = None, timeout: float | None = None) -> None:
+def start(job: Job | None = None) -> None:
     """Join the job's other processes and see that all can begin, or do nothing where this process is alone.
 
-    Call before anything touches a device. A second call, of a door that needed devices before it knew its job,
-    only looks at the job.
+    Call before anything touches a device. A later call, of a command that needed devices before it knew its job,
+    only compares facts.
 
     Args:
       job: what is about to be done; None where that is not known yet.
-      timeout: seconds to wait for all processes; `SFD_START_TIMEOUT` by default.
 
     Raises:
-      TryAgain: a process did not come within the timeout.
+      TryAgain: a process did not come in time.
       SfdError: variables are missing or wrong, a number is not the expected one, or the hosts do not go together
         (see preflight.py): all faults are named, on all hosts.
     """
-    timeout = _seconds("SFD_START_TIMEOUT", 300.0) if timeout is None else timeout
-    if jax.distributed.is_initialized():
-        if _lookout is None:
-            raise SfdError("JAX was joined before sfd_jax.distributed.start(), which must come first")
-        if job is not None and jax.process_count() > 1:
-            _preflight(job, jax.process_index(), lambda facts: _exchange(facts, timeout))
-        return
-    place = _place(timeout)
-    expected, count = _number("SFD_EXPECT_PROCESSES"), place[1] if place else 1
-    if expected not in (None, count):
-        raise SfdError(
-            f"SFD_EXPECT_PROCESSES={expected}, but the job has {count}: start it on all hosts, or mend the number"
-        )
-    if place and count > 1:
-        address, _, index = place
-        facts = _preflight(job or Job(), index, lambda facts: meet(address, count, index, facts, timeout))
-        _join(place, [told["host"] for told in facts], timeout)
-    elif _lookout is None:
-        _watch(Lookout())
-    expected = _number("SFD_EXPECT_DEVICES")
-    if expected is not None and expected != jax.device_count():
-        raise SfdError(
-            f"SFD_EXPECT_DEVICES={expected}, but there are {jax.device_count()} ({jax.local_device_count()} of them on "
-            f"{socket.gethostname()}); does another program hold some, or has the slice another size?"
-        )
+    if not jax.distributed.is_initialized():
+        place = _place()
+        if place is not None:
+            _join(place, job)
+            _expect("SFD_EXPECT_PROCESSES", jax.process_count())
+        if _number("SFD_EXPECT_DEVICES") is not None:
+            _expect("SFD_EXPECT_DEVICES", jax.device_count(), f" ({jax.local_device_count()} of them here)")
+    if job is not None and _several():
+        compare(job)
 
 
-def end(status: int, why: str = "") -> None:
-    """End this process's part in the job; every door's last act.
+def end(status: int) -> None:
+    """End this process's part in the job; every command's last act.
 
-    Where all goes well (status 0, or 75 after a SIGTERM that all have heeded) all processes wait for each other;
-    otherwise this one takes the others along, or tells them at their meeting, if they are only about to meet.
+    Where all goes well, processes wait for each other. A fault among several ends this one here and now, since JAX's
+    farewell would wait for the others, which may be waiting for it.
 
     Args:
-      status: exit status that the process is about to end with.
-      why: one sentence for the others, where it ends with a fault.
+      status: exit status that the process is about to end with; 0 also after a SIGTERM that all have heeded.
     """
-    global _lookout
-    if _lookout is None:
-        if status and not jax.distributed.is_initialized():
-            _tell_at_the_meeting(why)
-        return
-    several = jax.distributed.is_initialized() and jax.process_count() > 1
-    if several and status:
-        _lookout.fail(status, why)
-    if several:
-        _lookout.done()
-        barrier("the end", timeout=24 * 3600.0)  # host 0 may still be writing; the lookout knows whether it lives
-    _lookout.stop()
-    _lookout = None
-    if several:
+    if status and jax.distributed.is_initialized():
+        for worker in multiprocessing.active_children():  # os._exit would leave the loader's behind
+            worker.kill()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        os._exit(status)
+    if _several():
+        barrier("the end", timeout=24 * 3600.0)  # host 0 may still be writing; JAX knows whether it lives
         jax.distributed.shutdown()
 
 
 def broke(error: Exception) -> None:
-    """Do what `end` does for an error that nobody foresaw. Among several processes it does not return.
+    """Do what `end(1)` does for an error that nobody foresaw.
 
-    An operation over all hosts that fails does not tell whose fault it is: there the lookout has the first word.
+    An operation over all hosts that fails does not tell whose fault it is: where another host is lost, JAX ends this
+    process with 134 while it waits here.
     """
-    if jax.distributed.is_initialized() and _lookout is not None:
+    if _several():
         traceback.print_exception(error)
-        cause = error
-        while cause is not None and not isinstance(cause, jax.errors.JaxRuntimeError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is not None:
-            print("sfd: this may be another host's fault; looking whether all live", file=sys.stderr, flush=True)
-            _lookout.wait_for_a_verdict()
-    end(1, f"{type(error).__name__}: {error}")
+        while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
+            error = error.__cause__ or error.__context__
+        if error is not None:
+            print("sfd: this may be another host's fault; waiting to see whether all live", file=sys.stderr, flush=True)
+            time.sleep(_number("SFD_PEER_TIMEOUT", 60) + 15)
+        end(1)
 
 
 def is_host0() -> bool:
@@ -132,146 +113,133 @@ def barrier(name: str, timeout: float = 300.0) -> None:
     """Wait until every process of the job has reached the barrier `name`.
 
     Args:
-      name: what is waited for; the same text on all processes.
+      name: what is waited for; the same text on all processes, each of which may use it again.
       timeout: seconds to wait.
 
     Raises:
       TryAgain: the timeout passed; the message names each process that did not arrive.
     """
-    if jax.process_count() > 1:
-        # A name may come again: its n-th use on one process meets the n-th use on the others.
-        _collect(f"sfd/barrier/{name}/{next(_rounds[name])}", "here", f"barrier '{name}'", timeout)
+    if jax.process_count() == 1:
+        return
+    from orbax.checkpoint import multihost  # JAX's own barrier with a timeout has no other public name
+
+    try:
+        key = f"{name}/{next(_rounds[name])}"
+        multihost.get_barrier_sync_fn()(key=key, timeout_ms=int(1000 * timeout))
+    except jax.errors.JaxRuntimeError as error:
+        listed = str(error).partition("timed out task names:")[2]
+        absent = ", ".join(f"process {index}" for index in re.findall(r"(?m)^(?:/.*task:)?(\d+)$", listed))
+        what = f"{absent} did not arrive within {timeout:.0f} s; look at its log" if absent else str(error)
+        raise TryAgain(f"barrier '{name}': {what}; start all processes again") from error
 
 
 @contextlib.contextmanager
-def preemption_watch() -> Iterator[Lookout]:
-    """Watch for SIGTERM; yields the lookout, whose `shall_leave` is to be asked after each step.
+def preemption_watch() -> Iterator[Callable[[int], bool]]:
+    """Note SIGTERM instead of ending; yields `shall_leave`, to be asked after each step.
 
-    Until the first question there is nothing to save: a SIGTERM
-    then ends the process (and with it the others) at once with status 75, in the middle of a compilation too.
+    `shall_leave(step)` tells whether to save and leave after this step: to all processes the same at the same step.
+    Among several JAX's preemption service hears the signal, from the start of a job that `saves`.
     """
-    lookout = _lookout or Lookout().start()
+    if _several():
+        heard = jax.config.jax_enable_preemption_service
+        yield multihost_utils.reached_preemption_sync_point if heard else lambda _: False
+        return
+    told, before = [], None
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGTERM, lambda *_: told.append(True))
     try:
-        with lookout.asking():
-            yield lookout
+        yield lambda _: bool(told)
     finally:
-        if lookout is not _lookout:
-            lookout.stop()
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 # --- The start -----------------------------------------------------------------------------------------------
 
 
-def _place(timeout: float) -> tuple[str, int, int] | None:
-    """Return (coordinator's address, number of processes, which one this is), None for a process alone."""
+def _several() -> bool:
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def _place() -> dict | None:
+    """Return what `jax.distributed.initialize` is to be told, {} where it finds out; None for a process alone."""
     given = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
-    if not given and os.environ.get("SFD_MULTIHOST") != "1":
-        return None
-    if not given:
-        # What jax.distributed.initialize would find out for itself, but known before it may hang.
-        try:
-            found = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, int(timeout))
-        except (RuntimeError, OSError, ValueError) as error:
-            raise TryAgain(f"SFD_MULTIHOST=1, but this machine's place in the job cannot be found: {error}") from error
-        address, count, index, _ = found
-        if address is None or count is None or index is None:
-            raise SfdError(
-                f"SFD_MULTIHOST=1, but this machine is no part of a TPU pod or another cluster that JAX knows; set "
-                f"{', '.join(_VARIABLES)} instead"
-            )
-        return address, count, index
-    missing = [name for name in _VARIABLES if name not in given]
-    if missing:
+    if not given and os.environ.get("SFD_MULTIHOST") == "1":
+        return {}
+    if given and (missing := [name for name in _VARIABLES if name not in given]):
         raise SfdError(f"{', '.join(given)} set but not {', '.join(missing)}: set all three or none")
-    address, count, index = (given[name] for name in _VARIABLES)
-    if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
+    count, index = _number("JAX_NUM_PROCESSES", 1), _number("JAX_PROCESS_ID", 0)
+    if index >= count:
         raise SfdError(f"JAX_PROCESS_ID={index} must be a number below JAX_NUM_PROCESSES={count}")
-    return address, int(count), int(index)
-
-
-def _preflight(job: Job, index: int, exchange: Callable[[dict], list[dict]]) -> list[dict]:
-    """Exchange the facts of all processes and judge them; returns them."""
-    mine = gather_facts(job, index)
-    try:
-        facts = exchange(mine)
-        check_facts(facts)
-        check_facts(exchange({"host": mine["host"], "faults": look_around(job, facts, index)}))
-        return facts
-    finally:
-        remove_probe(job, mine, index)
-
-
-def _exchange(facts: dict, timeout: float) -> list[dict]:
-    """Do what `meet` does, among processes that JAX has joined already; clocks are not compared again."""
-    told = _collect(f"sfd/facts/{next(_rounds['facts'])}", json.dumps(facts), "the preflight", timeout)
-    return [json.loads(text) for text in told]
-
-
-def _tell_at_the_meeting(why: str) -> None:
-    # A courtesy: without it the others would wait for this process until their time is up.
-    with contextlib.suppress(Exception):
-        place = _place(10.0)
-        if place and place[1] > 1:
-            meet(*place, {"host": socket.gethostname(), "faults": [why]}, timeout=30.0)
-
-
-def _join(place: tuple[str, int, int], names: list[str], timeout: float) -> None:
-    address, count, index = place
-    peer = _seconds("SFD_PEER_TIMEOUT", 60.0)
-    # The lookout hears SIGTERM in every phase; JAX's service would take the signal and keep it until a step asks.
-    jax.config.update("jax_enable_preemption_service", False)
-    try:
-        jax.distributed.initialize(
-            address,
-            count,
-            index,
-            initialization_timeout=max(1, int(timeout)),
-            heartbeat_timeout_seconds=int(10 * peer + 300),  # the lookout comes first, and says who it was
-        )
-    except (RuntimeError, ValueError) as error:
-        raise TryAgain(f"process {index} could not join the others within {timeout:.0f} s: {error}") from error
-    _watch(Lookout(names, index, _store(), address, peer))
-
-
-def _watch(lookout: Lookout) -> None:
-    global _lookout
-    _lookout = lookout.start()
-
-
-def _collect(key: str, mine: str, what: str, timeout: float) -> list[str]:
-    """Put this process's text under a key of the store, and return those of all; the missing ones are named."""
-    store, deadline = _store(), time.monotonic() + timeout
-    store.key_value_set(f"{key}/{jax.process_index()}", mine)
-    texts = [_await(store, f"{key}/{index}", deadline - time.monotonic()) for index in range(jax.process_count())]
-    missing = [_lookout.name(index) for index, text in enumerate(texts) if text is None]
-    if missing:
-        raise TryAgain(
-            f"{what}: {', '.join(missing)} did not arrive within {timeout:.0f} s; look at its log, then start all "
-            "processes again"
-        )
-    return texts
-
-
-def _await(store, key: str, seconds: float) -> str | None:
-    try:
-        return store.blocking_key_value_get(key, max(1, int(1000 * seconds)))
-    except jax.errors.JaxRuntimeError:
+    _expect("SFD_EXPECT_PROCESSES", count)
+    if count == 1:
         return None
+    if not re.fullmatch(r".+:\d+", address := given["JAX_COORDINATOR_ADDRESS"]):
+        raise SfdError(f"JAX_COORDINATOR_ADDRESS={address} is not host:port")
+    return {"coordinator_address": address, "num_processes": count, "process_id": index}
 
 
-def _store():
-    return distributed.global_state.client
+def _join(place: dict, job: Job | None) -> None:
+    """Call `jax.distributed.initialize`, in a thread: it waits deaf to signals, and aborts without naming anybody.
+
+    Meanwhile each process writes a file of the job's folder anew every second, where it can, and looks for the others':
+    one that does not change was left by an earlier start.
+    """
+    # Work that does not ask would never learn what the service has heard.
+    jax.config.update("jax_enable_preemption_service", job is None or job.saves)
+    timeout, faults = _number("SFD_START_TIMEOUT", 300), []
+    waits = {"initialization_timeout": timeout + 60, "heartbeat_timeout_seconds": _number("SFD_PEER_TIMEOUT", 60)}
+
+    def initialize() -> None:
+        try:
+            jax.distributed.initialize(**place, **waits)
+        except Exception as error:
+            faults.append(error)
+
+    index = place.get("process_id")
+    me = f"{socket.gethostname()}_{os.getpid()}" if index is None else f"process_{index}"
+    folder = epath.Path(job.folder) / "heartbeats" if job and job.folder and job.shared else None
+    joining = threading.Thread(target=initialize, name="join", daemon=True)
+    joining.start()
+    deadline, found, came = time.monotonic() + timeout, {}, {me}
+    while joining.is_alive() and time.monotonic() < deadline:
+        with contextlib.suppress(Exception):  # the preflight will say what is wrong with the folder
+            if folder:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / f"start_{me}").write_text(str(time.time()))
+                now = {path.name.removeprefix("start_"): path.read_text() for path in folder.glob("start_*")}
+                came |= {name for name, text in now.items() if found.setdefault(name, text) != text}
+        joining.join(1.0)
+    with contextlib.suppress(Exception):
+        if folder:
+            (folder / f"start_{me}").unlink(missing_ok=True)
+    if faults:
+        raise (SfdError if isinstance(faults[0], ValueError) else TryAgain)(
+            f"this process cannot join its job, of which {', '.join(_VARIABLES)} or a cluster that JAX knows must tell "
+            f"it: {faults[0]}"
+        )
+    if joining.is_alive():
+        absent = [
+            f"process {other}" for other in range(place.get("num_processes", 0)) if f"process_{other}" not in came
+        ]
+        raise TryAgain(
+            f"{', '.join(absent) if folder and absent else 'another process'} did not start within {timeout} s "
+            + (f"(no sign in {folder}, of these there was: " if folder else "(which is not known; this is: ")
+            + f"{', '.join(sorted(came))}, on {socket.gethostname()})"
+        )
 
 
-def _seconds(variable: str, default: float) -> float:
-    try:
-        return float(os.environ.get(variable) or default)
-    except ValueError:
-        raise SfdError(f"{variable}={os.environ[variable]} must be a number of seconds") from None
+def _expect(variable: str, count: int, where: str = "") -> None:
+    expected = _number(variable)
+    if expected not in (None, count):
+        raise SfdError(
+            f"{variable}={expected}, but there are {count}{where}. Start the command on all hosts and look whether "
+            "another program holds devices, or fix the number"
+        )
 
 
-def _number(variable: str) -> int | None:
+def _number(variable: str, default: int | None = None) -> int | None:
     text = os.environ.get(variable)
     if text and not text.isdigit():
         raise SfdError(f"{variable}={text} must be a whole number")
-    return int(text) if text else None
+    return int(text) if text else default

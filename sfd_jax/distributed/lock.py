@@ -4,7 +4,8 @@ On a local or network disk the lock is `flock` on the file `.lock`: the kernel r
 (on NFS within the server's lease time). Objects of a bucket, and file systems without `flock`, have a lease instead:
 `.lock` says who holds it and is written anew every ten seconds. A start that finds a lease takes it over at once where
 its process was of this machine and is dead; otherwise it watches for a minute, and takes over what was not renewed.
-Nothing depends on the clocks of two machines.
+Nothing depends on the clocks of two machines. The package `filelock` would empty the file that names the holder, and
+knows no buckets.
 """
 
 import contextlib
@@ -31,16 +32,15 @@ _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class FolderLock:
-    """Hold a folder for the length of a `with`; host 0 takes the lock for all hosts of the job."""
+    """Hold a folder, local or gs://, for the length of a `with`; host 0 takes the lock for all hosts of the job."""
 
-    def __init__(self, folder):
-        """Prepare the lock; nothing is touched before the `with`.
-
-        Args:
-          folder: local or gs://; made where needed.
-        """
+    def __init__(self, folder: str | os.PathLike):
+        """Prepare the lock; nothing is touched before the `with`, which makes the folder where needed."""
         self._folder, self._path = folder, epath.Path(folder) / ".lock"
-        self._me = _me()
+        # Processes of two containers may share name and number, but no PID namespace.
+        space = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
+        self._me = {"host": socket.gethostname(), "space": space, "pid": os.getpid(), "token": secrets.token_hex(8)}
+        self._me["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
         self._descriptor: int | None = None
         self._thread: threading.Thread | None = None  # renews the lease
         self._end, self._taken_over, self._renewed = threading.Event(), False, 0.0
@@ -107,15 +107,13 @@ class FolderLock:
 
     def _take_lease(self) -> None:
         found = self._read()
-        if found and not _dead(found):
+        if found and not self._is_dead(found):
             say(f"{self._folder}: {_name(found)} may be at work here; waiting {STALE:.0f} s for a sign of it")
             deadline = time.monotonic() + STALE
-            while time.monotonic() < deadline:
+            while (now := self._read()) == found and time.monotonic() < deadline:
                 time.sleep(_SETTLE)
-                if (now := self._read()) != found:
-                    if now:
-                        self._refuse(now)
-                    break
+            if now not in (found, None):
+                self._refuse(now)
         self._write()
         time.sleep(_SETTLE)
         if not self._is_mine(now := self._read()):
@@ -139,11 +137,15 @@ class FolderLock:
         write_anywhere(self._path, json.dumps({**self._me, "renewal": secrets.token_hex(8)}))
         self._renewed = time.monotonic()
 
+    def _read(self) -> dict | None:
+        return _parsed(self._path.read_bytes()) if self._path.exists() else None
+
     def _is_mine(self, found: dict | None) -> bool:
         return found is not None and found.get("token") == self._me["token"]
 
-    def _read(self) -> dict | None:
-        return _parsed(self._path.read_bytes()) if self._path.exists() else None
+    def _is_dead(self, who: dict) -> bool:
+        same_machine = self._me["space"] and all(who.get(key) == self._me[key] for key in ("host", "space"))
+        return bool(same_machine) and not os.path.exists(f"/proc/{who.get('pid')}")
 
     def _refuse(self, who: dict) -> None:
         raise SfdError(
@@ -152,33 +154,8 @@ class FolderLock:
         )
 
 
-def _me() -> dict:
-    """Return who this process is; processes of two containers may share name and number, but no PID namespace."""
-    space = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
-    return {
-        "host": socket.gethostname(),
-        "space": space,
-        "pid": os.getpid(),
-        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "token": secrets.token_hex(8),
-    }
-
-
 def _name(who: dict) -> str:
     return f"process {who.get('pid', '?')} on {who.get('host', 'an unknown host')} (since {who.get('since', '?')})"
-
-
-def _dead(who: dict) -> bool:
-    me = _me()
-    if any(who.get(key) != me[key] for key in ("host", "space")):
-        return False
-    try:
-        os.kill(int(who["pid"]), 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, KeyError, ValueError, TypeError):
-        pass
-    return False
 
 
 def _parsed(data: bytes) -> dict:

@@ -1,23 +1,26 @@
 """Before a job of several hosts begins: do they run the same code with the same settings, and have all they need?
 
-Each process gathers its facts, all exchange them (rendezvous.py, or the coordinator's store once JAX runs), and each
-draws the same conclusion from the same list. A process that cannot go on says so in its facts instead of staying
-away, so that the others need not wait for it.
+Each process gathers its facts, all exchange them, and each draws the same conclusion from the same list. A process
+that cannot go on says so in its facts instead of staying away, so that the others need not wait for it.
 """
 
 import dataclasses
 import hashlib
-import os
+import json
 import platform
 import secrets
 import socket
-import subprocess
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
+from sfd_jax import __version__
 from sfd_jax.errors import SfdError
 from sfd_jax.files import differences
 
@@ -27,151 +30,119 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a door is about to do.
+    """What a command is about to do.
 
     Attributes:
       settings: JSON-able; what must be the same on all hosts: flags, config, what was found in the data.
       folder: the job's folder, local or gs://; None where it has none.
       shared: whether every host writes into the folder, which must then be one folder for all; else host 0 does.
       needs: files and folders that each host must have.
+      saves: whether the work asks `hosts.preemption_watch` after each step; other work ends upon SIGTERM at once.
     """
 
     settings: dict = dataclasses.field(default_factory=dict)
     folder: Any = None
     shared: bool = True
     needs: tuple = ()
+    saves: bool = False
 
 
-def gather_facts(job: Job, index: int) -> dict:
-    """Return what the others shall know of this process; JSON-able, touches no device.
+def compare(job: Job) -> None:
+    """Exchange facts with all processes and judge them, before anything is computed.
 
     Args:
-      job: what it is about to do.
-      index: which process it is.
+      job: what this process is about to do.
 
-    Returns:
-      host, pid, commit, sources (a hash), versions, settings, faults (sentences), probe (see `look_around`).
+    Raises:
+      SfdError: the processes do not go together, or one cannot begin; the same on all of them.
     """
-    from importlib.metadata import version
+    index = jax.process_index()
+    probe, faults = _look_for_needs(job, index)
+    try:
+        told = _exchange({"host": socket.gethostname(), "probe": probe, "faults": faults, "facts": facts_of(job)})
+        clocks = _exchange(time.time())  # all leave the exchange before at the same time
+        check_facts(told, [clock - clocks[0] for clock in clocks])
+        refuse_hosts(told, _exchange(_look_for_host0(job, told[0]["probe"])))
+    finally:
+        if probe:
+            _probe(job, index, probe).unlink(missing_ok=True)
 
-    from sfd_jax import __version__
 
+def facts_of(job: Job) -> dict:
+    """Return what must be the same on all hosts: code, versions and settings; JSON-able."""
+    sources = hashlib.sha256()  # what runs, committed or not
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        sources.update(str(path.relative_to(_PACKAGE)).encode() + b"\0" + path.read_bytes())
+    versions = {name: version(name) for name in ("jax", "jaxlib", "flax", "orbax-checkpoint")}
+    return {
+        "sources of sfd_jax": f"{__version__}, {sources.hexdigest()[:12]}",
+        "versions": {"python": platform.python_version(), **versions},
+        **job.settings,
+    }
+
+
+def check_facts(told: list[dict], clocks: list[float]) -> None:
+    """Raise SfdError where the processes do not go together or cannot begin.
+
+    Args:
+      told: `host`, `faults` and `facts` of each process, by index.
+      clocks: seconds by which each one's clock is ahead of process 0's.
+    """
+    first, faults = told[0], [list(one["faults"]) for one in told]
+    for found, one, clock in zip(faults, told, clocks, strict=True):
+        found += [f"differs from process 0 in {line}" for line in differences(first["facts"], one["facts"]).values()]
+        if abs(clock) > MAX_CLOCK_SKEW:
+            found.append(f"its clock is {clock:+.0f} s off that of process 0 ({first['host']}); set it by NTP")
+    refuse_hosts(told, faults)
+
+
+def refuse_hosts(told: list[dict], faults: list[list[str]]) -> None:
+    """Raise SfdError that names all faults, each a sentence, by process, where there are any."""
+    pairs = enumerate(zip(told, faults, strict=True))
+    lines = [f"process {index} ({one['host']}): {fault}" for index, (one, found) in pairs for fault in found]
+    if lines:
+        raise SfdError("the hosts cannot begin:\n  " + "\n  ".join(lines))
+
+
+def _look_for_needs(job: Job, index: int) -> tuple[str | None, list[str]]:
+    """Look for what the job needs, and leave a file in its folder; returns the file's token, and faults."""
     faults, probe = [], None
     for path in filter(None, job.needs):
         try:
             faults += [] if epath.Path(path).exists() else [f"no {path} here"]
-        except Exception as error:
+        except Exception as error:  # a bucket raises what its client does
             faults.append(f"cannot look for {path}: {error}")
     if job.folder is not None and (job.shared or index == 0):
         try:
-            probe = _leave_probe(job.folder, index)
-        except Exception as error:  # a bucket raises what its client does
+            epath.Path(job.folder).mkdir(parents=True, exist_ok=True)
+            token = secrets.token_hex(8)
+            _probe(job, index, token).write_text("")
+            probe = token
+        except Exception as error:
             faults.append(f"cannot write to {job.folder}: {getattr(error, 'strerror', None) or error}")
-    return {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "commit": _commit(),
-        "sources": _sources(),
-        "versions": {
-            "sfd_jax": __version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("jax", "jaxlib", "flax", "orbax-checkpoint")},
-        },
-        "settings": job.settings,
-        "faults": faults,
-        "probe": probe,
-    }
+    return probe, faults
 
 
-def check_facts(facts: list[dict]) -> None:
-    """Raise SfdError where the processes do not go together; the same on all of them.
-
-    Args:
-      facts: of each process, by index, as `gather_facts` returns them; `clock` is seconds ahead of process 0, where
-        it was measured.
-    """
-    name = lambda index: f"process {index} ({facts[index].get('host')})"
-    faults = [f"{name(index)}: {fault}" for index, told in enumerate(facts) for fault in told.get("faults", [])]
-    first = facts[0]
-    for index, told in enumerate(facts[1:], 1):
-        if not {"sources", "settings"} <= first.keys() & told.keys():
-            continue  # it told of its fault alone
-        if told["sources"] != first["sources"]:
-            same = told["commit"] == first["commit"]
-            what = "edited sources of the same commit" if same and told["commit"] else _code(told)
-            faults.append(f"{name(index)} runs other code than {name(0)}: {what}, there {_code(first)}")
-        for part, title in (("versions", "other versions"), ("settings", "other settings")):
-            if lines := differences(first[part], told[part]).values():
-                listed = "\n    ".join(lines)
-                faults.append(f"{name(index)} (here) has {title} than {name(0)} (there):\n    {listed}")
-        if abs(told.get("clock", 0.0)) > MAX_CLOCK_SKEW:
-            faults.append(f"the clock of {name(index)} is {told['clock']:+.0f} s off that of {name(0)}; set it by NTP")
-    if faults:
-        raise SfdError("the hosts cannot begin:\n  " + "\n  ".join(faults))
+def _look_for_host0(job: Job, token: str | None, patience: float = 20.0) -> list[str]:
+    """Look in the folder for what process 0 has left there; returns faults."""
+    deadline = time.monotonic() + patience  # a network disk shows another host's file a little later
+    while job.shared and token and not _probe(job, 0, token).exists():
+        if time.monotonic() > deadline:
+            return [
+                f"does not see in {job.folder} what process 0 wrote there: it must be one folder for all hosts, on a "
+                "network disk or gs://"
+            ]
+        time.sleep(0.2)
+    return []
 
 
-def look_around(job: Job, facts: list[dict], index: int, patience: float = 20.0) -> list[str]:
-    """Look in the folder for what the others have left there.
-
-    Args:
-      job: what the process is about to do.
-      facts: of all processes.
-      index: which process it is: 0 looks for all, the others for what 0 has left.
-      patience: seconds; a network disk shows another host's file a little later.
-
-    Returns:
-      Faults, each a sentence.
-    """
-    others = range(1, len(facts)) if index == 0 else [0]
-    wanted = {other: _probe(job.folder, other, facts[other]["probe"]) for other in others if facts[other].get("probe")}
-    deadline = time.monotonic() + patience
-    while job.shared and wanted and time.monotonic() < deadline:
-        wanted = {other: path for other, path in wanted.items() if not path.exists()}
-        time.sleep(0.2 if wanted else 0.0)
-    return [
-        f"does not see in {job.folder} what process {other} ({facts[other]['host']}) wrote there: it must be one folder "
-        "for all hosts, on a network disk or gs://"
-        for other in (wanted if job.shared else ())
-    ]
+def _probe(job: Job, index: int, token: str) -> epath.Path:
+    return epath.Path(job.folder) / f".preflight_{index}_{token}"
 
 
-def remove_probe(job: Job, facts: dict, index: int) -> None:
-    """Remove what `gather_facts` left in the folder."""
-    if facts["probe"]:
-        _probe(job.folder, index, facts["probe"]).unlink(missing_ok=True)
-
-
-def _leave_probe(folder, index: int) -> str:
-    token = secrets.token_hex(8)
-    path = _probe(folder, index, token)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("")
-    return token
-
-
-def _probe(folder, index: int, token: str) -> epath.Path:
-    return epath.Path(folder) / f".preflight_{index}_{token}"
-
-
-def _commit() -> str | None:
-    """Return the commit of the sources, None where they are no git checkout."""
-    if not (_PACKAGE.parent / ".git").exists():
-        return None
-    command = ["git", "-C", str(_PACKAGE.parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _sources() -> str:
-    """Return a hash of the package's sources: what runs, committed or not."""
-    digest = hashlib.sha256()
-    for path in sorted(_PACKAGE.rglob("*.py")):
-        digest.update(str(path.relative_to(_PACKAGE)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
-
-
-def _code(told: dict) -> str:
-    commit = told["commit"]
-    return f"commit {commit[:12]}" if commit else f"sfd_jax {told['versions']['sfd_jax']} ({told['sources'][:12]})"
+def _exchange(mine: Any) -> list:
+    """Return the JSON-able values of all processes, by index."""
+    data = np.frombuffer(json.dumps(mine).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(data.size))
+    texts = multihost_utils.process_allgather(np.pad(data, (0, int(sizes.max()) - data.size)))
+    return [json.loads(bytes(text[:size])) for text, size in zip(texts, sizes, strict=True)]

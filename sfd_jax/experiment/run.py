@@ -33,7 +33,7 @@ def run(task, train, config, workdir, *, source, transform, metadata, params=Non
     from sfd_jax.training.step import put_frozen
 
     known = _hashes(source, held_out, params)
-    start(Job({"config": config.to_dict(), "images": len(source), **known}, folder=workdir))
+    start(Job({"config": config.to_dict(), "images": len(source), **known}, folder=workdir, saves=True))
     for note in getattr(source, "notes", ()):
         say(f"note: {note}")
     mesh = mesh_from_config(config)

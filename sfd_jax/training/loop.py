@@ -77,8 +77,7 @@ def fit(
     Raises:
       SfdError: the folder is another run's, is in use or cannot be written, a batch has the wrong size, or
         `config.max_bad_steps` steps in a row were not finite.
-      Preempted: SIGTERM came; the state is saved. One that comes before the first step is done ends the process at
-        once, with the same status.
+      Preempted: SIGTERM came, at any host; the state is saved after the step that is being done or compiled.
     """
     with FolderLock(workdir) as lock:
         workdir, metadata = epath.Path(workdir), metadata or {}
@@ -115,7 +114,7 @@ def _fit(lock, task, batches, config, workdir, mesh, seed, metadata, params, eva
         with (
             Heartbeat(workdir, "train") as heartbeat,
             MetricsLog(workdir, first) as log,
-            preemption_watch() as lookout,
+            preemption_watch() as shall_leave,
             _bar(task.name, first, config.steps, progress) as bar,
         ):
             iterator, total, logged, clock = batches(first), None, first, time.monotonic()
@@ -124,9 +123,8 @@ def _fit(lock, task, batches, config, workdir, mesh, seed, metadata, params, eva
                 try:
                     rows = next(iterator)
                 except Exception:
-                    if not lookout.heard_sigterm:
-                        raise
-                    # A machine that shuts down tells the loader's processes too: new ones for the last steps.
+                    # A machine that shuts down tells the loader's processes too: new ones for the last steps. Any
+                    # other fault comes again.
                     iterator = batches(step - 1)
                     rows = next(iterator)
                 batch = put_batch(_checked(rows, config, mesh), mesh)
@@ -139,7 +137,7 @@ def _fit(lock, task, batches, config, workdir, mesh, seed, metadata, params, eva
                 heartbeat.at(step - 1)
                 bar.update()
 
-                leave = lookout.shall_leave(step)
+                leave = shall_leave(step)
                 save_now = leave or step == config.steps or step % config.checkpoint_every == 0
                 if not (save_now or step % config.log_every == 0):
                     continue
@@ -164,7 +162,7 @@ def _fit(lock, task, batches, config, workdir, mesh, seed, metadata, params, eva
                     say(f"{task.name}: told to leave; step {step} is saved, the same command goes on from it")
                     raise Preempted()
             heartbeat.at(config.steps)
-            checkpointer.wait()  # while SIGTERM is still heard, and others that die are noticed
+            checkpointer.wait()  # while SIGTERM is still heard
             barrier(f"{task.name}: all is saved", timeout=3600.0)
     finally:
         checkpointer.close()

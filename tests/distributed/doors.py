@@ -1,4 +1,4 @@
-"""Extract, train, sample and evaluate in one process of a job: `doors.py FOLDER`, whose checkpoints the test has made."""
+"""Extract, train, sample and evaluate in one process of a job: `doors.py FOLDER OUT`, FOLDER as the test makes it."""
 
 import importlib
 import sys
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
         "--image_size=16",
         "--tile_size=16",
         *networks,
-        "--batch_size=4",
+        "--batch_size=8",
         "--shard_size=4",
         "--dtype=float32",
     )
@@ -69,4 +69,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    sys.modules["torch"] = None  # tensorboardX would import it, for seconds
     sys.exit(open_door(main, "train", sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Three steps of a small LightningDiT in one process of a job: `shuffled_job.py OUT PORT COUNT INDEX ORDER PARTS`.
+"""Three steps of a small LightningDiT in one process of a job: `shuffled_job.py OUT ORDER PARTS`.
 
 ORDER is a JSON list of the eight devices, by their place in `jax.devices()`, as they follow each other in the mesh.
 """
@@ -18,12 +18,12 @@ from test_diffusion_task import DIT, make_task  # noqa: E402
 
 from sfd_jax.data.pipeline import make_batches  # noqa: E402
 from sfd_jax.diffusion.losses import LossConfig, draw  # noqa: E402
-from sfd_jax.distributed import host_rows, put_batch, replicated, sharding  # noqa: E402
+from sfd_jax.distributed import host_rows, put_batch, replicated, sharding, start  # noqa: E402
 from sfd_jax.training import OptimizerConfig, TrainConfig, make_optimizer, make_train_step  # noqa: E402
 from sfd_jax.training.randomness import stream_key  # noqa: E402
 from sfd_jax.training.state import state_from_params  # noqa: E402
 
-RECORDS, ROWS, STEPS = 23, 16, 3
+RECORDS, ROWS, STEPS = 17, 16, 3  # a batch may hold rows of two epochs
 NETWORK = dataclasses.replace(DIT, num_classes=RECORDS, repa_features=0)
 
 
@@ -56,9 +56,8 @@ def drawing(task):
     return dataclasses.replace(task, loss=loss)
 
 
-def main(out, port, count, index, order, parts):
-    if int(count) > 1:
-        jax.distributed.initialize(f"localhost:{port}", int(count), int(index))
+def main(out, order, parts):
+    start()
     sharding.MIN_ELEMENTS = 1  # else nothing of this size would be split
     mesh = jax.sharding.Mesh(np.array(jax.devices())[json.loads(order)].reshape(4, 2), ("data", "fsdp"))
     # With eps 1 Adam's updates are as smooth in the gradient as the gradient itself (see test_sharded_dit.py).

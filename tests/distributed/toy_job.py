@@ -1,6 +1,6 @@
-"""A door that trains the toy on all hosts, and gets into the trouble that the environment variable TROUBLE names.
+"""One process of a job that gets into trouble: `toy_job.py WHAT`, with the job's folder in RUN.
 
-TROUBLE is "phase:what", e.g. "step:stop" or "save:kill"; it comes over process SUFFERER (default 1).
+What happens to process SUFFERER (default 1) is TROUBLE, "phase:what", e.g. "step:kill".
 """
 
 import os
@@ -16,45 +16,60 @@ from sfd_jax.errors import SfdError  # noqa: E402
 
 PHASE, _, WHAT = os.environ.get("TROUBLE", "").partition(":")
 SUFFERS = os.environ.get("SUFFERER", "1") == os.environ.get("JAX_PROCESS_ID", "0")
-SIGNALS = {"stop": signal.SIGSTOP, "kill": signal.SIGKILL, "term": signal.SIGTERM}
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM}
 
 
 def trouble(phase: str) -> None:
     if phase == PHASE and SUFFERS:
         if WHAT in SIGNALS:
             os.kill(os.getpid(), SIGNALS[WHAT])
+        elif WHAT == "sleep":
+            time.sleep(20)
         else:
             raise {"error": ValueError("a bug"), "fault": SfdError("a disk is missing")}[WHAT]
 
 
-def main(argv: list[str]) -> int:
+def count_together(_) -> None:
+    """Do nothing but wait for each other, as `extract` and `evaluate` do: no work that saves."""
     trouble("flags")
-    from sfd_jax.distributed import host_rows, hosts, make_mesh, sharding
+    from sfd_jax.distributed import hosts
     from sfd_jax.distributed.preflight import Job
 
-    folder, steps = os.environ["RUN"], int(os.environ.get("END", "8"))
-    hosts.start(Job({"config": {"steps": steps}}, folder, needs=(os.environ.get("NEEDS"),)))
-    import jax
-    import numpy as np
+    settings = {"config": {"steps": int(os.environ.get("END", "4"))}}
+    hosts.start(Job(settings, os.environ["RUN"], needs=(os.environ.get("NEEDS"),)))
+    for step in range(4):
+        trouble("step")
+        time.sleep(0.1)  # a signal arrives
+        hosts.barrier("counted", timeout=5.0 if WHAT == "sleep" else 300.0)
+        hosts.say(f"step {step}")
+
+
+def train(_) -> None:
+    """Train the toy."""
+    from sfd_jax.distributed import make_mesh, start
+    from sfd_jax.distributed.preflight import Job
+
+    start(Job(folder=os.environ["RUN"], saves=True))
+    fit_toy(os.environ["RUN"], make_mesh(2, -1), int(os.environ.get("END", "8")))
+
+
+def fit_toy(folder, mesh, steps: int):
+    """Train the toy on this process's rows; returns the state."""
     from toy_training import toy_batches, toy_config, toy_task
 
+    from sfd_jax.distributed import host_rows
     from sfd_jax.training import Checkpointer, Task, fit
 
-    sharding.MIN_ELEMENTS = 1
-    task, save, mesh = toy_task(), Checkpointer.save, make_mesh(2, -1)
-    rows = host_rows(mesh, 16)
+    task, rows, save = toy_task(), host_rows(mesh, 16), Checkpointer.save
 
     def batches(start):
-        for step, batch in enumerate(toy_batches()(start), start + 1):
-            if step == 6:
-                trouble("step")
+        for batch in toy_batches()(start):
             if steps > 100:  # a run that only a signal ends need not hurry
                 time.sleep(0.01)
             yield {name: array[rows] for name, array in batch.items()}
 
     def init(key):
         trouble("compile")
-        time.sleep(2 if PHASE == "compile" else 0)
         return task.init(key)
 
     def save_in_trouble(self, step, *args):
@@ -68,15 +83,16 @@ def main(argv: list[str]) -> int:
         return {}
 
     Checkpointer.save = save_in_trouble
-    config = toy_config(steps=steps, checkpoint_every=2)
-    state = fit(
-        Task("toy", None, init, task.loss), batches, config, folder, mesh=mesh, evaluate=evaluate, progress=False
-    )
-    kernel = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))(state.params["hidden"]["kernel"])
-    if hosts.is_host0():
-        np.save(Path(folder) / "kernel.npy", np.asarray(kernel))
-    return 0
+    try:
+        toy, config = Task("toy", None, init, task.loss), toy_config(steps=steps, checkpoint_every=2)
+        return fit(toy, batches, config, folder, mesh=mesh, evaluate=evaluate, progress=False)
+    finally:
+        Checkpointer.save = save
 
 
 if __name__ == "__main__":
-    sys.exit(open_door(main, "train", sys.argv[1:]))
+    from sfd_jax.distributed import sharding
+
+    sharding.MIN_ELEMENTS = 1  # else nothing of this size would be split
+    sys.modules["torch"] = None  # tensorboardX would import it, for seconds
+    sys.exit(open_door({"count": count_together, "train": train}[sys.argv[1]], sys.argv[1], []))
