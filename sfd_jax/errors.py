@@ -1,7 +1,8 @@
 """Errors meant for the user's eyes, and the help they carry."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class SfdError(Exception):
@@ -50,6 +51,24 @@ def refuse(faults: list[str]) -> None:
         error = SfdError(faults[0] if len(faults) == 1 else f"{len(faults)} faults:{lines}")
         error.faults = list(faults)
         raise error
+
+
+@contextlib.contextmanager
+def needs_extra(extra: str, what: str) -> Iterator[None]:
+    """Say which extra of this package brings what an import in the block does not find.
+
+    Args:
+      extra: its name in pyproject.toml.
+      what: what needs it, for the beginning of the message.
+
+    Raises:
+      SfdError: an import failed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        package = (error.name or str(error)).partition(".")[0]
+        raise SfdError(f"{what} needs the package {package}: pip install 'sfd_jax[{extra}]'") from error
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -3,10 +3,10 @@
   sfd fetch NAME [--file=PART_OF_A_NAME] [--no_convert]
   sfd fetch --list
 
-Downloads over HTTPS into the cache (SFD_CACHE, by default ~/.cache/sfd_jax), goes on where an
+Downloads by huggingface_hub into the cache (SFD_CACHE, by default ~/.cache/sfd_jax), goes on where an
 earlier attempt stopped, checks size and SHA-256 where they are known, converts, and prints where the
 result is. What is in the cache already is used as it is. Without a connection it says which file to
-put where by hand. HF_ENDPOINT and SFD_MIRROR name other servers.
+put where by hand. HF_TOKEN is sent to the hub; HF_ENDPOINT and SFD_MIRROR name other servers.
 """
 
 from pathlib import Path

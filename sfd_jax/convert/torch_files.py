@@ -24,7 +24,7 @@ import numpy as np
 from sfd_jax.budget import Budget
 from sfd_jax.convert.lazy_array import LazyArray, Unchanged, checked_shape
 from sfd_jax.convert.pickles import Name, Record, plain, refusal, unpickle
-from sfd_jax.errors import SfdError
+from sfd_jax.errors import SfdError, needs_extra
 
 
 def read_torch_file(path: str | os.PathLike) -> Any:
@@ -67,13 +67,8 @@ def write_torch_file(path: str | os.PathLike, tree: Any) -> None:
     Raises:
       SfdError: torch is not installed.
     """
-    try:
+    with needs_extra("torch", f"writing '{path}' (to a name that ends in .safetensors it would not)"):
         import torch
-    except ImportError as error:
-        raise SfdError(
-            f"writing '{path}' needs PyTorch, an optional extra: install sfd_jax[torch] "
-            "(a CPU build is enough), or export to a name that ends in .safetensors"
-        ) from error
 
     def tensors(node):
         if isinstance(node, dict):

@@ -5,6 +5,7 @@ import http.server
 import json
 import re
 import threading
+import urllib.parse
 
 import jax
 import numpy as np
@@ -24,9 +25,14 @@ class Hub:
     def __init__(self):
         self.files: dict[str, dict[str, bytes]] = {}
         self.requests: list[tuple[str, str | None]] = []
+        self.tokens: dict[str, str | None] = {}  # by path
         self.drop_after: int | None = None  # break the next download after so many bytes
         self.spoil = False
         self.ranges = True
+
+
+def _lfs(data: bytes) -> dict:
+    return {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -37,7 +43,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         store: Hub = self.server.store
         wanted = self.headers.get("Range")
         store.requests.append((self.path, wanted))
-        path = self.path.split("?")[0]
+        store.tokens[self.path.split("?")[0]] = self.headers.get("Authorization")
+        path = urllib.parse.unquote(self.path.split("?")[0])
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/main/?(.*)", path):
             return self._list(store.files.get(match[1]), match[2])
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/main/(.+)", path):
@@ -56,11 +63,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if files is None:
             return self.send_error(404)
         entries = [
-            {"type": "file", "path": p, "size": len(d), "lfs": {"oid": hashlib.sha256(d).hexdigest(), "size": len(d)}}
+            {"type": "file", "path": p, "size": len(d), "oid": "0" * 40, "lfs": _lfs(d)}
             for p, d in files.items()
             if p.startswith(folder)
         ]
-        body = json.dumps(entries + [{"type": "directory", "path": folder}]).encode()
+        body = json.dumps(entries + [{"type": "directory", "path": folder, "oid": "0" * 40}]).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -71,6 +78,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and store.ranges else 0
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(data) - start))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         self.end_headers()
         body = data[start:]
         if store.spoil:
@@ -91,6 +100,7 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setenv("SFD_MIRROR", address)
     monkeypatch.setenv("SFD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)  # what is kept is a multiple of it
     yield httpd.store
     httpd.shutdown()
     httpd.server_close()
@@ -154,6 +164,17 @@ def test_a_file_outside_the_hub(server):
     assert hub.fetch("adm_reference_256")[0].read_bytes() == DATA
 
 
+def test_the_token_goes_to_the_hub_alone(server, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    server.files[REPO] = {"model_weights/sfd_xl/1.pt": DATA}
+    where = "/diffusion/jul-2021/ref_batches/imagenet/256/" + hub.CATALOGUE["adm_reference_256"].files
+    server.files["other"] = {where: DATA}
+    hub.fetch("sfd_xl")
+    hub.fetch("adm_reference_256")
+    assert server.tokens[f"/{REPO}/resolve/main/model_weights/sfd_xl/1.pt"] == "Bearer hf_secret"
+    assert server.tokens[where] is None
+
+
 PAGE = b"<!DOCTYPE html><html><title>Log in</title></html>"
 
 
@@ -179,6 +200,7 @@ def test_a_wrong_file_put_there_by_hand_is_named(server):
 
 def test_offline_says_what_to_put_where_and_takes_it_from_there(monkeypatch, tmp_path):
     monkeypatch.setenv("SFD_CACHE", str(tmp_path))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
     with pytest.raises(SfdError) as error:
         hub.fetch("texture_vae")
