@@ -96,8 +96,7 @@ def _inspect(args) -> int:
     except SfdError as error:
         print(f"not convertible as it is: {error}")
         return 0
-    said = ", ".join(f"{k} {v}" for k, v in network.config_dict().items())
-    print(f"taken '{file.name}': format {name}, {file.which} weights: {said}")
+    print(f"taken '{file.name}': format {name}, {file.which} weights: {network.described()}")
     _print_notes(notes)
     return 0
 

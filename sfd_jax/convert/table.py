@@ -15,12 +15,12 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 
 from sfd_jax.errors import SfdError
 from sfd_jax.models.network import Network
+from sfd_jax.trees import shape_faults, shapes_by_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +159,7 @@ def export_state(
       SfdError: `params` are not this network's; names every missing, extra and misshapen array, or
         every one that is not finite.
     """
-    _check_ours(params, network)
+    network.check(params)
     kept = kept or {}
     dtypes, tables = kept.get("dtypes", {}), kept.get("fixed", {})
     state = {}
@@ -198,7 +198,7 @@ def kept_as_stored(table: Table, state: Mapping[str, Any], network: Network) -> 
 
 def skipped_keys(table: Table, state: Mapping[str, Any]) -> str:
     """Return which of their keys are left out by the table's patterns, as "PATTERN (COUNT)"; "" for none."""
-    counts = [(p, sum(fnmatch.fnmatchcase(key, p) for key in state)) for p in table.skipped]
+    counts = [(pattern, sum(_fits(key, (pattern,)) for key in state)) for pattern in table.skipped]
     return ", ".join(f"{pattern} ({count})" for pattern, count in counts if count)
 
 
@@ -240,42 +240,19 @@ def shape_of(state: Mapping[str, Any], key: str, rank: int | None = None) -> tup
 
 def _check_strictly(table, state, network, slots, source) -> None:
     expected = {key: slot.their_shape for slot in slots for key in slot.keys}
-    fixed = table.fixed(network.config)
-    missing, misshapen, extra, wrong = [], [], [], []
-    for key, shape in expected.items():
-        if key not in state:
-            missing.append(f"  missing   {key} {shape}")
-        elif tuple(state[key].shape) != shape:
-            misshapen.append(f"  misshapen {key} is {tuple(state[key].shape)}, expected {shape}")
-        elif not _is_float(state[key].dtype):
-            misshapen.append(f"  not float {key} is {np.dtype(state[key].dtype).name}")
-    for key in state:
-        if key in expected or any(fnmatch.fnmatchcase(key, pattern) for pattern in table.skipped):
-            continue
-        if key not in fixed:
-            extra.append(f"  extra     {key} {tuple(state[key].shape)}")
-        elif tuple(state[key].shape) != fixed[key].shape:
-            misshapen.append(f"  misshapen {key} is {tuple(state[key].shape)}, expected {fixed[key].shape}")
-        elif not _agree(np.asarray(state[key]), fixed[key]):
-            wrong.append(f"  changed   {key} is a fixed table, but not the one this network computes")
-    faults = missing + extra + misshapen + wrong
+    fixed = {key: array for key, array in table.fixed(network.config).items() if key in state}
+    skipped = [key for key in state if key not in expected and _fits(key, table.skipped)]
+    faults = shape_faults(
+        {key: tuple(array.shape) for key, array in state.items() if key not in skipped},
+        expected | {key: array.shape for key, array in fixed.items()},
+    )
+    for key in (key for key in expected if key in state and not _is_float(state[key].dtype)):
+        faults.append(f"  not float {key} is {np.dtype(state[key].dtype).name}")
+    for key, array in fixed.items():
+        if tuple(state[key].shape) == array.shape and not _agree(np.asarray(state[key]), array):
+            faults.append(f"  changed   {key} is a fixed table, but not the one this network computes")
     if faults:
-        raise SfdError(f"{source} does not fit {table.network} ({_described(network)}):\n" + "\n".join(faults))
-
-
-def _check_ours(params, network: Network) -> None:
-    expected = _our_shapes(network)
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    found = {_path(path): tuple(leaf.shape) for path, leaf in leaves}
-    faults = [f"  missing   {path} {expected[path]}" for path in expected if path not in found]
-    faults += [f"  extra     {path} {found[path]}" for path in found if path not in expected]
-    faults += [
-        f"  misshapen {path} is {found[path]}, expected {shape}"
-        for path, shape in expected.items()
-        if found.get(path, shape) != shape
-    ]
-    if faults:
-        raise SfdError(f"these parameters are not of {network.name} ({_described(network)}):\n" + "\n".join(faults))
+        raise SfdError(f"{source} does not fit {table.network} ({network.described()}):\n" + "\n".join(faults))
 
 
 def _nonfinite(name: str, array: np.ndarray) -> list[str]:
@@ -295,14 +272,14 @@ def _refuse_nonfinite(faults: list[str], source: str, allowed: bool) -> None:
         )
 
 
-def _described(network: Network) -> str:
-    return ", ".join(f"{key} {value}" for key, value in network.config_dict().items())
-
-
 def _agree(stored: np.ndarray, computed: np.ndarray) -> bool:
     # Angles up to 100 in float32 carry an error of 4e-6; half precision rounds to 4e-3.
     tolerance = 2e-5 if stored.dtype.itemsize >= 4 else 1e-2
     return bool(np.max(np.abs(stored.astype(np.float32) - computed), initial=0) <= tolerance)
+
+
+def _fits(key: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
 
 
 def _is_float(dtype) -> bool:
@@ -351,12 +328,7 @@ def _grouped(slots) -> Iterator[tuple[str, list[_Slot]]]:
 
 
 def _our_shapes(network: Network) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(network.abstract_params())
-    return {_path(path): tuple(leaf.shape) for path, leaf in leaves}
-
-
-def _path(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return shapes_by_name(network.abstract_params())
 
 
 def _put(tree: dict, path: str, value) -> None:

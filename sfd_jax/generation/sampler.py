@@ -28,6 +28,7 @@ from sfd_jax.models import Network, network_of
 from sfd_jax.models.fingerprint import params_hash
 from sfd_jax.models.network import checkpoint_name
 from sfd_jax.models.texture_vae import to_bytes
+from sfd_jax.randomness import normal_by_row
 from sfd_jax.ranges import MAY_BE_NONE, RULES, check, check_fields, useless
 
 GUIDANCE = ("none", "cfg", "autoguidance")
@@ -369,8 +370,7 @@ class Sampler:
 
 def sample_noise(seed: int, indices: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Return standard normal noise (B, *shape) float32, row by row a function of (seed, index) alone."""
-    key = jax.random.key(seed)
-    return jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(key, index), shape))(indices)
+    return normal_by_row(jax.random.key(seed), indices, shape)
 
 
 def make_sampler(
