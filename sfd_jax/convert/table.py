@@ -9,7 +9,7 @@ there: import and export are strict, and neither can forget one.
 
 import base64
 import dataclasses
-import fnmatch
+import itertools
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -17,10 +17,13 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
+from sfd_jax.convert.file_kinds import fits
+from sfd_jax.convert.lazy_array import is_float
 from sfd_jax.errors import SfdError
 from sfd_jax.models.network import Network
-from sfd_jax.trees import shape_faults, shapes_by_name
+from sfd_jax.trees import named_leaves, shape_faults, shapes_by_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +92,21 @@ class _Slot:
     layout: Layout
     their_shape: tuple[int, ...]  # of each key
 
+    def take(self, ours: np.ndarray) -> dict[str, np.ndarray]:
+        """Return their arrays by key, views of ours."""
+        array = self.layout.to_theirs(ours if self.layer is None else ours[self.layer])
+        parts = np.split(array, len(self.keys)) if self.keys[1:] else [array]
+        return dict(zip(self.keys, parts, strict=True))
+
+    def fill(self, ours: np.ndarray, state: Mapping[str, Any]) -> np.ndarray:
+        """Write their arrays into ours; return the part of ours that they fill."""
+        theirs = [np.asarray(state[key]) for key in self.keys]
+        theirs = theirs[0] if len(theirs) == 1 else np.concatenate(theirs)
+        target = ours if self.layer is None else ours[self.layer, ...]
+        with np.errstate(over="ignore", invalid="ignore"):  # the caller counts what is not finite
+            target[...] = self.layout.to_ours(theirs)
+        return target
+
 
 def import_params(
     table: Table,
@@ -118,23 +136,17 @@ def import_params(
       SfdError: names every missing, extra and misshapen array with the shapes, or a fixed table
         that is not the one the architecture computes; or every array with numbers that are not finite.
     """
-    slots = list(_slots(table, network))
-    _check_strictly(table, state, network, slots, source)
-    shapes = _our_shapes(network)
+    _check_strictly(table, state, network, source)
+    shapes = shapes_by_name(network.abstract_params())
     params: dict[str, Any] = {}
     faults: list[str] = []
-    for path, group in _grouped(slots):
+    for path, slots in itertools.groupby(_slots(table, network), key=lambda slot: slot.path):
         ours = np.empty(shapes[path], np.float32)
-        for slot in group:
-            theirs = [np.asarray(state[key]) for key in slot.keys]
-            theirs = theirs[0] if len(theirs) == 1 else np.concatenate(theirs)
-            target = ours if slot.layer is None else ours[slot.layer, ...]
-            with np.errstate(over="ignore", invalid="ignore"):  # counted below
-                target[...] = slot.layout.to_ours(theirs)
-            faults += _nonfinite(" and ".join(slot.keys), target)
-        _put(params, path, place(ours))
+        for slot in slots:
+            faults += _nonfinite(" and ".join(slot.keys), slot.fill(ours, state))
+        params[path] = place(ours)
     _refuse_nonfinite(faults, source, allow_nonfinite)
-    return params
+    return unflatten_dict(params, sep="/")
 
 
 def export_state(
@@ -164,14 +176,10 @@ def export_state(
     dtypes, tables = kept.get("dtypes", {}), kept.get("fixed", {})
     state = {}
     faults: list[str] = []
-    for path, group in _grouped(_slots(table, network)):
-        ours = np.asarray(_get(params, path))
-        for slot in group:
-            array = slot.layout.to_theirs(ours if slot.layer is None else ours[slot.layer])
-            for key, part in zip(slot.keys, np.split(array, len(slot.keys)) if slot.keys[1:] else [array]):
-                with np.errstate(over="ignore", invalid="ignore"):  # counted below
-                    state[key] = np.array(part, _dtype(dtypes.get(key, "float32")), order="C")
-                faults += [] if allow_nonfinite else _nonfinite(key, state[key])
+    for key, array in to_their_keys(table, params, network):
+        with np.errstate(over="ignore", invalid="ignore"):  # counted below
+            state[key] = np.array(array, _dtype(dtypes.get(key, "float32")), order="C")
+        faults += [] if allow_nonfinite else _nonfinite(key, state[key])
     _refuse_nonfinite(faults, "this checkpoint", allow_nonfinite)
     for key, array in table.fixed(network.config).items():
         state[key] = _unpack(tables[key]) if key in tables else array
@@ -185,8 +193,7 @@ def kept_as_stored(table: Table, state: Mapping[str, Any], network: Network) -> 
     come from another mathematical library and differ from ours in the last bit, so those that
     differ are kept as they are, compressed (rotary tables are so repetitive that little is left).
     """
-    keys = [key for slot in _slots(table, network) for key in slot.keys]
-    dtypes = {key: np.dtype(state[key].dtype).name for key in keys}
+    dtypes = {key: np.dtype(state[key].dtype).name for key in key_shapes(table, network)}
     fixed = {}
     for key, ours in table.fixed(network.config).items():
         if key in state:
@@ -198,7 +205,7 @@ def kept_as_stored(table: Table, state: Mapping[str, Any], network: Network) -> 
 
 def skipped_keys(table: Table, state: Mapping[str, Any]) -> str:
     """Return which of their keys are left out by the table's patterns, as "PATTERN (COUNT)"; "" for none."""
-    counts = [(pattern, sum(_fits(key, (pattern,)) for key in state)) for pattern in table.skipped]
+    counts = [(pattern, sum(fits(key, (pattern,)) for key in state)) for pattern in table.skipped]
     return ", ".join(f"{pattern} ({count})" for pattern, count in counts if count)
 
 
@@ -207,21 +214,13 @@ def key_shapes(table: Table, network: Network) -> dict[str, tuple[int, ...]]:
     return {key: slot.their_shape for slot in _slots(table, network) for key in slot.keys}
 
 
-def our_place(table: Table, network: Network) -> dict[str, Callable[[Mapping[str, Any]], np.ndarray]]:
-    """Return for each of their keys a function that takes its array out of a tree like ours.
-
-    For trees of the parameters' shape (gradients, moments) that are compared key by key.
-    """
-
-    def taker(slot: _Slot, part: int):
-        def take(tree):
-            ours = np.asarray(_get(tree, slot.path))
-            array = slot.layout.to_theirs(ours if slot.layer is None else ours[slot.layer])
-            return np.split(array, len(slot.keys))[part] if slot.keys[1:] else array
-
-        return take
-
-    return {key: taker(slot, part) for slot in _slots(table, network) for part, key in enumerate(slot.keys)}
+def to_their_keys(table: Table, tree: Mapping[str, Any], network: Network) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield their keys and arrays, views in their layout, of a tree of the parameters' shape (gradients, moments)."""
+    leaves = named_leaves(tree)
+    for path, slots in itertools.groupby(_slots(table, network), key=lambda slot: slot.path):
+        ours = np.asarray(leaves[path])
+        for slot in slots:
+            yield from slot.take(ours).items()
 
 
 def shape_of(state: Mapping[str, Any], key: str, rank: int | None = None) -> tuple[int, ...]:
@@ -238,15 +237,15 @@ def shape_of(state: Mapping[str, Any], key: str, rank: int | None = None) -> tup
     return shape
 
 
-def _check_strictly(table, state, network, slots, source) -> None:
-    expected = {key: slot.their_shape for slot in slots for key in slot.keys}
+def _check_strictly(table: Table, state: Mapping[str, Any], network: Network, source: str) -> None:
+    expected = key_shapes(table, network)
     fixed = {key: array for key, array in table.fixed(network.config).items() if key in state}
-    skipped = [key for key in state if key not in expected and _fits(key, table.skipped)]
+    skipped = [key for key in state if key not in expected and fits(key, table.skipped)]
     faults = shape_faults(
         {key: tuple(array.shape) for key, array in state.items() if key not in skipped},
         expected | {key: array.shape for key, array in fixed.items()},
     )
-    for key in (key for key in expected if key in state and not _is_float(state[key].dtype)):
+    for key in (key for key in expected if key in state and not is_float(state[key].dtype)):
         faults.append(f"  not float {key} is {np.dtype(state[key].dtype).name}")
     for key, array in fixed.items():
         if tuple(state[key].shape) == array.shape and not _agree(np.asarray(state[key]), array):
@@ -278,21 +277,13 @@ def _agree(stored: np.ndarray, computed: np.ndarray) -> bool:
     return bool(np.max(np.abs(stored.astype(np.float32) - computed), initial=0) <= tolerance)
 
 
-def _fits(key: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
-
-
-def _is_float(dtype) -> bool:
-    return np.dtype(dtype).name in ("float16", "bfloat16", "float32", "float64")
-
-
 def _dtype(name: str) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
 def _slots(table: Table, network: Network) -> Iterator[_Slot]:
     """Expand the rows over the arrays that this network has, in our order."""
-    for path, shape in _our_shapes(network).items():
+    for path, shape in shapes_by_name(network.abstract_params()).items():
         row, indices = _find_row(table, path)
         layout = LAYOUTS[row.layout]
         theirs = (row.theirs,) if isinstance(row.theirs, str) else row.theirs
@@ -313,35 +304,6 @@ def _find_row(table: Table, path: str) -> tuple[Row, dict[str, str]]:
         if match := re.fullmatch(pattern, path):
             return row, match.groupdict()
     raise AssertionError(f"the table of {table.network} has no row for {path}")
-
-
-def _grouped(slots) -> Iterator[tuple[str, list[_Slot]]]:
-    """Gather the slots of one array of ours; they follow one another."""
-    group: list[_Slot] = []
-    for slot in slots:
-        if group and slot.path != group[0].path:
-            yield group[0].path, group
-            group = []
-        group.append(slot)
-    if group:
-        yield group[0].path, group
-
-
-def _our_shapes(network: Network) -> dict[str, tuple[int, ...]]:
-    return shapes_by_name(network.abstract_params())
-
-
-def _put(tree: dict, path: str, value) -> None:
-    *groups, last = path.split("/")
-    for group in groups:
-        tree = tree.setdefault(group, {})
-    tree[last] = value
-
-
-def _get(tree: Mapping, path: str):
-    for name in path.split("/"):
-        tree = tree[name]
-    return tree
 
 
 def _pack(array: np.ndarray) -> dict[str, Any]:

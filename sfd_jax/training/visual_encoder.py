@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from sfd_jax.errors import SfdError
 from sfd_jax.models.dinov2 import preprocess
 from sfd_jax.models.network import Network
-from sfd_jax.ranges import check_fields
 from sfd_jax.randomness import keys_by_row
+from sfd_jax.ranges import check_fields
 from sfd_jax.training.task import Task
 from sfd_jax.training.terms import apply_head, cross_entropy, hits, linear_head
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sfd_jax.training import OptimizerConfig, Task, TrainConfig
 from sfd_jax.randomness import normal_by_row
+from sfd_jax.training import OptimizerConfig, Task, TrainConfig
 
 INPUTS, HIDDEN, OUTPUTS = 5, 16, 3
 
