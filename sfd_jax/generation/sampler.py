@@ -250,20 +250,20 @@ class Sampler:
             part = labels[start : start + batch_size]
             yield self(np.arange(start, start + len(part)), part, batch_size)[0]
 
-    def lower(self, batch_size: int) -> jax.stages.Lowered:
-        """Lower the program that samples a batch's latents, to be compiled for devices that need not be there.
+    def trace(self, batch_size: int) -> jax.stages.Traced:
+        """Trace the program that samples a batch's latents, to be compiled for devices that need not be there.
 
         Args:
           batch_size: samples over all devices, a multiple of their number.
         """
         rows = (jax.ShapeDtypeStruct((batch_size,), kind, sharding=batch_sharding(self.mesh)) for kind in _KINDS)
-        return self._run_sample.lower(self._params, *rows)
+        return self._run_sample.trace(self._params, *rows)
 
-    def lower_decoding(self, batch_size: int) -> jax.stages.Lowered:
-        """Lower the program that decodes what the other one gives, as `lower` does."""
+    def trace_decoding(self, batch_size: int) -> jax.stages.Traced:
+        """Trace the program that decodes what the other one gives, as `trace` does."""
         shape = (batch_size, *self._latent_shape)
         latents = jax.ShapeDtypeStruct(shape, np.float32, sharding=replicated(self.mesh))
-        return self._run_decode.lower(self._params, latents)
+        return self._run_decode.trace(self._params, latents)
 
     @property
     def _latent_shape(self) -> tuple[int, int, int]:
