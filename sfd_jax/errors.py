@@ -2,7 +2,7 @@
 
 import contextlib
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 
 class SfdError(Exception):
@@ -51,6 +51,21 @@ def refuse(faults: list[str]) -> None:
         error = SfdError(faults[0] if len(faults) == 1 else f"{len(faults)} faults:{lines}")
         error.faults = list(faults)
         raise error
+
+
+@contextlib.contextmanager
+def damage_explained(say: Callable[[str], str]) -> Iterator[None]:
+    """Turn whatever a damaged file makes libraries raise in the block into one SfdError; pass SfdErrors on.
+
+    Args:
+      say: makes the message of the reason.
+    """
+    try:
+        yield
+    except SfdError:
+        raise
+    except Exception as error:  # zipfile, numpy, pickletools and parsers tell damage by many types
+        raise SfdError(say(f"{error!s:.200}" or type(error).__name__)) from error
 
 
 @contextlib.contextmanager

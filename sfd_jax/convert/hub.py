@@ -17,7 +17,7 @@ import hashlib
 import os
 import re
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from sfd_jax.convert.file_kinds import NPZ, kind_of
@@ -117,13 +117,12 @@ def cache_dir() -> Path:
     return Path(os.environ.get("SFD_CACHE") or Path.home() / ".cache" / "sfd_jax")
 
 
-def fetch(name: str, file: str | None = None, report: Callable[[str], None] = print) -> list[Path]:
+def fetch(name: str, file: str | None = None) -> list[Path]:
     """Return the local files of a catalogue entry, downloading what is not there.
 
     Args:
       name: a key of CATALOGUE.
       file: which file, where an entry has several (a name, or a part of one).
-      report: receives a line for each thing done.
 
     Raises:
       SfdError: unknown name, nothing fits, a wrong size or sum, or the server cannot be reached: then
@@ -140,17 +139,17 @@ def fetch(name: str, file: str | None = None, report: Callable[[str], None] = pr
         for path in found:
             if wrong := _wrong_download(path, path.name):
                 raise SfdError(f"'{path}' is {wrong}; remove it and run the same command again")
-        report(f"{name}: found {', '.join(map(str, found))}")
+        print(f"{name}: found {', '.join(map(str, found))}")
         return found
     try:
         remote = {item.name: item for item in _listing(source)}
         chosen = _choose(source, remote, file)
         if not chosen:
             raise SfdError(f"{name} has no file '{file}'; it has {', '.join(sorted(remote))}")
-        return [_download(item, folder, report) for item in chosen]
+        return [_download(item, folder) for item in chosen]
     except _Unreachable as error:
         if found:
-            report(f"{name}: {error}; taking {found[0]}")
+            print(f"{name}: {error}; taking {found[0]}")
             return found
         raise SfdError(
             f"{name}: {error}. What came is kept: run the same command again to go on. Without a connection: fetch "
@@ -192,19 +191,19 @@ def _listing(source: Source) -> list[RemoteFile]:
     return found
 
 
-def _download(remote: RemoteFile, folder: Path, report: Callable[[str], None]) -> Path:
+def _download(remote: RemoteFile, folder: Path) -> Path:
     """Download one file, going on where an earlier attempt stopped, and check it."""
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
     target = folder / remote.name
     if target.exists():
-        report(f"{target} is here")
+        print(f"{target} is here")
         return target
     # Part of the name: the rest of another version must not be appended to this one.
     part = folder / f"{remote.name}.{(remote.sha256 or str(remote.size))[:8]}.part"
     folder.mkdir(parents=True, exist_ok=True)
-    report(f"{remote.url} -> {target}")
+    print(f"{remote.url} -> {target}")
     if remote.size is not None and part.exists() and part.stat().st_size > remote.size:
         part.unlink()
     with part.open("ab") as sink, _faults(remote.url):

@@ -24,7 +24,7 @@ import numpy as np
 from sfd_jax.budget import Budget
 from sfd_jax.convert.lazy_array import LazyArray, Unchanged, checked_shape
 from sfd_jax.convert.pickles import Name, Record, plain, refusal, unpickle
-from sfd_jax.errors import SfdError, needs_extra
+from sfd_jax.errors import SfdError, damage_explained, needs_extra
 
 
 def read_torch_file(path: str | os.PathLike) -> Any:
@@ -364,15 +364,5 @@ def _read_legacy(path: Path) -> Any:
         return tree
 
 
-@contextlib.contextmanager
-def _damage_explained(path: Path):
-    """Turn whatever a damaged file makes the readers raise into one clear error."""
-    try:
-        yield
-    except SfdError:
-        raise
-    except FileNotFoundError as error:
-        raise SfdError(f"no file '{path}'") from error
-    except Exception as error:
-        reason = str(error)[:200] or type(error).__name__
-        raise SfdError(f"'{path}' is damaged or cut short ({reason}); copy or download it again") from error
+def _damage_explained(path: Path) -> contextlib.AbstractContextManager:
+    return damage_explained(lambda reason: f"'{path}' is damaged or cut short ({reason}); copy or download it again")

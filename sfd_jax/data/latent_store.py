@@ -48,7 +48,37 @@ DTYPES = {
 }
 
 
-class LatentStore:
+class LatentSource:
+    """What sources of latents share: one image by its number, and what `read` begins with.
+
+    Attributes:
+      directory: where it is.
+      flips: the mirror images are stored too.
+    """
+
+    directory: Path
+    flips: bool
+
+    def __getitem__(self, index: int) -> dict:
+        """Return the fields of one image as it is, not mirrored; `label` and `index` as ints."""
+        fields = {name: values[0] for name, values in self.read(np.array([index])).items()}
+        return {**fields, "label": int(fields["label"]), "index": int(fields["index"])}
+
+    def _checked(self, indices: np.ndarray, flip: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Return what `read` is asked for; refuse images that there are not, and flips that are not stored."""
+        indices = np.asarray(indices, np.int64)
+        flip = np.zeros(len(indices), bool) if flip is None else flip
+        if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
+            raise IndexError(f"index outside the {len(self)} images of {self.directory}")
+        if flip.any() and not self.flips:  # they cannot be made from latents
+            raise SfdError(
+                f"flips are asked for, but {self.directory} holds no 'texture_flip'; "
+                "extract with flips, or train with --config.data.flips=False"
+            )
+        return indices, flip
+
+
+class LatentStore(LatentSource):
     """Read a finished store.
 
     Args:
@@ -72,7 +102,8 @@ class LatentStore:
             self._read_parts()
         except (AttributeError, KeyError, TypeError, ValueError, SfdError) as error:
             raise SfdError(
-                f"{self.directory / 'manifest.json'} is damaged ({error}); delete it and run the command that made it again"
+                f"{self.directory / 'manifest.json'} is damaged ({error}); delete it and run the command that made it "
+                "again"
             ) from error
         self._ends = np.cumsum([shard["count"] for shard in self.shards])
         self._readers: dict[int, ArrayRecordReader] = {}
@@ -93,17 +124,14 @@ class LatentStore:
         if lacking := {"texture", "semantic", *PER_IMAGE} - set(self.record_dtype.names):
             raise ValueError(f"its fields lack {', '.join(sorted(lacking))}")
         self.orientations = orientations(manifest["fields"])
+        self.flips = self.orientations == 2
         self.statistics = LatentStatistics.from_dict(manifest["statistics"])
         self.class_names = manifest["class_names"]
         self.shards = [
             {key: shard[key] for key in ("name", "count", "bytes", "sha256")} for shard in manifest["shards"]
         ]
-        if (
-            not sum(shard["count"] for shard in self.shards)
-            == sum(self.label_counts().values())
-            == manifest["count"]
-            > 0
-        ):
+        counts = {sum(shard["count"] for shard in self.shards), sum(self.label_counts().values()), manifest["count"]}
+        if len(counts) > 1 or min(counts) <= 0:
             raise ValueError("the counts of its shards, its labels and its images differ, or are 0")
         for group in ("texture", "semantic"):
             channels = self.record_dtype[group].shape[-1]
@@ -130,11 +158,6 @@ class LatentStore:
             "labels": sorted(map(int, self.manifest["label_counts"])),
         }
 
-    def __getitem__(self, index: int) -> dict:
-        """Return the fields of one image as it is, not mirrored; `label` and `index` as ints."""
-        fields = {name: values[0] for name, values in self.read(np.array([index])).items()}
-        return {**fields, "label": int(fields["label"]), "index": int(fields["index"])}
-
     def read(self, indices: np.ndarray, flip: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Return the fields of many images, stacked: arrays (B, ...) in their stored dtypes.
 
@@ -145,18 +168,13 @@ class LatentStore:
         Raises:
           SfdError: a record is damaged (the message names its shard), or flips are not stored.
         """
-        indices = np.asarray(indices)
-        flip = np.zeros(len(indices), bool) if flip is None else flip
-        if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
-            raise IndexError(f"index outside the {len(self)} images of {self.directory}")
-        if self.orientations == 1:
-            refuse_flips(flip, self.directory)
+        indices, flip = self._checked(indices, flip)
         shards = np.searchsorted(self._ends, indices, side="right")
         starts = self._ends[shards] - [self.shards[shard]["count"] for shard in shards]
         numbers = (indices - starts) * self.orientations + flip
         layout = self.record_dtype
         batch = {name: np.empty((len(indices), *layout[name].shape), layout[name].base) for name in layout.names}
-        for row, (shard, number) in enumerate(zip(shards.tolist(), numbers.tolist())):
+        for row, (shard, number) in enumerate(zip(shards.tolist(), numbers.tolist(), strict=True)):
             try:
                 # A range of one: `read([number])` takes half as long again, a list of many twice as long.
                 raw = self._reader(shard).read(number, number + 1)[0]
@@ -504,15 +522,6 @@ def record_dtype(fields: dict[str, dict]) -> np.dtype:
 def orientations(fields: dict[str, dict]) -> int:
     """Return the records an image has: 2 with its mirror image, else 1."""
     return 2 if any(name.endswith("_flip") for name in fields) else 1
-
-
-def refuse_flips(flip: np.ndarray, directory: Path) -> None:
-    """Raise SfdError where mirror images are wanted of latents that hold none: they cannot be made from these."""
-    if flip.any():
-        raise SfdError(
-            f"flips are asked for, but {directory} holds no 'texture_flip'; "
-            "extract with flips, or train with --config.data.flips=False"
-        )
 
 
 def file_sha256(path: str | os.PathLike) -> str:

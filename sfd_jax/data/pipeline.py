@@ -42,7 +42,6 @@ def make_batches(
     transform: Transform | None = None,
     workers: int = 0,
     flips: bool = False,
-    shuffle: bool = True,
     cache: bool = False,
 ) -> "TrainBatches":
     """Make the training batches of one host.
@@ -55,7 +54,6 @@ def make_batches(
       transform: see `latent_transform` and `pixel_transform`; None leaves the records alone.
       workers: processes that prepare batches ahead; 0 does so in threads of this process.
       flips: flip each image with probability 1/2, once for all its arrays.
-      shuffle: False reads in the order of the source.
       cache: hold all records in memory, for sets that are small.
 
     Returns:
@@ -75,7 +73,6 @@ def make_batches(
         transform=transform,
         workers=workers,
         flips=flips,
-        shuffle=shuffle,
     )
 
 
@@ -90,7 +87,6 @@ class TrainBatches:
     transform: Transform | None
     workers: int
     flips: bool
-    shuffle: bool
 
     def __call__(self, start_step: int = 0) -> Iterator[Batch]:
         """Return the endless iterator over batches `start_step`, `start_step + 1`, ..."""
@@ -106,8 +102,6 @@ class TrainBatches:
     def order(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Map positions of the endless stream to (epoch, index in the source), int64 (B,) each."""
         epochs, places = np.divmod(positions, len(self.source))
-        if not self.shuffle:
-            return epochs, places
         indices = np.empty_like(places)
         for epoch in np.unique(epochs):
             here = epochs == epoch

@@ -8,18 +8,14 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from sfd_jax.data.moments import RunningMoments
 from sfd_jax.distributed import is_host0
 from sfd_jax.errors import SfdError, nearest
 from sfd_jax.evaluation.features import Extractor, extract_features
 from sfd_jax.evaluation.image_sets import ImageSet
-from sfd_jax.evaluation.metrics import (
-    RunningInceptionScore,
-    frechet_distance,
-    kernel_distance,
-    precision_recall,
-)
+from sfd_jax.evaluation.metrics import RunningInceptionScore, frechet_distance, kernel_distance, precision_recall
 from sfd_jax.evaluation.reference import Reference
-from sfd_jax.evaluation.statistics import FeatureStatistics, RunningMoments
+from sfd_jax.evaluation.statistics import FeatureStatistics
 from sfd_jax.ranges import check
 
 # Metric -> whether it needs every image's features at once, beside mean and covariance.
@@ -125,12 +121,10 @@ def compare(
 
 def _check(samples: ImageSet, comparison: Comparison) -> None:
     reference, extractor, metrics = comparison.reference, comparison.extractor, comparison.metrics
-    if reference.images is not None and None not in (samples.size, reference.images.size):
-        if samples.size != reference.images.size:
-            ours, theirs = ("x".join(map(str, size[::-1])) for size in (samples.size, reference.images.size))
-            raise SfdError(
-                f"images of {samples.name} are {ours}, those of {reference.name} {theirs}: one size is needed"
-            )
+    sizes = (samples.size, reference.images and reference.images.size)
+    if None not in sizes and sizes[0] != sizes[1]:
+        ours, theirs = ("x".join(map(str, size[::-1])) for size in sizes)
+        raise SfdError(f"images of {samples.name} are {ours}, those of {reference.name} {theirs}: one size is needed")
     for metric in metrics:
         if metric not in METRICS:
             raise SfdError(f"unknown metric '{metric}'; {nearest(metric, METRICS)}")
@@ -208,8 +202,9 @@ def measure(
             raise SfdError(f"'is' needs class probabilities, which extractor '{samples.extractor}' does not give")
         values["is"] = inception_score
     if {"precision", "recall"} & set(metrics):
-        both = dict(zip(("precision", "recall"), precision_recall(reference.features, samples.features)))
-        values.update({name: value for name, value in both.items() if name in metrics})
+        precision, recall = precision_recall(reference.features, samples.features)
+        both = {"precision": precision, "recall": recall}
+        values |= {name: value for name, value in both.items() if name in metrics}
     if "kid" in metrics:
         values["kid"], values["kid_std"] = kernel_distance(reference.features, samples.features)
     return values

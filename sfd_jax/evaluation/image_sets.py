@@ -45,8 +45,8 @@ class ImageSet:
 
 def image_set_of(name: str, images: np.ndarray) -> ImageSet:
     """Return the set of images in memory, uint8 (N, H, W, 3)."""
-    cut = lambda n: (images[start : start + n] for start in range(0, len(images), n))  # noqa: E731
-    digest = lambda: hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()  # noqa: E731
+    cut = lambda n: (images[start : start + n] for start in range(0, len(images), n))
+    digest = lambda: hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
     return ImageSet(name, len(images), cut, digest, size=images.shape[1:3])
 
 

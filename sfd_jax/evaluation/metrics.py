@@ -191,8 +191,9 @@ class RunningInceptionScore:
         if unevenness(classes) <= np.mean(shuffled) + 6 * np.std(shuffled) + 1e-9 * len(classes):
             return None
         return (
-            f"the images are sorted by class (splits of {self.split_size:,} hold other classes than shuffled ones would): "
-            "the inception score is defined on shuffled images, and this one is too low; shuffle them and evaluate again"
+            f"the images are sorted by class (splits of {self.split_size:,} hold other classes than shuffled ones "
+            "would): the inception score is defined on shuffled images, and this one is too low; shuffle them and "
+            "evaluate again"
         )
 
     def _short_split_note(self) -> str | None:

@@ -273,7 +273,7 @@ ONES = np.ones((1, 3, 1, 1), np.float32)
 @pytest.mark.parametrize(
     "tree, match",
     [
-        (A, "not 'mean' and 'std'"),
+        (A, "needs arrays 'mean' and 'std', and holds one"),
         ({"mean": ONES}, "holds 'mean'"),
         ({"mean": ONES, "std": 1.0}, "needs arrays"),
         ({"mean": ONES, "std": np.ones((1, 4, 1, 1), np.float32)}, "one value a channel"),
