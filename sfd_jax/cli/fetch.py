@@ -56,10 +56,10 @@ def _statistics() -> dict[str, Path]:
 
 
 def _convert(path: Path, out: Path, statistics: dict[str, Path]) -> Path:
-    from sfd_jax.convert.checkpoints import import_checkpoint
+    from sfd_jax.convert.checkpoints import Stated, import_checkpoint
     from sfd_jax.training.checkpoint import load_metadata, save_params
 
-    imported = import_checkpoint(path, **statistics)
+    imported = import_checkpoint(path, Stated(**statistics))
     target = out / str(imported.metadata["step"])
     if target.exists():
         if load_metadata(target)["source"] != imported.metadata["source"]:
