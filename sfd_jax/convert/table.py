@@ -56,12 +56,9 @@ class Row:
     layout: str = "same"
 
 
-def dense_rows(theirs: str, ours: str) -> tuple[Row, Row]:
-    """Return the rows of a Linear's weight and bias."""
-    return (
-        Row(f"{theirs}.weight", f"{ours}/kernel", "linear"),
-        Row(f"{theirs}.bias", f"{ours}/bias"),
-    )
+def dense_rows(theirs: str, ours: str, layout: str = "linear") -> tuple[Row, Row]:
+    """Return the rows of the weight and bias of a Linear, or by `layout` of a convolution."""
+    return Row(f"{theirs}.weight", f"{ours}/kernel", layout), Row(f"{theirs}.bias", f"{ours}/bias")
 
 
 @dataclasses.dataclass(frozen=True)
