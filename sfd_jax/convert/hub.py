@@ -13,7 +13,6 @@ SFD_MIRROR (a server that has the other files under the paths of their addresses
 import contextlib
 import dataclasses
 import fnmatch
-import hashlib
 import os
 import re
 import urllib.parse
@@ -22,7 +21,7 @@ from pathlib import Path, PurePosixPath
 
 from sfd_jax.convert.file_kinds import NPZ, kind_of
 from sfd_jax.errors import SfdError, nearest
-from sfd_jax.files import disk_fault
+from sfd_jax.files import disk_fault, file_sha256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,9 +216,7 @@ def _download(remote: RemoteFile, folder: Path) -> Path:
         )
     wrong = _wrong_download(part, remote.name)
     what = f" (it is {wrong})" if wrong else ""
-    with part.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest() if remote.sha256 else ""
-    if remote.sha256 and not digest.startswith(remote.sha256):
+    if remote.sha256 and not (digest := file_sha256(part)).startswith(remote.sha256):
         part.unlink()
         raise SfdError(
             f"{remote.url}: its SHA-256 is {digest}{what}, expected {remote.sha256}; it was damaged on the way or "

@@ -17,7 +17,6 @@ keeps a hash of every record and checks it on every read.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import threading
@@ -33,7 +32,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from sfd_jax.data.moments import Moments
 from sfd_jax.errors import SfdError
-from sfd_jax.files import PART, differences, sync, write_json
+from sfd_jax.files import PART, differences, file_sha256, sync, write_json
 from sfd_jax.latents import LatentStatistics
 
 FORMAT = "sfd_jax latents 2"
@@ -142,7 +141,7 @@ class LatentStore(LatentSource):
         whole = manifest["statistics"] == manifest.get("measured_statistics", manifest["statistics"])
         if not (whole if given == "measured" else self.statistics.hash() == given):
             raise ValueError("its statistics are not those that it was written with")
-        texture, semantic = (self.record_dtype[group].shape for group in ("texture", "semantic"))
+        texture, semantic = self.record_dtype["texture"].shape, self.record_dtype["semantic"].shape
         if semantic[-1] and texture[:-1] != semantic[:-1]:
             raise ValueError(f"the grids of its texture {texture} and semantic {semantic} latents differ")
 
@@ -268,8 +267,7 @@ class Plan:
 class LatentStoreWriter:
     """Write a store shard by shard, going on after any kind of interruption.
 
-    Several processes may write to one folder at the same time if each opens other shards. A finished
-    store is opened again only to redo shards that were deleted.
+    Several processes may write to one folder if each opens other shards.
 
     Args:
       directory: made if it does not exist.
@@ -459,22 +457,14 @@ class ShardWriter:
 
 
 def _label_counts(facts: list[dict]) -> Counter[int]:
-    counts = Counter()
-    for shard in facts:
-        counts.update({int(label): count for label, count in shard["label_counts"].items()})
-    return counts
+    return sum((Counter({int(k): n for k, n in shard["label_counts"].items()}) for shard in facts), Counter())
 
 
 def _statistics(moments: list[dict]) -> LatentStatistics:
-    texture, semantic = (
+    groups = [
         Moments.merge([Moments.from_dict(shard[group]) for shard in moments]) for group in ("texture", "semantic")
-    )
-    return LatentStatistics(
-        texture_mean=texture.mean.astype(np.float32),
-        texture_std=texture.std.astype(np.float32),
-        semantic_mean=semantic.mean.astype(np.float32),
-        semantic_std=semantic.std.astype(np.float32),
-    )
+    ]
+    return LatentStatistics(*(part.astype(np.float32) for group in groups for part in (group.mean, group.std)))
 
 
 def latent_fields(
@@ -522,12 +512,6 @@ def record_dtype(fields: dict[str, dict]) -> np.dtype:
 def orientations(fields: dict[str, dict]) -> int:
     """Return the records an image has: 2 with its mirror image, else 1."""
     return 2 if any(name.endswith("_flip") for name in fields) else 1
-
-
-def file_sha256(path: str | os.PathLike) -> str:
-    """Return the SHA-256 of a file, as hex digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -118,7 +118,7 @@ class PublishedLatents(LatentSource):
                             f"{path}: '{theirs + suffix}' is {field[0]} {field[1]} an image (channels last), but "
                             f"{expected[0]} {expected[1]} elsewhere; do the shards belong together?"
                         )
-        texture, semantic = (self.fields[group][1][:2] for group in ("texture", "semantic"))
+        texture, semantic = self.fields["texture"][1][:2], self.fields["semantic"][1][:2]
         if texture != semantic:
             raise SfdError(
                 f"{self.paths[0]}: the grids of '{self.names['texture']}' {texture} and "

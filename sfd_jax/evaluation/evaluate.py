@@ -51,20 +51,7 @@ def evaluate(
     metrics: tuple[str, ...] = ADM_METRICS,
     **options,
 ) -> dict[str, float]:
-    """Measure samples against a reference.
-
-    Args:
-      samples: the images to be judged.
-      reference, extractor, metrics: see `Comparison`.
-      **options: see `compare`.
-
-    Returns:
-      Metric name -> value; and under "notes" a list of sentences where there is something to say beside the values.
-
-    Raises:
-      SfdError: an unknown metric, one that the extractor or the reference cannot give, statistics of
-        another extractor, or damaged images.
-    """
+    """Measure samples against one reference; arguments as of `Comparison` and `compare`, which says the rest."""
     return compare(samples, [Comparison(reference, extractor, metrics)], **options)[0]
 
 
@@ -91,10 +78,11 @@ def compare(
       progress: show bars on stderr.
 
     Returns:
-      For each comparison, what `evaluate` returns.
+      For each comparison metric name -> value; and under "notes" sentences to be said beside the values, if any.
 
     Raises:
-      SfdError: as `evaluate`.
+      SfdError: an unknown metric, one that the extractor or the reference cannot give, statistics of
+        another extractor, or damaged images.
     """
     check(batch_size=batch_size)
     for comparison in comparisons:  # before an hour of sampling what would fail after it
