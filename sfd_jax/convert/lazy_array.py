@@ -62,11 +62,7 @@ def checked_shape(shape: Any, dtype: np.dtype) -> tuple[tuple[int, ...], int]:
 
 
 class Unchanged:
-    """Tell whether a file is still the one whose header was read.
-
-    Args:
-      path: the file.
-    """
+    """Tell whether a file is still the one whose header was read."""
 
     def __init__(self, path: Path):
         self.path, self._stamp = path, _stamp(os.stat(path))

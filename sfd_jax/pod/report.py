@@ -160,7 +160,7 @@ def needed_bytes(message: str) -> int | None:
 
 
 def machine() -> dict[str, Any]:
-    """Return what compiled: versions and processor."""
+    """Return what compiled: versions and cores."""
     return {
         "jax": jax.__version__,
         "libtpu": importlib.metadata.version("libtpu") if importlib.util.find_spec("libtpu") else None,
