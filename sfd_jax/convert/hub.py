@@ -192,9 +192,6 @@ def _listing(source: Source) -> list[RemoteFile]:
 
 def _download(remote: RemoteFile, folder: Path) -> Path:
     """Download one file, going on where an earlier attempt stopped, and check it."""
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
-
     target = folder / remote.name
     if target.exists():
         print(f"{target} is here")
@@ -205,28 +202,46 @@ def _download(remote: RemoteFile, folder: Path) -> Path:
     print(f"{remote.url} -> {target}")
     if remote.size is not None and part.exists() and part.stat().st_size > remote.size:
         part.unlink()
-    with part.open("ab") as sink, _faults(remote.url):
-        http_get(
-            remote.url,
-            sink,
-            resume_size=sink.tell(),
-            expected_size=remote.size,
-            headers=build_hf_headers() if remote.on_hub else {},  # the token is for the hub alone
-            displayed_filename=remote.name,
-        )
-    wrong = _wrong_download(part, remote.name)
-    what = f" (it is {wrong})" if wrong else ""
+    fault = None
+    try:
+        _download_rest(remote, part)
+    except _Unreachable as error:
+        fault = error
+    if fault and not part.stat().st_size:
+        part.unlink()
+        raise fault
+    if wrong := _wrong_download(part, remote.name):  # whatever the server or a portal before it calls it
+        part.unlink()
+        raise SfdError(f"{remote.url}: what came is {wrong}, and was removed") from fault
+    if fault:
+        raise fault
     if remote.sha256 and not (digest := file_sha256(part)).startswith(remote.sha256):
         part.unlink()
         raise SfdError(
-            f"{remote.url}: its SHA-256 is {digest}{what}, expected {remote.sha256}; it was damaged on the way or "
-            "exchanged, and was removed"
+            f"{remote.url}: its SHA-256 is {digest}, expected {remote.sha256}; it was damaged on the way or exchanged, "
+            "and was removed"
         )
-    if wrong:
-        part.unlink()
-        raise SfdError(f"{remote.url}: what came is {wrong}, and was removed")
     part.rename(target)
     return target
+
+
+def _download_rest(remote: RemoteFile, part: Path) -> None:
+    """Append what is missing to `part`."""
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    headers = build_hf_headers() if remote.on_hub else {}  # the token is for the hub alone
+    about = {"headers": headers, "expected_size": remote.size, "displayed_filename": remote.name}
+    with part.open("ab") as sink, _faults(remote.url):
+        try:
+            http_get(remote.url, sink, resume_size=sink.tell(), **about)
+        except HfHubHTTPError as error:
+            if error.response.status_code != 416:
+                raise
+            sink.truncate(0)  # the server has nothing behind what is there, so that is of something else
+            sink.seek(0)
+            http_get(remote.url, sink, **about)
 
 
 def _wrong_download(path: Path, name: str) -> str:
@@ -248,7 +263,7 @@ def _faults(where: str) -> Iterator[None]:
     except Exception as error:  # of httpx, huggingface_hub, json, ssl: whatever a server or network does
         if disk_fault(error):
             raise
-        raise _Unreachable(f"{where} cannot be reached ({str(error).strip() or type(error).__name__})") from error
+        raise _Unreachable(f"{where} could not be fetched ({str(error).strip() or type(error).__name__})") from error
 
 
 def _endpoint() -> str | None:

@@ -28,6 +28,7 @@ class Hub:
         self.tokens: dict[str, str | None] = {}  # by path
         self.drop_after: int | None = None  # break the next download after so many bytes
         self.spoil = False
+        self.page = b""  # sent in place of every file
         self.ranges = True
 
 
@@ -76,6 +77,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _send(self, data, wanted):
         store: Hub = self.server.store
         start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and store.ranges else 0
+        if start >= len(data) > 0:
+            return self.send_error(416)
+        if store.page:
+            data = store.page
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(data) - start))
         if start:
@@ -83,7 +88,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         body = data[start:]
         if store.spoil:
-            body = bytes(len(body))
+            body = body[::-1]
         if store.drop_after is not None:
             body, store.drop_after = body[: store.drop_after], None
         self.wfile.write(body)
@@ -182,12 +187,31 @@ def test_a_page_in_place_of_a_file_is_named_and_not_kept(server):
     """A portal or a moved address answers every request with a page, and says 200."""
     for name, folder, said in (
         ("adm_reference_256", "/diffusion/jul-2021/ref_batches/imagenet/256/", "what came is a web page"),
-        ("inception", "/mseitzer/pytorch-fid/releases/download/fid_weights/", "SHA-256 .*it is a web page.*removed"),
+        ("inception", "/mseitzer/pytorch-fid/releases/download/fid_weights/", "what came is a web page.*removed"),
     ):
         server.files["other"] = {folder + hub.CATALOGUE[name].files: PAGE}
         with pytest.raises(SfdError, match=said):
             hub.fetch(name)
     assert not [path for path in hub.cache_dir().rglob("*") if path.is_file()]
+
+
+def test_a_page_in_place_of_a_file_of_the_hub_is_not_kept(server):
+    server.files[REPO], server.page = {"model_weights/sfd_xl/1.pt": DATA}, PAGE
+    with pytest.raises(SfdError, match="what came is a web page"):
+        hub.fetch("sfd_xl")
+    assert not [path for path in hub.cache_dir().rglob("*") if path.is_file()]
+    server.page = b""
+    assert hub.fetch("sfd_xl")[0].read_bytes() == DATA
+
+
+def test_a_part_behind_which_the_server_has_nothing_is_begun_again(server):
+    """As a command leaves it that was killed between the last byte and the new name."""
+    where = "/diffusion/jul-2021/ref_batches/imagenet/256/" + hub.CATALOGUE["adm_reference_256"].files
+    server.files["other"] = {where: DATA}
+    part = hub.cache_dir() / "downloads" / "adm_reference_256" / f"{hub.CATALOGUE['adm_reference_256'].files}.None.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(bytes(len(DATA)))
+    assert hub.fetch("adm_reference_256")[0].read_bytes() == DATA
 
 
 def test_a_wrong_file_put_there_by_hand_is_named(server):
@@ -206,7 +230,7 @@ def test_offline_says_what_to_put_where_and_takes_it_from_there(monkeypatch, tmp
         hub.fetch("texture_vae")
     folder = tmp_path / "downloads" / "texture_vae"
     message = str(error.value)
-    for part in ("cannot be reached", "resolve/main/ldm-imagenet256-f16d32-50ep.ckpt", str(folder)):
+    for part in ("could not be fetched", "resolve/main/ldm-imagenet256-f16d32-50ep.ckpt", str(folder)):
         assert part in message
     folder.mkdir(parents=True)
     by_hand = folder / "ldm-imagenet256-f16d32-50ep.ckpt"
