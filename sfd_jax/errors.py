@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 class SfdError(Exception):
     """Report a fault of the input or the surroundings: names the thing and says what to do.
 
-    Every front door prints the message without a traceback and exits with `status`, 2: mend it first.
+    Every command prints the message without a traceback and exits with `status`, 2: fix it first.
     """
 
     status = 2

@@ -32,7 +32,7 @@ RULES = (
 
 
 def main(argv: list[str]) -> int:
-    """Open the door: inspect, import or export, as the flags say."""
+    """Inspect, import or export, as the flags say."""
     from sfd_jax.budget import allow
 
     parser = door_parser("convert", __doc__)

@@ -17,7 +17,7 @@ from sfd_jax.ranges import Only
 
 
 def main(argv: list[str]) -> int:
-    """Open the door: fetch one entry of the catalogue and convert it."""
+    """Fetch one entry of the catalogue and convert it."""
     from sfd_jax.convert.hub import CATALOGUE, cache_dir, fetch
 
     parser = door_parser("fetch", __doc__)

@@ -52,9 +52,7 @@ def read_torch_file(path: str | os.PathLike) -> Any:
         if zipfile.is_zipfile(path):
             return _read_zip(path)
     if start[:4] == b"PK\x03\x04":
-        raise SfdError(
-            f"'{path}' is cut short: its zip directory, which stands at the end, is missing; copy or download it again"
-        )
+        raise SfdError(f"'{path}' is cut short: its zip directory, at the end, is missing; copy or download it again")
     raise SfdError(
         f"'{path}' is not a PyTorch file: neither the zip archive nor the older stream "
         "(files from before torch 0.1.10 have to be saved again with a newer torch)"

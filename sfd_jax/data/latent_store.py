@@ -84,9 +84,8 @@ class LatentStore(LatentSource):
       directory: where the manifest and the shards are.
 
     Attributes:
-      manifest: dict; count, label_counts, fields, shards, statistics, class_names, config, weights,
-        skipped.
-      statistics: `LatentStatistics` of the two groups.
+      manifest: count, label_counts, fields, shards, statistics, class_names, config, weights, skipped.
+      statistics: of the two groups.
       class_names: list of names, or None.
 
     Raises:
@@ -192,14 +191,7 @@ class LatentStore(LatentSource):
         return {int(label): count for label, count in self.manifest["label_counts"].items()}
 
     def verify(self, shards: list[int] | None = None) -> None:
-        """Compare shards with their checksums, reading them whole.
-
-        Args:
-          shards: which ones by number; None for all.
-
-        Raises:
-          SfdError: a shard differs; the message names the first one that does.
-        """
+        """Read shards whole, by number or all; raise SfdError that names the first one unlike its checksum."""
         for number in range(len(self.shards)) if shards is None else shards:
             shard = self.shards[number]
             if file_sha256(self.directory / shard["name"]) != shard["sha256"]:
@@ -381,10 +373,7 @@ class ShardWriter:
             self._writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
 
     def add(self, fields: dict[str, Any]) -> None:
-        """Append one image.
-
-        Args:
-          fields: an array or number for every field of the plan, those of the mirror image included.
+        """Append one image: an array or number for every field of the plan, those of the mirror image included.
 
         Raises:
           SfdError: a field is missing, or has a shape or a value that cannot be stored.

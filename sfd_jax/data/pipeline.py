@@ -254,7 +254,7 @@ def prefetch(function: Callable[[int], Batch], start: int, stop: int, workers: i
     """
     dataset = grain.MapDataset.range(start, stop).map(function)
     if workers:
-        if not absl_flags.FLAGS.is_parsed():  # Grain asks absl's flags, which our doors do not use
+        if not absl_flags.FLAGS.is_parsed():  # Grain asks absl's flags, which our commands do not use
             absl_flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
         one_thread = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)

@@ -67,7 +67,7 @@ class PublishedLatents(LatentSource):
 
     Attributes:
       statistics: None until somebody sets them; released shards do not hold theirs.
-      class_names: None; released shards do not hold them.
+      class_names: None.
       flips: the mirror images' arrays are there too.
       fields: name -> (dtype, shape) of an image's arrays, from the headers; the mirror image's end in _flip.
       notes: sentences on what was assumed.

@@ -56,9 +56,9 @@ class Plan:
     lengths: tuple[Length, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        lengths = [dataclasses.asdict(length) for length in self.lengths]
-        return values | {"step": self.step.to_dict(), "lengths": lengths, "times_are_estimates": True}
+        """Return all of it as JSON-able values."""
+        values = dataclasses.asdict(dataclasses.replace(self, step=None))
+        return values | {"step": self.step.to_dict(), "times_are_estimates": True}
 
 
 def make_plan(

@@ -1,4 +1,4 @@
-"""What a pod runs, traced from shapes alone: the functions that the other rooms jit, not copies of them."""
+"""What a pod runs, traced from shapes alone: the functions that the other packages jit, not copies of them."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Files in the released formats, through the front door and back."""
+"""Files in the released formats, through the command and back."""
 
 import json
 import resource

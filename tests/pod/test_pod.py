@@ -1,4 +1,4 @@
-"""Topologies, verdicts, plans and the two doors around them; and one small program compiled for real."""
+"""Topologies, verdicts, plans and the two commands around them; and one small program compiled for real."""
 
 import dataclasses
 import importlib.util
@@ -7,7 +7,7 @@ import json
 import pytest
 
 from sfd_jax.cli import compile_pod
-from sfd_jax.cli import plan as plan_door
+from sfd_jax.cli import plan as plan_command
 from sfd_jax.errors import SfdError
 from sfd_jax.pod import make_plan, report, table
 from sfd_jax.pod.chips import CHIPS, Topology
@@ -125,13 +125,13 @@ def test_a_plan_is_arithmetic():
     assert json.dumps(plan.to_dict() | {"step": None})
 
 
-@pytest.mark.parametrize("door", [compile_pod, plan_door])
+@pytest.mark.parametrize("command", [compile_pod, plan_command])
 @pytest.mark.parametrize("peak, status", [(4.0, 0), (16.0, 1)])
-def test_the_exit_status_says_whether_it_fits(door, peak, status, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(door, "measure_program", lambda args, what: measurement(peak))
+def test_the_exit_status_says_whether_it_fits(command, peak, status, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(command, "measure_program", lambda args, what: measurement(peak))
     monkeypatch.setattr(report, "machine", lambda: {})
     file = tmp_path / "numbers.json"
-    assert door.main(["--topology=v5e:2x2", f"--json={file}"]) == status
+    assert command.main(["--topology=v5e:2x2", f"--json={file}"]) == status
     assert ("not fit" in capsys.readouterr().out) == bool(status)
     numbers = json.loads(file.read_text())
     assert numbers.get("step", numbers)["needed"] == peak * GIB
@@ -147,7 +147,7 @@ def test_the_exit_status_says_whether_it_fits(door, peak, status, monkeypatch, t
 )
 def test_what_a_plan_cannot_work_with(flags, said):
     with pytest.raises(SfdError, match=said):
-        plan_door.main(flags)
+        plan_command.main(flags)
 
 
 def test_weak_models_default_to_the_same_config_in_size_b():
