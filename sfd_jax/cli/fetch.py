@@ -46,13 +46,11 @@ def _statistics() -> dict[str, Path]:
     """Return the released latent statistics, which a diffusion checkpoint needs to be sampled from."""
     from sfd_jax.convert.hub import fetch
 
-    paths = fetch("latent_stats")
-    semantic = [path for path in paths if path.name == "latents_sv_stats.pt"]
-    texture = [path for path in paths if path.name == "latents_stats.pt"]
-    if not (semantic and texture):
-        found = ", ".join(path.name for path in paths)
-        raise SfdError(f"latent_stats: latents_stats.pt and latents_sv_stats.pt are needed, found {found}")
-    return {"texture_statistics": texture[0], "semantic_statistics": semantic[0]}
+    paths = {path.name: path for path in fetch("latent_stats")}
+    wanted = {"texture_statistics": "latents_stats.pt", "semantic_statistics": "latents_sv_stats.pt"}
+    if lacking := set(wanted.values()) - paths.keys():
+        raise SfdError(f"latent_stats: {' and '.join(sorted(lacking))} needed, found {', '.join(paths)}")
+    return {name: paths[file] for name, file in wanted.items()}
 
 
 def _convert(path: Path, out: Path, statistics: dict[str, Path]) -> Path:
