@@ -375,21 +375,19 @@ def _may_be_called(name: str) -> bool:
 # --- Calls that are read as data ---------------------------------------------------------------------
 
 
-def _numpy_dtype(record: Any) -> np.dtype:
-    """Return the dtype that a record stands for; only types of plain numbers and text."""
+def _numpy_dtype(record: Any) -> np.dtype | None:
+    """Return the dtype that a record stands for where it is of plain numbers or text, else None."""
     if not isinstance(record, Record) or record.name != "numpy.dtype":
-        raise ValueError("an array without dtype")
+        return None
     match = re.fullmatch(r"[<>|=]?([biufcSU]\d{1,5})", str(record.args[0]) if record.args else "")
     order = record.state[1] if isinstance(record.state, tuple) and len(record.state) > 1 else "<"
     if match is None or order not in ("<", ">", "|", "="):
-        raise ValueError("an array of objects")
+        return None
     return np.dtype(order.replace("|", "") + match[1])
 
 
 def _numpy_scalar(dtype: Any, data: Any = None, *_) -> Any:
-    try:
-        kind = _numpy_dtype(dtype)
-    except ValueError:
+    if (kind := _numpy_dtype(dtype)) is None:
         return Record("numpy scalar")
     if not isinstance(data, bytes) or len(data) != kind.itemsize:
         raise ValueError("a scalar of the wrong size")
@@ -398,9 +396,7 @@ def _numpy_scalar(dtype: Any, data: Any = None, *_) -> Any:
 
 def _numpy_buffer(data: Any, dtype: Any, shape: Any, order: Any = "C", *_) -> Any:
     """Return an array of bytes that the pickle holds."""
-    try:
-        kind = _numpy_dtype(dtype)
-    except ValueError:
+    if (kind := _numpy_dtype(dtype)) is None:
         return Record("numpy.ndarray")
     shape, size = checked_shape(shape, kind)
     if not isinstance(data, (bytes, bytearray)) or len(data) != size:
