@@ -44,7 +44,7 @@ def test_records_are_the_arrays_channels_last(shards):
         batch = source.read(np.array([9, 0, 4]), np.array(flip))
         suffixes = ["_flip" if flipped else "" for flipped in flip]
         for ours, theirs in (("texture", "latents"), ("semantic", "latents_sv"), ("repa_features", "feats_dino")):
-            rows = np.stack([whole[theirs + suffix][row] for suffix, row in zip(suffixes, [9, 0, 4])])
+            rows = np.stack([whole[theirs + suffix][row] for suffix, row in zip(suffixes, [9, 0, 4], strict=True)])
             expected = np.moveaxis(rows, 1, -1)
             expected = expected.reshape(3, 15, 7) if ours == "repa_features" else expected
             np.testing.assert_array_equal(batch[ours], expected)
