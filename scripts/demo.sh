@@ -3,6 +3,6 @@
 # Flags pass through to `sfd demo`; the work folder is demo_out unless --workdir says otherwise.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-bash "$here/scripts/setup.sh"
+bash "$here/scripts/setup.sh" demo
 case " $* " in *" --workdir"*) ;; *) set -- --workdir=demo_out "$@" ;; esac
 exec "$here/.venv/bin/sfd" demo "$@"

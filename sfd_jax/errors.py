@@ -1,7 +1,8 @@
 """Errors meant for the user's eyes, and the help they carry."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 
 class SfdError(Exception):
@@ -50,6 +51,39 @@ def refuse(faults: list[str]) -> None:
         error = SfdError(faults[0] if len(faults) == 1 else f"{len(faults)} faults:{lines}")
         error.faults = list(faults)
         raise error
+
+
+@contextlib.contextmanager
+def damage_explained(say: Callable[[str], str]) -> Iterator[None]:
+    """Turn whatever a damaged file makes libraries raise in the block into one SfdError; pass SfdErrors on.
+
+    Args:
+      say: makes the message of the reason.
+    """
+    try:
+        yield
+    except SfdError:
+        raise
+    except Exception as error:  # zipfile, numpy, pickletools and parsers tell damage by many types
+        raise SfdError(say(f"{error!s:.200}" or type(error).__name__)) from error
+
+
+@contextlib.contextmanager
+def needs_extra(extra: str, what: str) -> Iterator[None]:
+    """Say which extra of this package brings what an import in the block does not find.
+
+    Args:
+      extra: its name in pyproject.toml.
+      what: what needs it, for the beginning of the message.
+
+    Raises:
+      SfdError: an import failed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        package = (error.name or str(error)).partition(".")[0]
+        raise SfdError(f"{what} needs the package {package}: pip install 'sfd_jax[{extra}]'") from error
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

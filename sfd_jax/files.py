@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -70,6 +71,12 @@ def write_new(path: str | os.PathLike, text: str) -> None:
         open(path, "x").close()
 
 
+def file_sha256(path: str | os.PathLike) -> str:
+    """Return the SHA-256 of a file, as hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -135,7 +142,8 @@ def user_path(path: str | os.PathLike, *, local: bool = False) -> str:
             raise SfdError(f"path {text}: '{scheme}:' cannot be read; give a local path or gs://BUCKET/FOLDER")
         if local:
             raise SfdError(
-                f"path {text}: only --workdir and checkpoints may lie in a bucket; give a local path, or mount the bucket"
+                f"path {text}: only --workdir and checkpoints may lie in a bucket; give a local path, or mount the "
+                "bucket"
             )
         return text
     expanded = os.path.expanduser(text)

@@ -37,8 +37,8 @@ def main() -> None:
             devices = jax.devices()[:1] if place == "cpu" else topology_devices(Topology(args.topology))
             where = "this processor" if place == "cpu" else args.topology
             for what in ("train", "sample", "decode"):
-                _, mesh, batch, _, lower = compile_pod.PROGRAMS[what](flags, devices)
-                lower_seconds, compile_seconds, _ = timed(lower)
+                _, mesh, batch, _, trace = compile_pod.PROGRAMS[what](flags, devices)
+                _, lower_seconds, compile_seconds, _ = timed(trace)
                 rows.append(
                     {"program": what, "for": where, "batch": batch, "lower": lower_seconds, "compile": compile_seconds}
                 )

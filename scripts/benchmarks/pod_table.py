@@ -71,17 +71,17 @@ def main() -> int:
 
 def line(row: dict, most: float) -> str:
     """Return a row of the table in Markdown."""
-    memory, work, topology = row["memory"], row["work"], row["topology"]
+    memory, traffic, topology = row["memory"], row["traffic"], row["topology"]
     slices = f"{topology['slices']} x " if topology["slices"] > 1 else ""
     data, fsdp = row["mesh"]["data"], row["mesh"]["fsdp"]
     if not memory:
         return f"| {row['program']} | | {slices}{topology['name']} | | | at least {row['needed'] / GIB:.2f} | {most} | | | |"
-    sent = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in sorted(work["sent"].items()) if size > 0.005 * GIB)
+    sent = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in sorted(traffic["sent"].items()) if size > 0.005 * GIB)
     name = row["program"].replace("configs/sfd.py:", "")
     return (
         f"| {name} | {row['batch'] / (data * fsdp):g} | {slices}{topology['name']}, {data} x {fsdp} "
         f"| {memory['arguments'] / GIB:.2f} | {memory['temporaries'] / GIB:.2f} | {memory['peak'] / GIB:.2f} of "
-        f"{row['chip']['usable'] / GIB:g} | {most} | {work['flops'] / 1e12:.1f} | {sent or '-'} "
+        f"{row['chip']['usable'] / GIB:g} | {most} | {row['flops'] / 1e12:.1f} | {sent or '-'} "
         f"| {row['compile_seconds']:.0f} s |"
     )
 

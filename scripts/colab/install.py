@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# What must be there at its pinned version, and what an extra brings.
-NEEDED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sfd_jax")
+# What must be there at its pinned version (the extra `demo` too), and what an accelerator's extra brings.
+NEEDED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "scikit-learn", "matplotlib", "sfd_jax")
 BROUGHT = {"tpu": ("libtpu",), "cuda": ("jax-cuda13-plugin",), "": ()}
 
 
@@ -44,7 +44,7 @@ def main() -> None:
     lacking = missing(wanted)
     if lacking:
         print(f"found {what}; installing the pinned packages (a minute or two, once)", flush=True)
-        target = f"{ROOT}[{wanted}]" if wanted else str(ROOT)
+        target = f"{ROOT}[demo,{wanted}]" if wanted else f"{ROOT}[demo]"
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         done = subprocess.run([*command, "--constraint", str(ROOT / "constraints.txt"), "--editable", target])
         if done.returncode:

@@ -15,9 +15,9 @@ Nothing is allocated and no TPU is needed; libtpu is (`bash scripts/setup.sh pod
 v5p, v6e), a colon and the slice's shape. Compiling takes a minute or two on two cores. Exit status 0 where the
 program fits into the chip's memory, 1 where it does not, 2 where something is wrong with what was asked.
 
-Memory is what XLA has laid out for one chip. FLOPs and traffic are counted in the compiled program, every
-instruction as often as it runs (a scan's body once a layer); the traffic is the result's bytes on one chip. A loop
-that ends by its data, as dopri5's does, is counted once: what is said then is the work of one network call.
+Memory is what XLA has laid out for one chip. FLOPs are counted in the traced program and split evenly, traffic in
+the compiled one, both as often as they happen (a scan's body once a layer); the traffic is the result's bytes on one
+chip. A loop that ends by its data, as dopri5's does, is counted once: what is said then is of one network call.
 """
 
 import json
@@ -91,10 +91,10 @@ def measure_program(args, what: str):
     from sfd_jax.pod import Topology, measure, topology_devices
 
     topology = Topology(args.topology, args.slices)
-    program, mesh, batch, networks, lower = PROGRAMS[what](args, topology_devices(topology))
+    program, mesh, batch, networks, trace = PROGRAMS[what](args, topology_devices(topology))
     counts = {name: network.num_params() for name, network in networks.items()}
     name = f"{what} {args.config_name}"
-    return measure(lower, program=f"{name}{program}", topology=topology, mesh=mesh, batch=batch, parameters=counts)
+    return measure(trace, program=f"{name}{program}", topology=topology, mesh=mesh, batch=batch, parameters=counts)
 
 
 def _train(args, devices):
@@ -114,8 +114,8 @@ def _train(args, devices):
     task = task_from_config(config, targets)
     mesh = make_mesh(**config.mesh, devices=devices)
     batch = programs.training_batch(network, train.global_batch_size, **about)
-    lower = lambda: programs.lower_training(task, train, mesh, batch)
-    return "", mesh, train.global_batch_size, {"diffusion": network}, lower
+    trace = lambda: programs.trace_training(task, train, mesh, batch)
+    return "", mesh, train.global_batch_size, {"diffusion": network}, trace
 
 
 def _sample(args, devices):
@@ -143,14 +143,14 @@ def _sampler(args, devices, decoding: bool):
     rows = _a_chip(args, config.sample.batch_size) * mesh.size
     clocks = diffusion_settings(config)["clocks"]
 
-    def lower():
-        return programs.lower_sampling(
+    def trace():
+        return programs.trace_sampling(
             networks["diffusion"], networks.get("weak"), layout, clocks, sample, mesh, rows, decoding
         )
 
     points = "" if sample.solver == "dopri5" else f" of {sample.num_steps} points"
     how = "" if decoding else f", {sample.mode} {sample.solver}{points}, guidance {sample.guidance}"
-    return how, mesh, rows, networks | {"texture VAE": programs.texture_vae(layout)}, lower
+    return how, mesh, rows, networks | {"texture VAE": programs.texture_vae(layout)}, trace
 
 
 def _extract(args, devices):
@@ -163,8 +163,8 @@ def _extract(args, devices):
     encoder = programs.extraction_encoder(layout, grid, image_size, args.config.data.tile_grid)
     mesh = make_mesh(devices=_first_host(devices))  # each host has its own program, and encodes its own images
     rows = _a_chip(args, 64) * mesh.size
-    lower = lambda: programs.lower_extraction(encoder, mesh, rows, image_size)
-    return f", {image_size} px, on each host", mesh, rows, programs.extraction_networks(encoder), lower
+    trace = lambda: programs.trace_extraction(encoder, mesh, rows, image_size)
+    return f", {image_size} px, on each host", mesh, rows, programs.extraction_networks(encoder), trace
 
 
 def _inception(args, devices):
@@ -176,8 +176,8 @@ def _inception(args, devices):
     image_size = args.config.model.input_size * vae.config.downsampling
     mesh = make_mesh(devices=devices)
     rows = _a_chip(args, 64) * mesh.size
-    lower = lambda: programs.lower_inception(mesh, rows, image_size)
-    return f", {image_size} px", mesh, rows, {"inception": programs.inception()}, lower
+    trace = lambda: programs.trace_inception(mesh, rows, image_size)
+    return f", {image_size} px", mesh, rows, {"inception": programs.inception()}, trace
 
 
 PROGRAMS = {"train": _train, "sample": _sample, "decode": _decode, "extract": _extract, "inception": _inception}

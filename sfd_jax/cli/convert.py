@@ -32,7 +32,7 @@ RULES = (
 
 
 def main(argv: list[str]) -> int:
-    """Open the door: inspect, import or export, as the flags say."""
+    """Inspect, import or export, as the flags say."""
     from sfd_jax.budget import allow
 
     parser = door_parser("convert", __doc__)
@@ -84,21 +84,12 @@ def _inspect(args) -> int:
         print(f"weights '{found.name}': {role}, {len(found.arrays)} arrays")
     try:
         file = choose_state(tree, args.path, args.weights)
-        name, network, _, _, notes = read_architecture(
-            file,
-            args.path,
-            args.weights,
-            _given(args),
-            args.statistics,
-            args.semantic_statistics,
-            args.semantic_channels,
-        )
+        found = read_architecture(file, args.path, _stated(args))
     except SfdError as error:
         print(f"not convertible as it is: {error}")
         return 0
-    said = ", ".join(f"{k} {v}" for k, v in network.config_dict().items())
-    print(f"taken '{file.name}': format {name}, {file.which} weights: {said}")
-    _print_notes(notes)
+    print(f"taken '{file.name}': format {found.format}, {file.which} weights: {found.network.described()}")
+    _print_notes(found.notes)
     return 0
 
 
@@ -106,15 +97,7 @@ def _import(args) -> int:
     from sfd_jax.convert.checkpoints import import_checkpoint
     from sfd_jax.training.checkpoint import save_params
 
-    imported = import_checkpoint(
-        args.path,
-        which=args.weights,
-        given=_given(args),
-        texture_statistics=args.statistics,
-        semantic_statistics=args.semantic_statistics,
-        semantic_channels=args.semantic_channels,
-        allow_nonfinite=args.allow_nonfinite,
-    )
+    imported = import_checkpoint(args.path, _stated(args), allow_nonfinite=args.allow_nonfinite)
     save_params(args.out, imported.params, imported.metadata)
     _print_notes(imported.notes)
     network, step = imported.network, imported.metadata["step"]
@@ -136,7 +119,9 @@ def _export(args) -> int:
     return 0
 
 
-def _given(args) -> dict:
+def _stated(args):
+    from sfd_jax.convert.checkpoints import Stated
+
     given = {}
     for assignment in args.set:
         field, equals, value = assignment.partition("=")
@@ -146,7 +131,7 @@ def _given(args) -> dict:
             given[field] = json.loads(value.lower() if value in ("True", "False") else value)
         except json.JSONDecodeError:
             given[field] = value
-    return given
+    return Stated(args.weights, given, args.statistics, args.semantic_statistics, args.semantic_channels)
 
 
 def _print_notes(notes: list[str]) -> None:

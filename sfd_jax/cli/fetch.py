@@ -3,10 +3,10 @@
   sfd fetch NAME [--file=PART_OF_A_NAME] [--no_convert]
   sfd fetch --list
 
-Downloads over HTTPS into the cache (SFD_CACHE, by default ~/.cache/sfd_jax), goes on where an
+Downloads by huggingface_hub into the cache (SFD_CACHE, by default ~/.cache/sfd_jax), goes on where an
 earlier attempt stopped, checks size and SHA-256 where they are known, converts, and prints where the
 result is. What is in the cache already is used as it is. Without a connection it says which file to
-put where by hand. HF_ENDPOINT and SFD_MIRROR name other servers.
+put where by hand. HF_TOKEN is sent to the hub; HF_ENDPOINT and SFD_MIRROR name other servers.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from sfd_jax.ranges import Only
 
 
 def main(argv: list[str]) -> int:
-    """Open the door: fetch one entry of the catalogue and convert it."""
+    """Fetch one entry of the catalogue and convert it."""
     from sfd_jax.convert.hub import CATALOGUE, cache_dir, fetch
 
     parser = door_parser("fetch", __doc__)
@@ -46,20 +46,18 @@ def _statistics() -> dict[str, Path]:
     """Return the released latent statistics, which a diffusion checkpoint needs to be sampled from."""
     from sfd_jax.convert.hub import fetch
 
-    paths = fetch("latent_stats")
-    semantic = [path for path in paths if path.name == "latents_sv_stats.pt"]
-    texture = [path for path in paths if path.name == "latents_stats.pt"]
-    if not (semantic and texture):
-        found = ", ".join(path.name for path in paths)
-        raise SfdError(f"latent_stats: latents_stats.pt and latents_sv_stats.pt are needed, found {found}")
-    return {"texture_statistics": texture[0], "semantic_statistics": semantic[0]}
+    paths = {path.name: path for path in fetch("latent_stats")}
+    wanted = {"texture_statistics": "latents_stats.pt", "semantic_statistics": "latents_sv_stats.pt"}
+    if lacking := set(wanted.values()) - paths.keys():
+        raise SfdError(f"latent_stats: {' and '.join(sorted(lacking))} needed, found {', '.join(paths)}")
+    return {name: paths[file] for name, file in wanted.items()}
 
 
 def _convert(path: Path, out: Path, statistics: dict[str, Path]) -> Path:
-    from sfd_jax.convert.checkpoints import import_checkpoint
+    from sfd_jax.convert.checkpoints import Stated, import_checkpoint
     from sfd_jax.training.checkpoint import load_metadata, save_params
 
-    imported = import_checkpoint(path, **statistics)
+    imported = import_checkpoint(path, Stated(**statistics))
     target = out / str(imported.metadata["step"])
     if target.exists():
         if load_metadata(target)["source"] != imported.metadata["source"]:

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
 
     config = args.config
     step = measure_program(args, "train")
-    if not step.work:
+    if not step.memory:
         print(table(step))
         write_json(args.json, {"step": step.to_dict()})
         return 1

@@ -17,7 +17,7 @@ from sfd_jax.cli.flags import door_parser, local_path, parse_door
 
 
 def main(argv: list[str]) -> int:
-    """Open the door: compare, print, and count the broken bounds."""
+    """Compare, print, and count the broken bounds."""
     parser = door_parser("verify", __doc__)
     parser.add_argument("--pack", type=local_path, required=True, help="folder of NAME.json and NAME.npz")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")

@@ -1,10 +1,15 @@
 """Released PyTorch checkpoints in and out, without running anything of theirs.
 
-A format knows its state dicts by their keys (`recognises`), reads the architecture off the shapes
-(`read_config`), holds the table of keys (`TABLE`: their key, our path, the change of layout), and
-wraps an export as the original code expects it (`wrap`). `table.py` is the one engine for import and
-export; `torch_files.py` the only place that knows PyTorch's container (and, for writing, torch).
-To add a network: write its module, list it below.
+A format is a module with a `TABLE` of keys (their key, our path, the change of layout) and three functions:
+
+- `recognises(state) -> bool` knows a state dict by its keys;
+- `read_config(state, given, stored) -> (fields, notes)` reads the fields of the network's config off keys and shapes,
+  with a sentence for each that they did not tell. `given` is what the user states, which wins, `stored` the file's own
+  config by the released names. SfdError says what must be stated;
+- `wrap(state, metadata)` puts an export into the tree that the original code's file has around it.
+
+`table.py` is the one engine for import and export; `torch_files.py` the only place that knows PyTorch's container
+(and, for writing, torch). To add a network: write its module, list it below.
 """
 
 from sfd_jax.convert import dinov2, inception, lightning_dit, lpips, semantic_vae, texture_vae

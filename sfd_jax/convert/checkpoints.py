@@ -6,8 +6,9 @@ they came from and holds what an export needs to write the same bytes again.
 
 import collections
 import dataclasses
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,48 @@ import numpy as np
 from sfd_jax.convert import FORMATS
 from sfd_jax.convert.pickles import left_out
 from sfd_jax.convert.table import export_state, import_params, kept_as_stored, skipped_keys
-from sfd_jax.convert.weight_files import (
-    STEP_KEYS,
-    WeightFile,
-    choose_state,
-    read_statistics,
-    read_tree,
-)
+from sfd_jax.convert.weight_files import STEP_KEYS, WeightFile, choose_state, read_statistics, read_tree
 from sfd_jax.errors import SfdError, nearest
 from sfd_jax.latents import LatentStatistics
 from sfd_jax.models import Network
+
+
+@dataclasses.dataclass(frozen=True)
+class Stated:
+    """What a user says of a file.
+
+    Args:
+      which: "ema" or "raw" weights, or the name of a set in the file; None takes the average where there is one.
+      given: fields of the network's config beside what the shapes tell.
+      texture_statistics, semantic_statistics: released statistics files, for a diffusion network.
+      semantic_channels: how many of a two-clock network's channels are semantic, where neither the statistics nor
+        the file tell.
+    """
+
+    which: str | None = None
+    given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    texture_statistics: str | Path | None = None
+    semantic_statistics: str | Path | None = None
+    semantic_channels: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """Which network a file's weights are of.
+
+    Args:
+      format: a key of FORMATS.
+      network: the network.
+      system: a diffusion network's `latents` and `clocks`, {} for others.
+      statistics: a diffusion network's, where stated.
+      notes: sentences on what the file did not tell.
+    """
+
+    format: str
+    network: Network
+    system: dict[str, Any]
+    statistics: LatentStatistics | None
+    notes: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,55 +78,37 @@ class Imported:
     notes: list[str]
 
 
-def import_checkpoint(
-    path,
-    *,
-    which: str | None = None,
-    given: Mapping[str, Any] = {},
-    texture_statistics=None,
-    semantic_statistics=None,
-    semantic_channels: int | None = None,
-    allow_nonfinite: bool = False,
-    place: Callable[[np.ndarray], Any] = lambda array: array,
-) -> Imported:
+def import_checkpoint(path: str | os.PathLike, stated: Stated = Stated(), *, allow_nonfinite: bool = False) -> Imported:
     """Read a released file and turn it into our parameters.
 
     Args:
       path: a PyTorch file, a safetensors file, an index of shards, or a folder that holds one of them.
-      which: "ema" or "raw" weights, or the name of a set in the file; None takes the average where
-        there is one.
-      given: fields of the network's config to state beside what the shapes tell.
-      texture_statistics, semantic_statistics: released statistics files, for a diffusion network.
-      semantic_channels: how many of a two-clock network's channels are semantic, where neither the
-        statistics nor the file tell.
+      stated: what the user says of it.
       allow_nonfinite: accept weights that are NaN or infinite.
-      place: applied to each finished array of ours.
 
     Raises:
       SfdError: not a known network, or it does not fit: all differing arrays are named.
     """
     tree = read_tree(path)
-    file = choose_state(tree, path, which)
-    name, network, system, statistics, notes = read_architecture(
-        file, path, which, given, texture_statistics, semantic_statistics, semantic_channels
-    )
-    table = FORMATS[name].TABLE
-    notes += left_out(tree)
+    file = choose_state(tree, path, stated.which)
+    found = read_architecture(file, path, stated)
+    table, network, statistics = FORMATS[found.format].TABLE, found.network, found.statistics
+    notes = found.notes + left_out(tree)
     step = step_of(path, file)
     if step is None and network.name == "lightning_dit":
         notes.append("step 0: neither the file nor its name tells it")
     source = f"'{path}' ({file.which} weights)"
-    params = import_params(table, file.state, network, source=source, place=place, allow_nonfinite=allow_nonfinite)
+    params = import_params(table, file.state, network, source=source, allow_nonfinite=allow_nonfinite)
     metadata = {
         "network": network.name,
         "network_config": network.config_dict(),
         "latent_statistics": statistics and statistics.to_dict(),
         "class_names": None,
-        "config": system,
+        "config": found.system,
         "step": step or 0,
         "source": f"{Path(path).name} ({file.which} weights)",
         "foreign": {
-            "format": name,
+            "format": found.format,
             "weights": file.which,
             "config": file.config,
             "kept": kept_as_stored(table, file.state, network),
@@ -102,24 +117,13 @@ def import_checkpoint(
     return Imported(network, params, metadata, notes)
 
 
-def read_architecture(
-    file: WeightFile,
-    path,
-    which: str | None = None,
-    given: Mapping[str, Any] = {},
-    texture_statistics=None,
-    semantic_statistics=None,
-    semantic_channels: int | None = None,
-) -> tuple[str, Network, dict[str, Any], LatentStatistics | None, list[str]]:
+def read_architecture(file: WeightFile, path: str | os.PathLike, stated: Stated = Stated()) -> Architecture:
     """Say which network a file's weights are of; no array is read but the statistics.
 
     Args:
       file: from `choose_state`.
-      path, which, given, texture_statistics, semantic_statistics, semantic_channels: as in `import_checkpoint`.
-
-    Returns:
-      Its format (a key of FORMATS), the network, a diffusion network's `latents` and `clocks` and
-      statistics ({} and None for others), and notes.
+      path: the file, for messages.
+      stated: what the user says of it.
 
     Raises:
       SfdError: not a known network, something must be stated, or what is stated does not fit.
@@ -128,13 +132,13 @@ def read_architecture(
     stored = file.stored()
     system, statistics = {}, None
     try:
-        fields, notes = module.read_config(file.state, given, stored)
+        fields, notes = module.read_config(file.state, stated.given, stored)
         network = Network(module.TABLE.network, fields)
         if network.name == "lightning_dit":
-            statistics = _statistics(texture_statistics, semantic_statistics, stored, notes)
-            system, more = module.read_system(network.config, stored, statistics, semantic_channels)
-            notes += more + _average_notes(file, which)
-        elif (texture_statistics, semantic_statistics, semantic_channels) != (None, None, None):
+            statistics = _statistics(stated, stored, notes)
+            system, more = module.read_system(network.config, stored, statistics, stated.semantic_channels)
+            notes += more + _average_notes(file, stated.which)
+        elif stated != Stated(stated.which, stated.given):
             raise SfdError(f"statistics and semantic channels belong to a diffusion network, this is {network.name}")
     except SfdError as error:
         raise SfdError(f"'{path}': {error}") from error
@@ -143,10 +147,10 @@ def read_architecture(
         raise SfdError(f"'{path}' has some keys of {name}, but not its shapes ({error})") from error
     if skipped := skipped_keys(module.TABLE, file.state):
         notes.append(f"left out, arrays that the network does not use: {skipped}")
-    return name, network, system, statistics, file.notes + notes
+    return Architecture(name, network, system, statistics, file.notes + notes)
 
 
-def identify(state: Mapping[str, Any], path) -> tuple[str, Any]:
+def identify(state: Mapping[str, Any], path: str | os.PathLike) -> tuple[str, Any]:
     """Return the name and the module of the format a state dict is in, by its keys.
 
     Raises:
@@ -207,7 +211,8 @@ def _average_notes(file: WeightFile, which: str | None) -> list[str]:
     return ["the file holds one set of weights, and nothing tells whether they are averaged"]
 
 
-def _statistics(texture, semantic, stored: Mapping[str, Any], notes: list[str]) -> LatentStatistics | None:
+def _statistics(stated: Stated, stored: Mapping[str, Any], notes: list[str]) -> LatentStatistics | None:
+    texture, semantic = stated.texture_statistics, stated.semantic_statistics
     if texture is None and semantic is None:
         return None
     if texture is None:
@@ -223,7 +228,7 @@ def _statistics(texture, semantic, stored: Mapping[str, Any], notes: list[str]) 
     return LatentStatistics(texture_mean, texture_std, mean, std, multiplier)
 
 
-def step_of(path, file: WeightFile) -> int | None:
+def step_of(path: str | os.PathLike, file: WeightFile) -> int | None:
     """Return the step of a file's weights: as the file says, else as its name does, else None.
 
     Released diffusion checkpoints are named NNNNNNN.pt. Eight digits and more are a date or a time.

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,6 +117,11 @@ _HEAD = 4096
 _SHARD = re.compile(r"-(\d{5,})-of-(\d{5,})\.(safetensors|bin|pt)$")
 
 
+def fits(name: str, patterns: Iterable[str]) -> bool:
+    """Say whether a name fits one of several patterns of `fnmatch`."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def find_weights(path: str | os.PathLike, whole: bool = True) -> tuple[Path, Kind]:
     """Say which file a user's path means, and of which kind it is.
 
@@ -160,7 +165,7 @@ def kind_of(path: Path) -> Kind:
     except OSError as error:
         raise SfdError(f"'{path}' cannot be read: {error.strerror or error}") from error
     for pattern, kind in _NAMES.items():
-        if fnmatch.fnmatch(path.name, pattern):
+        if fits(path.name, (pattern,)):
             return kind
     for test, kind in _FILES:
         if test(head):
@@ -203,7 +208,7 @@ def _only_file(folder: Path) -> Path:
     shards = [name for name in files if (match := _SHARD.search(name)) and int(match[2]) > 1]
     if shards and not indices:
         raise SfdError(f"'{folder}' holds shards ({shards[0]} ...) but not their *.index.json; copy it there too")
-    weights = [name for name in files if _fits(name, _WEIGHTS) and not _fits(name, _BESIDE) and name not in shards]
+    weights = [name for name in files if fits(name, _WEIGHTS) and not fits(name, _BESIDE) and name not in shards]
     found = indices + weights
     if len(found) == 1:
         return folder / found[0]
@@ -233,10 +238,6 @@ def shards_of(index: Path) -> dict[str, list[str]]:
     if missing or not shards:
         raise SfdError(f"'{index}': missing shards {', '.join(missing) or '(it names none)'}; copy them beside it")
     return shards
-
-
-def _fits(name: str, patterns) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def _is_text(head: bytes) -> bool:

@@ -1,31 +1,27 @@
-"""Where released files live, and how they get here: plain HTTPS, resumed, checked, cached.
+"""Where released files live, and how they get here: by huggingface_hub, resumed, checked, cached.
 
-A download goes to `NAME.part` and takes its name only when complete and checked, so a file under
-its own name can be trusted, also one that was put there by hand. Sizes and SHA-256 sums come from
-the hub's listing; PyTorch's releases carry the beginning of the sum in the file's name.
+Listings, retries, tokens and progress bars are the library's, and its `http_get` fetches what lies outside of the hub
+too: it goes on in the middle of a file, which pooch cannot. `hf_hub_download` is not used, since it throws away what
+came when the command ends. A download goes to `NAME.part` and takes its name only when complete and checked, so a
+file under its own name can be trusted, also one that was put there by hand. PyTorch's releases carry the beginning
+of the SHA-256 in the file's name.
 
-Environment: SFD_CACHE (default ~/.cache/sfd_jax), HF_ENDPOINT (another server in the hub's layout),
+Environment: SFD_CACHE (default ~/.cache/sfd_jax), HF_TOKEN, HF_ENDPOINT (another server in the hub's layout),
 SFD_MIRROR (a server that has the other files under the paths of their addresses).
 """
 
+import contextlib
 import dataclasses
 import fnmatch
-import hashlib
-import http.client
-import json
 import os
 import re
-import time
-import urllib.error
 import urllib.parse
-import urllib.request
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from sfd_jax.convert.file_kinds import NPZ, kind_of
 from sfd_jax.errors import SfdError, nearest
-
-HUB = "https://huggingface.co"
+from sfd_jax.files import disk_fault, file_sha256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +44,11 @@ class Source:
     prefer: str = "*"
     count: int = 1
     converts: bool = True
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether it is a repository of the hub."""
+        return "://" not in self.where
 
 
 CATALOGUE = {
@@ -105,6 +106,7 @@ class RemoteFile:
 
     url: str
     name: str
+    on_hub: bool = False
     size: int | None = None
     sha256: str | None = None
 
@@ -114,13 +116,12 @@ def cache_dir() -> Path:
     return Path(os.environ.get("SFD_CACHE") or Path.home() / ".cache" / "sfd_jax")
 
 
-def fetch(name: str, file: str | None = None, report: Callable[[str], None] = print) -> list[Path]:
+def fetch(name: str, file: str | None = None) -> list[Path]:
     """Return the local files of a catalogue entry, downloading what is not there.
 
     Args:
       name: a key of CATALOGUE.
       file: which file, where an entry has several (a name, or a part of one).
-      report: receives a line for each thing done.
 
     Raises:
       SfdError: unknown name, nothing fits, a wrong size or sum, or the server cannot be reached: then
@@ -135,24 +136,24 @@ def fetch(name: str, file: str | None = None, report: Callable[[str], None] = pr
     found = _choose(source, here, file)
     if found and (file or source.count > 1 or fnmatch.fnmatch(found[0].name, source.prefer)):
         for path in found:
-            if wrong := _wrong_download(path):
+            if wrong := _wrong_download(path, path.name):
                 raise SfdError(f"'{path}' is {wrong}; remove it and run the same command again")
-        report(f"{name}: found {', '.join(map(str, found))}")
+        print(f"{name}: found {', '.join(map(str, found))}")
         return found
     try:
         remote = {item.name: item for item in _listing(source)}
         chosen = _choose(source, remote, file)
         if not chosen:
             raise SfdError(f"{name} has no file '{file}'; it has {', '.join(sorted(remote))}")
-        return [_download(item, folder, report) for item in chosen]
+        return [_download(item, folder) for item in chosen]
     except _Unreachable as error:
         if found:
-            report(f"{name}: {error}; taking {found[0]}")
+            print(f"{name}: {error}; taking {found[0]}")
             return found
-        address = _url(source, source.files)
         raise SfdError(
-            f"{name}: {error}. Without a connection: fetch {address} on another machine, put "
-            f"{basename} into {folder} and run the same command again"
+            f"{name}: {error}. What came is kept: run the same command again to go on. Without a connection: fetch "
+            f"{_url(source, source.files)} on another machine, put {basename} into {folder} and run the same command "
+            "again"
         ) from error
 
 
@@ -170,147 +171,110 @@ def _choose(source: Source, files: dict, wanted: str | None) -> list:
 
 def _listing(source: Source) -> list[RemoteFile]:
     """Ask the hub which files fit; an address outside of the hub is its only file."""
-    if "://" in source.where:
+    if not source.on_hub:
         digits = re.search(r"-([0-9a-f]{8,64})\.\w+$", source.files)
         return [RemoteFile(_url(source, source.files), source.files, sha256=digits and digits[1])]
-    folder = str(PurePosixPath(source.files.split("*")[0] + "x").parent)
-    path = "" if folder == "." else "/" + urllib.parse.quote(folder)
-    url = f"{_endpoint()}/api/models/{source.where}/tree/main{path}?recursive=true"
-    with _open(url) as response:
-        try:
-            entries = json.load(response)
-        except json.JSONDecodeError as error:
-            raise _Unreachable(f"{url} did not answer with a listing") from error
-    found = []
-    for entry in entries:
-        if entry.get("type") == "file" and fnmatch.fnmatch(entry["path"], source.files):
-            lfs = entry.get("lfs") or {}
-            size = lfs.get("size", entry.get("size"))
-            url = _url(source, entry["path"])
-            found.append(RemoteFile(url, PurePosixPath(entry["path"]).name, size, lfs.get("oid")))
+    from huggingface_hub import HfApi, RepoFile
+
+    folder = source.files.split("*")[0].rpartition("/")[0]
+    with _faults(source.where):
+        entries = list(HfApi(_endpoint()).list_repo_tree(source.where, folder or None, recursive=True))
+    found = [
+        RemoteFile(_url(source, entry.path), PurePosixPath(entry.path).name, True, entry.size, sha256)
+        for entry in entries
+        if isinstance(entry, RepoFile) and fnmatch.fnmatch(entry.path, source.files)
+        for sha256 in [entry.lfs and entry.lfs.sha256]
+    ]
     if not found:
         raise SfdError(f"{source.where} holds no {source.files} any more; look there by hand")
     return found
 
 
-def _download(remote: RemoteFile, folder: Path, report: Callable[[str], None]) -> Path:
+def _download(remote: RemoteFile, folder: Path) -> Path:
     """Download one file, going on where an earlier attempt stopped, and check it."""
     target = folder / remote.name
     if target.exists():
-        report(f"{target} is here")
+        print(f"{target} is here")
         return target
     # Part of the name: the rest of another version must not be appended to this one.
     part = folder / f"{remote.name}.{(remote.sha256 or str(remote.size))[:8]}.part"
     folder.mkdir(parents=True, exist_ok=True)
-    report(f"{remote.url} -> {target}")
-    size = remote.size
-    for attempt in range(4):
-        try:
-            size = _download_rest(remote, part, size)
-            if size is None or part.stat().st_size >= size:
-                break
-            reason = f"the connection ended after {part.stat().st_size} of {size} bytes"
-        except _Dropped as error:
-            reason = str(error)
-        if attempt == 3:
-            raise SfdError(f"{remote.url}: {reason}. What came is kept; run the same command again to go on")
-        time.sleep(attempt)
-    _check(remote, part, size)
+    print(f"{remote.url} -> {target}")
+    if remote.size is not None and part.exists() and part.stat().st_size > remote.size:
+        part.unlink()
+    fault = None
+    try:
+        _download_rest(remote, part)
+    except _Unreachable as error:
+        fault = error
+    if fault and not part.stat().st_size:
+        part.unlink()
+        raise fault
+    if wrong := _wrong_download(part, remote.name):  # whatever the server or a portal before it calls it
+        part.unlink()
+        raise SfdError(f"{remote.url}: what came is {wrong}, and was removed") from fault
+    if fault:
+        raise fault
+    if remote.sha256 and not (digest := file_sha256(part)).startswith(remote.sha256):
+        part.unlink()
+        raise SfdError(
+            f"{remote.url}: its SHA-256 is {digest}, expected {remote.sha256}; it was damaged on the way or exchanged, "
+            "and was removed"
+        )
     part.rename(target)
     return target
 
 
-def _download_rest(remote: RemoteFile, part: Path, size: int | None) -> int | None:
-    """Append what is missing to `part`; return the whole file's size where the server tells."""
-    from tqdm import tqdm
+def _download_rest(remote: RemoteFile, part: Path) -> None:
+    """Append what is missing to `part`."""
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
 
-    start = part.stat().st_size if part.exists() else 0
-    if size is not None and start == size:
-        return size
-    if size is not None and start > size:
-        part.unlink()
-        start = 0
-    try:
-        response = _open(remote.url, {"Range": f"bytes={start}-"} if start else {})
-    except _RangeRefused:
-        part.unlink()
-        return _download_rest(remote, part, size)
-    with response:
-        resumed = response.status == 206
-        start = start if resumed else 0
-        length = response.headers.get("Content-Length")
-        size = size if length is None else start + int(length)
-        bar = tqdm(total=size, initial=start, unit="B", unit_scale=True, desc=remote.name)
-        with part.open("ab" if resumed else "wb") as sink, bar:
-            try:
-                while chunk := response.read(1 << 20):
-                    sink.write(chunk)
-                    bar.update(len(chunk))
-            except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
-                raise _Dropped(str(error)) from error
-    return size
+    headers = build_hf_headers() if remote.on_hub else {}  # the token is for the hub alone
+    about = {"headers": headers, "expected_size": remote.size, "displayed_filename": remote.name}
+    with part.open("ab") as sink, _faults(remote.url):
+        try:
+            http_get(remote.url, sink, resume_size=sink.tell(), **about)
+        except HfHubHTTPError as error:
+            if error.response.status_code != 416:
+                raise
+            sink.truncate(0)  # the server has nothing behind what is there, so that is of something else
+            sink.seek(0)
+            http_get(remote.url, sink, **about)
 
 
-def _check(remote: RemoteFile, part: Path, size: int | None) -> None:
-    found = part.stat().st_size
-    wrong = _wrong_download(part, remote.name)
-    what = f" (it is {wrong})" if wrong else ""
-    if remote.size not in (None, found) or size not in (None, found):
-        part.unlink()
-        raise SfdError(f"{remote.url}: {found} bytes came{what}, {remote.size or size} were expected; try again")
-    if remote.sha256:
-        with part.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        if not digest.startswith(remote.sha256):
-            part.unlink()
-            raise SfdError(
-                f"{remote.url}: its SHA-256 is {digest}{what}, expected {remote.sha256}; it was damaged on "
-                "the way or exchanged, and was removed"
-            )
-    if wrong:
-        part.unlink()
-        raise SfdError(f"{remote.url}: what came is {wrong}, and was removed")
-
-
-def _wrong_download(path: Path, name: str = "") -> str:
+def _wrong_download(path: Path, name: str) -> str:
     """Return what a download is where it can not be what its name says: a web page, a pointer, empty; else ""."""
     kind = kind_of(path)
-    wanted = kind.what.startswith(NPZ) and (name or path.name).endswith(".npz")
+    wanted = kind.what.startswith(NPZ) and name.endswith(".npz")
     return kind.what if kind.advice and not wanted else ""
 
 
 class _Unreachable(Exception):
-    """The server cannot be reached, or has not what we ask for."""
+    """The server cannot be reached, has not what we ask for, or stops in the middle."""
 
 
-class _Dropped(Exception):
-    """The connection ended in the middle of a file."""
-
-
-class _RangeRefused(Exception):
-    """The server has no bytes after those we have."""
-
-
-def _open(url: str, headers: dict[str, str] = {}):
-    request = urllib.request.Request(url, headers={"User-Agent": "sfd_jax", **headers})
+@contextlib.contextmanager
+def _faults(where: str) -> Iterator[None]:
+    """Turn what the library raises into `_Unreachable`, a disk that is full aside."""
     try:
-        return urllib.request.urlopen(request, timeout=60)
-    except urllib.error.HTTPError as error:
-        if error.code == 416:
-            raise _RangeRefused from error
-        raise _Unreachable(f"{url} answers {error.code} {error.reason}") from error
-    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-        reason = getattr(error, "reason", error)
-        raise _Unreachable(f"{url} cannot be reached ({reason})") from error
+        yield
+    except Exception as error:  # of httpx, huggingface_hub, json, ssl: whatever a server or network does
+        if disk_fault(error):
+            raise
+        raise _Unreachable(f"{where} could not be fetched ({str(error).strip() or type(error).__name__})") from error
 
 
-def _endpoint() -> str:
-    return os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
+def _endpoint() -> str | None:
+    return os.environ.get("HF_ENDPOINT")  # asked for at each call; the library reads it once, at its import
 
 
 def _url(source: Source, path: str) -> str:
-    if "://" not in source.where:
-        return f"{_endpoint()}/{source.where}/resolve/main/{urllib.parse.quote(path, safe='/*')}"
+    if source.on_hub:
+        from huggingface_hub import hf_hub_url
+
+        return hf_hub_url(source.where, path, endpoint=_endpoint())
     where = source.where
     if mirror := os.environ.get("SFD_MIRROR"):
         where = mirror.rstrip("/") + urllib.parse.urlsplit(where).path

@@ -33,8 +33,18 @@ class LazyArray:
     dtype: np.dtype
     load: Callable[[], np.ndarray] = dataclasses.field(repr=False, compare=False)
 
+    @property
+    def size(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return np.asarray(self.load(), dtype=dtype)
+
+
+def is_float(dtype: Any) -> bool:
+    """Say whether weights may be of a dtype: real floats of two bytes and more."""
+    return np.dtype(dtype).name in ("float16", "bfloat16", "float32", "float64")
 
 
 def checked_shape(shape: Any, dtype: np.dtype) -> tuple[tuple[int, ...], int]:
@@ -52,11 +62,7 @@ def checked_shape(shape: Any, dtype: np.dtype) -> tuple[tuple[int, ...], int]:
 
 
 class Unchanged:
-    """Tell whether a file is still the one whose header was read.
-
-    Args:
-      path: the file.
-    """
+    """Tell whether a file is still the one whose header was read."""
 
     def __init__(self, path: Path):
         self.path, self._stamp = path, _stamp(os.stat(path))

@@ -31,8 +31,7 @@ def _fixed_tables(config) -> dict[str, np.ndarray]:
 TABLE = Table(
     network="lightning_dit",
     rows=(
-        Row("x_embedder.proj.weight", "patch_embed/kernel", "conv"),
-        Row("x_embedder.proj.bias", "patch_embed/bias"),
+        *dense_rows("x_embedder.proj", "patch_embed", "conv"),
         *dense_rows("t_embedder.mlp.0", "time_embed/linear1"),
         *dense_rows("t_embedder.mlp.2", "time_embed/linear2"),
         *dense_rows("t_embedder_sem.mlp.0", "time_embed_semantic/linear1"),
@@ -72,24 +71,13 @@ def recognises(state: Mapping[str, Any]) -> bool:
 def read_config(
     state: Mapping[str, Any], given: Mapping[str, Any], stored: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Read the architecture off the keys and shapes.
+    """Read DiTConfig off keys and shapes; see the package.
 
     Three things the shapes do not always tell. The number of heads: from the q/k norm, else from
     the stored rotary table, else from the published size of that depth and width. The grid and the
     rotary embedding: from the stored fixed tables. `repa_depth` (which matters in training alone)
     and the null label: from the file's config, else as released. Where that config contradicts the
     shapes, it is the config of something else, and the shapes are right.
-
-    Args:
-      state: their arrays by key, `module.` prefixes already removed.
-      given: fields of DiTConfig that the user states; they win.
-      stored: the file's own config, by the released names of its fields.
-
-    Returns:
-      The fields of DiTConfig, and a sentence for each that the shapes did not tell.
-
-    Raises:
-      SfdError: something must be given; the message says what.
     """
     notes: list[str] = []
     shape = functools.partial(shape_of, state)

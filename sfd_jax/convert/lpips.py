@@ -9,28 +9,22 @@ from typing import Any
 
 import numpy as np
 
-from sfd_jax.convert.table import Row, Table
+from sfd_jax.convert.table import Row, Table, dense_rows
 
 # Their slices keep the layers' numbers in VGG16's `features`.
 _LAYERS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 
+
+def _slice_rows(i: int) -> list[Row]:
+    rows = [Row(f"lin{i}.model.1.weight", f"weights/{i}", "conv")]
+    for j, number in enumerate(_LAYERS[i]):
+        rows += dense_rows(f"net.slice{i + 1}.{number}", f"slices/{i}/{j}", "conv")
+    return rows
+
+
 TABLE = Table(
     network="lpips",
-    rows=tuple(
-        row
-        for i, numbers in enumerate(_LAYERS)
-        for row in (
-            *(
-                row
-                for j, number in enumerate(numbers)
-                for row in (
-                    Row(f"net.slice{i + 1}.{number}.weight", f"slices/{i}/{j}/kernel", "conv"),
-                    Row(f"net.slice{i + 1}.{number}.bias", f"slices/{i}/{j}/bias"),
-                )
-            ),
-            Row(f"lin{i}.model.1.weight", f"weights/{i}", "conv"),
-        )
-    ),
+    rows=tuple(row for i in range(len(_LAYERS)) for row in _slice_rows(i)),
     # `lins` repeats lin0..lin4; the scaling is constant.
     skipped=("lins.*", "scaling_layer.*"),
 )

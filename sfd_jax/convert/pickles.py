@@ -73,7 +73,7 @@ def unpickle(
       persistent: answers persistent ids.
 
     Returns:
-      The tree of dicts, lists, tuples, scalars, `Name`s and `Record`s, and of what the builders return.
+      The tree of dicts, lists, tuples, scalars, `Name`s, `Record`s and what the builders return.
 
     Raises:
       SfdError: refused by name, or more than the budget.
@@ -87,6 +87,13 @@ def unpickle(
     def since_mark() -> list[Any]:
         nonlocal stack
         top, stack = stack, marks.pop()
+        return top
+
+    def popped(count: int) -> list[Any]:
+        if len(stack) < count:
+            raise ValueError("operands that are not there")
+        top = stack[-count:]
+        del stack[-count:]
         return top
 
     def call(function: Any, args: Any, new: bool = False) -> Any:
@@ -143,44 +150,30 @@ def unpickle(
             marks.append(stack)
             stack = []
         elif code in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            count = int(code[-1])
             budget.take(_OBJECT)
-            if len(stack) < count:
-                raise ValueError("a tuple of what is not there")
-            stack[-count:] = [tuple(stack[-count:])]
+            stack.append(tuple(popped(int(code[-1]))))
         elif code in ("TUPLE", "LIST", "FROZENSET"):
-            values = since_mark()
             budget.take(_OBJECT)
+            values = since_mark()
             stack.append({"TUPLE": tuple, "LIST": list, "FROZENSET": _Set}[code](values))
-        elif code == "DICT":
-            values = since_mark()
-            stack.append({})
-            _put(stack[-1], values, budget)
-        elif code == "SETITEM":
-            value, key = stack.pop(), stack.pop()
-            _put(stack[-1], [key, value], budget)
-        elif code == "SETITEMS":
-            values = since_mark()
-            _put(stack[-1], values, budget)
-        elif code == "APPEND":
-            value = stack.pop()
-            _extend(stack[-1], [value])
-        elif code in ("APPENDS", "ADDITEMS"):
-            values = since_mark()
+        elif code in ("DICT", "SETITEM", "SETITEMS"):
+            pairs = popped(2) if code == "SETITEM" else since_mark()
+            if code == "DICT":
+                stack.append({})
+            _put(stack[-1], pairs, budget)
+        elif code in ("APPEND", "APPENDS", "ADDITEMS"):
+            values = popped(1) if code == "APPEND" else since_mark()
             _extend(stack[-1], values)
         elif code == "GLOBAL":
             stack.append(name(*value.split(" ", 1)))
         elif code == "STACK_GLOBAL":
-            attribute, module = stack.pop(), stack.pop()
+            module, attribute = popped(2)
             if not isinstance(module, str) or not isinstance(attribute, str):
                 raise ValueError("a name that is no text")
             stack.append(name(module, attribute))
-        elif code in ("REDUCE", "NEWOBJ"):
-            args, function = stack.pop(), stack.pop()
-            stack.append(call(function, args, code == "NEWOBJ"))
-        elif code == "NEWOBJ_EX":
-            _, args, function = stack.pop(), stack.pop(), stack.pop()
-            stack.append(call(function, args, new=True))
+        elif code in ("REDUCE", "NEWOBJ", "NEWOBJ_EX"):
+            function, args, *_ = popped(3 if code == "NEWOBJ_EX" else 2)
+            stack.append(call(function, args, new=code != "REDUCE"))
         elif code == "INST":
             args = tuple(since_mark())
             stack.append(call(name(*value.split(" ", 1)), args))
@@ -249,7 +242,7 @@ def plain(tree: Any, budget: Budget) -> Any:
                     budget.take(size)
             if isinstance(inner, dict):
                 size += sum(16 + len(key) if isinstance(key, (str, bytes)) else 16 for key in inner)
-                result = dict(zip(inner, children))
+                result = dict(zip(inner, children, strict=True))
             elif isinstance(inner, _Set):
                 result = set(children) if all(_hashes_quickly(child) for child in children) else children
             else:
@@ -309,7 +302,7 @@ def _put(target: Any, pairs: list[Any], budget: Budget) -> None:
     if not isinstance(target, dict) or len(pairs) % 2:
         raise ValueError("entries for what is no dict")
     budget.take(_OBJECT * (1 + len(pairs) // 2))
-    for key, value in zip(pairs[::2], pairs[1::2]):
+    for key, value in zip(pairs[::2], pairs[1::2], strict=True):
         _put_one(target, key, value)
 
 
@@ -355,8 +348,8 @@ def _table(names: dict[str, str]) -> frozenset[str]:
 
 _TORCH_DTYPES = _table(
     {
-        "torch": "float16 float32 float64 bfloat16 half float double int8 int16 int32 int64 short int long uint8 uint16 "
-        "uint32 uint64 bool complex32 complex64 complex128 cfloat cdouble qint8 quint8 qint32 quint4x2 quint2x4 "
+        "torch": "float16 float32 float64 bfloat16 half float double int8 int16 int32 int64 short int long uint8 "
+        "uint16 uint32 uint64 bool complex32 complex64 complex128 cfloat cdouble qint8 quint8 qint32 quint4x2 quint2x4 "
         "float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn_x2",
     }
 )
@@ -382,21 +375,19 @@ def _may_be_called(name: str) -> bool:
 # --- Calls that are read as data ---------------------------------------------------------------------
 
 
-def _numpy_dtype(record: Any) -> np.dtype:
-    """Return the dtype that a record stands for; only types of plain numbers and text."""
+def _numpy_dtype(record: Any) -> np.dtype | None:
+    """Return the dtype that a record stands for where it is of plain numbers or text, else None."""
     if not isinstance(record, Record) or record.name != "numpy.dtype":
-        raise ValueError("an array without dtype")
+        return None
     match = re.fullmatch(r"[<>|=]?([biufcSU]\d{1,5})", str(record.args[0]) if record.args else "")
     order = record.state[1] if isinstance(record.state, tuple) and len(record.state) > 1 else "<"
     if match is None or order not in ("<", ">", "|", "="):
-        raise ValueError("an array of objects")
+        return None
     return np.dtype(order.replace("|", "") + match[1])
 
 
 def _numpy_scalar(dtype: Any, data: Any = None, *_) -> Any:
-    try:
-        kind = _numpy_dtype(dtype)
-    except ValueError:
+    if (kind := _numpy_dtype(dtype)) is None:
         return Record("numpy scalar")
     if not isinstance(data, bytes) or len(data) != kind.itemsize:
         raise ValueError("a scalar of the wrong size")
@@ -405,9 +396,7 @@ def _numpy_scalar(dtype: Any, data: Any = None, *_) -> Any:
 
 def _numpy_buffer(data: Any, dtype: Any, shape: Any, order: Any = "C", *_) -> Any:
     """Return an array of bytes that the pickle holds."""
-    try:
-        kind = _numpy_dtype(dtype)
-    except ValueError:
+    if (kind := _numpy_dtype(dtype)) is None:
         return Record("numpy.ndarray")
     shape, size = checked_shape(shape, kind)
     if not isinstance(data, (bytes, bytearray)) or len(data) != size:
@@ -480,8 +469,8 @@ _HARMLESS = (
     | _BUILDERS.keys()
     | _table(
         {
-            "builtins": "int float complex bool str long unicode object slice range type Ellipsis NotImplemented Exception "
-            "ValueError print",
+            "builtins": "int float complex bool str long unicode object slice range type Ellipsis NotImplemented "
+            "Exception ValueError print",
             "typing": "Any Union Optional Dict List Tuple Callable",
             "collections": "ChainMap UserDict UserList",
             "copyreg": "_reconstructor __newobj__",
@@ -497,7 +486,8 @@ _HARMLESS = (
             "zoneinfo": "ZoneInfo ZoneInfo._unpickle",
             "string": "Template",
             "logging": "Logger getLogger",
-            "numpy": "dtype ndarray bool_ float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64 str_",
+            "numpy": "dtype ndarray bool_ float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64 "
+            "str_",
             "numpy.core.multiarray": "_reconstruct",
             "numpy._core.multiarray": "_reconstruct",
             "numpy.random._pickle": "__randomstate_ctor __generator_ctor __bit_generator_ctor",
@@ -515,29 +505,11 @@ _HARMLESS = (
     )
 )
 
+# Opcodes that push what they carry: a number or text.
 _VALUES = frozenset(
-    [
-        "INT",
-        "BININT",
-        "BININT1",
-        "BININT2",
-        "LONG",
-        "LONG1",
-        "LONG4",
-        "STRING",
-        "BINSTRING",
-        "SHORT_BINSTRING",
-        "BINBYTES",
-        "SHORT_BINBYTES",
-        "BINBYTES8",
-        "BYTEARRAY8",
-        "UNICODE",
-        "SHORT_BINUNICODE",
-        "BINUNICODE",
-        "BINUNICODE8",
-        "FLOAT",
-        "BINFLOAT",
-    ]
+    opcode.name
+    for opcode in pickletools.opcodes
+    if opcode.arg and opcode.stack_after and opcode.stack_after[0] is not pickletools.anyobject
 )
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": _Set}

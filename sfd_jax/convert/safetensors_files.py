@@ -65,7 +65,7 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, LazyArray]:
         with safetensors.safe_open(path, "numpy") as file, path.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
             data, places = 8 + size, json.loads(stream.read(size))
-            return {key: lazy(file, key) for key in file.keys()}
+            return {key: lazy(file, key) for key in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError, MemoryError, RecursionError) as error:
         raise SfdError(
             f"'{path}' is no complete safetensors file ({error!s:.200}); copy or download it again"

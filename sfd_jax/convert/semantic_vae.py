@@ -47,21 +47,10 @@ def recognises(state: Mapping[str, Any]) -> bool:
 def read_config(
     state: Mapping[str, Any], given: Mapping[str, Any], stored: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Read the architecture off the keys and shapes.
+    """Read SemanticVAEConfig off keys and shapes; see the package.
 
-    Attention heads leave no trace in the shapes: they come from the YAML config in the file, else
-    from the published width (6 heads at 768).
-
-    Args:
-      state: their arrays by key.
-      given: fields of SemanticVAEConfig that the user states; they win.
-      stored: the file's own config, by field name.
-
-    Returns:
-      The fields of SemanticVAEConfig, and a sentence for each that the shapes did not tell.
-
-    Raises:
-      SfdError: something must be given; the message says what.
+    Attention heads leave no trace in the shapes: they come from the YAML config in the file, else from the published
+    width (6 heads at 768).
     """
     notes: list[str] = []
     encoder = [key.removeprefix("encoder.") for key in state if key.startswith("encoder.")]

@@ -9,18 +9,21 @@ there: import and export are strict, and neither can forget one.
 
 import base64
 import dataclasses
-import fnmatch
+import itertools
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
+from sfd_jax.convert.file_kinds import fits
+from sfd_jax.convert.lazy_array import is_float
 from sfd_jax.errors import SfdError
 from sfd_jax.models.network import Network
+from sfd_jax.trees import named_leaves, shape_faults, shapes_by_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +56,9 @@ class Row:
     layout: str = "same"
 
 
-def dense_rows(theirs: str, ours: str) -> tuple[Row, Row]:
-    """Return the rows of a Linear's weight and bias."""
-    return (
-        Row(f"{theirs}.weight", f"{ours}/kernel", "linear"),
-        Row(f"{theirs}.bias", f"{ours}/bias"),
-    )
+def dense_rows(theirs: str, ours: str, layout: str = "linear") -> tuple[Row, Row]:
+    """Return the rows of the weight and bias of a Linear, or by `layout` of a convolution."""
+    return Row(f"{theirs}.weight", f"{ours}/kernel", layout), Row(f"{theirs}.bias", f"{ours}/bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +89,21 @@ class _Slot:
     layout: Layout
     their_shape: tuple[int, ...]  # of each key
 
+    def take(self, ours: np.ndarray) -> dict[str, np.ndarray]:
+        """Return their arrays by key, views of ours."""
+        array = self.layout.to_theirs(ours if self.layer is None else ours[self.layer])
+        parts = np.split(array, len(self.keys)) if self.keys[1:] else [array]
+        return dict(zip(self.keys, parts, strict=True))
+
+    def fill(self, ours: np.ndarray, state: Mapping[str, Any]) -> np.ndarray:
+        """Write their arrays into ours; return the part of ours that they fill."""
+        theirs = [np.asarray(state[key]) for key in self.keys]
+        theirs = theirs[0] if len(theirs) == 1 else np.concatenate(theirs)
+        target = ours if self.layer is None else ours[self.layer, ...]
+        with np.errstate(over="ignore", invalid="ignore"):  # the caller counts what is not finite
+            target[...] = self.layout.to_ours(theirs)
+        return target
+
 
 def import_params(
     table: Table,
@@ -118,23 +133,17 @@ def import_params(
       SfdError: names every missing, extra and misshapen array with the shapes, or a fixed table
         that is not the one the architecture computes; or every array with numbers that are not finite.
     """
-    slots = list(_slots(table, network))
-    _check_strictly(table, state, network, slots, source)
-    shapes = _our_shapes(network)
+    _check_strictly(table, state, network, source)
+    shapes = shapes_by_name(network.abstract_params())
     params: dict[str, Any] = {}
     faults: list[str] = []
-    for path, group in _grouped(slots):
+    for path, slots in itertools.groupby(_slots(table, network), key=lambda slot: slot.path):
         ours = np.empty(shapes[path], np.float32)
-        for slot in group:
-            theirs = [np.asarray(state[key]) for key in slot.keys]
-            theirs = theirs[0] if len(theirs) == 1 else np.concatenate(theirs)
-            target = ours if slot.layer is None else ours[slot.layer, ...]
-            with np.errstate(over="ignore", invalid="ignore"):  # counted below
-                target[...] = slot.layout.to_ours(theirs)
-            faults += _nonfinite(" and ".join(slot.keys), target)
-        _put(params, path, place(ours))
+        for slot in slots:
+            faults += _nonfinite(" and ".join(slot.keys), slot.fill(ours, state))
+        params[path] = place(ours)
     _refuse_nonfinite(faults, source, allow_nonfinite)
-    return params
+    return unflatten_dict(params, sep="/")
 
 
 def export_state(
@@ -159,19 +168,15 @@ def export_state(
       SfdError: `params` are not this network's; names every missing, extra and misshapen array, or
         every one that is not finite.
     """
-    _check_ours(params, network)
+    network.check(params)
     kept = kept or {}
     dtypes, tables = kept.get("dtypes", {}), kept.get("fixed", {})
     state = {}
     faults: list[str] = []
-    for path, group in _grouped(_slots(table, network)):
-        ours = np.asarray(_get(params, path))
-        for slot in group:
-            array = slot.layout.to_theirs(ours if slot.layer is None else ours[slot.layer])
-            for key, part in zip(slot.keys, np.split(array, len(slot.keys)) if slot.keys[1:] else [array]):
-                with np.errstate(over="ignore", invalid="ignore"):  # counted below
-                    state[key] = np.array(part, _dtype(dtypes.get(key, "float32")), order="C")
-                faults += [] if allow_nonfinite else _nonfinite(key, state[key])
+    for key, array in to_their_keys(table, params, network):
+        with np.errstate(over="ignore", invalid="ignore"):  # counted below
+            state[key] = np.array(array, _dtype(dtypes.get(key, "float32")), order="C")
+        faults += [] if allow_nonfinite else _nonfinite(key, state[key])
     _refuse_nonfinite(faults, "this checkpoint", allow_nonfinite)
     for key, array in table.fixed(network.config).items():
         state[key] = _unpack(tables[key]) if key in tables else array
@@ -185,8 +190,7 @@ def kept_as_stored(table: Table, state: Mapping[str, Any], network: Network) -> 
     come from another mathematical library and differ from ours in the last bit, so those that
     differ are kept as they are, compressed (rotary tables are so repetitive that little is left).
     """
-    keys = [key for slot in _slots(table, network) for key in slot.keys]
-    dtypes = {key: np.dtype(state[key].dtype).name for key in keys}
+    dtypes = {key: np.dtype(state[key].dtype).name for key in key_shapes(table, network)}
     fixed = {}
     for key, ours in table.fixed(network.config).items():
         if key in state:
@@ -198,7 +202,7 @@ def kept_as_stored(table: Table, state: Mapping[str, Any], network: Network) -> 
 
 def skipped_keys(table: Table, state: Mapping[str, Any]) -> str:
     """Return which of their keys are left out by the table's patterns, as "PATTERN (COUNT)"; "" for none."""
-    counts = [(p, sum(fnmatch.fnmatchcase(key, p) for key in state)) for p in table.skipped]
+    counts = [(pattern, sum(fits(key, (pattern,)) for key in state)) for pattern in table.skipped]
     return ", ".join(f"{pattern} ({count})" for pattern, count in counts if count)
 
 
@@ -207,21 +211,13 @@ def key_shapes(table: Table, network: Network) -> dict[str, tuple[int, ...]]:
     return {key: slot.their_shape for slot in _slots(table, network) for key in slot.keys}
 
 
-def our_place(table: Table, network: Network) -> dict[str, Callable[[Mapping[str, Any]], np.ndarray]]:
-    """Return for each of their keys a function that takes its array out of a tree like ours.
-
-    For trees of the parameters' shape (gradients, moments) that are compared key by key.
-    """
-
-    def taker(slot: _Slot, part: int):
-        def take(tree):
-            ours = np.asarray(_get(tree, slot.path))
-            array = slot.layout.to_theirs(ours if slot.layer is None else ours[slot.layer])
-            return np.split(array, len(slot.keys))[part] if slot.keys[1:] else array
-
-        return take
-
-    return {key: taker(slot, part) for slot in _slots(table, network) for part, key in enumerate(slot.keys)}
+def to_their_keys(table: Table, tree: Mapping[str, Any], network: Network) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield their keys and arrays, views in their layout, of a tree of the parameters' shape (gradients, moments)."""
+    leaves = named_leaves(tree)
+    for path, slots in itertools.groupby(_slots(table, network), key=lambda slot: slot.path):
+        ours = np.asarray(leaves[path])
+        for slot in slots:
+            yield from slot.take(ours).items()
 
 
 def shape_of(state: Mapping[str, Any], key: str, rank: int | None = None) -> tuple[int, ...]:
@@ -238,44 +234,21 @@ def shape_of(state: Mapping[str, Any], key: str, rank: int | None = None) -> tup
     return shape
 
 
-def _check_strictly(table, state, network, slots, source) -> None:
-    expected = {key: slot.their_shape for slot in slots for key in slot.keys}
-    fixed = table.fixed(network.config)
-    missing, misshapen, extra, wrong = [], [], [], []
-    for key, shape in expected.items():
-        if key not in state:
-            missing.append(f"  missing   {key} {shape}")
-        elif tuple(state[key].shape) != shape:
-            misshapen.append(f"  misshapen {key} is {tuple(state[key].shape)}, expected {shape}")
-        elif not _is_float(state[key].dtype):
-            misshapen.append(f"  not float {key} is {np.dtype(state[key].dtype).name}")
-    for key in state:
-        if key in expected or any(fnmatch.fnmatchcase(key, pattern) for pattern in table.skipped):
-            continue
-        if key not in fixed:
-            extra.append(f"  extra     {key} {tuple(state[key].shape)}")
-        elif tuple(state[key].shape) != fixed[key].shape:
-            misshapen.append(f"  misshapen {key} is {tuple(state[key].shape)}, expected {fixed[key].shape}")
-        elif not _agree(np.asarray(state[key]), fixed[key]):
-            wrong.append(f"  changed   {key} is a fixed table, but not the one this network computes")
-    faults = missing + extra + misshapen + wrong
+def _check_strictly(table: Table, state: Mapping[str, Any], network: Network, source: str) -> None:
+    expected = key_shapes(table, network)
+    fixed = {key: array for key, array in table.fixed(network.config).items() if key in state}
+    skipped = [key for key in state if key not in expected and fits(key, table.skipped)]
+    faults = shape_faults(
+        {key: tuple(array.shape) for key, array in state.items() if key not in skipped},
+        expected | {key: array.shape for key, array in fixed.items()},
+    )
+    for key in (key for key in expected if key in state and not is_float(state[key].dtype)):
+        faults.append(f"  not float {key} is {np.dtype(state[key].dtype).name}")
+    for key, array in fixed.items():
+        if tuple(state[key].shape) == array.shape and not _agree(np.asarray(state[key]), array):
+            faults.append(f"  changed   {key} is a fixed table, but not the one this network computes")
     if faults:
-        raise SfdError(f"{source} does not fit {table.network} ({_described(network)}):\n" + "\n".join(faults))
-
-
-def _check_ours(params, network: Network) -> None:
-    expected = _our_shapes(network)
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    found = {_path(path): tuple(leaf.shape) for path, leaf in leaves}
-    faults = [f"  missing   {path} {expected[path]}" for path in expected if path not in found]
-    faults += [f"  extra     {path} {found[path]}" for path in found if path not in expected]
-    faults += [
-        f"  misshapen {path} is {found[path]}, expected {shape}"
-        for path, shape in expected.items()
-        if found.get(path, shape) != shape
-    ]
-    if faults:
-        raise SfdError(f"these parameters are not of {network.name} ({_described(network)}):\n" + "\n".join(faults))
+        raise SfdError(f"{source} does not fit {table.network} ({network.described()}):\n" + "\n".join(faults))
 
 
 def _nonfinite(name: str, array: np.ndarray) -> list[str]:
@@ -295,18 +268,10 @@ def _refuse_nonfinite(faults: list[str], source: str, allowed: bool) -> None:
         )
 
 
-def _described(network: Network) -> str:
-    return ", ".join(f"{key} {value}" for key, value in network.config_dict().items())
-
-
 def _agree(stored: np.ndarray, computed: np.ndarray) -> bool:
     # Angles up to 100 in float32 carry an error of 4e-6; half precision rounds to 4e-3.
     tolerance = 2e-5 if stored.dtype.itemsize >= 4 else 1e-2
     return bool(np.max(np.abs(stored.astype(np.float32) - computed), initial=0) <= tolerance)
-
-
-def _is_float(dtype) -> bool:
-    return np.dtype(dtype).name in ("float16", "bfloat16", "float32", "float64")
 
 
 def _dtype(name: str) -> np.dtype:
@@ -315,7 +280,7 @@ def _dtype(name: str) -> np.dtype:
 
 def _slots(table: Table, network: Network) -> Iterator[_Slot]:
     """Expand the rows over the arrays that this network has, in our order."""
-    for path, shape in _our_shapes(network).items():
+    for path, shape in shapes_by_name(network.abstract_params()).items():
         row, indices = _find_row(table, path)
         layout = LAYOUTS[row.layout]
         theirs = (row.theirs,) if isinstance(row.theirs, str) else row.theirs
@@ -336,40 +301,6 @@ def _find_row(table: Table, path: str) -> tuple[Row, dict[str, str]]:
         if match := re.fullmatch(pattern, path):
             return row, match.groupdict()
     raise AssertionError(f"the table of {table.network} has no row for {path}")
-
-
-def _grouped(slots) -> Iterator[tuple[str, list[_Slot]]]:
-    """Gather the slots of one array of ours; they follow one another."""
-    group: list[_Slot] = []
-    for slot in slots:
-        if group and slot.path != group[0].path:
-            yield group[0].path, group
-            group = []
-        group.append(slot)
-    if group:
-        yield group[0].path, group
-
-
-def _our_shapes(network: Network) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(network.abstract_params())
-    return {_path(path): tuple(leaf.shape) for path, leaf in leaves}
-
-
-def _path(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _put(tree: dict, path: str, value) -> None:
-    *groups, last = path.split("/")
-    for group in groups:
-        tree = tree.setdefault(group, {})
-    tree[last] = value
-
-
-def _get(tree: Mapping, path: str):
-    for name in path.split("/"):
-        tree = tree[name]
-    return tree
 
 
 def _pack(array: np.ndarray) -> dict[str, Any]:

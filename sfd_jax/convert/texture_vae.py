@@ -61,16 +61,7 @@ def recognises(state: Mapping[str, Any]) -> bool:
 def read_config(
     state: Mapping[str, Any], given: Mapping[str, Any], stored: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Read the architecture off the keys and shapes; all but the groups of GroupNorm (32) is told.
-
-    Args:
-      state: their arrays by key.
-      given: fields of TextureVAEConfig that the user states; they win.
-      stored: the file's own config; not needed.
-
-    Returns:
-      The fields of TextureVAEConfig, and a sentence on what the shapes did not tell.
-    """
+    """Read TextureVAEConfig off keys and shapes, which tell all but the groups of GroupNorm; see the package."""
 
     def indices(pattern: str) -> list[int]:
         return sorted({int(m[1]) for key in state if (m := re.match(pattern, key))})

@@ -24,7 +24,7 @@ import numpy as np
 from sfd_jax.budget import Budget
 from sfd_jax.convert.lazy_array import LazyArray, Unchanged, checked_shape
 from sfd_jax.convert.pickles import Name, Record, plain, refusal, unpickle
-from sfd_jax.errors import SfdError
+from sfd_jax.errors import SfdError, damage_explained, needs_extra
 
 
 def read_torch_file(path: str | os.PathLike) -> Any:
@@ -52,9 +52,7 @@ def read_torch_file(path: str | os.PathLike) -> Any:
         if zipfile.is_zipfile(path):
             return _read_zip(path)
     if start[:4] == b"PK\x03\x04":
-        raise SfdError(
-            f"'{path}' is cut short: its zip directory, which stands at the end, is missing; copy or download it again"
-        )
+        raise SfdError(f"'{path}' is cut short: its zip directory, at the end, is missing; copy or download it again")
     raise SfdError(
         f"'{path}' is not a PyTorch file: neither the zip archive nor the older stream "
         "(files from before torch 0.1.10 have to be saved again with a newer torch)"
@@ -67,13 +65,8 @@ def write_torch_file(path: str | os.PathLike, tree: Any) -> None:
     Raises:
       SfdError: torch is not installed.
     """
-    try:
+    with needs_extra("torch", f"writing '{path}' (to a name that ends in .safetensors it would not)"):
         import torch
-    except ImportError as error:
-        raise SfdError(
-            f"writing '{path}' needs PyTorch, an optional extra: install sfd_jax[torch] "
-            "(a CPU build is enough), or export to a name that ends in .safetensors"
-        ) from error
 
     def tensors(node):
         if isinstance(node, dict):
@@ -93,34 +86,17 @@ def write_torch_file(path: str | os.PathLike, tree: Any) -> None:
 # --- Storages and tensors ----------------------------------------------------------------------------
 
 _STORAGE_DTYPES = {
-    "DoubleStorage": np.dtype(np.float64),
-    "FloatStorage": np.dtype(np.float32),
-    "HalfStorage": np.dtype(np.float16),
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "ComplexFloatStorage": np.dtype(np.complex64),
-    "ComplexDoubleStorage": np.dtype(np.complex128),
-    "LongStorage": np.dtype(np.int64),
-    "IntStorage": np.dtype(np.int32),
-    "ShortStorage": np.dtype(np.int16),
-    "CharStorage": np.dtype(np.int8),
-    "ByteStorage": np.dtype(np.uint8),
-    "BoolStorage": np.dtype(np.bool_),
-    "UntypedStorage": np.dtype(np.uint8),
+    f"{name}Storage": np.dtype(dtype)
+    for name, dtype in {
+        **{"Double": "f8", "Float": "f4", "Half": "f2", "BFloat16": ml_dtypes.bfloat16, "Untyped": "u1"},
+        **{"Long": "i8", "Int": "i4", "Short": "i2", "Char": "i1", "Byte": "u1", "Bool": "?"},
+        **{"ComplexFloat": "c8", "ComplexDouble": "c16"},
+    }.items()
 }
 # Types without a storage class of their own: `_rebuild_tensor_v3` names them beside an UntypedStorage.
-_TENSOR_DTYPES = {
-    f"torch.{name}": np.dtype(getattr(ml_dtypes, name, None) or name)
-    for name in [
-        "uint16",
-        "uint32",
-        "uint64",
-        "float8_e4m3fn",
-        "float8_e5m2",
-        "float8_e4m3fnuz",
-        "float8_e5m2fnuz",
-        "float8_e8m0fnu",
-    ]
-}
+_FLOATS = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
+_TENSOR_DTYPES = {f"torch.{name}": np.dtype(name) for name in ("uint16", "uint32", "uint64")}
+_TENSOR_DTYPES |= {f"torch.{name}": np.dtype(getattr(ml_dtypes, name)) for name in _FLOATS}
 _CHUNK = 2**22  # bytes that are read at a time where only their checksum is wanted
 
 
@@ -149,11 +125,11 @@ class _Bytes:
 
     def read(self, first: int, last: int, wanted: int) -> np.ndarray:
         """Return the bytes first..last, of which `wanted` will be used."""
-        if self._all is None and (first, last) != (0, self.size):
+        sparse = self.packed is not None or last - first > 4 * wanted
+        if self._all is None and (first, last) != (0, self.size) and sparse:
             # Whoever takes every hundredth number comes a hundred times: all of them stay in memory then.
-            if self.packed is not None or last - first > 4 * wanted:
-                self.file.budget.take(self.size)
-                self._all = self.read(0, self.size, self.size)
+            self.file.budget.take(self.size)
+            self._all = self.read(0, self.size, self.size)
         if self._all is not None:
             return self._all[first:last]
         with _damage_explained(self.file.path), self.file.path.open("rb") as stream:
@@ -213,8 +189,8 @@ def _builders(file: _File) -> dict[str, Callable]:
         if not all(type(number) is int and number >= 0 for number in (offset, *strides)):
             raise ValueError("a tensor with a negative stride")
         # The stride of an axis of one place is arbitrary.
-        strides = [stride if length > 1 else 0 for length, stride in zip(shape, strides)]
-        last = offset + sum((length - 1) * stride for length, stride in zip(shape, strides))
+        strides = [stride if length > 1 else 0 for length, stride in zip(shape, strides, strict=True)]
+        last = offset + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
         if size and last >= storage.length:
             raise ValueError("a tensor larger than its storage")
 
@@ -228,7 +204,7 @@ def _builders(file: _File) -> dict[str, Callable]:
 
         return LazyArray(shape, dtype, load)
 
-    def tensor_v3(storage, offset, shape, strides, requires_grad, hooks, dtype, *rest) -> LazyArray:
+    def tensor_v3(storage, offset, shape, strides, _requires_grad, _hooks, dtype, *_) -> LazyArray:
         kind = _TENSOR_DTYPES.get(dtype.name if isinstance(dtype, Name) else "")
         if kind is None:
             raise SfdError(f"refused: '{file.path}' holds a tensor of {dtype!r:.100}, which is not supported")
@@ -237,17 +213,11 @@ def _builders(file: _File) -> dict[str, Callable]:
         length = storage.length * storage.dtype.itemsize // kind.itemsize
         return tensor(_Storage(kind, length, storage.data, storage.start), offset, shape, strides)
 
-    def parameter(tensor: Any = None, *_: Any) -> Any:
-        return tensor
-
-    return {
+    parameters = ("_utils._rebuild_parameter", "_utils._rebuild_parameter_with_state", "nn.parameter.Parameter")
+    return {f"torch.{name}": lambda tensor=None, *_: tensor for name in (*parameters, "nn.parameter.Buffer")} | {
         "torch._utils._rebuild_tensor": tensor,
         "torch._utils._rebuild_tensor_v2": tensor,
         "torch._utils._rebuild_tensor_v3": tensor_v3,
-        "torch._utils._rebuild_parameter": parameter,
-        "torch._utils._rebuild_parameter_with_state": parameter,
-        "torch.nn.parameter.Parameter": parameter,
-        "torch.nn.parameter.Buffer": parameter,
     }
 
 
@@ -392,15 +362,5 @@ def _read_legacy(path: Path) -> Any:
         return tree
 
 
-@contextlib.contextmanager
-def _damage_explained(path: Path):
-    """Turn whatever a damaged file makes the readers raise into one clear error."""
-    try:
-        yield
-    except SfdError:
-        raise
-    except FileNotFoundError as error:
-        raise SfdError(f"no file '{path}'") from error
-    except Exception as error:
-        reason = str(error)[:200] or type(error).__name__
-        raise SfdError(f"'{path}' is damaged or cut short ({reason}); copy or download it again") from error
+def _damage_explained(path: Path) -> contextlib.AbstractContextManager:
+    return damage_explained(lambda reason: f"'{path}' is damaged or cut short ({reason}); copy or download it again")

@@ -6,9 +6,7 @@ a bare state dict, and .safetensors, which is one. Keys may carry the prefix of 
 """
 
 import dataclasses
-import fnmatch
 import json
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -19,8 +17,8 @@ import numpy as np
 import yaml
 
 from sfd_jax.convert import FORMATS
-from sfd_jax.convert.file_kinds import SAFETENSORS, SHARDED, Kind, find_weights, shards_of
-from sfd_jax.convert.lazy_array import LazyArray
+from sfd_jax.convert.file_kinds import SAFETENSORS, SHARDED, Kind, find_weights, fits, shards_of
+from sfd_jax.convert.lazy_array import LazyArray, is_float
 from sfd_jax.convert.pickles import Record
 from sfd_jax.convert.safetensors_files import read_safetensors
 from sfd_jax.convert.torch_files import read_torch_file, write_torch_file
@@ -45,6 +43,14 @@ _COUNTERS = {"n_averaged", "num_updates", "decay", "ema_decay", "initted", "step
 # Fixed tables of the networks, which an average of trained parameters may lack.
 _NOT_TRAINED = ("pos_embed", "feat_rope.*")
 _MAX_CONFIG = 2**18  # characters of a config in YAML, its aliases written out
+# Words in the names of what tells about an average and is none.
+_SETTINGS = {"config", "cfg", "args", "kwargs", "parameters", "hparams"} | {
+    "groups",
+    "rate",
+    "decay",
+    "meter",
+    "meters",
+}
 STEP_KEYS = ("iteration", "global_step", "step", "train_steps", "train_step", "steps", "iterations", "iter", "it")
 
 
@@ -154,7 +160,7 @@ def choose_state(tree: Any, path: str | os.PathLike, which: str | None = None) -
     Args:
       tree: from `read_tree`.
       path: the file, for messages.
-      which: "ema", "raw", the name of a set, or None for the average where there is one.
+      which: "ema", "raw", the name of a set; None takes the average where there is one.
 
     Raises:
       SfdError: the file holds no such weights, or several and nothing tells which; the message says
@@ -180,7 +186,7 @@ def choose_state(tree: Any, path: str | os.PathLike, which: str | None = None) -
             f"'{path}': '{chosen.name}' is a list of arrays without names, and no raw weights beside it tell them"
         )
     state, more = _unwrap(arrays, path)
-    fixed = [k for k in trained if k not in state and _fits(k, _NOT_TRAINED)]
+    fixed = [k for k in trained if k not in state and fits(k, _NOT_TRAINED)]
     if fixed:
         notes.append(f"not in the average, fixed tables taken from '{raw.name}': {', '.join(fixed)}")
     state |= {key: trained[key] for key in fixed}
@@ -217,7 +223,8 @@ def _choose(tree: dict, sets: list[Weights], path, which: str | None) -> Weights
         return averages[0]
     if which is None and not averages and (lost := _lost_average(tree)):
         raise SfdError(
-            f"'{path}': '{lost}' should be an average and holds no arrays that can be read; take --weights raw for the raw ones"
+            f"'{path}': '{lost}' should be an average and holds no arrays that can be read; take --weights raw for the "
+            "raw ones"
         )
     if which != "ema" and raw is None:
         unnamed = [s for s in sets if not s.which]
@@ -232,7 +239,7 @@ def _choose(tree: dict, sets: list[Weights], path, which: str | None) -> Weights
         held = held or "only " + ", ".join(map(repr, tree))
         hint = f"; take --weights {'raw' if which == 'ema' else 'ema'}" if sets else ""
         raise SfdError(f"'{path}' holds no {which or 'raw'} weights (it holds {held}){hint}")
-    trained = lambda s: {key for key in _unwrap(s.arrays, path)[0] if not _fits(key, _NOT_TRAINED)}  # noqa: E731
+    trained = lambda s: {key for key in _unwrap(s.arrays, path)[0] if not fits(key, _NOT_TRAINED)}
     others = [s for s in sets if which is None and s.which != "ema" and s is not raw]
     twins = [s for s in others if trained(s) == trained(raw)]
     if twins:
@@ -280,22 +287,7 @@ def _lost_average(tree: dict) -> str | None:
     """Return the name of an entry that should be an average and has no arrays: cleared, or not readable."""
     for key, value in tree.items():
         name = f"{key} {value.name.rpartition('.')[2]}" if isinstance(value, Record) else key
-        words = set(_words(name))
-        if words & {
-            "config",
-            "cfg",
-            "args",
-            "kwargs",
-            "parameters",
-            "hparams",
-            "groups",
-            "rate",
-            "decay",
-            "meter",
-            "meters",
-        }:
-            continue
-        if isinstance(value, (bool, int, float, str, LazyArray, type(None))):
+        if _SETTINGS & set(_words(name)) or isinstance(value, (bool, int, float, str, LazyArray, type(None))):
             continue
         if _role(name) == "ema":
             return str(key)
@@ -323,12 +315,8 @@ def _known(state: Mapping[str, Any]) -> bool:
     return any(module.recognises(state) for module in FORMATS.values())
 
 
-def _fits(key: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatch(key, pattern) for pattern in patterns)
-
-
 def _is_counter(key: Any, array: LazyArray) -> bool:
-    return str(key).rsplit(".", 1)[-1] in _COUNTERS and math.prod(array.shape) <= 1
+    return str(key).rsplit(".", 1)[-1] in _COUNTERS and array.size <= 1
 
 
 def _unwrap(arrays: Mapping[Any, LazyArray], path) -> tuple[dict[str, LazyArray], list[str]]:
@@ -379,10 +367,10 @@ def _named_like(chosen: Weights, raw: Weights, trained: Mapping[str, LazyArray],
         numbers = sorted(key for key in arrays if isinstance(key, int))
         shapes = [tuple(arrays[index].shape) for index in numbers] if len(numbers) == len(arrays) else None
         for patterns in ((), _NOT_TRAINED[1:], _NOT_TRAINED):
-            keys = [key for key in trained if not _fits(key, patterns)]
+            keys = [key for key in trained if not fits(key, patterns)]
             if [tuple(trained[key].shape) for key in keys] == shapes and keys != sorted(keys):
                 notes.append(f"the average is a list; its keys are those of '{raw.name}', in their order")
-                return {key: arrays[index] for key, index in zip(keys, numbers)}
+                return {key: arrays[index] for key, index in zip(keys, numbers, strict=True)}
         raise SfdError(
             f"'{path}': '{chosen.name}' is a list of {len(arrays)} arrays that does not fit the order, number and "
             f"shapes of the {len(trained)} of '{raw.name}'; take --weights raw for the raw ones"
@@ -406,7 +394,7 @@ def _named_like(chosen: Weights, raw: Weights, trained: Mapping[str, LazyArray],
 
 def _whole_number(value: Any) -> int | None:
     """Return a step as int: a number or one of a one-element tensor; None where it is none."""
-    if isinstance(value, LazyArray) and math.prod(value.shape) == 1:
+    if isinstance(value, LazyArray) and value.size == 1:
         value = np.asarray(value).item()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
@@ -451,19 +439,18 @@ def read_statistics(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
       SfdError: it is not such a file, or a value cannot be the mean or deviation of a channel.
     """
     tree = read_tree(path)
-    if not isinstance(tree, dict):
-        raise SfdError(f"'{path}' is no statistics file: it holds one {type(tree).__name__}, not 'mean' and 'std'")
-    arrays = [tree.get(key) for key in ("mean", "std")]
-    if not all(isinstance(array, LazyArray) for array in arrays):
-        held = ", ".join(map(repr, list(tree)[:8])) or "nothing"
-        raise SfdError(f"'{path}' is no statistics file: it needs arrays 'mean' and 'std', and holds {held}")
-    shapes = [array.shape for array in arrays]
-    if shapes[0] != shapes[1] or not shapes[0] or math.prod(shapes[0]) != max(shapes[0]) or 0 in shapes[0]:
-        raise SfdError(f"'{path}': mean {shapes[0]} and std {shapes[1]} are not one value a channel, (1, C, 1, 1)")
-    if not all(array.dtype.name in ("float16", "bfloat16", "float32", "float64") for array in arrays):
-        raise SfdError(f"'{path}': mean is {arrays[0].dtype} and std {arrays[1].dtype}, expected floats")
+    mean, std = (tree.get(key) if isinstance(tree, dict) else None for key in ("mean", "std"))
+    if not (isinstance(mean, LazyArray) and isinstance(std, LazyArray)):
+        held = ", ".join(map(repr, list(tree)[:8])) if isinstance(tree, dict) else f"one {type(tree).__name__}"
+        raise SfdError(
+            f"'{path}' is no statistics file: it needs arrays 'mean' and 'std', and holds {held or 'nothing'}"
+        )
+    if mean.shape != std.shape or not mean.shape or mean.size != max(mean.shape) or not mean.size:
+        raise SfdError(f"'{path}': mean {mean.shape} and std {std.shape} are not one value a channel, (1, C, 1, 1)")
+    if not (is_float(mean.dtype) and is_float(std.dtype)):
+        raise SfdError(f"'{path}': mean is {mean.dtype} and std {std.dtype}, expected floats")
     with np.errstate(over="ignore"):  # an infinity of float32 is told below
-        mean, std = (np.asarray(array).astype(np.float32).reshape(-1) for array in arrays)
+        mean, std = (np.asarray(array).astype(np.float32).reshape(-1) for array in (mean, std))
     wrong = ~np.isfinite(mean) | ~np.isfinite(std) | (std <= 0)
     if wrong.any():
         at = int(np.argmax(wrong))
@@ -507,7 +494,7 @@ def describe(tree: Any) -> list[str]:
         indent, held, at = "  " * depth, np.zeros(3, object), len(lines)
         if isinstance(node, LazyArray):
             lines.append(f"{indent}{name}  {list(node.shape)} {node.dtype.name}")
-            return np.array([1, math.prod(node.shape), math.prod(node.shape) * node.dtype.itemsize], object)
+            return np.array([1, node.size, node.size * node.dtype.itemsize], object)
         if isinstance(node, dict):
             lines.append("")
             for key, value in node.items():

@@ -20,16 +20,13 @@ from sfd_jax.errors import SfdError
 IMAGENET_COUNTS = {"train": 1_281_167, "val": 50_000, "validation": 50_000}
 
 
-def check_images(
-    source: Any, *, split: str = "", expected_count: int | None = None, sample: int = 64, max_broken: int = 0
-) -> list[str]:
-    """Check an image source.
+def check_images(source: Any, *, split: str = "", expected_count: int | None = None, max_broken: int = 0) -> list[str]:
+    """Check an image source, of which 64 images are decoded, spread evenly.
 
     Args:
       source: an open `ImageSource`.
       split: tells what ImageNet should hold, where the source has its thousand classes.
       expected_count: images that it must hold; None for ImageNet's count or any.
-      sample: how many images to decode, spread evenly.
       max_broken: broken images that are no fault, as the job itself goes on with so many.
 
     Returns:
@@ -40,7 +37,7 @@ def check_images(
         expected_count = IMAGENET_COUNTS.get(split)
     if expected_count is not None and len(source) != expected_count:
         faults.append(f"the images are {len(source):,}, not the expected {expected_count:,}")
-    for index in _spread(len(source), sample):
+    for index in _spread(len(source), 64):
         try:
             source[index]
         except BrokenImage as broken:
@@ -52,22 +49,20 @@ def check_store(
     directory: str | os.PathLike,
     *,
     num_classes: int | None = None,
-    expected_count: int | None = None,
     flips: bool = False,
     repa: bool = False,
-    budget: int = 2_000_000_000,
 ) -> list[str]:
     """Check a latent store before training on it.
+
+    ImageNet's count of images is expected, skipped ones included, where the store is ImageNet's: by its class names
+    and split, or as released latents of a thousand labels. Shards of 2 GB, three at least, are compared with their
+    checksums.
 
     Args:
       directory: of the store.
       num_classes: labels must be below; None takes the store's class names.
-      expected_count: images that it must hold, skipped ones included; None for ImageNet's count where
-        the store is ImageNet's (by its class names and split, or released latents of a thousand labels),
-        else any.
       flips: the flipped latents are needed.
       repa: the stored features are needed.
-      budget: bytes to compare with their checksums, spread over the shards; three shards at least.
 
     Returns:
       Faults, each a sentence.
@@ -78,7 +73,8 @@ def check_store(
         return [str(error)]
     manifest, faults = store.manifest, []
     names = store.class_names
-    if expected_count is None and names is not None and len(names) == 1000:
+    expected_count = None
+    if names is not None and len(names) == 1000:
         expected_count = IMAGENET_COUNTS.get(manifest["config"].get("split", ""))
     if expected_count is None and "repacked_from" in manifest["config"] and len(manifest["label_counts"]) == 1000:
         expected_count = IMAGENET_COUNTS["train"]  # the only latents that were released
@@ -95,7 +91,7 @@ def check_store(
         if name not in manifest["fields"]:
             faults.append(f"{directory} holds no '{name}'; extract again with it")
     largest = max(shard["bytes"] for shard in store.shards)
-    for number in _spread(len(store.shards), max(3, budget // largest)):
+    for number in _spread(len(store.shards), max(3, 2_000_000_000 // largest)):
         try:
             store.verify([number])
         except SfdError as error:

@@ -169,8 +169,8 @@ def _check_depth(where: str, by_class: dict[str, list[str]]) -> list[str]:
     if only or synsets or any(part.lower() in SPLITS for part in parts):
         above = os.path.commonpath(inner[first]) if only else first
         raise SfdError(
-            f"the folders of {where} are no classes: below {first} lie {_some(sorted(inner[first]), 'folders')}. Give the "
-            f"folder right above the classes as the path, such as {above} in it"
+            f"the folders of {where} are no classes: below {first} lie {_some(sorted(inner[first]), 'folders')}. Give "
+            f"the folder right above the classes as the path, such as {above} in it"
         )
     deep = [name for name, folders in inner.items() if len(folders) > 1]
     if not deep:

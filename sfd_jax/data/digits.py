@@ -6,7 +6,7 @@ dataset of `images.py` they are 8x8 bytes 0..255, which its crop resizes bicubic
 
 import numpy as np
 
-from sfd_jax.errors import SfdError, nearest
+from sfd_jax.errors import SfdError, nearest, needs_extra
 
 HELD_OUT_PER_CLASS = 36  # 360 held out, 1,437 for training
 SPLITS = ("train", "held_out", "all")
@@ -42,10 +42,10 @@ def digits_8x8(split: str) -> tuple[np.ndarray, np.ndarray]:
       Grey levels 0..16, float64 (N,8,8), and labels 0..9, int64 (N,).
 
     Raises:
-      SfdError: an unknown split.
+      SfdError: an unknown split, or scikit-learn is missing.
     """
-    from sklearn.datasets import load_digits
-
+    with needs_extra("demo", "data.kind=digits, handwritten digits that scikit-learn ships,"):
+        from sklearn.datasets import load_digits
     if split not in SPLITS:
         raise SfdError(f"the digits have no split '{split}'; {nearest(split, SPLITS)}")
     digits = load_digits()

@@ -12,7 +12,7 @@ import numpy as np
 
 from sfd_jax.data.class_folders import find_classes, walk
 from sfd_jax.data.decoding import read_bytes
-from sfd_jax.errors import SfdError
+from sfd_jax.errors import SfdError, needs_extra
 
 
 class ImageFolder:
@@ -64,12 +64,8 @@ class TfdsImages:
     """
 
     def __init__(self, name: str, split: str):
-        try:
+        with needs_extra("tfds", "reading TensorFlow Datasets"):
             import tensorflow_datasets as tfds
-        except ImportError as error:
-            raise SfdError(
-                "reading TensorFlow Datasets needs the package tensorflow-datasets: pip install 'sfd_jax[tfds]'"
-            ) from error
         try:
             # SkipDecoding hands over the encoded bytes, so that our decoder sees what others see.
             self.source = tfds.data_source(name, split=split, decoders={"image": tfds.decode.SkipDecoding()})

@@ -60,7 +60,7 @@ class ImageTar:
         names = [os.fsdecode(name) for name in index["names"].tolist()]
         folders = {os.fsdecode(name) for name in index["folders"].tolist()}
         above = {os.path.dirname(name) for name in names} | folders
-        ends = lambda folder: (end for end in range(1, len(folder) + 1) if folder[end : end + 1] in ("", "/"))  # noqa: E731
+        ends = lambda folder: (end for end in range(1, len(folder) + 1) if folder[end : end + 1] in ("", "/"))
         folders |= {folder[:end] for folder in above for end in ends(folder)}
         start = _start(names, folders, split)
         places = {name[len(start) :]: place for place, name in enumerate(names) if name.startswith(start)}
@@ -86,7 +86,7 @@ class ImageTar:
         return f"{self.path.name}:{os.fsdecode(bytes(self.names[index]))}"
 
     def _open(self) -> None:
-        self._file = open(self.path, "rb")
+        self._file = open(self.path, "rb")  # noqa: SIM115
 
     def __getstate__(self):  # loader processes open the tar themselves
         return {key: value for key, value in self.__dict__.items() if key != "_file"}
@@ -148,7 +148,7 @@ def _members(path: Path, file: BinaryIO, inside: str, start: int, end: int) -> I
     if kind or not beginning:
         raise SfdError(f"{what} is not a whole, uncompressed tar: it is {kind or 'empty'}; unpack it or fetch it again")
     file.seek(start)
-    damaged = lambda fault: SfdError(  # noqa: E731
+    damaged = lambda fault: SfdError(
         f"{what} is not a whole, uncompressed tar: {fault} behind {last}; fetch it again or write it anew"
     )
     try:

@@ -10,11 +10,15 @@ Pixels are uint8 (H,W,3), 0..255, H = W = image_size.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 
 from sfd_jax.data.decoding import center_crop, to_rgb
+from sfd_jax.data.digits import Digits
+from sfd_jax.data.image_files import ImageFolder, TfdsImages
+from sfd_jax.data.image_tar import ImageTar
 from sfd_jax.errors import SfdError, nearest
 from sfd_jax.ranges import check
 
@@ -51,31 +55,13 @@ def open_images(kind: str, path: str, split: str, image_size: int) -> "ImageSour
     return ImageSource(KINDS[kind](path, split), image_size)
 
 
-def _open_digits(path: str, split: str) -> LabelledImages:
-    from sfd_jax.data.digits import Digits
-
-    return Digits(split)
-
-
-def _open_folder(path: str, split: str) -> LabelledImages:
-    from sfd_jax.data.image_files import ImageFolder
-
-    return ImageFolder(path, split)
-
-
-def _open_tar(path: str, split: str) -> LabelledImages:
-    from sfd_jax.data.image_tar import ImageTar
-
-    return ImageTar(path, split)
-
-
-def _open_tfds(path: str, split: str) -> LabelledImages:
-    from sfd_jax.data.image_files import TfdsImages
-
-    return TfdsImages(path, split)
-
-
-KINDS = {"digits": _open_digits, "folder": _open_folder, "tar": _open_tar, "tfds": _open_tfds}
+# Kind -> dataset of (path, split); what a kind needs beside this package is imported when it is opened.
+KINDS: dict[str, Callable[[str, str], LabelledImages]] = {
+    "digits": lambda path, split: Digits(split),
+    "folder": ImageFolder,
+    "tar": ImageTar,
+    "tfds": TfdsImages,
+}
 
 
 class ImageSource:

@@ -17,7 +17,6 @@ keeps a hash of every record and checks it on every read.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import threading
@@ -33,7 +32,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from sfd_jax.data.moments import Moments
 from sfd_jax.errors import SfdError
-from sfd_jax.files import PART, differences, sync, write_json
+from sfd_jax.files import PART, differences, file_sha256, sync, write_json
 from sfd_jax.latents import LatentStatistics
 
 FORMAT = "sfd_jax latents 2"
@@ -48,16 +47,45 @@ DTYPES = {
 }
 
 
-class LatentStore:
+class LatentSource:
+    """What sources of latents share: one image by its number, and what `read` begins with.
+
+    Attributes:
+      directory: where it is.
+      flips: the mirror images are stored too.
+    """
+
+    directory: Path
+    flips: bool
+
+    def __getitem__(self, index: int) -> dict:
+        """Return the fields of one image as it is, not mirrored; `label` and `index` as ints."""
+        fields = {name: values[0] for name, values in self.read(np.array([index])).items()}
+        return {**fields, "label": int(fields["label"]), "index": int(fields["index"])}
+
+    def _checked(self, indices: np.ndarray, flip: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Return what `read` is asked for; refuse images that there are not, and flips that are not stored."""
+        indices = np.asarray(indices, np.int64)
+        flip = np.zeros(len(indices), bool) if flip is None else flip
+        if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
+            raise IndexError(f"index outside the {len(self)} images of {self.directory}")
+        if flip.any() and not self.flips:  # they cannot be made from latents
+            raise SfdError(
+                f"flips are asked for, but {self.directory} holds no 'texture_flip'; "
+                "extract with flips, or train with --config.data.flips=False"
+            )
+        return indices, flip
+
+
+class LatentStore(LatentSource):
     """Read a finished store.
 
     Args:
       directory: where the manifest and the shards are.
 
     Attributes:
-      manifest: dict; count, label_counts, fields, shards, statistics, class_names, config, weights,
-        skipped.
-      statistics: `LatentStatistics` of the two groups.
+      manifest: count, label_counts, fields, shards, statistics, class_names, config, weights, skipped.
+      statistics: of the two groups.
       class_names: list of names, or None.
 
     Raises:
@@ -72,7 +100,8 @@ class LatentStore:
             self._read_parts()
         except (AttributeError, KeyError, TypeError, ValueError, SfdError) as error:
             raise SfdError(
-                f"{self.directory / 'manifest.json'} is damaged ({error}); delete it and run the command that made it again"
+                f"{self.directory / 'manifest.json'} is damaged ({error}); delete it and run the command that made it "
+                "again"
             ) from error
         self._ends = np.cumsum([shard["count"] for shard in self.shards])
         self._readers: dict[int, ArrayRecordReader] = {}
@@ -93,17 +122,14 @@ class LatentStore:
         if lacking := {"texture", "semantic", *PER_IMAGE} - set(self.record_dtype.names):
             raise ValueError(f"its fields lack {', '.join(sorted(lacking))}")
         self.orientations = orientations(manifest["fields"])
+        self.flips = self.orientations == 2
         self.statistics = LatentStatistics.from_dict(manifest["statistics"])
         self.class_names = manifest["class_names"]
         self.shards = [
             {key: shard[key] for key in ("name", "count", "bytes", "sha256")} for shard in manifest["shards"]
         ]
-        if (
-            not sum(shard["count"] for shard in self.shards)
-            == sum(self.label_counts().values())
-            == manifest["count"]
-            > 0
-        ):
+        counts = {sum(shard["count"] for shard in self.shards), sum(self.label_counts().values()), manifest["count"]}
+        if len(counts) > 1 or min(counts) <= 0:
             raise ValueError("the counts of its shards, its labels and its images differ, or are 0")
         for group in ("texture", "semantic"):
             channels = self.record_dtype[group].shape[-1]
@@ -114,7 +140,7 @@ class LatentStore:
         whole = manifest["statistics"] == manifest.get("measured_statistics", manifest["statistics"])
         if not (whole if given == "measured" else self.statistics.hash() == given):
             raise ValueError("its statistics are not those that it was written with")
-        texture, semantic = (self.record_dtype[group].shape for group in ("texture", "semantic"))
+        texture, semantic = self.record_dtype["texture"].shape, self.record_dtype["semantic"].shape
         if semantic[-1] and texture[:-1] != semantic[:-1]:
             raise ValueError(f"the grids of its texture {texture} and semantic {semantic} latents differ")
 
@@ -130,11 +156,6 @@ class LatentStore:
             "labels": sorted(map(int, self.manifest["label_counts"])),
         }
 
-    def __getitem__(self, index: int) -> dict:
-        """Return the fields of one image as it is, not mirrored; `label` and `index` as ints."""
-        fields = {name: values[0] for name, values in self.read(np.array([index])).items()}
-        return {**fields, "label": int(fields["label"]), "index": int(fields["index"])}
-
     def read(self, indices: np.ndarray, flip: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Return the fields of many images, stacked: arrays (B, ...) in their stored dtypes.
 
@@ -145,18 +166,13 @@ class LatentStore:
         Raises:
           SfdError: a record is damaged (the message names its shard), or flips are not stored.
         """
-        indices = np.asarray(indices)
-        flip = np.zeros(len(indices), bool) if flip is None else flip
-        if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
-            raise IndexError(f"index outside the {len(self)} images of {self.directory}")
-        if self.orientations == 1:
-            refuse_flips(flip, self.directory)
+        indices, flip = self._checked(indices, flip)
         shards = np.searchsorted(self._ends, indices, side="right")
         starts = self._ends[shards] - [self.shards[shard]["count"] for shard in shards]
         numbers = (indices - starts) * self.orientations + flip
         layout = self.record_dtype
         batch = {name: np.empty((len(indices), *layout[name].shape), layout[name].base) for name in layout.names}
-        for row, (shard, number) in enumerate(zip(shards.tolist(), numbers.tolist())):
+        for row, (shard, number) in enumerate(zip(shards.tolist(), numbers.tolist(), strict=True)):
             try:
                 # A range of one: `read([number])` takes half as long again, a list of many twice as long.
                 raw = self._reader(shard).read(number, number + 1)[0]
@@ -175,14 +191,7 @@ class LatentStore:
         return {int(label): count for label, count in self.manifest["label_counts"].items()}
 
     def verify(self, shards: list[int] | None = None) -> None:
-        """Compare shards with their checksums, reading them whole.
-
-        Args:
-          shards: which ones by number; None for all.
-
-        Raises:
-          SfdError: a shard differs; the message names the first one that does.
-        """
+        """Read shards whole, by number or all; raise SfdError that names the first one unlike its checksum."""
         for number in range(len(self.shards)) if shards is None else shards:
             shard = self.shards[number]
             if file_sha256(self.directory / shard["name"]) != shard["sha256"]:
@@ -250,8 +259,7 @@ class Plan:
 class LatentStoreWriter:
     """Write a store shard by shard, going on after any kind of interruption.
 
-    Several processes may write to one folder at the same time if each opens other shards. A finished
-    store is opened again only to redo shards that were deleted.
+    Several processes may write to one folder if each opens other shards.
 
     Args:
       directory: made if it does not exist.
@@ -365,10 +373,7 @@ class ShardWriter:
             self._writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
 
     def add(self, fields: dict[str, Any]) -> None:
-        """Append one image.
-
-        Args:
-          fields: an array or number for every field of the plan, those of the mirror image included.
+        """Append one image: an array or number for every field of the plan, those of the mirror image included.
 
         Raises:
           SfdError: a field is missing, or has a shape or a value that cannot be stored.
@@ -441,22 +446,14 @@ class ShardWriter:
 
 
 def _label_counts(facts: list[dict]) -> Counter[int]:
-    counts = Counter()
-    for shard in facts:
-        counts.update({int(label): count for label, count in shard["label_counts"].items()})
-    return counts
+    return sum((Counter({int(k): n for k, n in shard["label_counts"].items()}) for shard in facts), Counter())
 
 
 def _statistics(moments: list[dict]) -> LatentStatistics:
-    texture, semantic = (
+    groups = [
         Moments.merge([Moments.from_dict(shard[group]) for shard in moments]) for group in ("texture", "semantic")
-    )
-    return LatentStatistics(
-        texture_mean=texture.mean.astype(np.float32),
-        texture_std=texture.std.astype(np.float32),
-        semantic_mean=semantic.mean.astype(np.float32),
-        semantic_std=semantic.std.astype(np.float32),
-    )
+    ]
+    return LatentStatistics(*(part.astype(np.float32) for group in groups for part in (group.mean, group.std)))
 
 
 def latent_fields(
@@ -504,21 +501,6 @@ def record_dtype(fields: dict[str, dict]) -> np.dtype:
 def orientations(fields: dict[str, dict]) -> int:
     """Return the records an image has: 2 with its mirror image, else 1."""
     return 2 if any(name.endswith("_flip") for name in fields) else 1
-
-
-def refuse_flips(flip: np.ndarray, directory: Path) -> None:
-    """Raise SfdError where mirror images are wanted of latents that hold none: they cannot be made from these."""
-    if flip.any():
-        raise SfdError(
-            f"flips are asked for, but {directory} holds no 'texture_flip'; "
-            "extract with flips, or train with --config.data.flips=False"
-        )
-
-
-def file_sha256(path: str | os.PathLike) -> str:
-    """Return the SHA-256 of a file, as hex digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

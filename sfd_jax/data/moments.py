@@ -1,4 +1,4 @@
-"""Per-channel mean and variance in float64, gathered in pieces.
+"""Mean and variance or covariance in float64, gathered in pieces.
 
 The moments of an image are computed on its own and pieces are merged by Chan's formula, so the
 result does not depend on how images were batched.
@@ -7,6 +7,8 @@ result does not depend on how images were batched.
 import dataclasses
 
 import numpy as np
+
+from sfd_jax.errors import SfdError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,3 +64,46 @@ class Moments:
     @classmethod
     def from_dict(cls, values: dict) -> "Moments":
         return cls(values["count"], np.array(values["mean"]), np.array(values["squares"]))
+
+
+class RunningMoments:
+    """Count, mean and covariance of rows that arrive in pieces, in float64.
+
+    The result depends on the rows alone up to rounding (about 1e-15 relative), not on the pieces.
+
+    Args:
+      dimension: D, features in a row.
+
+    Source: Chan, Golub and LeVeque 1979, the pairwise update of mean and scatter.
+    """
+
+    def __init__(self, dimension: int):
+        self.count = 0
+        self.mean = np.zeros(dimension)
+        self.scatter = np.zeros((dimension, dimension))
+
+    def add(self, rows: np.ndarray) -> None:
+        """Count rows (n, D) in.
+
+        Raises:
+          SfdError: a value is not finite; nothing is counted then.
+        """
+        if not len(rows):
+            return
+        rows = np.asarray(rows, np.float64)
+        mean = rows.mean(axis=0)
+        if not np.isfinite(mean).all():
+            raise SfdError("statistics: a feature is not finite (NaN or infinity)")
+        centred, difference = rows - mean, mean - self.mean
+        total = self.count + len(rows)
+        self.scatter += centred.T @ centred
+        self.scatter += np.outer(difference, difference * (self.count * len(rows) / total))
+        self.mean = self.mean + difference * (len(rows) / total)
+        self.count = total
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """Covariance (D, D) with divisor count - 1, as `numpy.cov`."""
+        if self.count < 2:
+            raise SfdError(f"a covariance needs at least 2 images, got {self.count}")
+        return self.scatter / (self.count - 1)

@@ -48,7 +48,7 @@ class WithPixels:
                 "data.images names other ones than the latents were made from"
             )
         records = [self.images[int(index)] for index in batch["index"]]
-        for record, label in zip(records, batch["label"]):
+        for record, label in zip(records, batch["label"], strict=True):
             if record["label"] != label:
                 raise SfdError(
                     f"image {record['index']} has label {record['label']}, but its latents {label}: "

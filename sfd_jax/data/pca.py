@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from sfd_jax.data.moments import RunningMoments
 from sfd_jax.errors import SfdError
 from sfd_jax.files import appearing
 
@@ -23,26 +24,18 @@ def fit_pca(features: Iterable[np.ndarray], channels: int) -> dict[str, np.ndarr
     Raises:
       SfdError: no features, or fewer than `channels` of them.
     """
-    count, mean, scatter = 0, None, None
+    moments = RunningMoments(0)
     for part in features:
-        part = np.asarray(part, np.float64).reshape(-1, part.shape[-1])
-        if mean is None:
-            mean, scatter = np.zeros(part.shape[1]), np.zeros((part.shape[1],) * 2)
-        # Chan's merge, for a covariance: subtracting a mean at the end would cancel digits.
-        part_mean = part.mean(axis=0)
-        centred, step = part - part_mean, part_mean - mean
-        scatter += centred.T @ centred + np.outer(step, step) * (count * len(part) / (count + len(part)))
-        mean += step * (len(part) / (count + len(part)))
-        count += len(part)
-    if mean is None or channels > len(mean):
-        width = 0 if mean is None else len(mean)
-        raise SfdError(f"{channels} principal components of features of width {width}")
-    values, vectors = np.linalg.eigh(scatter)
+        moments = moments if moments.count else RunningMoments(part.shape[-1])
+        moments.add(part.reshape(-1, part.shape[-1]))
+    if channels > len(moments.mean):
+        raise SfdError(f"{channels} principal components of features of width {len(moments.mean)}")
+    values, vectors = np.linalg.eigh(moments.scatter)
     components = vectors[:, ::-1][:, :channels]
     # An eigenvector's sign is the library's whim; fixed here so that a second fit agrees.
     components = components * np.sign(components[np.abs(components).argmax(axis=0), np.arange(channels)])
     explained = values[::-1][:channels] / values.sum()
-    arrays = {"mean": mean, "components": components, "explained": explained}
+    arrays = {"mean": moments.mean, "components": components, "explained": explained}
     return {name: values.astype(np.float32) for name, values in arrays.items()}
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from absl import flags as absl_flags
 
 from sfd_jax.errors import SfdError
-from sfd_jax.latents import normalised_composite
+from sfd_jax.latents import LatentLayout, LatentStatistics, normalised_composite
 from sfd_jax.ranges import check
 
 Batch = dict[str, np.ndarray]
@@ -42,7 +42,6 @@ def make_batches(
     transform: Transform | None = None,
     workers: int = 0,
     flips: bool = False,
-    shuffle: bool = True,
     cache: bool = False,
 ) -> "TrainBatches":
     """Make the training batches of one host.
@@ -55,7 +54,6 @@ def make_batches(
       transform: see `latent_transform` and `pixel_transform`; None leaves the records alone.
       workers: processes that prepare batches ahead; 0 does so in threads of this process.
       flips: flip each image with probability 1/2, once for all its arrays.
-      shuffle: False reads in the order of the source.
       cache: hold all records in memory, for sets that are small.
 
     Returns:
@@ -75,7 +73,6 @@ def make_batches(
         transform=transform,
         workers=workers,
         flips=flips,
-        shuffle=shuffle,
     )
 
 
@@ -90,7 +87,6 @@ class TrainBatches:
     transform: Transform | None
     workers: int
     flips: bool
-    shuffle: bool
 
     def __call__(self, start_step: int = 0) -> Iterator[Batch]:
         """Return the endless iterator over batches `start_step`, `start_step + 1`, ..."""
@@ -106,8 +102,6 @@ class TrainBatches:
     def order(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Map positions of the endless stream to (epoch, index in the source), int64 (B,) each."""
         epochs, places = np.divmod(positions, len(self.source))
-        if not self.shuffle:
-            return epochs, places
         indices = np.empty_like(places)
         for epoch in np.unique(epochs):
             here = epochs == epoch
@@ -119,18 +113,14 @@ class TrainBatches:
 def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     """Return the order of one epoch, a permutation of `count` indices, int64.
 
-    RandomState's stream is frozen by numpy's compatibility policy, so a run may go on under another
-    version. ImageNet's takes 10 MB and a twentieth of a second an epoch.
+    RandomState's stream is frozen by numpy's compatibility policy, so a run may go on under another version.
     """
     return np.random.RandomState(epoch_seed(seed, epoch)).permutation(count)
 
 
 @functools.lru_cache(maxsize=16)
 def epoch_seed(seed: int, epoch: int) -> int:
-    """Return the 32-bit seed of one epoch.
-
-    `seed + epoch` would not do: run 0's second epoch would be run 1's first.
-    """
+    """Return the 32-bit seed of one epoch; not `seed + epoch`, by which run 0's second would be run 1's first."""
     return int(np.random.SeedSequence([seed % 2**64, epoch]).generate_state(1)[0])
 
 
@@ -264,7 +254,7 @@ def prefetch(function: Callable[[int], Batch], start: int, stop: int, workers: i
     """
     dataset = grain.MapDataset.range(start, stop).map(function)
     if workers:
-        if not absl_flags.FLAGS.is_parsed():  # Grain asks absl's flags, which our doors do not use
+        if not absl_flags.FLAGS.is_parsed():  # Grain asks absl's flags, which our commands do not use
             absl_flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
         one_thread = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
@@ -307,11 +297,8 @@ def pixel_transform(batch: Batch) -> Batch:
     Returns:
       `pixels` float32 (B,H,W,3) in [-1,1], `labels` int32 (B,), `index` int64 (B,).
     """
-    return {
-        "pixels": batch["pixels"].astype(np.float32) / np.float32(127.5) - np.float32(1),
-        "labels": batch["label"],
-        "index": batch["index"],
-    }
+    pixels = batch["pixels"].astype(np.float32) / np.float32(127.5) - np.float32(1)
+    return {"pixels": pixels, "labels": batch["label"], "index": batch["index"]}
 
 
 def feature_transform(batch: Batch) -> Batch:
@@ -330,12 +317,12 @@ def feature_transform(batch: Batch) -> Batch:
     return {"features": features, "labels": batch["label"], "index": batch["index"]}
 
 
-def latent_transform(layout: Any, statistics: Any, *, repa: bool = False) -> Transform:
+def latent_transform(layout: LatentLayout, statistics: LatentStatistics, *, repa: bool = False) -> Transform:
     """Make the transform from stored latents to diffusion batches.
 
     Args:
-      layout: `LatentLayout`, which knows the order of the channels.
-      statistics: `LatentStatistics`, which normalise them.
+      layout: knows the order of the channels.
+      statistics: normalise them.
       repa: also hand on the stored features.
 
     Returns:
@@ -349,7 +336,7 @@ def latent_transform(layout: Any, statistics: Any, *, repa: bool = False) -> Tra
     return functools.partial(_latent_batch, layout=layout, statistics=statistics, repa=repa)
 
 
-def _latent_batch(batch: Batch, *, layout, statistics, repa: bool) -> Batch:
+def _latent_batch(batch: Batch, *, layout: LatentLayout, statistics: LatentStatistics, repa: bool) -> Batch:
     latents = normalised_composite(layout, statistics, _wanted(batch, "texture"), _wanted(batch, "semantic"))
     result = {"latents": latents, "labels": batch["label"], "index": batch["index"]}
     if repa:

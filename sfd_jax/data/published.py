@@ -11,6 +11,7 @@ Their arrays are channels first and named otherwise; a record comes out as from 
 The images are numbered through the files in the order of their names.
 """
 
+import collections
 import functools
 import os
 import re
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from sfd_jax.data.latent_store import FLIPS, LatentStore, refuse_flips
+from sfd_jax.data.latent_store import FLIPS, LatentSource, LatentStore
 from sfd_jax.errors import SfdError
 from sfd_jax.latents import LatentStatistics
 
@@ -57,7 +58,7 @@ def open_latents(
     return source
 
 
-class PublishedLatents:
+class PublishedLatents(LatentSource):
     """Random access to a folder of released shards.
 
     Args:
@@ -66,7 +67,7 @@ class PublishedLatents:
 
     Attributes:
       statistics: None until somebody sets them; released shards do not hold theirs.
-      class_names: None; released shards do not hold them.
+      class_names: None.
       flips: the mirror images' arrays are there too.
       fields: name -> (dtype, shape) of an image's arrays, from the headers; the mirror image's end in _flip.
       notes: sentences on what was assumed.
@@ -88,9 +89,8 @@ class PublishedLatents:
         self._open_files: dict[int, Any] = {}
         self._lock = threading.Lock()
         self.notes = _gaps([_rank_and_shard(path) for path in self.paths])
-        if others := sorted(
-            {path.name for path in self.directory.glob("*.safetensors")} - {path.name for path in found}
-        ):
+        others = sorted(path.name for path in self.directory.glob("*.safetensors") if path not in found)
+        if others:
             self.notes.append(
                 f"not read, named otherwise than shards are: {', '.join(others[:5])} ({len(others)} in all)"
             )
@@ -100,14 +100,14 @@ class PublishedLatents:
         self.flips = "latents_flip" in headers[0]
         self.fields = {}
         both = [theirs + suffix for suffix in FLIPS for theirs in self.names.values()]
-        for path, header in zip(self.paths, headers):
+        for path, header in zip(self.paths, headers, strict=True):
             for name in both:
                 if (name in header) != (self.flips or not name.endswith("_flip")):
                     raise SfdError(
                         f"{path} {'holds' if name in header else 'does not hold'} the '{name}', unlike "
                         f"{self.paths[0].name} or its other arrays; do they belong together?"
                     )
-        for path, header in zip(self.paths, headers):
+        for path, header in zip(self.paths, headers, strict=True):
             for ours, theirs in self.names.items():
                 for suffix in FLIPS if self.flips else FLIPS[:1]:
                     dtype, (_, *shape) = header[theirs + suffix]
@@ -118,23 +118,18 @@ class PublishedLatents:
                             f"{path}: '{theirs + suffix}' is {field[0]} {field[1]} an image (channels last), but "
                             f"{expected[0]} {expected[1]} elsewhere; do the shards belong together?"
                         )
-        texture, semantic = (self.fields[group][1][:2] for group in ("texture", "semantic"))
+        texture, semantic = self.fields["texture"][1][:2], self.fields["semantic"][1][:2]
         if texture != semantic:
             raise SfdError(
                 f"{self.paths[0]}: the grids of '{self.names['texture']}' {texture} and "
                 f"'{self.names['semantic']}' {semantic} differ; do they belong together?"
             )
-        for path, labels in zip(self.paths, self._labels()):
+        for path, labels in zip(self.paths, self._labels(), strict=True):
             if labels.size and not 0 <= labels.min() <= labels.max() < 2**31:
                 raise SfdError(f"{path}: labels reach from {labels.min()} to {labels.max()}; expected 0 to 2^31 - 1")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
-
-    def __getitem__(self, index: int) -> dict:
-        """Return the fields of one image as it is, not mirrored, as `LatentStore` does."""
-        record = {name: values[0] for name, values in self.read(np.array([index])).items()}
-        return {**record, "label": int(record["label"]), "index": int(record["index"])}
 
     def read(self, indices: np.ndarray, flip: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Return the fields of many images, stacked: arrays (B, ...) in their stored dtypes.
@@ -146,13 +141,8 @@ class PublishedLatents:
         Raises:
           SfdError: flips are not stored.
         """
-        indices = np.asarray(indices, np.int64)
-        flip = np.zeros(len(indices), bool) if flip is None else flip
-        if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
-            raise IndexError(f"index outside the {len(self)} images of {self.directory}")
-        if not self.flips:
-            refuse_flips(flip, self.directory)
-        rows = [self._row(int(index), FLIPS[int(flipped)]) for index, flipped in zip(indices, flip)]
+        indices, flip = self._checked(indices, flip)
+        rows = [self._row(int(index), FLIPS[int(flipped)]) for index, flipped in zip(indices, flip, strict=True)]
         batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         return {**batch, "label": batch["label"].astype(np.int32), "index": indices}
 
@@ -167,7 +157,7 @@ class PublishedLatents:
 
     def label_counts(self) -> dict[int, int]:
         """Return how many images each label has."""
-        return dict(zip(*(values.tolist() for values in np.unique(self.labels(), return_counts=True))))
+        return dict(collections.Counter(self.labels().tolist()))
 
     def _labels(self) -> list[np.ndarray]:
         return [self._file(number).get_tensor("labels") for number in range(len(self.paths))]
@@ -206,7 +196,7 @@ def released_statistics(
 
     Args:
       source: the shards.
-      read: reads mean and std, float (C,) each, from a file.
+      read: reads mean and std, float (C,) each, from a file, and refuses what latents cannot be normalised by.
 
     Raises:
       SfdError: a file is missing, damaged, or of another number of channels than the latents.
@@ -223,8 +213,6 @@ def released_statistics(
             raise SfdError(
                 f"{path} is of {mean.size} channels, but '{theirs}' of the shards has {channels}: it is of others"
             )
-        if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
-            raise SfdError(f"{path}: every mean must be finite and every std finite and positive; download it again")
         parts += [mean, std]
     return LatentStatistics(*parts)
 
@@ -234,7 +222,7 @@ def _gaps(numbers: list[tuple[int, ...]]) -> list[str]:
     if twice := [number for number in numbers if numbers.count(number) > 1]:
         raise SfdError(f"two files are shard {twice[0][1]} of rank {twice[0][0]}; remove the copy")
     ranks = {rank: {shard for other, shard in numbers if other == rank} for rank, _ in numbers}
-    lacking = lambda there: [number for number in range(max(there)) if number not in there]  # noqa: E731
+    lacking = lambda there: [number for number in range(max(there)) if number not in there]
     missing = [f"rank {rank} shard {shard}" for rank, shards in ranks.items() for shard in lacking(shards)]
     missing += [f"rank {rank}" for rank in lacking(ranks)]
     if not missing:
@@ -249,7 +237,7 @@ def _rank_and_shard(path: Path) -> tuple[int, ...]:
 def _header(path: Path) -> dict[str, tuple[str, list[int]]]:
     try:
         with safe_open(path, "np") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             header = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise SfdError(f"{path} is damaged ({error}); download it again") from error

@@ -25,6 +25,7 @@ from sfd_jax.diffusion.clocks import Clocks
 from sfd_jax.diffusion.paths import LinearPath, Path
 from sfd_jax.errors import SfdError, nearest
 from sfd_jax.latents import LatentLayout
+from sfd_jax.randomness import keys_by_row
 from sfd_jax.ranges import check_fields
 
 Predict = Callable[..., jax.Array | tuple[jax.Array, jax.Array]]
@@ -124,15 +125,15 @@ def draw(
         )
     positions = jnp.arange(len(data)) if positions is None else positions
 
-    def draw_one(position):
-        noise_key, time_key, label_key = jax.random.split(jax.random.fold_in(key, position), 3)
+    def draw_one(row_key):
+        noise_key, time_key, label_key = jax.random.split(row_key, 3)
         return (
             jax.random.normal(noise_key, data.shape[1:]),
             sample_time(time_key, config.time),
             jax.random.bernoulli(label_key, config.label_dropout),
         )
 
-    noise, t, dropped = jax.vmap(draw_one)(positions)
+    noise, t, dropped = jax.vmap(draw_one)(keys_by_row(key, positions))
     if null_label is not None:
         labels = jnp.where(dropped, null_label, labels)
     return Draws(noise, t, labels)

@@ -8,6 +8,7 @@ float64 and belong to the extractor that made them. To add a metric: a pure func
 line in `evaluate.py`. To add an extractor: a function in `features.py`.
 """
 
+from sfd_jax.data.moments import RunningMoments
 from sfd_jax.evaluation.evaluate import ADM_METRICS, METRICS, Comparison, compare, evaluate, gather, measure
 from sfd_jax.evaluation.features import (
     Extractor,
@@ -18,19 +19,9 @@ from sfd_jax.evaluation.features import (
     inception_extractor,
 )
 from sfd_jax.evaluation.image_sets import ImageSet, image_set_of, open_image_set
-from sfd_jax.evaluation.metrics import (
-    frechet_distance,
-    inception_score,
-    kernel_distance,
-    precision_recall,
-)
+from sfd_jax.evaluation.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
 from sfd_jax.evaluation.reference import Reference, open_reference
-from sfd_jax.evaluation.statistics import (
-    FeatureStatistics,
-    RunningMoments,
-    load_statistics,
-    save_statistics,
-)
+from sfd_jax.evaluation.statistics import FeatureStatistics, load_statistics, save_statistics
 
 __all__ = [
     "ADM_METRICS",

@@ -8,18 +8,14 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from sfd_jax.data.moments import RunningMoments
 from sfd_jax.distributed import is_host0
 from sfd_jax.errors import SfdError, nearest
 from sfd_jax.evaluation.features import Extractor, extract_features
 from sfd_jax.evaluation.image_sets import ImageSet
-from sfd_jax.evaluation.metrics import (
-    RunningInceptionScore,
-    frechet_distance,
-    kernel_distance,
-    precision_recall,
-)
+from sfd_jax.evaluation.metrics import RunningInceptionScore, frechet_distance, kernel_distance, precision_recall
 from sfd_jax.evaluation.reference import Reference
-from sfd_jax.evaluation.statistics import FeatureStatistics, RunningMoments
+from sfd_jax.evaluation.statistics import FeatureStatistics
 from sfd_jax.ranges import check
 
 # Metric -> whether it needs every image's features at once, beside mean and covariance.
@@ -55,20 +51,7 @@ def evaluate(
     metrics: tuple[str, ...] = ADM_METRICS,
     **options,
 ) -> dict[str, float]:
-    """Measure samples against a reference.
-
-    Args:
-      samples: the images to be judged.
-      reference, extractor, metrics: see `Comparison`.
-      **options: see `compare`.
-
-    Returns:
-      Metric name -> value; and under "notes" a list of sentences where there is something to say beside the values.
-
-    Raises:
-      SfdError: an unknown metric, one that the extractor or the reference cannot give, statistics of
-        another extractor, or damaged images.
-    """
+    """Measure samples against one reference; arguments as of `Comparison` and `compare`, which says the rest."""
     return compare(samples, [Comparison(reference, extractor, metrics)], **options)[0]
 
 
@@ -95,10 +78,11 @@ def compare(
       progress: show bars on stderr.
 
     Returns:
-      For each comparison, what `evaluate` returns.
+      For each comparison metric name -> value; and under "notes" sentences to be said beside the values, if any.
 
     Raises:
-      SfdError: as `evaluate`.
+      SfdError: an unknown metric, one that the extractor or the reference cannot give, statistics of
+        another extractor, or damaged images.
     """
     check(batch_size=batch_size)
     for comparison in comparisons:  # before an hour of sampling what would fail after it
@@ -125,12 +109,10 @@ def compare(
 
 def _check(samples: ImageSet, comparison: Comparison) -> None:
     reference, extractor, metrics = comparison.reference, comparison.extractor, comparison.metrics
-    if reference.images is not None and None not in (samples.size, reference.images.size):
-        if samples.size != reference.images.size:
-            ours, theirs = ("x".join(map(str, size[::-1])) for size in (samples.size, reference.images.size))
-            raise SfdError(
-                f"images of {samples.name} are {ours}, those of {reference.name} {theirs}: one size is needed"
-            )
+    sizes = (samples.size, reference.images and reference.images.size)
+    if None not in sizes and sizes[0] != sizes[1]:
+        ours, theirs = ("x".join(map(str, size[::-1])) for size in sizes)
+        raise SfdError(f"images of {samples.name} are {ours}, those of {reference.name} {theirs}: one size is needed")
     for metric in metrics:
         if metric not in METRICS:
             raise SfdError(f"unknown metric '{metric}'; {nearest(metric, METRICS)}")
@@ -208,8 +190,9 @@ def measure(
             raise SfdError(f"'is' needs class probabilities, which extractor '{samples.extractor}' does not give")
         values["is"] = inception_score
     if {"precision", "recall"} & set(metrics):
-        both = dict(zip(("precision", "recall"), precision_recall(reference.features, samples.features)))
-        values.update({name: value for name, value in both.items() if name in metrics})
+        precision, recall = precision_recall(reference.features, samples.features)
+        both = {"precision": precision, "recall": recall}
+        values |= {name: value for name, value in both.items() if name in metrics}
     if "kid" in metrics:
         values["kid"], values["kid_std"] = kernel_distance(reference.features, samples.features)
     return values

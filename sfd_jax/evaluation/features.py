@@ -176,10 +176,10 @@ def images_at_once(mesh: Mesh) -> int:
     return 8 if mesh.devices.flat[0].platform == "cpu" else 32
 
 
-def lower_features(
+def trace_features(
     extractors: Sequence[Extractor], image_size: int, *, batch_size: int, mesh: Mesh
-) -> jax.stages.Lowered:
-    """Lower what `extract_features` runs on a batch, from shapes alone (see `lower_train_step`).
+) -> jax.stages.Traced:
+    """Trace what `extract_features` runs on a batch, from shapes alone (see `trace_train_step`).
 
     Args:
       extractors: their `params` may hold shapes instead of arrays.
@@ -189,7 +189,7 @@ def lower_features(
     """
     run, params = _prepare(extractors, mesh)
     shape = (batch_size, image_size, image_size, 3)
-    return run.lower(params, jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=batch_sharding(mesh)))
+    return run.trace(params, jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=batch_sharding(mesh)))
 
 
 def _prepare(extractors: Sequence[Extractor], mesh: Mesh):

@@ -18,6 +18,7 @@ from sfd_jax.data.class_folders import EXTENSIONS, walk
 from sfd_jax.data.decoding import center_crop, load_image, read_bytes, to_rgb
 from sfd_jax.errors import SfdError
 from sfd_jax.evaluation.npz import npz_names, open_array, read_npz
+from sfd_jax.files import file_sha256
 
 JOB_NPZ = "samples.npz"  # what a sampling job calls its npz, beside its recipe
 
@@ -45,8 +46,8 @@ class ImageSet:
 
 def image_set_of(name: str, images: np.ndarray) -> ImageSet:
     """Return the set of images in memory, uint8 (N, H, W, 3)."""
-    cut = lambda n: (images[start : start + n] for start in range(0, len(images), n))  # noqa: E731
-    digest = lambda: hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()  # noqa: E731
+    cut = lambda n: (images[start : start + n] for start in range(0, len(images), n))
+    digest = lambda: hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
     return ImageSet(name, len(images), cut, digest, size=images.shape[1:3])
 
 
@@ -216,14 +217,11 @@ def _open_folder(folder: Path, image_size: int | None) -> ImageSet:
         _check_indices(numbers - min(1, int(numbers.min())), len(np.unique(numbers)), where)
 
     def pieces(n):
-        first = None
+        first, read = None, lambda file: read_image(file, image_size)
         with ThreadPoolExecutor() as pool:
-            ahead = pool.map(lambda file: read_image(file, image_size), files[:n])
+            ahead = pool.map(read, files[:n])
             for start in range(0, len(files), n):
-                now, ahead = (
-                    ahead,
-                    pool.map(lambda file: read_image(file, image_size), files[start + n : start + 2 * n]),
-                )
+                now, ahead = ahead, pool.map(read, files[start + n : start + 2 * n])
                 images = list(now)
                 first = images[0].shape if first is None else first
                 for file, image in zip(files[start : start + n], images, strict=True):
@@ -267,19 +265,18 @@ def read_image(file: Path, image_size: int | None = None) -> np.ndarray:
 
 
 def hash_files(files: list[Path], folder: Path | None = None) -> str:
-    """Return a hex digest of files: of one file its sha256, of several their names and contents."""
-    if len(files) == 1 and folder is None:
-        return _sha256(files[0]).hexdigest()
+    """Return a hex digest of files: of one file its sha256, of several their names and contents.
+
+    Raises:
+      SfdError: a file cannot be read.
+    """
     digest = hashlib.sha256()
-    for file in files:
-        name = file.relative_to(folder).as_posix() if folder else file.name
-        digest.update(f"{name} {_sha256(file).hexdigest()}\n".encode())
-    return digest.hexdigest()
-
-
-def _sha256(file: Path):
     try:
-        with open(file, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256")
+        if len(files) == 1 and folder is None:
+            return file_sha256(files[0])
+        for file in files:
+            name = file.relative_to(folder).as_posix() if folder else file.name
+            digest.update(f"{name} {file_sha256(file)}\n".encode())
     except OSError as error:
-        raise SfdError(f"cannot read {file}: {error}") from error
+        raise SfdError(f"cannot read {error.filename}: {error}") from error
+    return digest.hexdigest()

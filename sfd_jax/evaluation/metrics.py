@@ -112,12 +112,12 @@ def inception_score(probabilities: np.ndarray, split_size: int = 5000) -> float:
 
     Args:
       probabilities: (N, K) float, rows sum to 1.
-      split_size: images in a split.
+      split_size: images in a split, 5,000 in ADM.
 
     Returns:
       The score, between 1 and K. Warnings say where it depends on the order of the rows or on a short last split.
 
-    Source: Salimans et al. 2016 (arXiv 1606.03498); splits of 5,000 as in ADM.
+    Source: Salimans et al. 2016 (arXiv 1606.03498).
     """
     running = RunningInceptionScore(split_size)
     running.add(probabilities)
@@ -170,10 +170,23 @@ class RunningInceptionScore:
 
     def notes(self) -> list[str]:
         """Return what should be said beside the score: that it depends on the order, or on a short last split."""
-        return [note for note in (self._order_note(), self._short_split_note()) if note]
+        notes = []
+        if self._is_sorted():
+            notes.append(
+                f"the images are sorted by class (splits of {self.split_size:,} hold other classes than shuffled ones "
+                "would): the inception score is defined on shuffled images, and this one is too low; shuffle them and "
+                "evaluate again"
+            )
+        if self._scores and self._count:
+            notes.append(
+                f"the inception score is the mean of {len(self._scores) + 1} splits, of which the last has "
+                f"{self._count:,} images and the others {self.split_size:,}, all of one weight as in the ADM suite; a "
+                f"multiple of {self.split_size:,} images avoids that"
+            )
+        return notes
 
-    def _order_note(self) -> str | None:
-        """Return a sentence where the splits hold other classes than splits of shuffled images would.
+    def _is_sorted(self) -> bool:
+        """Say whether the splits hold other classes than splits of shuffled images would.
 
         Compared is how unevenly the likeliest classes lie over the splits with 20 shuffles of the same rows: a chance
         of about one in a million.
@@ -188,22 +201,7 @@ class RunningInceptionScore:
 
         generator = np.random.default_rng(0)
         shuffled = [unevenness(generator.permutation(classes)) for _ in range(20)]
-        if unevenness(classes) <= np.mean(shuffled) + 6 * np.std(shuffled) + 1e-9 * len(classes):
-            return None
-        return (
-            f"the images are sorted by class (splits of {self.split_size:,} hold other classes than shuffled ones would): "
-            "the inception score is defined on shuffled images, and this one is too low; shuffle them and evaluate again"
-        )
-
-    def _short_split_note(self) -> str | None:
-        """Return a sentence where the last split is shorter than the others."""
-        if not (self._scores and self._count):
-            return None
-        return (
-            f"the inception score is the mean of {len(self._scores) + 1} splits, of which the last has {self._count:,} "
-            f"images and the others {self.split_size:,}, all of one weight as in the ADM suite; a multiple of "
-            f"{self.split_size:,} images avoids that"
-        )
+        return unevenness(classes) > np.mean(shuffled) + 6 * np.std(shuffled) + 1e-9 * len(classes)
 
     def _score(self) -> float:
         # mean over rows of sum p log(p / m) = mean of sum p log p, less sum m log m.

@@ -10,7 +10,7 @@ from typing import IO
 import numpy as np
 
 from sfd_jax.budget import Budget
-from sfd_jax.errors import SfdError
+from sfd_jax.errors import damage_explained
 
 
 def read_npz(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -68,12 +68,5 @@ def open_array(path: Path, name: str) -> Iterator[tuple[tuple[int, ...], np.dtyp
             yield shape, dtype, fortran, file
 
 
-@contextlib.contextmanager
-def _damage_explained(path: Path):
-    try:
-        yield
-    except SfdError:
-        raise
-    except Exception as error:  # zipfile, numpy and the parser of headers tell damage by many types
-        reason = f"{error!s:.200}" or type(error).__name__
-        raise SfdError(f"cannot read {path}: it is damaged, or no npz of arrays ({reason})") from error
+def _damage_explained(path: Path) -> contextlib.AbstractContextManager:
+    return damage_explained(lambda reason: f"cannot read {path}: it is damaged, or no npz of arrays ({reason})")

@@ -21,6 +21,7 @@ from sfd_jax.evaluation.image_sets import ImageSet
 from sfd_jax.evaluation.metrics import frechet_distance
 from sfd_jax.models import network_of, to_bytes
 from sfd_jax.models.layers import check_divides
+from sfd_jax.randomness import normal_by_row
 from sfd_jax.ranges import check
 
 
@@ -96,14 +97,11 @@ def _comparison(texture_vae: Checkpoint, lpips: Checkpoint | None, seed: int, me
             networks[name] = network_of(checkpoint[1], name)
             params[name] = put_same(checkpoint[0], replicated(mesh))
 
-    def noise_of(index, shape):
-        return jax.random.normal(jax.random.fold_in(jax.random.key(seed), index), shape)
-
     def compare(params, images, indices):
         pixels = images.astype(jnp.float32) / 127.5 - 1.0
         vae = networks["texture_vae"]
         mean, logvar = vae.apply(params["texture_vae"], pixels, method="encode")
-        noise = jax.vmap(lambda index: noise_of(index, mean.shape[1:]))(indices)
+        noise = normal_by_row(jax.random.key(seed), indices, mean.shape[1:])
         decoded = vae.apply(params["texture_vae"], mean + jnp.exp(0.5 * logvar) * noise, method="decode")
         made = to_bytes(decoded)
         values = {"psnr": psnr(images, made), "ssim": ssim(pixels, jnp.clip(decoded, -1.0, 1.0))}

@@ -1,4 +1,4 @@
-"""Mean and covariance of features: gathered in float64 as they stream by, kept with their extractor.
+"""Mean and covariance of features, kept with their extractor.
 
 Statistics of one extractor say nothing about another's features, and a file of them does not show it:
 so each file names the extractor that made it by a hash of its weights, and is refused with another.
@@ -16,58 +16,6 @@ from sfd_jax.files import appearing
 
 # Names of mean and covariance in a file, by feature: those of the ADM reference batches.
 FILE_NAMES = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-
-
-class RunningMoments:
-    """Count, mean and covariance of rows that arrive in pieces, in float64.
-
-    The result depends on the rows alone up to rounding (about 1e-15 relative), not on the pieces.
-
-    Args:
-      dimension: D, features in a row.
-
-    Source: Chan, Golub and LeVeque 1979, the pairwise update of mean and scatter.
-    """
-
-    def __init__(self, dimension: int):
-        self.count = 0
-        self.mean = np.zeros(dimension)
-        self._scatter = np.zeros((dimension, dimension))
-
-    def add(self, rows: np.ndarray) -> None:
-        """Count rows (n, D) in.
-
-        Raises:
-          SfdError: a value is not finite; nothing is counted then.
-        """
-        if not len(rows):
-            return
-        rows = np.asarray(rows, np.float64)
-        mean = rows.mean(axis=0)
-        if not np.isfinite(mean).all():
-            raise SfdError("statistics: a feature is not finite (NaN or infinity)")
-        centred = rows - mean
-        self._merge(len(rows), mean, centred.T @ centred)
-
-    def merge(self, other: "RunningMoments") -> None:
-        """Count in all that `other` has counted."""
-        if other.count:
-            self._merge(other.count, other.mean, other._scatter)
-
-    @property
-    def covariance(self) -> np.ndarray:
-        """Covariance (D, D) with divisor count - 1, as `numpy.cov`."""
-        if self.count < 2:
-            raise SfdError(f"a covariance needs at least 2 images, got {self.count}")
-        return self._scatter / (self.count - 1)
-
-    def _merge(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
-        total = self.count + count
-        difference = mean - self.mean
-        self._scatter += scatter
-        self._scatter += np.outer(difference, difference * (self.count * count / total))
-        self.mean = self.mean + difference * (count / total)
-        self.count = total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +63,7 @@ def save_statistics(path: str | Path, statistics: FeatureStatistics) -> None:
         "source": np.array(statistics.source),
     }
     for feature, (mean, covariance) in statistics.gaussians.items():
-        arrays.update(zip(FILE_NAMES[feature], (mean, covariance)))
+        arrays.update(zip(FILE_NAMES[feature], (mean, covariance), strict=True))
     if statistics.features is not None:
         arrays["features"] = np.asarray(statistics.features, np.float32)
     path = Path(path)
@@ -170,7 +118,7 @@ def _count(stored: np.ndarray, path) -> int:
 
 
 def _check_features(features: np.ndarray, count: int, mean: np.ndarray, covariance: np.ndarray, path) -> None:
-    """Raise SfdError unless features have the mean and variances that are stored beside them, to 1e-3 of the largest."""
+    """Raise SfdError unless features have the mean and variances stored beside them, to 1e-3 of the largest."""
     rows = count or len(features) if features.ndim else 0
     if features.dtype.kind != "f" or features.shape != (rows, len(mean)) or rows < 2:
         raise SfdError(

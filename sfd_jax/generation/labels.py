@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from sfd_jax.errors import SfdError, nearest
+from sfd_jax.randomness import keys_by_row
 from sfd_jax.ranges import check
 
 # The order of balanced labels is the same whatever the seed of the noise.
@@ -64,8 +65,8 @@ def balanced_labels(num: int, num_classes: int) -> np.ndarray:
 def random_labels(num: int, num_classes: int, seed: int) -> np.ndarray:
     """Return (N,) int32 labels, each drawn uniformly as a function of (seed, its index) alone."""
     key = jax.random.fold_in(jax.random.key(seed), _LABEL_STREAM)
-    draw = jax.vmap(lambda i: jax.random.randint(jax.random.fold_in(key, i), (), 0, num_classes))
-    return np.asarray(jax.jit(draw)(np.arange(num, dtype=np.uint32)), np.int32)
+    draw = jax.vmap(lambda row_key: jax.random.randint(row_key, (), 0, num_classes))
+    return np.asarray(jax.jit(lambda rows: draw(keys_by_row(key, rows)))(np.arange(num, dtype=np.uint32)), np.int32)
 
 
 # Noise folds the sample index into the seed's key; no sample has this index.

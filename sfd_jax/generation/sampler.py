@@ -28,6 +28,7 @@ from sfd_jax.models import Network, network_of
 from sfd_jax.models.fingerprint import params_hash
 from sfd_jax.models.network import checkpoint_name
 from sfd_jax.models.texture_vae import to_bytes
+from sfd_jax.randomness import normal_by_row
 from sfd_jax.ranges import MAY_BE_NONE, RULES, check, check_fields, useless
 
 GUIDANCE = ("none", "cfg", "autoguidance")
@@ -249,20 +250,20 @@ class Sampler:
             part = labels[start : start + batch_size]
             yield self(np.arange(start, start + len(part)), part, batch_size)[0]
 
-    def lower(self, batch_size: int) -> jax.stages.Lowered:
-        """Lower the program that samples a batch's latents, to be compiled for devices that need not be there.
+    def trace(self, batch_size: int) -> jax.stages.Traced:
+        """Trace the program that samples a batch's latents, to be compiled for devices that need not be there.
 
         Args:
           batch_size: samples over all devices, a multiple of their number.
         """
         rows = (jax.ShapeDtypeStruct((batch_size,), kind, sharding=batch_sharding(self.mesh)) for kind in _KINDS)
-        return self._run_sample.lower(self._params, *rows)
+        return self._run_sample.trace(self._params, *rows)
 
-    def lower_decoding(self, batch_size: int) -> jax.stages.Lowered:
-        """Lower the program that decodes what the other one gives, as `lower` does."""
+    def trace_decoding(self, batch_size: int) -> jax.stages.Traced:
+        """Trace the program that decodes what the other one gives, as `trace` does."""
         shape = (batch_size, *self._latent_shape)
         latents = jax.ShapeDtypeStruct(shape, np.float32, sharding=replicated(self.mesh))
-        return self._run_decode.lower(self._params, latents)
+        return self._run_decode.trace(self._params, latents)
 
     @property
     def _latent_shape(self) -> tuple[int, int, int]:
@@ -369,8 +370,7 @@ class Sampler:
 
 def sample_noise(seed: int, indices: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Return standard normal noise (B, *shape) float32, row by row a function of (seed, index) alone."""
-    key = jax.random.key(seed)
-    return jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(key, index), shape))(indices)
+    return normal_by_row(jax.random.key(seed), indices, shape)
 
 
 def make_sampler(

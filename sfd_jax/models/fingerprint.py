@@ -5,6 +5,8 @@ import hashlib
 import jax
 import numpy as np
 
+from sfd_jax.trees import named_leaves
+
 
 def params_hash(params) -> str:
     """Return a hex digest of all paths, shapes and values of a tree of arrays.
@@ -16,12 +18,11 @@ def params_hash(params) -> str:
       params: nested dicts of arrays that this host can read whole.
     """
     digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    for name, leaf in named_leaves(params).items():
         array = np.asarray(leaf)
         if jax.numpy.issubdtype(array.dtype, np.floating) and array.dtype.itemsize < 4:
             array = array.astype(np.float32)
         array = np.ascontiguousarray(array)
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
         digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
         digest.update(array.reshape(-1).view(np.uint8))
     return digest.hexdigest()

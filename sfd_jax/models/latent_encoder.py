@@ -23,6 +23,7 @@ from sfd_jax.models.dinov2 import preprocess
 from sfd_jax.models.layers import check_divides
 from sfd_jax.models.network import Network
 from sfd_jax.models.posterior import sample_posterior
+from sfd_jax.randomness import keys_by_row
 from sfd_jax.ranges import check
 
 
@@ -172,11 +173,8 @@ class LatentEncoder:
         if kind == "mean" or logvar is None:
             return mean
 
-        def draw(i):
-            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), i), stream)
-            return jax.random.normal(key, mean.shape[1:])
-
-        return sample_posterior(mean, logvar, jax.vmap(draw)(index))
+        draw = lambda row_key: jax.random.normal(jax.random.fold_in(row_key, stream), mean.shape[1:])
+        return sample_posterior(mean, logvar, jax.vmap(draw)(keys_by_row(jax.random.key(self.seed), index)))
 
 
 # The texture VAE's widest layers hold a hundred times the image: a device takes this many images at once.

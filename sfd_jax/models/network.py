@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from sfd_jax.errors import SfdError, nearest
+from sfd_jax.trees import shape_faults, shapes_by_name
 
 Params = dict[str, Any]
 
@@ -60,10 +61,18 @@ class Network:
         Raises:
           SfdError: `params` is not the tree of `abstract_params` (each differing path is named).
         """
-        graphdef, abstract = self._blueprint
-        _check_same_tree(self.name, params, abstract)
+        graphdef, _ = self._blueprint
+        self.check(params)
         module = nnx.merge(graphdef, nnx.restore_int_paths(params))
         return getattr(module, method)(*args, **kwargs)
+
+    def check(self, params: Params) -> None:
+        """Raise SfdError where `params` is not the tree of `abstract_params`; each differing path is named."""
+        if lines := shape_faults(shapes_by_name(params), shapes_by_name(self.abstract_params())):
+            raise SfdError(
+                f"these parameters are not of this {self.name} config (was it saved with another one?): "
+                f"{self.described()}\n" + "\n".join(lines)
+            )
 
     def num_params(self) -> int:
         """Return the number of parameters; allocates nothing."""
@@ -73,6 +82,10 @@ class Network:
         """Return the config as JSON-able values; `Network(name, config_dict)` builds it again."""
         fields = dataclasses.asdict(self.config)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+
+    def described(self) -> str:
+        """Return the config for the eye."""
+        return ", ".join(f"{key} {value}" for key, value in self.config_dict().items())
 
     def _build(self, key):
         from sfd_jax.models import NETWORKS
@@ -126,27 +139,3 @@ def _string_keys(tree):
     if not isinstance(tree, dict):
         return tree
     return {str(key): _string_keys(value) for key, value in tree.items()}
-
-
-def _check_same_tree(name, params, abstract):
-    found, wanted = _shapes(params), _shapes(abstract)
-    if found == wanted:
-        return
-    lines = []
-    for path in sorted(found.keys() | wanted.keys()):
-        if path not in found:
-            lines.append(f"  missing {path} {wanted[path]}")
-        elif path not in wanted:
-            lines.append(f"  extra {path} {found[path]}")
-        elif found[path] != wanted[path]:
-            lines.append(f"  {path} is {found[path]}, the network needs {wanted[path]}")
-    raise SfdError(
-        f"these parameters are not of this {name} config (was it saved with another one?):\n" + "\n".join(lines)
-    )
-
-
-def _shapes(tree):
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }

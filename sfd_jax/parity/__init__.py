@@ -1,6 +1,6 @@
 """Parity with the published systems: the comparisons that tests and `sfd verify` both make.
 
-A room of its own because it looks at all the others: networks and their weights through the
+A package of its own because it looks at all the others: networks and their weights through the
 converter, the loss, the training step, the samplers, the evaluation. A case of a pack (`pack.py`)
 is compared by the function that `run.py` lists for its name, which yields a `Check` for each number.
 """

@@ -23,19 +23,10 @@ from sfd_jax.parity.pack import Case
 FORWARD_BOUND = {"float32": 5e-6, "bfloat16": 3e-2}
 
 # The released config's names for ours.
-_FIELDS = {
-    "input_size": "input_size",
-    "patch_size": "patch_size",
-    "in_channels": "in_channels",
-    "hidden_size": "width",
-    "depth": "depth",
-    "num_heads": "num_heads",
-    "num_classes": "num_classes",
-    "learn_sigma": "learn_sigma",
-    "use_qknorm": "use_qknorm",
-    "use_swiglu": "use_swiglu",
-    "use_rope": "use_rope",
-    "use_rmsnorm": "use_rmsnorm",
+_FIELDS = {"hidden_size": "width"} | {
+    name: name
+    for name in ("input_size", "patch_size", "in_channels", "depth", "num_heads", "num_classes", "learn_sigma")
+    + ("use_qknorm", "use_swiglu", "use_rope", "use_rmsnorm")
 }
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sfd_jax.convert import lightning_dit
-from sfd_jax.convert.table import our_place
+from sfd_jax.convert.table import to_their_keys
 from sfd_jax.diffusion.losses import Draws, LossConfig, LossTerms, velocity_loss
 from sfd_jax.distributed import make_mesh
 from sfd_jax.models import Network
@@ -147,4 +147,4 @@ def _batch(case: Case, suffix: str) -> dict[str, np.ndarray]:
 
 def _by_their_key(network: Network, tree) -> dict[str, np.ndarray]:
     tree = jax.device_get(tree)
-    return {key: take(tree) for key, take in our_place(lightning_dit.TABLE, network).items()}
+    return dict(to_their_keys(lightning_dit.TABLE, tree, network))

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from sfd_jax.convert import FORMATS
 from sfd_jax.convert.checkpoints import identify
 from sfd_jax.convert.table import import_params, key_shapes
 from sfd_jax.errors import SfdError
@@ -123,22 +122,12 @@ def check_inception(case: Case, dtype: str) -> Iterator[Check]:
         yield check(name, features[name], case.array(f"out_{name}"))
 
 
-# The published models whose keys a pack lists, with the fields that shapes do not tell.
-_FULL_SIZE = {
-    "vae_full_state_dict": ("texture_vae", {}),
-    "semvae_full_state_dict": ("semantic_vae", {}),
-    "dinov2_vitb14_reg_state_dict": ("dinov2", {}),
-}
-
-
 def check_keys(case: Case, dtype: str) -> Iterator[Check]:
     """Compare a list of released keys and shapes with what our table makes of a network of that size."""
     listed = {key: tuple(shape) for key, shape in case.spec.items()}
-    name, given = _FULL_SIZE.get(case.name, (None, {}))
     state = {key: jax.ShapeDtypeStruct(shape, np.float32) for key, shape in listed.items()}
-    name = name or identify(state, f"parity case {case.name}")[0]
-    module = FORMATS[name]
-    fields, _ = module.read_config(state, given, {})
+    _, module = identify(state, f"parity case {case.name}")
+    fields, _ = module.read_config(state, {}, {})
     ours = key_shapes(module.TABLE, Network(module.TABLE.network, fields))
     yield Check(case.name, "released keys and shapes", float(ours != listed), 0.0)
 

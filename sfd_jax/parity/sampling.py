@@ -115,8 +115,9 @@ def _closest(
     sampler: Callable, noise: np.ndarray, published: np.ndarray, bound: float, runs: int
 ) -> tuple[float, int, int]:
     """Return the least error, its network calls, and how many runs were made to meet the bound."""
-    best = (float("inf"), 0)
-    for count, start in enumerate(close_by(noise, runs), start=1):
+    best, count = (float("inf"), 0), 0
+    for start in close_by(noise, runs):
+        count += 1
         latents, nfe = sampler(start)
         # With guidance the released sampler carries every row twice.
         latents = np.tile(latents, (len(published) // len(latents), 1, 1, 1))

@@ -1,8 +1,7 @@
-"""Read a compiled program's text: how often each part runs, what it sends between chips, what it multiplies.
+"""Read off a compiled program's text what no API tells: what it sends between chips, and how often.
 
-XLA prints a program as computations that call each other. Its own cost analysis counts the body of a loop
-once, however often the loop runs; here every instruction is counted as often as it is executed, which for a
-scan over the layers is the depth of the network. Only loops that run until a condition on the data (an
+XLA prints a program as computations that call each other. Every collective is counted as often as it is executed,
+which for a scan over the layers is the depth of the network. Only loops that run until a condition on the data (an
 adaptive solver) have no known length: they are counted once, and named.
 
 The text is XLA's, after all optimisation, as `jax.stages.Compiled.as_text` gives it. It is no stable format:
@@ -13,8 +12,6 @@ import collections
 import dataclasses
 import math
 import re
-
-import numpy as np
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
@@ -37,31 +34,29 @@ class Instruction:
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """What a device does in one run of a program.
+class Traffic:
+    """What a device sends to others in one run of a program.
 
     Attributes:
-      flops: multiplications and additions of its matrix products and convolutions.
       sent: kind of collective -> bytes of its result on one device, over all its executions.
       operations: kind of collective -> number of executions.
       unknown_loops: names of loops of unknown length, whose bodies are counted once.
     """
 
-    flops: float
     sent: dict[str, int]
     operations: dict[str, int]
     unknown_loops: tuple[str, ...]
 
 
-def read_work(text: str) -> Work:
-    """Count a compiled program's work on one device.
+def read_traffic(text: str) -> Traffic:
+    """Count a compiled program's collectives on one device.
 
     Args:
       text: from `Compiled.as_text()`.
     """
     computations, entry = parse(text)
     times, unknown = executions(computations, entry)
-    flops, sent, operations = 0.0, collections.Counter(), collections.Counter()
+    sent, operations = collections.Counter(), collections.Counter()
     started = _channels_started(computations)
     for name, instructions in computations.items():
         if not times[name]:
@@ -70,8 +65,6 @@ def read_work(text: str) -> Work:
         scattered = _is_reduce_scatter(instructions)
         starts = _has_call(instructions, "AsyncCollectiveStart")
         for i in instructions:
-            if i.opcode in ("dot", "convolution"):
-                flops += times[name] * product_flops(i, shapes)
             kind = i.opcode.removesuffix("-start")
             if kind not in COLLECTIVES or (i.attribute("channel_id") in started and not starts):
                 continue
@@ -81,7 +74,7 @@ def read_work(text: str) -> Work:
                 size = _result_bytes(i, shapes)
             sent[kind] += times[name] * size
             operations[kind] += times[name]
-    return Work(flops, dict(sent), dict(operations), tuple(unknown))
+    return Traffic(dict(sent), dict(operations), tuple(unknown))
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
@@ -270,7 +263,7 @@ def _has_call(instructions, target: str) -> bool:
 
 
 def _is_reduce_scatter(instructions) -> bool:
-    """Say whether a fusion is the TPU's reduce-scatter: an all-reduce, of each of whose arrays a device keeps a slice."""
+    """Say whether a fusion is the TPU's reduce-scatter: an all-reduce of which a device keeps a slice of each array."""
     if [i.opcode for i in instructions].count("all-reduce") != 1:
         return False
     root = instructions[-1]
@@ -296,52 +289,5 @@ def array_bytes(shape: str) -> int:
     total = 0
     for dtype, dims in _ARRAY.findall(shape):
         bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype).group())
-        total += math.ceil(bits * math.prod(_dims(dims)) / 8)
+        total += math.ceil(bits * math.prod(map(int, filter(None, dims.split(",")))) / 8)
     return total
-
-
-def _dims(text: str) -> list[int]:
-    return [int(part) for part in text.split(",") if part]
-
-
-def _shape(shape: str) -> list[int]:
-    return _dims(_ARRAY.search(shape).group(2))
-
-
-def product_flops(i: Instruction, shapes: dict[str, str]) -> float:
-    """Return the FLOPs of a dot or a convolution, a multiplication and an addition being two.
-
-    The TPU compiler writes every matrix product as a convolution, batched ones with windows that fall into
-    padding or between the elements of a dilated operand nearly everywhere: those places cost nothing.
-    """
-    out = _shape(i.shape)
-    if i.opcode == "dot":
-        lhs = _shape(shapes[i.operands[0]])
-        return 2.0 * math.prod(out) * math.prod(lhs[d] for d in _dims(i.attribute("lhs_contracting_dims") or ""))
-    lhs, rhs = (_shape(shapes[name]) for name in i.operands)
-    names_in, names_kernel, names_out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.rest).groups()
-    window = _window(i.rest)
-    flops = 2.0 * out[names_out.index("b")] * out[names_out.index("f")] * rhs[names_kernel.index("i")]
-    for d in range(len(names_out) - 2):
-        sizes = (lhs[names_in.index(str(d))], rhs[names_kernel.index(str(d))], out[names_out.index(str(d))])
-        flops *= _meetings(*sizes, *(values[d] if values else default for values, default in window))
-    return flops
-
-
-def _window(rest: str) -> list[tuple[list, object]]:
-    """Return (per dimension values or None, default) of a window's strides, paddings and dilations."""
-    found = re.search(r"window=\{([^}]*)\}", rest)
-    fields = dict(field.split("=") for field in found.group(1).split()) if found else {}
-
-    def numbers(name):
-        return [int(v) for v in fields[name].split("x")] if name in fields else None
-
-    pads = [int(p.split("_")[0]) for p in fields["pad"].split("x")] if "pad" in fields else None
-    return [(numbers("stride"), 1), (pads, 0), (numbers("lhs_dilate"), 1), (numbers("rhs_dilate"), 1)]
-
-
-def _meetings(size: int, kernel: int, out: int, stride=1, low=0, lhs_dilate=1, rhs_dilate=1) -> int:
-    """Count the pairs (place of the window, place in it) that read an element of the operand."""
-    place = np.arange(out)[:, None] * stride + np.arange(kernel)[None] * rhs_dilate - low
-    inside = (place >= 0) & (place <= (size - 1) * lhs_dilate) & (place % lhs_dilate == 0)
-    return int(inside.sum())

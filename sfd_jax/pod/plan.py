@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sfd_jax.data.latent_store import DTYPES, latent_fields
-from sfd_jax.pod.report import GIB, Measurement
+from sfd_jax.pod.report import GIB, Measurement, two_columns
 
 IMAGENET_TRAIN = 1_281_167
 EPOCHS = (80, 800)  # the paper's two lengths
@@ -56,9 +56,9 @@ class Plan:
     lengths: tuple[Length, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        lengths = [dataclasses.asdict(length) for length in self.lengths]
-        return values | {"step": self.step.to_dict(), "lengths": lengths, "times_are_estimates": True}
+        """Return all of it as JSON-able values."""
+        values = dataclasses.asdict(dataclasses.replace(self, step=None))
+        return values | {"step": self.step.to_dict(), "times_are_estimates": True}
 
 
 def make_plan(
@@ -84,7 +84,7 @@ def make_plan(
       epochs: lengths to tell.
     """
     chips = step.topology.count
-    seconds = step.work.flops / (step.topology.chip.matrix_rate * utilisation)
+    seconds = step.flops / (step.topology.chip.matrix_rate * utilisation)
     checkpoint = 4 * 4 * sum(step.parameters.values())
     lengths = []
     for count in epochs:
@@ -113,8 +113,7 @@ def _bytes(fields: dict[str, dict]) -> int:
 
 def plan_table(plan: Plan) -> str:
     """Return a plan for the eye."""
-    step = plan.step
-    chip = step.topology.chip
+    step, chip = plan.step, plan.step.topology.chip
     tb = lambda size: f"{size / 1e12:.2f} TB" if size >= 1e12 else f"{size / 1e9:.1f} GB"
     rows = [
         ("run", f"{step.program}, global batch {step.batch}"),
@@ -123,7 +122,7 @@ def plan_table(plan: Plan) -> str:
             f"{step.topology}: {step.topology.count} chips, {step.batch / step.topology.count:g} images a chip",
         ),
         ("memory a chip", f"{step.needed / GIB:.2f} of {chip.usable / GIB:g} GiB, from the compiler"),
-        ("FLOPs a chip and step", f"{step.work.flops:.3g}, from the compiled program"),
+        ("FLOPs a chip and step", f"{step.flops:.3g}, from the traced program"),
         (
             "step (estimate)",
             f"{plan.step_seconds:.3f} s, {plan.images_a_second:,.0f} images a second, "
@@ -141,5 +140,4 @@ def plan_table(plan: Plan) -> str:
     stored = f", and {tb(plan.repa_bytes)} of REPA's features (none with another data.repa_source)"
     rows.append(("latents", tb(plan.latent_bytes) + (stored if plan.repa_bytes else "")))
     rows.append(("a checkpoint", tb(plan.checkpoint_bytes)))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    return two_columns(rows)

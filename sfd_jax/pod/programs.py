@@ -1,4 +1,4 @@
-"""What a pod runs, lowered from shapes alone: the functions that the other rooms jit, not copies of them."""
+"""What a pod runs, traced from shapes alone: the functions that the other packages jit, not copies of them."""
 
 import functools
 
@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from sfd_jax.distributed import batch_sharding, replicated
 from sfd_jax.distributed.sharding import put_same
 from sfd_jax.errors import SfdError
-from sfd_jax.evaluation.features import inception_extractor, lower_features
+from sfd_jax.evaluation.features import inception_extractor, trace_features
 from sfd_jax.generation import SampleConfig
 from sfd_jax.generation.sampler import Sampler
 from sfd_jax.latents import LatentLayout, LatentStatistics
@@ -17,12 +17,12 @@ from sfd_jax.models import Network, dinov2_config
 from sfd_jax.models.latent_encoder import LatentEncoder, VisualEncoder, jit_encoder
 from sfd_jax.training import Task, TrainConfig, make_optimizer
 from sfd_jax.training.frozen_features import FrozenFeatures, online_features, semvae_features
-from sfd_jax.training.step import lower_train_step
+from sfd_jax.training.step import trace_train_step
 
 
-def lower_training(task: Task, config: TrainConfig, mesh: Mesh, batch: dict) -> jax.stages.Lowered:
-    """Lower the training step that `fit` runs; arguments as of `lower_train_step`."""
-    return lower_train_step(task, make_optimizer(config.optimizer, config.steps), config, mesh, batch)
+def trace_training(task: Task, config: TrainConfig, mesh: Mesh, batch: dict) -> jax.stages.Traced:
+    """Trace the training step that `fit` runs; arguments as of `trace_train_step`."""
+    return trace_train_step(task, make_optimizer(config.optimizer, config.steps), config, mesh, batch)
 
 
 def training_batch(network: Network, rows: int, *, repa_source: str, image_size: int) -> dict:
@@ -62,7 +62,7 @@ def training_targets(
     return None
 
 
-def lower_sampling(
+def trace_sampling(
     model: Network,
     weak: Network | None,
     layout: LatentLayout,
@@ -71,8 +71,8 @@ def lower_sampling(
     mesh: Mesh,
     rows: int,
     decoding: bool = False,
-) -> jax.stages.Lowered:
-    """Lower a program of `Sampler` for `rows` samples over all devices: it samples latents, or with `decoding` decodes."""
+) -> jax.stages.Traced:
+    """Trace a program of `Sampler` for `rows` samples over all devices; with `decoding` the one that decodes."""
     vae = texture_vae(layout)
     sampler = Sampler(
         (model, model.abstract_params()),
@@ -84,17 +84,17 @@ def lower_sampling(
         config=config,
         mesh=mesh,
     )
-    return sampler.lower_decoding(rows) if decoding else sampler.lower(rows)
+    return sampler.trace_decoding(rows) if decoding else sampler.trace(rows)
 
 
-def lower_extraction(encoder: LatentEncoder, mesh: Mesh, rows: int, image_size: int) -> jax.stages.Lowered:
-    """Lower what `sfd extract` runs on a host's batch of `rows` images."""
+def trace_extraction(encoder: LatentEncoder, mesh: Mesh, rows: int, image_size: int) -> jax.stages.Traced:
+    """Trace what `sfd extract` runs on a host's batch of `rows` images."""
     networks = extraction_networks(encoder)
     params = {name: network.abstract_params() for name, network in networks.items()}
     split = batch_sharding(mesh)
     pixels = jax.ShapeDtypeStruct((rows, image_size, image_size, 3), np.uint8, sharding=split)
     index = jax.ShapeDtypeStruct((rows,), np.int32, sharding=split)
-    return jit_encoder(encoder, mesh).lower(put_same(params, replicated(mesh)), pixels, index)
+    return jit_encoder(encoder, mesh).trace(put_same(params, replicated(mesh)), pixels, index)
 
 
 def extraction_encoder(layout: LatentLayout, grid: int, image_size: int, tile_grid: int) -> LatentEncoder:
@@ -108,11 +108,11 @@ def extraction_networks(encoder: LatentEncoder) -> dict[str, Network]:
     return {"texture_vae": encoder.texture, "visual": encoder.visual.network, "semantic_vae": encoder.semantic}
 
 
-def lower_inception(mesh: Mesh, rows: int, image_size: int) -> jax.stages.Lowered:
-    """Lower Inception's features of `rows` images over all devices, as `sfd evaluate` runs them."""
+def trace_inception(mesh: Mesh, rows: int, image_size: int) -> jax.stages.Traced:
+    """Trace Inception's features of `rows` images over all devices, as `sfd evaluate` runs them."""
     metadata = {"network": "inception", "network_config": {}}
     extractor = inception_extractor((inception().abstract_params(), metadata))
-    return lower_features([extractor], image_size, batch_size=rows, mesh=mesh)
+    return trace_features([extractor], image_size, batch_size=rows, mesh=mesh)
 
 
 # --- The networks beside the diffusion model, as published ------------------------------------------------------

@@ -3,17 +3,20 @@
 import dataclasses
 import importlib.metadata
 import importlib.util
+import math
 import os
 import platform
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from sfd_jax.pod.chips import Topology
-from sfd_jax.pod.hlo import COLLECTIVES, Work, read_work
+from sfd_jax.pod.flops import program_flops
+from sfd_jax.pod.hlo import Traffic, read_traffic
 
 GIB = 2**30
 
@@ -56,7 +59,8 @@ class Measurement:
       parameters: network -> number of parameters.
       memory: of one chip; None where the program does not fit and the compiler gave up.
       needed: bytes of one chip that it needs at least.
-      work: of one chip in one run; None as `memory`.
+      flops: of one chip's matrix products and convolutions in one run, the work split evenly.
+      traffic: of one chip in one run; None as `memory`.
       lower_seconds, compile_seconds: wall clock, to trace and lower, and to compile.
     """
 
@@ -67,7 +71,8 @@ class Measurement:
     parameters: dict[str, int]
     memory: Memory | None
     needed: int
-    work: Work | None
+    flops: float
+    traffic: Traffic | None
     lower_seconds: float
     compile_seconds: float
 
@@ -87,41 +92,50 @@ class Measurement:
 
 
 def measure(
-    lower, *, program: str, topology: Topology, mesh: Mesh, batch: int, parameters: dict[str, int]
+    trace: Callable[[], jax.stages.Traced],
+    *,
+    program: str,
+    topology: Topology,
+    mesh: Mesh,
+    batch: int,
+    parameters: dict[str, int],
 ) -> Measurement:
-    """Lower, compile and measure a program.
+    """Trace, lower, compile and measure a program.
 
     Args:
-      lower: () -> jax.stages.Lowered, for the devices of `topology`.
+      trace: traces it for the devices of `topology`.
       program, topology, batch, parameters: as in `Measurement`.
       mesh: what the program is split over.
 
     Returns:
-      The measurement; of a program that is too large for the chip the memory it needs, and nothing else.
+      The measurement; of a program that is too large for the chip the memory it needs instead of memory and traffic.
     """
-    lower_seconds, compile_seconds, answer = timed(lower)
+    traced, lower_seconds, compile_seconds, answer = timed(trace)
     if isinstance(answer, Exception):
-        memory, work, needed = None, None, needed_bytes(str(answer))
+        memory, traffic, needed = None, None, needed_bytes(str(answer))
         if needed is None:
             raise answer
     else:
-        memory, work = read_memory(answer), read_work(answer.as_text())
+        memory, traffic = read_memory(answer), read_traffic(answer.as_text())
         needed = memory.peak
-    return Measurement(
-        program, topology, dict(mesh.shape), batch, parameters, memory, needed, work, lower_seconds, compile_seconds
-    )
+    flops = program_flops(traced.jaxpr) / mesh.size
+    seconds = (lower_seconds, compile_seconds)
+    return Measurement(program, topology, dict(mesh.shape), batch, parameters, memory, needed, flops, traffic, *seconds)
 
 
-def timed(lower) -> tuple[float, float, jax.stages.Compiled | jax.errors.JaxRuntimeError]:
-    """Lower and compile; return the seconds of both, and what came of it: the program or XLA's complaint."""
+def timed(
+    trace: Callable[[], jax.stages.Traced],
+) -> tuple[jax.stages.Traced, float, float, jax.stages.Compiled | jax.errors.JaxRuntimeError]:
+    """Trace, lower and compile; return the traced program, seconds, and what came of it: it or XLA's complaint."""
     begin = time.monotonic()
-    lowered = lower()
+    traced = trace()
+    lowered = traced.lower()
     middle = time.monotonic()
     try:
         answer = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         answer = error
-    return middle - begin, time.monotonic() - middle, answer
+    return traced, middle - begin, time.monotonic() - middle, answer
 
 
 def read_memory(compiled: jax.stages.Compiled) -> Memory:
@@ -146,7 +160,7 @@ def needed_bytes(message: str) -> int | None:
 
 
 def machine() -> dict[str, Any]:
-    """Return what compiled: versions and processor."""
+    """Return what compiled: versions and cores."""
     return {
         "jax": jax.__version__,
         "libtpu": importlib.metadata.version("libtpu") if importlib.util.find_spec("libtpu") else None,
@@ -161,7 +175,7 @@ def table(m: Measurement) -> str:
     chip, gib = m.topology.chip, lambda size: f"{size / GIB:8.3f} GiB"
     shape = " x ".join(f"{size} {axis}" for axis, size in m.mesh.items())
     rows = [
-        ("program", f"{m.program}, batch {m.batch} ({m.batch / _size(m):g} a chip)"),
+        ("program", f"{m.program}, batch {m.batch} ({m.batch / math.prod(m.mesh.values()):g} a chip)"),
         ("topology", f"{m.topology}: {m.topology.count} chips, mesh {shape}"),
         *((f"parameters, {name}", f"{count / 1e6:,.1f}M") for name, count in m.parameters.items()),
     ]
@@ -174,21 +188,18 @@ def table(m: Measurement) -> str:
         ]
     share = f"{m.needed / chip.usable:.0%} of the {chip.usable / GIB:g} GiB that a program may use"
     rows.append(("  peak" if m.memory else "needs at least", f"{gib(m.needed)}, {share}"))
-    if m.work:
-        rows.append(("FLOPs a chip", f"{m.work.flops:.4g}, {m.work.flops / m.batch * _size(m):.4g} a row"))
-        for kind in COLLECTIVES:
-            if count := m.work.operations.get(kind, 0):
-                rows.append((kind, f"{gib(m.work.sent[kind])} in {count:,} operations"))
-        if m.work.unknown_loops:
-            rows.append(("counted once", "loops that end by their data: " + ", ".join(m.work.unknown_loops)))
+    rows.append(("FLOPs a chip", f"{m.flops:.4g}, {m.flops / m.batch * math.prod(m.mesh.values()):.4g} a row"))
+    if m.traffic:
+        for kind, count in m.traffic.operations.items():
+            rows.append((kind, f"{gib(m.traffic.sent[kind])} in {count:,} operations"))
+        if m.traffic.unknown_loops:
+            rows.append(("counted once", "loops that end by their data: " + ", ".join(m.traffic.unknown_loops)))
     rows.append(("lowered, compiled", f"{m.lower_seconds:.1f} s, {m.compile_seconds:.1f} s on {os.cpu_count()} cores"))
     rows.append(("verdict", "fits" if m.fits else "does not fit"))
+    return two_columns(rows)
+
+
+def two_columns(rows: list[tuple[str, str]]) -> str:
+    """Return names and values as lines, the values below each other."""
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
-
-
-def _size(m: Measurement) -> int:
-    size = 1
-    for length in m.mesh.values():
-        size *= length
-    return size

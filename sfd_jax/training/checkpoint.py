@@ -33,6 +33,7 @@ from sfd_jax.errors import SfdError
 from sfd_jax.files import user_path
 from sfd_jax.training.checksums import checksums
 from sfd_jax.training.state import TrainState
+from sfd_jax.trees import named_leaves, shape_faults, shapes_by_name
 
 _STATE_ITEMS = ("params", "ema_params", "progress")
 _DAMAGED = "copy it here again, or remove that folder to use the checkpoint before it"
@@ -336,28 +337,17 @@ def _read_items(path: epath.Path, targets: dict) -> dict:
 
 def _check_arrays(path: epath.Path, targets: dict, stored: dict) -> None:
     """Raise one SfdError that names every array in which the checkpoint and the target differ."""
-    wanted, wanted_types = _shapes(targets)
-    found, types = _shapes({name: stored[name] for name in targets})
-    faults = [f"missing: {name} {wanted[name]}" for name in sorted(wanted.keys() - found.keys())]
-    faults += [f"extra: {name} {found[name]}" for name in sorted(found.keys() - wanted.keys())]
-    faults += [
-        f"misshapen: {name} is {found[name]}, expected {wanted[name]}"
-        for name in sorted(wanted.keys() & found.keys())
-        if wanted[name] != found[name]
-    ]
-    both = sorted(name for name in wanted.keys() & found.keys() if wanted_types[name] != types[name])
-    faults += [f"of another type: {name} is {types[name]}, expected {wanted_types[name]}" for name in both]
+    stored = {name: stored[name] for name in targets}
+    faults = shape_faults(shapes_by_name(stored, "."), shapes_by_name(targets, "."))
+    found = named_leaves(stored, ".")
+    for name, wanted in named_leaves(targets, ".").items():
+        if name in found and np.dtype(found[name].dtype) != np.dtype(wanted.dtype):
+            faults.append(f"  of another type: {name} is {found[name].dtype}, expected {wanted.dtype}")
     if faults:
         raise SfdError(
             f"checkpoint {path} does not fit this network; {len(faults)} arrays differ (was it trained with "
-            "another config?):\n  " + "\n  ".join(faults)
+            "another config?):\n" + "\n".join(faults)
         )
-
-
-def _shapes(tree) -> tuple[dict[str, tuple[int, ...]], dict[str, np.dtype]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    named = {jax.tree_util.keystr(key, simple=True, separator="."): leaf for key, leaf in leaves}
-    return {name: tuple(x.shape) for name, x in named.items()}, {name: np.dtype(x.dtype) for name, x in named.items()}
 
 
 def _composite() -> ocp.Checkpointer:

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sfd_jax.trees import named_leaves
+
 _CHUNK = 2**18  # elements mixed at once on the host, so that the intermediate values stay in its caches
 
 
@@ -23,12 +25,11 @@ def checksums(tree) -> dict[str, str]:
     Returns:
       Path, its parts joined by dots, to eight hexadecimal digits.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    far = [leaf for _, leaf in leaves if not _near(leaf)]
+    named = named_leaves(tree, ".")
+    far = [leaf for leaf in named.values() if not _near(leaf)]
     of_devices = iter(np.asarray(_on_device(far)) if far else ())  # one program: hosts meet once
-    sums = [_on_host(leaf) if _near(leaf) else next(of_devices) for _, leaf in leaves]
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
-    return {name: f"{int(value):08x}" for name, value in zip(names, sums, strict=True)}
+    sums = {name: _on_host(leaf) if _near(leaf) else next(of_devices) for name, leaf in named.items()}
+    return {name: f"{int(value):08x}" for name, value in sums.items()}
 
 
 def _mixed(words, index):

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from sfd_jax.errors import SfdError
 from sfd_jax.models.network import Network
 from sfd_jax.models.posterior import sample_posterior
+from sfd_jax.randomness import normal_by_row
 from sfd_jax.ranges import check_fields
 from sfd_jax.training.frozen_features import FrozenFeatures
-from sfd_jax.training.randomness import row_normal
 from sfd_jax.training.task import Task
 from sfd_jax.training.terms import apply_head, cosine_distance, cross_entropy, gaussian_kl, hits, linear_head
 
@@ -86,7 +86,7 @@ def semantic_vae_task(network: Network, weights: SemanticVAELoss, source: Frozen
         network_params = params["network"] if classifies else params
         features = _features(source, batch, frozen)
         mean, logvar = network.apply(network_params, features, method="encode")
-        latents = sample_posterior(mean, logvar, row_normal(key, batch["positions"], mean.shape[1:]))
+        latents = sample_posterior(mean, logvar, normal_by_row(key, batch["positions"], mean.shape[1:]))
         reconstruction = network.apply(network_params, latents, method="decode")
 
         error = reconstruction - features

@@ -81,10 +81,10 @@ def make_train_step(
     return lambda state, batch, key: step(state, batch, key, frozen)
 
 
-def lower_train_step(
+def trace_train_step(
     task, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh, batch: dict
-) -> jax.stages.Lowered:
-    """Lower the step of `make_train_step` from shapes alone, to be compiled for devices that need not be there.
+) -> jax.stages.Traced:
+    """Trace the step of `make_train_step` from shapes alone, to be compiled for devices that need not be there.
 
     Args:
       task, optimizer, config, mesh: as for `make_train_step`; `task.frozen` may hold shapes instead of arrays.
@@ -95,7 +95,7 @@ def lower_train_step(
     """
     step, frozen = _jit_step(task, optimizer, config, mesh), put_frozen(task, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return step.lower(abstract_state(task, optimizer, mesh), batch, key, frozen)
+    return step.trace(abstract_state(task, optimizer, mesh), batch, key, frozen)
 
 
 def _jit_step(task, optimizer, config: TrainConfig, mesh: Mesh):

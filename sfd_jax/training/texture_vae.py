@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from sfd_jax.errors import SfdError
 from sfd_jax.models.network import Network
 from sfd_jax.models.posterior import sample_posterior
+from sfd_jax.randomness import normal_by_row
 from sfd_jax.ranges import check_fields
-from sfd_jax.training.randomness import row_normal
 from sfd_jax.training.task import Task
 from sfd_jax.training.terms import gaussian_kl
 
@@ -66,7 +66,7 @@ def texture_vae_task(
     def loss(params: dict, batch: dict, key: jax.Array, *frozen: dict):
         pixels = batch["pixels"]
         mean, logvar = network.apply(params, pixels, method="encode")
-        raw_latents = sample_posterior(mean, logvar, row_normal(key, batch["positions"], mean.shape[1:]))
+        raw_latents = sample_posterior(mean, logvar, normal_by_row(key, batch["positions"], mean.shape[1:]))
         reconstruction = network.apply(params, raw_latents, method="decode")
 
         error = reconstruction - pixels

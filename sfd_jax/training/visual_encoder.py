@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from sfd_jax.errors import SfdError
 from sfd_jax.models.dinov2 import preprocess
 from sfd_jax.models.network import Network
+from sfd_jax.randomness import keys_by_row
 from sfd_jax.ranges import check_fields
-from sfd_jax.training.randomness import row_keys
 from sfd_jax.training.task import Task
 from sfd_jax.training.terms import apply_head, cross_entropy, hits, linear_head
 
@@ -64,7 +64,7 @@ def visual_encoder_task(network: Network, settings: VisualEncoderLoss) -> Task:
     def loss(params: dict, batch: dict, key: jax.Array):
         pixels, labels = batch["pixels"], batch["labels"]
         if settings.shift or settings.scale:
-            pixels = shift_and_scale(row_keys(key, batch["positions"]), pixels, settings.shift, settings.scale)
+            pixels = shift_and_scale(keys_by_row(key, batch["positions"]), pixels, settings.shift, settings.scale)
         output = network.apply(params["network"], preprocess(pixels, network.config.image_size))
         total, metrics = jnp.zeros(()), {}
         for name, read in _OUTPUTS.items():

@@ -4,6 +4,9 @@ Run as a process of its own, so that a segmentation fault or a memory limit ends
 example must be read or be refused by SfdError, within a bound of memory and of time. The mutations know
 the containers: a pickle inside a zip is changed before its checksum is computed, as are arrays in an npz
 and the header of a .safetensors file.
+
+Every allocation of one file in four is traced, which takes three times as long as the reading; of the others the
+process's peak of resident memory is looked at, which misses what is claimed and never touched.
 """
 
 import argparse
@@ -11,6 +14,7 @@ import collections
 import contextlib
 import datetime
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -29,8 +33,6 @@ from random import Random
 import numpy as np
 import safetensors.numpy
 from conftest import TorchFile
-from hypothesis import Phase, given, seed, settings
-from hypothesis import strategies as st
 
 from sfd_jax.budget import Budget
 from sfd_jax.convert.lazy_array import LazyArray
@@ -41,7 +43,7 @@ from sfd_jax.evaluation.image_sets import open_image_set
 from sfd_jax.evaluation.reference import open_reference
 
 SECONDS = 5
-BATCH = 20  # files in an example of hypothesis, which takes longer to draw one than a file to read
+COUNT = itertools.count()  # of the files so far
 FOLDER = pathlib.Path(tempfile.mkdtemp(prefix="sfd_fuzz_", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
 A = np.arange(6, dtype=np.float32).reshape(2, 3)
 YAML = "model: &m\n  name: x\n  layers: [1, 2.5, .nan, 0x1f, 2024-01-01]\nother: *m\nlast:\n  <<: *m\n  text: 'a'\n"
@@ -145,7 +147,7 @@ def mutated_pickle(data: bytes, random: Random) -> bytes:
     if random.random() < 0.3:
         return mutated(data, draw_mutations(random))
     starts = [position for _, _, position in pickletools.genops(data)]
-    parts = [data[start:end] for start, end in zip(starts, [*starts[1:], len(data)])]
+    parts = [data[start:end] for start, end in zip(starts, [*starts[1:], len(data)], strict=True)]
     for _ in range(random.choice([1, 1, 1, 2, 3, 6])):
         at, change = random.randrange(len(parts)), random.randrange(6)
         if change == 0:
@@ -177,16 +179,21 @@ def zipped(members: dict[str, bytes], compressed: bool) -> bytes:
 @contextlib.contextmanager
 def bounded(path: pathlib.Path):
     """Allow SfdError only, the memory that the budget states, and a few seconds."""
-    start = time.process_time()
-    tracemalloc.start()
+    start, before, traced = time.process_time(), peak_memory(), next(COUNT) % 4 == 0
+    if traced:
+        tracemalloc.start()
     try:
         with contextlib.suppress(SfdError):
             yield
-        peak = tracemalloc.get_traced_memory()[1]
+        peak = tracemalloc.get_traced_memory()[1] if traced else peak_memory() - before
     finally:
         tracemalloc.stop()
     assert peak < Budget(path).total, f"{peak:,} bytes of memory"
     assert time.process_time() - start < SECONDS, "too slow"
+
+
+def peak_memory() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def check_weights(data: bytes, suffix: str) -> None:
@@ -204,6 +211,8 @@ def check_weights(data: bytes, suffix: str) -> None:
         for which in ("ema", "raw"):
             with contextlib.suppress(SfdError):
                 json.dumps(choose_state(tree, path, which).stored(), default=str)
+        if not (isinstance(tree, dict) and tree.keys() & {"mean", "std"}):
+            return  # the rest would read the same again
     with bounded(path):
         mean, std = read_statistics(path)
         assert mean.shape == std.shape and mean.dtype == std.dtype == np.float32 and np.all(std > 0)
@@ -334,19 +343,12 @@ def main(files: int, start: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30,) * 2)  # jax maps some of it
     for test, share in SHARES.items():
         before, count = time.time(), files * share // 20
-
-        @seed(start)
-        @settings(max_examples=count // BATCH, deadline=None, database=None, phases=[Phase.generate])
-        @given(st.integers(0, 2**32))
-        def batch(first):
-            for number in range(BATCH * first, BATCH * (first + 1)):
-                try:
-                    test(Random(number))
-                except BaseException:
-                    print(f"to repeat: {test.__name__}(Random({number}))", flush=True)
-                    raise
-
-        batch()
+        for number in range(start * count, (start + 1) * count):
+            try:
+                test(Random(number))
+            except BaseException:
+                print(f"to repeat: {test.__name__}(Random({number}))", flush=True)
+                raise
         print(f"{test.__name__}: {count} files, {time.time() - before:.0f} s", flush=True)
 
 

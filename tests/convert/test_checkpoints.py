@@ -1,4 +1,4 @@
-"""Files in the released formats, through the front door and back."""
+"""Files in the released formats, through the command and back."""
 
 import json
 import resource
@@ -12,7 +12,7 @@ import yaml
 
 from sfd_jax.cli.convert import main
 from sfd_jax.convert import FORMATS
-from sfd_jax.convert.checkpoints import export_checkpoint, import_checkpoint
+from sfd_jax.convert.checkpoints import Stated, export_checkpoint, import_checkpoint
 from sfd_jax.convert.table import export_state
 from sfd_jax.convert.weight_files import choose_state, read_tree
 from sfd_jax.errors import SfdError
@@ -52,7 +52,7 @@ def released(tmp_path, torch_file):
 def test_average_by_default_raw_by_flag(released):
     path, raw, ema = released
     for which, weights in ((None, ema), ("ema", ema), ("raw", raw)):
-        imported = import_checkpoint(path, which=which)
+        imported = import_checkpoint(path, Stated(which=which))
         state, tree = export_checkpoint(imported.params, imported.metadata)
         assert same_bytes(state, weights)
         assert list(tree) == (["model"] if which == "raw" else ["ema"])
@@ -66,7 +66,7 @@ def test_the_prefix_of_a_wrapper_is_removed(tmp_path, torch_file):
     imported = import_checkpoint(path)
     assert same_bytes(export_checkpoint(imported.params, imported.metadata)[0], state)
     with pytest.raises(SfdError, match=r"no ema weights \(it holds 'model'\); take --weights raw"):
-        import_checkpoint(path, which="ema")
+        import_checkpoint(path, Stated(which="ema"))
 
 
 def test_through_the_door_and_back(released, tmp_path, capsys):
@@ -149,7 +149,7 @@ def test_semantic_vae_config_is_yaml_and_tells_the_heads(tmp_path, torch_file):
     path = write(tmp_path / "t.pt", torch_file({"model_state_dict": state}).zip_bytes())
     with pytest.raises(SfdError, match="--set transformer_heads"):
         import_checkpoint(path)
-    assert import_checkpoint(path, given={"transformer_heads": 5}).network.config == network.config
+    assert import_checkpoint(path, Stated(given={"transformer_heads": 5})).network.config == network.config
 
 
 def test_other_formats_of_a_network_by_flag():
@@ -171,7 +171,7 @@ def test_unknown_and_damaged_files_say_what_is_wrong(tmp_path, torch_file, relea
     with pytest.raises(SfdError, match="holds a str"):
         import_checkpoint(write(tmp_path / "y.pt", torch_file("weights").zip_bytes()))
     with pytest.raises(SfdError, match="has no field 'num_head': did you mean 'num_heads'"):
-        import_checkpoint(path, given={"num_head": 2})
+        import_checkpoint(path, Stated(given={"num_head": 2}))
     safetensors.numpy.save_file(dit_state(), tmp_path / "z.safetensors")
     data = (tmp_path / "z.safetensors").read_bytes()
     for length in (4, 100, len(data) - 4):
@@ -223,13 +223,13 @@ def test_statistics_of_the_two_groups_the_other_way_round(tmp_path, torch_file):
         write(tmp_path / f"{name}.pt", torch_file({"mean": ones, "std": ones}).zip_bytes())
     texture, semantic = tmp_path / "texture.pt", tmp_path / "semantic.pt"
     file = write(tmp_path / "f.pt", torch_file({"ema": dit_state()}).zip_bytes())
-    imported = import_checkpoint(file, texture_statistics=semantic, semantic_statistics=texture)
+    imported = import_checkpoint(file, Stated(texture_statistics=semantic, semantic_statistics=texture))
     assert "2 channels texture and 3 semantic: by the statistics given" in imported.notes
     tree = {"ema": dit_state(), "config": json.dumps({"in_chans": 5, "semantic_chans": 2})}
     told = write(tmp_path / "told.pt", torch_file(tree).zip_bytes())
-    assert import_checkpoint(told, texture_statistics=texture, semantic_statistics=semantic)
+    assert import_checkpoint(told, Stated(texture_statistics=texture, semantic_statistics=semantic))
     with pytest.raises(SfdError, match="2 texture and 3 semantic channels do not fit .* 2 of them semantic"):
-        import_checkpoint(told, texture_statistics=semantic, semantic_statistics=texture)
+        import_checkpoint(told, Stated(texture_statistics=semantic, semantic_statistics=texture))
 
 
 # --- The pack's own files, where they are at hand ---------------------------------------------------
@@ -251,7 +251,7 @@ def test_the_packs_files_hold_the_drawn_weights_and_come_back(parity_dir, name, 
         pytest.skip("this parity pack has no files in the released formats")
     drawn = json.loads((files / "files.json").read_text())
     shapes = drawn["semvae_params" if "semvae" in name else "params"]
-    imported = import_checkpoint(files / name, which=which)
+    imported = import_checkpoint(files / name, Stated(which=which))
     state, _ = export_checkpoint(imported.params, imported.metadata)
     # Which seed drew the Semantic VAE, files.json does not say.
     seeds = [drawn[seed]] if seed else [0, drawn["seed_model"], drawn["seed_ema"]]

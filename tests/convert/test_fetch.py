@@ -5,6 +5,7 @@ import http.server
 import json
 import re
 import threading
+import urllib.parse
 
 import jax
 import numpy as np
@@ -24,9 +25,15 @@ class Hub:
     def __init__(self):
         self.files: dict[str, dict[str, bytes]] = {}
         self.requests: list[tuple[str, str | None]] = []
+        self.tokens: dict[str, str | None] = {}  # by path
         self.drop_after: int | None = None  # break the next download after so many bytes
         self.spoil = False
+        self.page = b""  # sent in place of every file
         self.ranges = True
+
+
+def _lfs(data: bytes) -> dict:
+    return {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -37,7 +44,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         store: Hub = self.server.store
         wanted = self.headers.get("Range")
         store.requests.append((self.path, wanted))
-        path = self.path.split("?")[0]
+        store.tokens[self.path.split("?")[0]] = self.headers.get("Authorization")
+        path = urllib.parse.unquote(self.path.split("?")[0])
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/main/?(.*)", path):
             return self._list(store.files.get(match[1]), match[2])
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/main/(.+)", path):
@@ -56,11 +64,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if files is None:
             return self.send_error(404)
         entries = [
-            {"type": "file", "path": p, "size": len(d), "lfs": {"oid": hashlib.sha256(d).hexdigest(), "size": len(d)}}
+            {"type": "file", "path": p, "size": len(d), "oid": "0" * 40, "lfs": _lfs(d)}
             for p, d in files.items()
             if p.startswith(folder)
         ]
-        body = json.dumps(entries + [{"type": "directory", "path": folder}]).encode()
+        body = json.dumps(entries + [{"type": "directory", "path": folder, "oid": "0" * 40}]).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -69,12 +77,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _send(self, data, wanted):
         store: Hub = self.server.store
         start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and store.ranges else 0
+        if start >= len(data) > 0:
+            return self.send_error(416)
+        if store.page:
+            data = store.page
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(data) - start))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         self.end_headers()
         body = data[start:]
         if store.spoil:
-            body = bytes(len(body))
+            body = body[::-1]
         if store.drop_after is not None:
             body, store.drop_after = body[: store.drop_after], None
         self.wfile.write(body)
@@ -91,6 +105,7 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setenv("SFD_MIRROR", address)
     monkeypatch.setenv("SFD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)  # what is kept is a multiple of it
     yield httpd.store
     httpd.shutdown()
     httpd.server_close()
@@ -154,6 +169,17 @@ def test_a_file_outside_the_hub(server):
     assert hub.fetch("adm_reference_256")[0].read_bytes() == DATA
 
 
+def test_the_token_goes_to_the_hub_alone(server, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    server.files[REPO] = {"model_weights/sfd_xl/1.pt": DATA}
+    where = "/diffusion/jul-2021/ref_batches/imagenet/256/" + hub.CATALOGUE["adm_reference_256"].files
+    server.files["other"] = {where: DATA}
+    hub.fetch("sfd_xl")
+    hub.fetch("adm_reference_256")
+    assert server.tokens[f"/{REPO}/resolve/main/model_weights/sfd_xl/1.pt"] == "Bearer hf_secret"
+    assert server.tokens[where] is None
+
+
 PAGE = b"<!DOCTYPE html><html><title>Log in</title></html>"
 
 
@@ -161,12 +187,31 @@ def test_a_page_in_place_of_a_file_is_named_and_not_kept(server):
     """A portal or a moved address answers every request with a page, and says 200."""
     for name, folder, said in (
         ("adm_reference_256", "/diffusion/jul-2021/ref_batches/imagenet/256/", "what came is a web page"),
-        ("inception", "/mseitzer/pytorch-fid/releases/download/fid_weights/", "SHA-256 .*it is a web page.*removed"),
+        ("inception", "/mseitzer/pytorch-fid/releases/download/fid_weights/", "what came is a web page.*removed"),
     ):
         server.files["other"] = {folder + hub.CATALOGUE[name].files: PAGE}
         with pytest.raises(SfdError, match=said):
             hub.fetch(name)
     assert not [path for path in hub.cache_dir().rglob("*") if path.is_file()]
+
+
+def test_a_page_in_place_of_a_file_of_the_hub_is_not_kept(server):
+    server.files[REPO], server.page = {"model_weights/sfd_xl/1.pt": DATA}, PAGE
+    with pytest.raises(SfdError, match="what came is a web page"):
+        hub.fetch("sfd_xl")
+    assert not [path for path in hub.cache_dir().rglob("*") if path.is_file()]
+    server.page = b""
+    assert hub.fetch("sfd_xl")[0].read_bytes() == DATA
+
+
+def test_a_part_behind_which_the_server_has_nothing_is_begun_again(server):
+    """As a command leaves it that was killed between the last byte and the new name."""
+    where = "/diffusion/jul-2021/ref_batches/imagenet/256/" + hub.CATALOGUE["adm_reference_256"].files
+    server.files["other"] = {where: DATA}
+    part = hub.cache_dir() / "downloads" / "adm_reference_256" / f"{hub.CATALOGUE['adm_reference_256'].files}.None.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(bytes(len(DATA)))
+    assert hub.fetch("adm_reference_256")[0].read_bytes() == DATA
 
 
 def test_a_wrong_file_put_there_by_hand_is_named(server):
@@ -179,12 +224,13 @@ def test_a_wrong_file_put_there_by_hand_is_named(server):
 
 def test_offline_says_what_to_put_where_and_takes_it_from_there(monkeypatch, tmp_path):
     monkeypatch.setenv("SFD_CACHE", str(tmp_path))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
     with pytest.raises(SfdError) as error:
         hub.fetch("texture_vae")
     folder = tmp_path / "downloads" / "texture_vae"
     message = str(error.value)
-    for part in ("cannot be reached", "resolve/main/ldm-imagenet256-f16d32-50ep.ckpt", str(folder)):
+    for part in ("could not be fetched", "resolve/main/ldm-imagenet256-f16d32-50ep.ckpt", str(folder)):
         assert part in message
     folder.mkdir(parents=True)
     by_hand = folder / "ldm-imagenet256-f16d32-50ep.ckpt"

@@ -13,7 +13,7 @@ import safetensors.numpy
 
 from sfd_jax.cli.convert import main
 from sfd_jax.convert import FORMATS
-from sfd_jax.convert.checkpoints import export_checkpoint, import_checkpoint
+from sfd_jax.convert.checkpoints import Stated, export_checkpoint, import_checkpoint
 from sfd_jax.convert.file_kinds import find_weights
 from sfd_jax.convert.table import export_state
 from sfd_jax.errors import SfdError
@@ -107,11 +107,11 @@ def test_statistics_are_read_by_content_too(tmp_path, state, torch_file):
     (tmp_path / "w.pt").write_bytes(torch_file({"ema": state}).zip_bytes())
     stats = {key: np.full((1, 5, 1, 1), 2, np.float32) for key in ("mean", "std")}
     safetensors.numpy.save_file(stats, tmp_path / "stats.pt")
-    statistics = import_checkpoint(tmp_path / "w.pt", texture_statistics=tmp_path / "stats.pt").metadata
+    statistics = import_checkpoint(tmp_path / "w.pt", Stated(texture_statistics=tmp_path / "stats.pt")).metadata
     assert statistics["latent_statistics"]["texture_std"] == [2.0] * 5
     (tmp_path / "lfs.pt").write_bytes(LFS)
     with pytest.raises(SfdError, match="lfs.pt' is a Git LFS pointer"):
-        import_checkpoint(tmp_path / "w.pt", texture_statistics=tmp_path / "lfs.pt")
+        import_checkpoint(tmp_path / "w.pt", Stated(texture_statistics=tmp_path / "lfs.pt"))
 
 
 def touch(folder, *names):
@@ -154,7 +154,7 @@ def test_a_folder_with_one_file_of_weights_is_that_file(tmp_path, state, capsys)
     touch(folder, "unet_ema/config.json")
     with pytest.raises(SfdError, match="beside them averages: unet_ema"):
         import_checkpoint(folder)
-    assert import_checkpoint(folder, which="raw").network.name == "lightning_dit"
+    assert import_checkpoint(folder, Stated(which="raw")).network.name == "lightning_dit"
     # Ours, given to import.
     assert main([str(folder), f"--out={tmp_path}/ours", "--weights=raw"]) == 0
     for ours in ("ours", "ours/1200"):

@@ -9,7 +9,7 @@ import safetensors.numpy
 
 from sfd_jax.cli.convert import main
 from sfd_jax.convert import FORMATS
-from sfd_jax.convert.checkpoints import export_checkpoint, import_checkpoint
+from sfd_jax.convert.checkpoints import Stated, export_checkpoint, import_checkpoint
 from sfd_jax.convert.lazy_array import LazyArray
 from sfd_jax.convert.pickles import Record
 from sfd_jax.convert.weight_files import choose_state, find_sets
@@ -190,7 +190,7 @@ def test_raw_weights_without_an_average_are_said_to_be_so(tmp_path, torch_file):
     for tree, said in (({"model": RAW}, "holds no average beside 'model'"), (RAW, "nothing tells whether they are av")):
         (tmp_path / "f.pt").write_bytes(torch_file(tree).zip_bytes())
         assert any(said in note for note in import_checkpoint(tmp_path / "f.pt").notes)
-        assert not any("averag" in note for note in import_checkpoint(tmp_path / "f.pt", which="raw").notes)
+        assert not any("averag" in note for note in import_checkpoint(tmp_path / "f.pt", Stated(which="raw")).notes)
 
 
 def inside(*words):

@@ -24,4 +24,4 @@ except SfdError as error:
     assert done.returncode == 0, done.stderr
     total, sentence = done.stdout.splitlines()
     assert total == "3.0"
-    assert "install sfd_jax[torch]" in sentence and ".safetensors" in sentence
+    assert "pip install 'sfd_jax[torch]'" in sentence and ".safetensors" in sentence

@@ -44,7 +44,7 @@ def test_records_are_the_arrays_channels_last(shards):
         batch = source.read(np.array([9, 0, 4]), np.array(flip))
         suffixes = ["_flip" if flipped else "" for flipped in flip]
         for ours, theirs in (("texture", "latents"), ("semantic", "latents_sv"), ("repa_features", "feats_dino")):
-            rows = np.stack([whole[theirs + suffix][row] for suffix, row in zip(suffixes, [9, 0, 4])])
+            rows = np.stack([whole[theirs + suffix][row] for suffix, row in zip(suffixes, [9, 0, 4], strict=True)])
             expected = np.moveaxis(rows, 1, -1)
             expected = expected.reshape(3, 15, 7) if ours == "repa_features" else expected
             np.testing.assert_array_equal(batch[ours], expected)
@@ -232,12 +232,6 @@ def test_missing_shards_are_said_and_copies_refused(shards):
             (np.zeros(3), np.ones(3)),
             "latents_sv_stats.pt is of 3 channels, but 'latents_sv' .* has 2",
         ),
-        (
-            "latents_sv_stats.pt",
-            (np.zeros(2), np.array([1, 0])),
-            "latents_sv_stats.pt: .* every std finite and positive",
-        ),
-        ("latents_stats.pt", (np.array([0, np.nan, 0]), np.ones(3)), "latents_stats.pt: every mean must be finite"),
     ],
 )
 def test_statistics_of_something_else_are_named(shards, changed, statistics, words):

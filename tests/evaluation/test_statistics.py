@@ -3,13 +3,9 @@
 import numpy as np
 import pytest
 
+from sfd_jax.data.moments import RunningMoments
 from sfd_jax.errors import SfdError
-from sfd_jax.evaluation.statistics import (
-    FeatureStatistics,
-    RunningMoments,
-    load_statistics,
-    save_statistics,
-)
+from sfd_jax.evaluation.statistics import FeatureStatistics, load_statistics, save_statistics
 
 
 @pytest.mark.parametrize("piece", [1, 7, 64, 300])
@@ -25,23 +21,13 @@ def test_moments_do_not_depend_on_the_pieces(piece):
     np.testing.assert_allclose(moments.covariance, np.cov(rows.astype(np.float64), rowvar=False), rtol=1e-9, atol=1e-12)
 
 
-def test_merged_moments_are_those_of_all_rows():
-    rows = np.random.default_rng(1).standard_normal((101, 3))
-    parts = [RunningMoments(3) for _ in range(3)]
-    for part, chunk in zip(parts, (rows[:13], rows[13:13], rows[13:])):
-        part.add(chunk)
-    parts[1].merge(parts[2])
-    parts[0].merge(parts[1])
-    np.testing.assert_allclose(parts[0].covariance, np.cov(rows, rowvar=False), rtol=1e-12)
-
-
 def test_moments_refuse_nan_and_a_single_row():
     moments = RunningMoments(2)
     with pytest.raises(SfdError, match="not finite"):
         moments.add(np.array([[1.0, np.nan]]))
     moments.add(np.ones((1, 2)))
     with pytest.raises(SfdError, match="at least 2"):
-        moments.covariance
+        print(moments.covariance)
 
 
 def test_statistics_survive_the_file_and_keep_their_extractor(tmp_path):

@@ -149,10 +149,10 @@ def test_trajectory_ends_at_the_sample(whole):
 def test_both_programs_are_given_all_weights(whole):
     # So that the memory that XLA tells of either (`sfd compile_pod`) has room for what lies beside it.
     weights = sum(np.size(x) * 4 for params, _ in (dit(), vae()) for x in jax.tree.leaves(params))
-    sampling, decoding = whole[0].lower(16), whole[0].lower_decoding(16)
+    sampling, decoding = whole[0].trace(16), whole[0].trace_decoding(16)
     assert [x.shape for x in sampling.out_info] == [(16, 4, 4, 5), (16,), (16,)]
     assert [x.shape for x in decoding.out_info] == [(16, 8, 8, 3), (16,)]
-    given = [program.compile().memory_analysis().argument_size_in_bytes for program in (sampling, decoding)]
+    given = [program.lower().compile().memory_analysis().argument_size_in_bytes for program in (sampling, decoding)]
     assert given == [weights + 2 * 4 * 16 // 8, weights + 16 * 4 * 4 * 5 * 4]  # indices and labels of 2 rows a device
 
 

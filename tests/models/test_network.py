@@ -71,9 +71,9 @@ def test_wrong_parameters_are_named_with_their_shapes():
     with pytest.raises(SfdError) as error:
         network.apply(params, jnp.zeros((1, 2, 5)))
     message = str(error.value)
-    assert "missing encoder/layers/0/bias (4,)" in message
-    assert "extra encoder/layers/0/scale (4,)" in message
-    assert "encoder/layers/0/kernel is (5, 3), the network needs (5, 4)" in message
+    assert "missing   encoder/layers/0/bias (4,)" in message
+    assert "extra     encoder/layers/0/scale (4,)" in message
+    assert "misshapen encoder/layers/0/kernel is (5, 3), expected (5, 4)" in message
 
 
 def test_unknown_names_are_answered_with_the_nearest():

@@ -1,4 +1,4 @@
-"""Topologies, verdicts, plans and the two doors around them; and one small program compiled for real."""
+"""Topologies, verdicts, plans and the two commands around them; and one small program compiled for real."""
 
 import dataclasses
 import importlib.util
@@ -7,11 +7,11 @@ import json
 import pytest
 
 from sfd_jax.cli import compile_pod
-from sfd_jax.cli import plan as plan_door
+from sfd_jax.cli import plan as plan_command
 from sfd_jax.errors import SfdError
 from sfd_jax.pod import make_plan, report, table
 from sfd_jax.pod.chips import CHIPS, Topology
-from sfd_jax.pod.hlo import Work
+from sfd_jax.pod.hlo import Traffic
 from sfd_jax.pod.plan import plan_table
 
 needs_libtpu = pytest.mark.skipif(
@@ -66,7 +66,8 @@ def measurement(peak_gib=4.0, **changes):
         parameters={"diffusion": 7_000_000},
         memory=memory,
         needed=memory.peak,
-        work=Work(5e9, {"all-gather": GIB}, {"all-gather": 3}, ()),
+        flops=5e9,
+        traffic=Traffic({"all-gather": GIB}, {"all-gather": 3}, ()),
         lower_seconds=1.0,
         compile_seconds=2.0,
     )
@@ -77,7 +78,7 @@ def test_peak_is_what_must_be_free():
     # Arguments and outputs share their memory here; 15.75 GiB of a v5e's 16 can be used.
     assert measurement(4.0).needed == 4 * GIB
     assert measurement(15.75).fits and not measurement(15.76).fits
-    too_large = measurement(memory=None, needed=20 * GIB, work=None)
+    too_large = measurement(memory=None, needed=20 * GIB, traffic=None)
     assert not too_large.fits
     assert "does not fit" in table(too_large) and "20.000 GiB" in table(too_large)
 
@@ -124,13 +125,13 @@ def test_a_plan_is_arithmetic():
     assert json.dumps(plan.to_dict() | {"step": None})
 
 
-@pytest.mark.parametrize("door", [compile_pod, plan_door])
+@pytest.mark.parametrize("command", [compile_pod, plan_command])
 @pytest.mark.parametrize("peak, status", [(4.0, 0), (16.0, 1)])
-def test_the_exit_status_says_whether_it_fits(door, peak, status, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(door, "measure_program", lambda args, what: measurement(peak))
+def test_the_exit_status_says_whether_it_fits(command, peak, status, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(command, "measure_program", lambda args, what: measurement(peak))
     monkeypatch.setattr(report, "machine", lambda: {})
     file = tmp_path / "numbers.json"
-    assert door.main(["--topology=v5e:2x2", f"--json={file}"]) == status
+    assert command.main(["--topology=v5e:2x2", f"--json={file}"]) == status
     assert ("not fit" in capsys.readouterr().out) == bool(status)
     numbers = json.loads(file.read_text())
     assert numbers.get("step", numbers)["needed"] == peak * GIB
@@ -146,7 +147,7 @@ def test_the_exit_status_says_whether_it_fits(door, peak, status, monkeypatch, t
 )
 def test_what_a_plan_cannot_work_with(flags, said):
     with pytest.raises(SfdError, match=said):
-        plan_door.main(flags)
+        plan_command.main(flags)
 
 
 def test_weak_models_default_to_the_same_config_in_size_b():
@@ -184,10 +185,10 @@ def test_a_training_step_compiles_for_a_slice(tmp_path, capsys, remat):
     last = 3 * 128 * 341
     weights = 3 * 128 * (3 * 128 + 128) + 3 * last
     again = 2 * (weights - last) if remat == "full" else 0
-    assert 1 < numbers["work"]["flops"] / (64 * (6 * weights + again)) < 1.2
+    assert 1 < numbers["flops"] / (64 * (6 * weights + again)) < 1.2
     # What fsdp is for: the weights are gathered, forward and backward, in two bytes each; activations are not.
-    assert 1 < numbers["work"]["sent"]["all-gather"] / (2 * 2 * weights) < 2
-    assert not numbers["work"]["unknown_loops"]
+    assert 1 < numbers["traffic"]["sent"]["all-gather"] / (2 * 2 * weights) < 2
+    assert not numbers["traffic"]["unknown_loops"]
 
 
 @needs_libtpu
@@ -204,6 +205,6 @@ def test_batches_and_meshes_that_do_not_go_with_a_topology():
 def test_measurements_are_plain_numbers(monkeypatch):
     monkeypatch.setattr(report, "machine", lambda: {"jax": "1"})
     values = json.loads(json.dumps(measurement().to_dict()))
-    assert values["fits"] and values["memory"]["peak"] == 4 * GIB and values["work"]["flops"] == 5e9
+    assert values["fits"] and values["memory"]["peak"] == 4 * GIB and values["flops"] == 5e9
     assert values["topology"] == {"name": "v5e:2x2", "slices": 1, "chips": 4}
     assert dataclasses.asdict(measurement())["batch"] == values["batch"]

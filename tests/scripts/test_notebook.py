@@ -77,7 +77,7 @@ def test_what_is_installed_follows_the_accelerator(install, monkeypatch, acceler
     with pytest.raises(RuntimeError, match="run this cell again"):
         install.main()
     assert calls[0][-3].endswith("constraints.txt")
-    assert calls[0][-1] == str(install.ROOT) + (f"[{accelerator}]" if accelerator else "")
+    assert calls[0][-1] == f"{install.ROOT}[{'demo,' + accelerator if accelerator else 'demo'}]"
 
 
 def test_other_versions_than_the_pins_are_seen(install, monkeypatch, tmp_path):

@@ -77,6 +77,12 @@ def test_setup_installs_the_pins_once(checkout):
     assert setup(checkout, "dev", "torch").returncode == 0 and len(pip_calls(checkout)) == 2
 
 
+def test_the_demo_installs_what_it_needs(root, checkout):
+    shutil.copy(root / "scripts/demo.sh", checkout / "scripts")
+    run(checkout, "scripts/demo.sh", PYTHON=str(checkout.parent / "tools/python"))  # there is no sfd to run afterwards
+    assert pip_calls(checkout)[0].endswith("--editable .[demo]")
+
+
 def test_setup_tries_again_after_a_hiccup_of_pip(checkout):
     plan = checkout.parent / "tools/pip_plan"
     plan.write_text("fail\nok\n")

@@ -77,9 +77,9 @@ def test_every_array_that_does_not_fit_is_named(tmp_path, state, mesh):
         checkpointer.restore(abstract_state(other, OPTIMIZER, mesh))
     message = str(fault.value)
     for line in (
-        "missing: params.hidden.scale (3,)",
-        "extra: ema_params.out.kernel (16, 3)",
-        "misshapen: progress.opt_state.1.0.nu.hidden.kernel is (5, 16), expected (5, 17)",
+        "missing   params.hidden.scale (3,)",
+        "extra     ema_params.out.kernel (16, 3)",
+        "misshapen progress.opt_state.1.0.nu.hidden.kernel is (5, 16), expected (5, 17)",
     ):
         assert line in message
     # four trees: params, EMA, two moments; in each one missing, two extra, one misshapen
@@ -97,7 +97,7 @@ def test_converted_params_are_read_like_trained_ones_and_never_overwritten(tmp_p
         save_params(tmp_path / "converted", params, {"step": 400_000})
     with pytest.raises(SfdError, match="no checkpoint of step 7; it has 400000"):
         load_params(tmp_path / "converted", step=7)
-    with pytest.raises(SfdError, match="misshapen: params.a.kernel"):
+    with pytest.raises(SfdError, match="misshapen params.a.kernel"):
         load_params(tmp_path / "converted", abstract={"a": {"kernel": jax.ShapeDtypeStruct((3, 2), "float32")}})
     with pytest.raises(SfdError, match="must be JSON"):
         save_params(tmp_path / "other", params, {"array": np.ones(2)})

@@ -9,8 +9,8 @@ import pytest
 from sfd_jax.distributed import make_mesh
 from sfd_jax.errors import SfdError
 from sfd_jax.models import DinoV2Config, Network, SemanticVAEConfig, TextureVAEConfig
+from sfd_jax.randomness import keys_by_row, normal_by_row
 from sfd_jax.training import OptimizerConfig, TrainConfig, fit, load_params
-from sfd_jax.training.randomness import row_keys, row_normal
 from sfd_jax.training.semantic_vae import SemanticVAELoss, semantic_vae_task
 from sfd_jax.training.terms import cosine_distance, cross_entropy, gaussian_kl, hits
 from sfd_jax.training.texture_vae import TextureVAELoss, texture_vae_task
@@ -44,7 +44,7 @@ def test_semantic_vae_loss(axis):
     loss, metrics = task.loss(params, {"features": jnp.asarray(features), "positions": jnp.arange(2)}, key)
 
     mean, logvar = (np.asarray(x) for x in network.apply(params, features, method="encode"))
-    latents = mean + np.exp(logvar / 2) * np.asarray(row_normal(key, jnp.arange(2), mean.shape[1:]))
+    latents = mean + np.exp(logvar / 2) * np.asarray(normal_by_row(key, jnp.arange(2), mean.shape[1:]))
     out = np.asarray(network.apply(params, jnp.asarray(latents), method="decode"))
     along = {"token": 1, "feature": 2}[axis]
     norms = np.linalg.norm(out, axis=along) * np.linalg.norm(features, axis=along)
@@ -83,7 +83,7 @@ def test_texture_vae_loss():
     pixels = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 6, 6, 3)).astype(np.float32))
     loss, metrics = task.loss(params, {"pixels": pixels, "positions": jnp.arange(2)}, key)
 
-    noise = row_normal(key, jnp.arange(2), (3, 3, 2))
+    noise = normal_by_row(key, jnp.arange(2), (3, 3, 2))
     out, mean, logvar = (np.asarray(x) for x in network.apply(params, pixels, noise))
     kl = (0.5 * (mean**2 + np.exp(logvar) - 1 - logvar)).sum((1, 2, 3)).mean()
     error = out - np.asarray(pixels)
@@ -126,7 +126,7 @@ def test_lpips_alone_teaches_a_texture_vae():
         assert np.abs(kernel["kernel"]).max() > 0
 
 
-KEYS = row_keys(jax.random.key(0), jnp.arange(64))
+KEYS = keys_by_row(jax.random.key(0), jnp.arange(64))
 
 
 def test_shift_and_scale_moves_within_bounds():

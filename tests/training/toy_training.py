@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sfd_jax.randomness import normal_by_row
 from sfd_jax.training import OptimizerConfig, Task, TrainConfig
-from sfd_jax.training.randomness import row_normal
 
 INPUTS, HIDDEN, OUTPUTS = 5, 16, 3
 
@@ -21,7 +21,7 @@ def toy_task(noise: float = 0.1, scale: float = 1.0) -> Task:
         }
 
     def loss(params, batch, key):
-        x = batch["x"] + noise * row_normal(key, batch["positions"], batch["x"].shape[1:])
+        x = batch["x"] + noise * normal_by_row(key, batch["positions"], batch["x"].shape[1:])
         hidden = jnp.tanh(x @ params["hidden"]["kernel"] + params["hidden"]["bias"][None])
         error = jnp.square(hidden @ params["out"]["kernel"] - batch["y"]).sum(-1)
         high = batch["x"][:, 0] > 0

@@ -10,6 +10,7 @@ from the last finished work and ends with the same samples.
 import os
 
 from sfd_jax.cli.flags import door_parser, local_path, parse_door
+from sfd_jax.errors import needs_extra
 
 
 def main(argv: list[str]) -> int:
@@ -24,6 +25,9 @@ def main(argv: list[str]) -> int:
         args.config.seed = args.seed
     # Digits are small: the demo is for the processor, and gives there what README.md shows.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+    with needs_extra("demo", "the demo"):  # its pictures come last, minutes later
+        import matplotlib  # noqa: F401
 
     from pathlib import Path
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from sfd_jax.errors import needs_extra
 from sfd_jax.files import appearing
 
 
 def _pyplot():
-    import matplotlib
-
+    with needs_extra("demo", "drawing pictures"):
+        import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
