@@ -38,15 +38,13 @@ class Registry(dict[str, Part]):
         self._modules: dict[str, str] = {}
 
     def register(self, name: str, part: Part | None = None, module: str | None = None):
-        """Add a part; without `part` return a decorator that does.
+        """Add a part under a name; without `part` return a decorator that does.
 
         Args:
-          name: what configs and checkpoints call it.
-          part: a class, function or object.
-          module: where it is registered; by default the module of the class or function.
+          module: where it is registered; by default the module of the class, function or object.
 
         Raises:
-          SfdError: the name is taken by another module.
+          SfdError: another module has taken the name.
         """
         if part is None:
             return lambda part: self.register(name, part, module) or part
@@ -62,11 +60,7 @@ class Registry(dict[str, Part]):
         return None if module.partition(".")[0] == __package__ else module
 
     def find(self, name: str, registered_in: str | None = None) -> Part:
-        """Return a part.
-
-        Args:
-          name: of the part.
-          registered_in: the module that registered it when the name was written down, where that is known.
+        """Return a part; `registered_in` is the module that did so when the name was written down, where it is known.
 
         Raises:
           SfdError: no such part here; the message says what to import.

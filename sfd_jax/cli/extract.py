@@ -44,12 +44,6 @@ def main(argv: list[str]) -> int:
         return _repack(args, config)
     if not (args.images and args.texture_vae):
         raise SfdError("say what to encode and with what: --images and --texture_vae (or --repack)")
-    if args.semantic_vae and args.pca:
-        raise SfdError("--semantic_vae and --pca both make the semantic latents: give one of them")
-    if args.visual and not (args.semantic_vae or args.pca):
-        raise SfdError("--visual needs --semantic_vae=CKPT or --pca=CHANNELS to compress its features")
-    if (args.semantic_vae or args.pca or args.repa) and not args.visual:
-        raise SfdError("semantic latents and REPA features need --visual=CKPT")
     return _extract(args, config)
 
 
@@ -83,6 +77,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         Only("statistics", "repack"),
         Only(" ".join(["images path split texture_vae visual semantic_vae", *settings]), "repack", never=True),
         Only("path", "images", ("digits",), never=True),
+        Only("visual", "semantic_vae pca", hint="its features are compressed by one of them"),
+        Only("semantic_vae pca repa", "visual repack"),
+        Only("pca", "semantic_vae", never=True),
         Only("pca_images", "pca"),
         Only("semantic_posterior", "semantic_vae"),
         Only("tile_size", "visual"),

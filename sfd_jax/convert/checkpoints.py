@@ -23,7 +23,7 @@ from sfd_jax.convert.weight_files import (
     read_statistics,
     read_tree,
 )
-from sfd_jax.errors import SfdError, nearest
+from sfd_jax.errors import SfdError
 from sfd_jax.latents import LatentStatistics
 from sfd_jax.models import Network
 
@@ -186,9 +186,7 @@ def export_checkpoint(
     name = format or foreign.get("format")
     if name is None:
         name = next((n for n, m in FORMATS.items() if m.TABLE.network == metadata["network"]), None)
-    if name not in FORMATS:
-        raise SfdError(f"no format '{name}': {nearest(str(name), FORMATS)}")
-    module = FORMATS[name]
+    module = FORMATS.find(name, None if format else metadata.get("registered_in"))
     if module.TABLE.network != metadata["network"]:
         raise SfdError(f"format {name} is for {module.TABLE.network}, not for {metadata['network']}")
     network = Network(metadata["network"], metadata["network_config"])

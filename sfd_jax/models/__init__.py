@@ -6,15 +6,7 @@ pair into `init` and `apply` on plain dict trees. To add one: write its file, re
 encoders: in `encoders`).
 """
 
-from sfd_jax.models.encoders import (
-    DINOV2_SIZES,
-    ENCODERS,
-    DinoV2,
-    DinoV2Config,
-    dinov2_config,
-    preprocess,
-    register_encoder,
-)
+from sfd_jax.models.encoders import ENCODERS, register_encoder
 from sfd_jax.models.inception import Inception, InceptionConfig
 from sfd_jax.models.lightning_dit import SIZES, DiTConfig, LightningDiT, dit_config
 from sfd_jax.models.lpips import Lpips, LpipsConfig
@@ -32,13 +24,10 @@ for _name, _parts in {
     NETWORKS.register(_name, _parts, __name__)
 
 __all__ = [
-    "DINOV2_SIZES",
     "ENCODERS",
     "NETWORKS",
     "SIZES",
     "DiTConfig",
-    "DinoV2",
-    "DinoV2Config",
     "Inception",
     "InceptionConfig",
     "LightningDiT",
@@ -49,10 +38,8 @@ __all__ = [
     "SemanticVAEConfig",
     "TextureVAE",
     "TextureVAEConfig",
-    "dinov2_config",
     "dit_config",
     "network_of",
-    "preprocess",
     "register_encoder",
     "to_bytes",
 ]

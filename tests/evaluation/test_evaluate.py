@@ -24,7 +24,8 @@ from sfd_jax.evaluation import (
 )
 from sfd_jax.evaluation.evaluate import ADM_METRICS
 from sfd_jax.evaluation.reference import Reference
-from sfd_jax.models import Network, dinov2_config
+from sfd_jax.models import Network
+from sfd_jax.models.encoders import dinov2_config
 
 GENERATOR = np.random.default_rng(0)
 SAMPLES = GENERATOR.integers(0, 256, (300, 5, 3, 3), dtype=np.uint8)

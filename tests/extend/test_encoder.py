@@ -72,6 +72,8 @@ def features_by_hand(pixels):
 def test_an_encoder_from_outside_is_converted_extracted_with_and_trained_on(work, capsys, root):
     assert run("convert", "released.safetensors", "--out=patches", "--plugin=my_encoder") == 0
     assert load_metadata(work / "patches")["registered_in"] == "my_encoder.network"
+    assert run("convert", "patches", "--export=back.safetensors", "--plugin=my_encoder") == 0
+    assert (work / "back.safetensors").read_bytes() == (work / "released.safetensors").read_bytes()
 
     extract = ["extract", "--images=folder", "--path=images", "--image_size=8", "--repa", "--out=latents"]
     extract += ["--texture_vae=texture_vae", "--semantic_vae=semantic_vae", "--visual=patches", "--batch_size=8"]

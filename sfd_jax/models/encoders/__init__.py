@@ -2,7 +2,7 @@
 
 The module class `Cls(config, *, rngs)` of an encoder owns its preprocessing:
 
-  patch_features(pixels, grid)  pixels (B,S,S,3) float32 in [-1,1], of any size -> (B, grid*grid, F) float32, row by row
+  patch_features(pixels, grid)  pixels (B,S,S,3) float32 in [-1,1], any size S -> (B, grid*grid, F) by rows
   class_token(images, size)     images (B,H,W,3) float32, 0..255 -> (B,F) float32, as it sees them at size x size pixels
                                 in published metrics; left out where there is none
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from flax import nnx
 
-from sfd_jax.models.encoders.dinov2 import DINOV2_SIZES, DinoV2, DinoV2Config, dinov2_config, preprocess
+from sfd_jax.models.encoders.dinov2 import DINOV2_SIZES, DinoV2, DinoV2Config, dinov2_config
 from sfd_jax.models.encoders.tiles import Tiling, VisualEncoder, to_float
 from sfd_jax.models.network import NETWORKS, Network
 from sfd_jax.registry import FORMATS, Registry
@@ -58,7 +58,6 @@ __all__ = [
     "Tiling",
     "VisualEncoder",
     "dinov2_config",
-    "preprocess",
     "published_encoder",
     "register_encoder",
     "to_float",

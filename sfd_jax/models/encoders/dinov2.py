@@ -4,18 +4,7 @@ Maps images to one feature vector a patch, a class token and register tokens, al
 LayerNorm. Works at any image size that divides by the patch size: the position table is resized.
 The published one is ViT-B/14 with 4 registers, 224 px: N = 256 patches, D = 768.
 
-Parameters (ours <- PyTorch key; Linear weights transposed, `blocks/` leaves stacked along L):
-
-  cls_token (1,1,D), register_tokens (1,R,D), mask_token (1,D), pos_embed (1,1+G*G,D)  same names
-  patch_embed/kernel (P,P,3,D), bias              patch_embed.proj.{weight (D,3,P,P), bias}
-  blocks/norm1/scale, norm1/bias, norm2 (L,D)     blocks.{i}.norm1.weight, .bias, norm2
-  blocks/attention/qkv/kernel (L,D,3D), bias      attn.qkv
-  blocks/attention/proj/kernel (L,D,D), bias      attn.proj
-  blocks/scale1/gamma, scale2/gamma (L,D)         ls1.gamma, ls2.gamma
-  blocks/mlp/fc1, fc2                             mlp.fc1, mlp.fc2   (ffn "mlp")
-  blocks/mlp/w12, w3                              mlp.w12, mlp.w3    (ffn "swiglu")
-  norm/scale, norm/bias                           norm.weight, norm.bias
-
+`convert/dinov2.py` lists the parameters beside their PyTorch keys; `blocks/` leaves are stacked along L.
 register_tokens is absent where num_registers is 0. mask_token is only read in DINOv2's own
 pre-training; it is kept so that the files round-trip.
 

@@ -46,7 +46,6 @@ class Tiling:
         Raises:
           SfdError: one does not divide by another; sizes that would do are named.
         """
-        check_divides(image_size, downsampling, "the texture VAE's downsampling")
         tile = min(image_size, tile_size)
         check_divides(tile, downsampling, "the texture VAE's downsampling (tile_size)")
         tiling = cls(tile, tile // downsampling)
@@ -59,8 +58,7 @@ class Tiling:
 
         Args:
           image_size: pixels a side of the images they are of.
-          latent_grid: latent pixels a side.
-          tile_grid: latent pixels a side of the tiles that were encoded one by one.
+          latent_grid, tile_grid: latent pixels a side of an image, and of the tiles that were encoded one by one.
 
         Raises:
           SfdError: the images or the tiles do not divide over the latents; what would do is named.
@@ -71,20 +69,12 @@ class Tiling:
 
     @classmethod
     def whole(cls, image_size: int, view_size: int, encoder: Network) -> "Tiling":
-        """Return the tiling of an encoder that sees images whole, at a size in pixels.
-
-        Raises:
-          SfdError: that size is no whole number of the encoder's patches.
-        """
+        """Return the tiling of an encoder that sees images whole, at a size in pixels that its patches divide."""
         check_divides(view_size, encoder.config.patch_size, "the visual encoder's patch_size")
         return cls(image_size, view_size // encoder.config.patch_size)
 
     def tiles_a_side(self, image_size: int) -> int:
-        """Return into how many tiles a side an image is cut.
-
-        Raises:
-          SfdError: it is no whole number of them.
-        """
+        """Return into how many tiles a side an image is cut; raises SfdError where that is no whole number."""
         if image_size <= self.tile_size:
             return 1
         check_divides(image_size, self.tile_size, "the tile_size that the visual encoder sees at once")
@@ -129,11 +119,7 @@ class VisualEncoder:
 
 
 def tiles_of_grid(grid: int, tile_grid: int) -> int:
-    """Return into how many tiles a side a grid of latents is cut; a grid smaller than a tile is one.
-
-    Raises:
-      SfdError: it is no whole number of tiles.
-    """
+    """Return into how many tiles a side a grid of latents is cut; raises SfdError where that is no whole number."""
     if grid > tile_grid and grid % tile_grid:
         raise SfdError(f"tile_grid={tile_grid} does not divide a grid of {grid} latents: {grid} or a divisor would do")
     return max(1, grid // tile_grid)
