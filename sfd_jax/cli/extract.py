@@ -24,10 +24,24 @@ all of them: they share the shards; DIR must be one folder for all.
 """
 
 import argparse
+import dataclasses
+
+import numpy as np
 
 from sfd_jax.cli.flags import door_parser, local_path, parse_door, path
+from sfd_jax.data.checks import check_images, check_writable
+from sfd_jax.data.extract import ExtractConfig, bytes_per_image, repack, repack_plan
+from sfd_jax.data.images import open_images
+from sfd_jax.data.latent_store import LatentStore, Plan
+from sfd_jax.data.published import PublishedLatents
+from sfd_jax.distributed import hosts
+from sfd_jax.distributed.heartbeat import Heartbeat
+from sfd_jax.distributed.lock import FolderLock
+from sfd_jax.distributed.preflight import Job
 from sfd_jax.errors import Faults, SfdError
+from sfd_jax.experiment.extraction import extract_latents, job_share, open_encoder, planned_latents, repack_statistics
 from sfd_jax.ranges import Only
+from sfd_jax.settings import flags_from, from_args
 
 # With --repack of the settings these alone have an effect.
 REPACKED = ("repa", "dtype", "shard_size", "workers")
@@ -35,9 +49,6 @@ REPACKED = ("repa", "dtype", "shard_size", "workers")
 
 def main(argv: list[str]) -> int:
     """Open the door: extract, repack or check, as the flags say."""
-    from sfd_jax.data.extract import ExtractConfig
-    from sfd_jax.settings import from_args
-
     args = _parse(argv)
     config = from_args(ExtractConfig, args)
     if args.repack:
@@ -48,11 +59,6 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    import dataclasses
-
-    from sfd_jax.data.extract import ExtractConfig
-    from sfd_jax.settings import flags_from
-
     parser = door_parser("extract", __doc__)
     flag = parser.add_argument
     flag("--out", type=local_path, required=True, help="folder of the latent shards")
@@ -88,13 +94,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return parse_door(parser, argv, rules=rules)
 
 
-def _extract(args: argparse.Namespace, config) -> int:
-    from sfd_jax.data.checks import check_images
-    from sfd_jax.data.images import open_images
-    from sfd_jax.distributed import hosts
-    from sfd_jax.distributed.preflight import Job
-    from sfd_jax.experiment.extraction import extract_latents, open_encoder, planned_latents
-
+def _extract(args: argparse.Namespace, config: ExtractConfig) -> int:
     source = open_images(args.images, args.path, args.split, config.image_size)
     paths = {name: getattr(args, name) for name in ("texture_vae", "visual", "semantic_vae")}
     hosts.start(Job({"flags": vars(args), "images": len(source)}, args.out, needs=tuple(paths.values())))
@@ -109,15 +109,7 @@ def _extract(args: argparse.Namespace, config) -> int:
     return 0
 
 
-def _repack(args: argparse.Namespace, config) -> int:
-    from sfd_jax.data.extract import repack, repack_plan
-    from sfd_jax.data.published import PublishedLatents
-    from sfd_jax.distributed import hosts
-    from sfd_jax.distributed.heartbeat import Heartbeat
-    from sfd_jax.distributed.lock import FolderLock
-    from sfd_jax.distributed.preflight import Job
-    from sfd_jax.experiment.extraction import job_share, repack_statistics
-
+def _repack(args: argparse.Namespace, config: ExtractConfig) -> int:
     source, statistics, found = PublishedLatents(args.repack, repa=config.repa), None, Faults()
     with found:
         statistics = repack_statistics(source, args.statistics)
@@ -136,11 +128,8 @@ def _repack(args: argparse.Namespace, config) -> int:
     return 0
 
 
-def _checked(found: Faults, out: str, plan) -> int:
+def _checked(found: Faults, out: str, plan: Plan) -> int:
     """Print what a plan will take, and raise SfdError with all faults where there are any."""
-    from sfd_jax.data.checks import check_writable
-    from sfd_jax.data.extract import bytes_per_image
-
     image = bytes_per_image(plan)
     print(f"{plan.total:,} images, {image:,} bytes each: {plan.total * image / 1e9:.2f} GB in all")
     found += check_writable(out, image * plan.total)
@@ -149,7 +138,7 @@ def _checked(found: Faults, out: str, plan) -> int:
     return 0
 
 
-def _summary(store) -> str:
+def _summary(store: LatentStore) -> str:
     manifest = store.manifest
     size = sum(shard["bytes"] for shard in store.shards)
     lines = [
@@ -164,8 +153,6 @@ def _summary(store) -> str:
 
 def _unlike(manifest: dict) -> str:
     """Return a sentence where released statistics do not describe the latents they came with, else ""."""
-    import numpy as np
-
     for group in ("texture", "semantic"):
         mean, std, true_mean, true_std = (
             np.array(manifest[kind][f"{group}_{name}"])
@@ -176,7 +163,8 @@ def _unlike(manifest: dict) -> str:
         if shift.size and (shift.max() > 1 or ratio.max() > 2 or ratio.min() < 0.5):
             return (
                 f"the released {group} statistics are not those of these latents: normalised by them, channels have "
-                f"means up to {shift.max():.2g} from 0 and standard deviations from {ratio.min():.2g} to {ratio.max():.2g}"
+                f"means up to {shift.max():.2g} from 0 and standard deviations from {ratio.min():.2g} to "
+                f"{ratio.max():.2g}"
             )
     return ""
 

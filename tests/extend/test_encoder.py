@@ -73,11 +73,15 @@ def test_an_encoder_from_outside_is_converted_extracted_with_and_trained_on(work
     assert run("convert", "released.safetensors", "--out=patches", "--plugin=my_encoder") == 0
     assert load_metadata(work / "patches")["registered_in"] == "my_encoder.network"
     assert run("convert", "patches", "--export=back.safetensors", "--plugin=my_encoder") == 0
-    assert (work / "back.safetensors").read_bytes() == (work / "released.safetensors").read_bytes()
+    jax.tree.map(np.testing.assert_array_equal, load_file("back.safetensors"), load_file("released.safetensors"))
 
     extract = ["extract", "--images=folder", "--path=images", "--image_size=8", "--repa", "--out=latents"]
     extract += ["--texture_vae=texture_vae", "--semantic_vae=semantic_vae", "--visual=patches", "--batch_size=8"]
     capsys.readouterr()
+    np.savez("any.npz", np.zeros((4, 8, 8, 3), np.uint8))
+    judge = ["evaluate", "--reference=any.npz", "--samples=any.npz", "--dinov2=patches", "--plugin=my_encoder"]
+    assert run(*judge) == 2
+    assert "holds 'patches', which has no class token for metrics" in capsys.readouterr().err
     assert run(*extract, "--plugin=elsewhere") == 2
     assert "plugin 'elsewhere': no such module" in capsys.readouterr().err
     assert run(*extract) == 2
