@@ -8,7 +8,6 @@ images skipped and listed, shards shared among hosts.
 
 import dataclasses
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from sfd_jax.data.checks import check_writable
 from sfd_jax.data.images import BrokenImage, BrokenImages, Tolerant
 from sfd_jax.data.latent_store import (
     LatentStore,
@@ -28,7 +28,7 @@ from sfd_jax.data.latent_store import (
 )
 from sfd_jax.data.pipeline import make_eval_batches
 from sfd_jax.data.published import PublishedLatents
-from sfd_jax.errors import SfdError
+from sfd_jax.errors import SfdError, refuse
 from sfd_jax.latents import LatentStatistics
 from sfd_jax.ranges import check_fields
 from sfd_jax.settings import setting, to_dict
@@ -207,7 +207,7 @@ def _fill(
     count_broken(writer, broken, counted)
     if pending:
         (Path(out_dir) / "manifest.json").unlink(missing_ok=True)
-        check_space(out_dir, sum(len(plan.span(s)) for s in pending) * bytes_per_image(plan))
+        refuse(check_writable(out_dir, sum(len(plan.span(s)) for s in pending) * bytes_per_image(plan)))
         bar = tqdm(
             desc=f"write {Path(out_dir).name}",
             total=sum(len(plan.span(s)) for s in shards),
@@ -240,16 +240,6 @@ def count_broken(writer: LatentStoreWriter, broken: BrokenImages, counted: set[i
             counted.add(shard)
             for fault in writer.facts(shard)["skipped"]:
                 broken.add(BrokenImage(fault["name"], fault["reason"]))
-
-
-def check_space(directory: str | os.PathLike, needed: int) -> None:
-    """Raise SfdError where a folder's disk has less than `needed` bytes free."""
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise SfdError(
-            f"{directory} has {free / 1e9:.1f} GB free and the shards still to write need "
-            f"{needed / 1e9:.1f} GB; free some space or choose another disk"
-        )
 
 
 def bytes_per_image(plan: Plan) -> int:
