@@ -9,7 +9,7 @@ import numbers
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from sfd_jax.errors import refuse
+from sfd_jax.errors import nearest, refuse
 
 
 class Range(NamedTuple):
@@ -169,13 +169,16 @@ RULES = {
 }
 
 
-def faults(values: Mapping[str, Any], prefix: str = "", group: str = "") -> list[str]:
+def faults(
+    values: Mapping[str, Any], prefix: str = "", group: str = "", own: Mapping[str, Range | None] = {}
+) -> list[str]:
     """Compare all numbers of a mapping, at any depth, with the table.
 
     Args:
       values: settings by name; what is no number is passed over, None is "not given".
       prefix: put before each name in the sentences.
       group: of the names at the top.
+      own: ranges of names that go before the table's, as their dataclass or flag tells them.
 
     Returns:
       A sentence for each number outside its range.
@@ -183,9 +186,9 @@ def faults(values: Mapping[str, Any], prefix: str = "", group: str = "") -> list
     found = []
     for name, value in values.items():
         if isinstance(value, Mapping):
-            found += faults(value, f"{prefix}{name}.", name)
+            found += faults(value, f"{prefix}{name}.", name, own)
             continue
-        row = RANGES.get(f"{group}.{name}", RANGES.get(name))
+        row = own.get(name) or RANGES.get(f"{group}.{name}", RANGES.get(name))
         for item in value if isinstance(value, (tuple, list)) else (value,):
             is_number = isinstance(item, numbers.Number) and not (isinstance(item, bool) and row is None)
             if is_number and item not in (row or _ANY):
@@ -207,16 +210,22 @@ def check(group: str = "", /, **values: Any) -> None:
 
 
 def check_fields(group: str, settings: Any) -> None:
-    """Raise SfdError where a number or bool of a config dataclass is outside its range or of another type."""
+    """Raise SfdError where a number, bool or choice of a dataclass is outside its range or of another type.
+
+    A field may tell its range and choices itself (`settings.setting`).
+    """
     wrong = []
     for field in dataclasses.fields(settings):
+        choices, own = field.metadata.get("choices"), {field.name: field.metadata.get("range")}
         value, is_number = getattr(settings, field.name), field.type in (int, float, int | None, float | None)
         if field.type in (bool, bool | None) and not isinstance(value, field.type):
             wrong.append(f"{group}.{field.name}={value!r}: give True or False")
         elif (value is None and field.type in (int, float)) or (is_number and isinstance(value, str)):
             wrong.append(f"{group}.{field.name}={value!r}: give a number")
+        elif choices and value is not None and value not in choices:
+            wrong.append(f"unknown {group}.{field.name} {value!r}: {nearest(str(value), choices)}")
         elif not dataclasses.is_dataclass(value):
-            wrong += faults({field.name: value}, f"{group}.", group)
+            wrong += faults({field.name: value}, f"{group}.", group, own)
     refuse(wrong)
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-EVERYONE = {"budget", "errors", "files", "libtpu", "randomness", "ranges", "trees"}
+EVERYONE = {"budget", "errors", "files", "libtpu", "randomness", "ranges", "registry", "settings", "trees"}
 # package -> packages it may import, beside itself and the leaves above, which are everybody's.
 MAY_IMPORT = {
     "budget": set(),
@@ -15,6 +15,8 @@ MAY_IMPORT = {
     "libtpu": set(),
     "randomness": set(),
     "ranges": set(),
+    "registry": set(),
+    "settings": set(),
     "trees": set(),
     "latents": set(),
     "models": {"distributed"},

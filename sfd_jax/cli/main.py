@@ -14,6 +14,7 @@ from pathlib import Path
 from sfd_jax import libtpu
 from sfd_jax.errors import SfdError, TryAgain, nearest
 from sfd_jax.files import disk_fault
+from sfd_jax.registry import take_plugins
 
 # One line a command, in the order in which a project uses them.
 DOORS = {
@@ -52,7 +53,7 @@ def usage() -> str:
     """Return the overview that `sfd --help` prints."""
     width = max(map(len, DOORS))
     doors = "\n".join(f"  {name:<{width}}  {line}" for name, line in DOORS.items())
-    return f"usage: sfd <door> [flags]\n\n{doors}\n\n`sfd <door> --help` explains a door's flags."
+    return f"usage: sfd <door> [flags]\n\n{doors}\n\n`sfd <door> --help` explains its flags; --plugin=MODULE goes with all."
 
 
 def main(argv: list[str]) -> int:
@@ -94,7 +95,7 @@ def open_door(door_main, name: str, arguments: list[str]) -> int:
 def _status(door_main, name: str, arguments: list[str]) -> int:
     tell = lambda message: print(f"sfd {name}: {message}", file=sys.stderr, flush=True)
     try:
-        status = door_main(arguments) or 0
+        status = door_main(take_plugins(arguments)) or 0
         sys.stdout.flush()
         return _leave_hosts(status)
     except SfdError as error:

@@ -18,7 +18,7 @@ from sfd_jax.convert import FORMATS
 from sfd_jax.convert.pickles import left_out
 from sfd_jax.convert.table import export_state, import_params, kept_as_stored, skipped_keys
 from sfd_jax.convert.weight_files import STEP_KEYS, WeightFile, choose_state, read_statistics, read_tree
-from sfd_jax.errors import SfdError, nearest
+from sfd_jax.errors import SfdError
 from sfd_jax.latents import LatentStatistics
 from sfd_jax.models import Network
 
@@ -100,8 +100,7 @@ def import_checkpoint(path: str | os.PathLike, stated: Stated = Stated(), *, all
     source = f"'{path}' ({file.which} weights)"
     params = import_params(table, file.state, network, source=source, allow_nonfinite=allow_nonfinite)
     metadata = {
-        "network": network.name,
-        "network_config": network.config_dict(),
+        **network.metadata(),
         "latent_statistics": statistics and statistics.to_dict(),
         "class_names": None,
         "config": found.system,
@@ -191,9 +190,7 @@ def export_checkpoint(
     name = format or foreign.get("format")
     if name is None:
         name = next((n for n, m in FORMATS.items() if m.TABLE.network == metadata["network"]), None)
-    if name not in FORMATS:
-        raise SfdError(f"no format '{name}': {nearest(str(name), FORMATS)}")
-    module = FORMATS[name]
+    module = FORMATS.find(name, None if format else metadata.get("registered_in"))
     if module.TABLE.network != metadata["network"]:
         raise SfdError(f"format {name} is for {module.TABLE.network}, not for {metadata['network']}")
     network = Network(metadata["network"], metadata["network_config"])

@@ -74,13 +74,12 @@ HF_TABLE = Table(
 class _Format:
     """One of the two namings, in the form in which `convert.FORMATS` lists a format."""
 
-    def __init__(self, table: Table, prefix: str, names: Mapping[str, str]):
-        self.TABLE, self._prefix, self._names = table, prefix, names
+    def __init__(self, table: Table):
+        self.TABLE, self._theirs = table, {row.ours: row.theirs for row in table.rows}
 
     def recognises(self, state: Mapping[str, Any]) -> bool:
         """Say whether a state dict is a DINOv2's under these names."""
-        marks = (self._names["positions"], self._names["patches"], self._names["mask"])
-        return sum(mark in state for mark in marks) >= 2
+        return sum(self._theirs[ours] in state for ours in ("pos_embed", "patch_embed/kernel", "mask_token")) >= 2
 
     def read_config(
         self, state: Mapping[str, Any], given: Mapping[str, Any], stored: Mapping[str, Any]
@@ -99,16 +98,18 @@ class _Format:
           SfdError: the number of heads has to be stated.
         """
         notes: list[str] = []
-        width, _, patch, _ = shape_of(state, self._names["patches"], rank=4)
-        places = shape_of(state, self._names["positions"], rank=3)[1] - 1
+        theirs = self._theirs
+        width, _, patch, _ = shape_of(state, theirs["patch_embed/kernel"], rank=4)
+        places = shape_of(state, theirs["pos_embed"], rank=3)[1] - 1
         side = round(places**0.5)
         if side * side != places:
-            raise SfdError(f"{self._names['positions']} has {places} patches, which is no square grid")
-        blocks = [int(match[1]) for key in state if (match := re.match(re.escape(self._prefix) + r"\.(\d+)\.", key))]
+            raise SfdError(f"{theirs['pos_embed']} has {places} patches, which is no square grid")
+        prefix = theirs["blocks/norm1/scale"].partition("{layer}")[0]
+        blocks = [int(match[1]) for key in state if (match := re.match(re.escape(prefix) + r"(\d+)\.", key))]
         if not blocks:
-            raise SfdError(f"the state dict has no {self._prefix}.*: it is no whole DINOv2")
-        registers = state.get(self._names["registers"])
-        fused = any(f".{self._names['gated']}." in key for key in state)
+            raise SfdError(f"the state dict has no {prefix}*: it is no whole DINOv2")
+        registers = state.get(theirs["register_tokens"])
+        fused = theirs["blocks/mlp/w12/kernel"].format(layer=min(blocks)) in state
         config: dict[str, Any] = dict(
             width=width,
             depth=1 + max(blocks),
@@ -132,25 +133,4 @@ class _Format:
         return state
 
 
-ORIGINAL = _Format(
-    TABLE,
-    "blocks",
-    {
-        "positions": "pos_embed",
-        "patches": "patch_embed.proj.weight",
-        "mask": "mask_token",
-        "registers": "register_tokens",
-        "gated": "mlp.w12",
-    },
-)
-HUGGING_FACE = _Format(
-    HF_TABLE,
-    "encoder.layer",
-    {
-        "positions": "embeddings.position_embeddings",
-        "patches": "embeddings.patch_embeddings.projection.weight",
-        "mask": "embeddings.mask_token",
-        "registers": "embeddings.register_tokens",
-        "gated": "mlp.weights_in",
-    },
-)
+ORIGINAL, HUGGING_FACE = _Format(TABLE), _Format(HF_TABLE)

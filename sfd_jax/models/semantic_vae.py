@@ -3,19 +3,7 @@
 Maps features (B, N, F) to semantic latents (B, N, Z) and back. Published: transformer, F = 768,
 Z = 16, on 256 DINOv2 patch tokens. No positions are added: the features carry them.
 
-Parameters (ours <- PyTorch key). Encoder and decoder are lists of layers, numbered alike:
-
-  encoder/layers/{i}/...                        encoder.{i}...   (decoder alike)
-  Linear:       kernel, bias                    weight (transposed), bias
-  Gated:        gate/kernel, up/kernel, biases  gate.weight, up.weight, ...
-  ResBlock:     norm/scale, norm/bias           norm.weight, norm.bias
-                mlp/fc1, mlp/fc2                mlp.0, mlp.2
-  Transformer:  norm1/scale, norm1/bias, norm2  norm1.weight, norm1.bias, norm2
-                attention/qkv/kernel (D,3D)     attn.in_proj_weight (3D,D)
-                attention/qkv/bias              attn.in_proj_bias
-                attention/proj/kernel, bias     attn.out_proj.weight, bias
-                mlp/fc1, mlp/fc2                mlp.0, mlp.2
-  LayerNorm:    scale, bias                     weight, bias
+Encoder and decoder are lists of layers; `convert/semantic_vae.py` lists their parameters beside the PyTorch keys.
 
 Source: SFD paper, section 3 (Semantic VAE); released code semantic autoencoder.
 """

@@ -7,7 +7,9 @@ import pytest
 
 from sfd_jax.errors import SfdError
 from sfd_jax.models import Network
-from sfd_jax.models.latent_encoder import LatentEncoder, VisualEncoder, join_tiles, split_tiles
+from sfd_jax.models.encoders import DinoV2, Tiling, VisualEncoder
+from sfd_jax.models.encoders.tiles import join_tiles, split_tiles
+from sfd_jax.models.latent_encoder import LatentEncoder
 
 TEXTURE = Network(
     "texture_vae",
@@ -15,8 +17,7 @@ TEXTURE = Network(
 )
 VISUAL = VisualEncoder(
     Network("dinov2", dict(width=8, depth=1, num_heads=2, image_size=6, patch_size=3, num_registers=1)),
-    view_size=12,
-    tile_size=8,
+    Tiling(tile_size=8, grid=4),
 )
 SEMANTIC = Network(
     "semantic_vae",
@@ -49,6 +50,31 @@ def test_tiles_are_rows_of_parts_and_join_undoes_split():
     np.testing.assert_array_equal(parts[1], grid[0, :3, 3:])
     np.testing.assert_array_equal(parts[6], grid[1, 3:, :3])
     np.testing.assert_array_equal(join_tiles(parts, 2), grid)
+
+
+def test_tilings_follow_from_pixels_and_from_latents_alike():
+    for image_size, tile_size, grid, tiles in ((256, 256, 16, 1), (512, 256, 16, 2), (128, 256, 8, 1)):
+        tiling = Tiling.of_pixels(image_size, tile_size, downsampling=16)
+        assert tiling == Tiling(min(image_size, tile_size), grid) and tiling.tiles_a_side(image_size) == tiles
+        assert tiling == Tiling.of_latents(image_size, image_size // 16, tile_size // 16)
+    assert Tiling.whole(32, 12, VISUAL.network) == Tiling(32, 4)
+    for wrong, said in (
+        (lambda: Tiling.of_pixels(512, 250, 16), "images of 250 px do not divide by 16, .*tile_size.: 240 or 256"),
+        (lambda: Tiling.of_pixels(400, 256, 16), "images of 400 px do not divide by 256, the tile_size"),
+        (lambda: Tiling.of_latents(250, 16, 16), "images of 250 px do not divide by 16, the latents a side"),
+        (lambda: Tiling.of_latents(384, 24, 16), "tile_grid=16 does not divide a grid of 24 latents"),
+        (lambda: Tiling.whole(32, 10, VISUAL.network), "images of 10 px do not divide by 3"),
+    ):
+        with pytest.raises(SfdError, match=said):
+            wrong()
+
+
+def test_an_encoder_that_does_not_keep_to_the_grid_is_named(params, monkeypatch):
+    monkeypatch.setattr(
+        DinoV2, "patch_features", lambda self, pixels, grid: self.tokens(pixels, grid + 1)["patch_tokens"]
+    )
+    with pytest.raises(SfdError, match=r"'dinov2' gives patch features \(2, 25, 8\), expected \(2, 16, 8\)"):
+        jax.eval_shape(VISUAL.features, params["visual"], images(2, 8))
 
 
 def test_quarters_are_encoded_each_on_its_own(params):
@@ -106,6 +132,6 @@ def test_texture_alone_and_unlike_grids(params):
     assert alone["semantic"].shape == (1, 4, 4, 0)
     with pytest.raises(SfdError, match="do not divide by 8, the tile_size"):
         jax.eval_shape(LatentEncoder(TEXTURE, VISUAL, SEMANTIC), params, images(1, 12), index)
-    coarse = VisualEncoder(VISUAL.network, view_size=6, tile_size=8)
+    coarse = VisualEncoder(VISUAL.network, Tiling(tile_size=8, grid=2))
     with pytest.raises(SfdError, match="one grid"):
         jax.eval_shape(LatentEncoder(TEXTURE, coarse, SEMANTIC), params, images(1, 8), index)

@@ -8,7 +8,8 @@ import pytest
 
 from sfd_jax.distributed import make_mesh
 from sfd_jax.errors import SfdError
-from sfd_jax.models import DinoV2Config, Network, SemanticVAEConfig, TextureVAEConfig
+from sfd_jax.models import Network, SemanticVAEConfig, TextureVAEConfig
+from sfd_jax.models.encoders import DinoV2Config
 from sfd_jax.randomness import keys_by_row, normal_by_row
 from sfd_jax.training import OptimizerConfig, TrainConfig, fit, load_params
 from sfd_jax.training.semantic_vae import SemanticVAELoss, semantic_vae_task
