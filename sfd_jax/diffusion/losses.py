@@ -262,7 +262,8 @@ def velocity_loss(
     if isinstance(velocity, tuple):
         velocity, projected = velocity
 
-    error = (velocity.astype(jnp.float32) - target) ** 2
+    velocity = velocity.astype(jnp.float32)
+    error = (velocity - target) ** 2
     weight = layout.per_channel(1.0, config.semantic_weight)
     error_texture, error_semantic = layout.split(error)
     zero = jnp.zeros(len(data), jnp.float32)
