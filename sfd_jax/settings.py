@@ -101,10 +101,14 @@ def to_dict(settings: Any) -> dict[str, Any]:
     return {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
 
 
-def upgraded(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config group or a recipe's entry with None where an older version wrote another word for it."""
+def over_defaults(cls: type, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a dataclass's defaults, and over them what a config group or a recipe says of its fields.
+
+    None is read where an older version wrote another word for it.
+    """
+    values = {name: group.get(name, default) for name, default in defaults_of(cls).items()}
     was = {field.name: field.metadata.get("was") for field in dataclasses.fields(cls)}
-    return {name: None if was.get(name) is not None and value == was[name] else value for name, value in values.items()}
+    return {name: None if was[name] is not None and value == was[name] else value for name, value in values.items()}
 
 
 def config_group(settings: Any):

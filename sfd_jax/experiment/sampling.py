@@ -9,7 +9,7 @@ import numpy as np
 from sfd_jax.diffusion.sample_config import SampleConfig, SampleJob
 from sfd_jax.errors import Faults, SfdError
 from sfd_jax.ranges import RULES, Only, useless
-from sfd_jax.settings import defaults_of, to_dict
+from sfd_jax.settings import defaults_of, over_defaults, to_dict
 
 
 def load_checkpoint(flag: str, directory: str, step: int | None = None, weights: str = "ema") -> tuple[dict, dict]:
@@ -45,7 +45,7 @@ def sample_job(args: argparse.Namespace, saved: Mapping[str, Any]) -> tuple[Samp
     Raises:
       SfdError: values outside their ranges, or flags without effect; all of them are named.
     """
-    notes, defaults, base = [], defaults_of(SampleJob), to_dict(SampleJob.from_group(saved))
+    notes, defaults, base = [], defaults_of(SampleJob), over_defaults(SampleJob, saved)
     given = {name: value for name in base if (value := getattr(args, name)) is not None}
     guidance = given.get("guidance") or ("autoguidance" if args.weak else base["guidance"])
     if guidance == "autoguidance" and not args.weak:
@@ -54,7 +54,7 @@ def sample_job(args: argparse.Namespace, saved: Mapping[str, Any]) -> tuple[Samp
             "the checkpoint's settings are for guidance by a weaker model, and none was given (--weak=CKPT): these "
             "samples are without guidance"
         )
-    if guidance != base["guidance"]:
+    if base["guidance"] not in ("none", guidance):
         base |= {name: defaults[name] for name in base if name.startswith("guidance")}
     if "num_steps" in given:
         base["calls"] = None

@@ -187,7 +187,8 @@ def test_a_config_of_no_kind_is_a_sentence(tmp_path):
 def test_scales_of_old_configs_are_read(tmp_path):
     file = tmp_path / "old.py"
     file.write_text(
-        "import ml_collections\ndef get_config():\n  return ml_collections.ConfigDict(dict(sample=dict(guidance_scale_semantic=-1.0, calls=0)))\n"
+        "import ml_collections\ndef get_config():\n"
+        "  return ml_collections.ConfigDict(dict(sample=dict(guidance_scale_semantic=-1.0, calls=0)))\n"
     )
     assert load_config(str(file)).sample.to_dict() == {"guidance_scale_semantic": None, "calls": None}
     with pytest.raises(SfdError, match="guidance_scale_semantic=-1.0"):
