@@ -21,6 +21,8 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
+import ml_collections
+
 from sfd_jax.errors import SfdError, nearest
 from sfd_jax.ranges import Range
 from sfd_jax.registry import Registry
@@ -111,15 +113,13 @@ def over_defaults(cls: type, group: Mapping[str, Any]) -> dict[str, Any]:
     return {name: None if was[name] is not None and value == was[name] else value for name, value in values.items()}
 
 
-def config_group(settings: Any):
+def config_group(settings: Any) -> ml_collections.ConfigDict:
     """Return the ConfigDict of a dataclass; a field that is None takes a value of its type later."""
     return part_group(type(settings), **to_dict(settings))
 
 
-def part_group(cls: type, **given: Any):
+def part_group(cls: type, **given: Any) -> ml_collections.ConfigDict:
     """Return the ConfigDict of a dataclass's defaults, with the given values, its name among them, over them."""
-    import ml_collections
-
     values = defaults_of(cls) | given
     for name in defaults_of(cls):
         if values[name] is None or values[name] is ...:

@@ -55,7 +55,7 @@ class Prediction(NamedTuple):
 
     latents, velocity, target: (B,H,W,C): the point on the path, the network's answer there, and what it should be.
     data: (B,H,W,C), the end of the path. draws: noise, its beginning, time and labels. t_semantic, t_texture: (B,).
-    layout: which channels are texture.
+    layout: which channels are texture. clocks: the pair, its trained parameters in it; tau = draws.t * clocks.tau_end.
     projected: (B,N,F) hidden states as REPA's projector gives them; None where nothing asks for them.
     features: (B,N,F), REPA's targets, where there are any.
     """
@@ -68,6 +68,7 @@ class Prediction(NamedTuple):
     t_semantic: jax.Array
     t_texture: jax.Array
     layout: LatentLayout
+    clocks: Clocks
     projected: jax.Array | None
     features: jax.Array | None
 
@@ -270,7 +271,9 @@ def velocity_loss(
     if config.repa_weight > 0:
         repa = repa_distance(projected, repa_features, config.repa_kind)
     total = velocity_term + config.cosine_weight * cosine + config.repa_weight * repa
-    at = Prediction(latents, velocity, target, data, draws, t_semantic, t_texture, layout, projected, repa_features)
+    at = Prediction(
+        latents, velocity, target, data, draws, t_semantic, t_texture, layout, clocks, projected, repa_features
+    )
     terms = {}
     for name, term in config.terms.items():
         terms[name] = term(at)

@@ -1,8 +1,9 @@
 """From the flags that say what to sample to a sampler and its labels."""
 
 import argparse
+import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -10,6 +11,9 @@ from sfd_jax.diffusion.sample_config import SampleConfig, SampleJob
 from sfd_jax.errors import Faults, SfdError
 from sfd_jax.ranges import RULES, Only, useless
 from sfd_jax.settings import defaults_of, over_defaults, to_dict
+
+if TYPE_CHECKING:
+    from sfd_jax.generation import Sampler
 
 
 def load_checkpoint(flag: str, directory: str, step: int | None = None, weights: str = "ema") -> tuple[dict, dict]:
@@ -65,7 +69,7 @@ def sample_job(args: argparse.Namespace, saved: Mapping[str, Any]) -> tuple[Samp
     return SampleJob.effective(values), notes
 
 
-def open_sampler(args: argparse.Namespace):
+def open_sampler(args: argparse.Namespace) -> tuple["Sampler", np.ndarray, dict[str, Any], int]:
     """Open what the flags name, and print the settings: the flags' over the checkpoint's.
 
     Returns:
@@ -74,6 +78,7 @@ def open_sampler(args: argparse.Namespace):
     Raises:
       SfdError: as `sample_job`, or checkpoints that do not fit.
     """
+    from sfd_jax.data.latent_store import LatentStore
     from sfd_jax.distributed import make_mesh, say
     from sfd_jax.generation import make_labels, make_sampler
     from sfd_jax.latents import other_makers
@@ -82,8 +87,9 @@ def open_sampler(args: argparse.Namespace):
     params, metadata = load_checkpoint("--checkpoint", args.checkpoint, args.step, args.weights)
     job, notes = sample_job(args, (metadata.get("config") or {}).get("sample") or {})
     say(f"sampling with {described(job)}")
-    store = _open_store(args.latent_store)
-    if store is not None:
+    store = None
+    if args.latent_store is not None:
+        store = LatentStore(args.latent_store)
         if differing := other_makers(store.origin, metadata.get("latents")):
             raise SfdError(
                 f"--latent_store={args.latent_store} holds latents of another {differing[0]} than the checkpoint"
@@ -101,7 +107,10 @@ def open_sampler(args: argparse.Namespace):
         other_texture_vae=args.other_texture_vae,
     )
     labels = make_labels(job.labels, job.num, sampler.num_classes, sampler.class_names, args.seed, sampler.labels)
-    told = {"labels": {"mode": job.labels, "hash": _hash(labels)}, "notes": notes + sampler.recipe["notes"]}
+    told = {
+        "labels": {"mode": job.labels, "hash": hashlib.sha256(labels.astype(np.int32).tobytes()).hexdigest()},
+        "notes": notes + sampler.recipe["notes"],
+    }
     recipe = {**sampler.recipe, **told}
     batch_size = job.batch_size * mesh.size
     if job.mode == "published" and job.solver == "dopri5":
@@ -126,17 +135,3 @@ def _load_texture_vae(args: argparse.Namespace, model: dict) -> tuple[dict, dict
         other = load_checkpoint("--texture_vae", args.texture_vae, weights={"ema": "raw", "raw": "ema"}[args.weights])
         return other if params_hash(other[0]) == wanted else given
     return given
-
-
-def _open_store(latent_store: str | None):
-    if latent_store is None:
-        return None
-    from sfd_jax.data.latent_store import LatentStore
-
-    return LatentStore(latent_store)
-
-
-def _hash(labels: np.ndarray) -> str:
-    import hashlib
-
-    return hashlib.sha256(np.ascontiguousarray(labels, np.int32).tobytes()).hexdigest()

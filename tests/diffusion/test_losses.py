@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sfd_jax.diffusion.clocks import FixedOffset
+from sfd_jax.diffusion.clocks import Clocks, FixedOffset
 from sfd_jax.diffusion.losses import (
     TERMS,
     Draws,
@@ -214,6 +214,42 @@ def test_a_term_of_ones_own_is_weighted_and_logged():
     assert [float(x) for x in loss_metrics(terms)["loss_energy"]] == [4 * 98, 4]
     with pytest.raises(SfdError, match=r"loss term 'energy' gives \(\), but has to give a value a sample, \(4,\)"):
         loss(predict, LossConfig(repa_weight=0.0, terms={"energy": Energy(per_sample=False)}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Bent(Clocks):
+    tau_end = 1.0
+    breakpoints = ()
+
+    def init(self, key):
+        return {"bend": jnp.float32(0)}
+
+    def times(self, tau):
+        return tau, tau - jax.nn.sigmoid(self.params["bend"]) * tau * (1 - tau)
+
+
+@dataclasses.dataclass(frozen=True)
+class Haste(LossTerm):
+    def __call__(self, at):
+        rates = at.clocks.rates(at.draws.t * at.clocks.tau_end, jnp.zeros(len(at.data), jnp.int32))
+        return sum(rate**2 for rate in rates)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_gradients_reach_the_parameters_of_clocks(weight):
+    """Through the point on the path, the times that the network sees and, in a term, the rates."""
+    data, draws = batch()
+    config = LossConfig(repa_weight=0.0, terms={"haste": Haste(weight)} if weight else {})
+    predict = lambda latents, t_semantic, t_texture, labels: latents * t_texture[:, None, None, None]
+
+    def total(bend):
+        clocks = Bent().bind({"bend": bend})
+        return velocity_loss(predict, data, draws, layout=LAYOUT, clocks=clocks, config=config).total.sum()
+
+    bend, step = jnp.float32(0.3), 0.05
+    difference = (total(bend + step) - total(bend - step)) / (2 * step)
+    assert abs(difference) > 0.05
+    np.testing.assert_allclose(jax.grad(total)(bend), difference, rtol=5e-3)
 
 
 def test_terms_of_weight_0_are_left_out_and_wrong_ones_named(monkeypatch):
