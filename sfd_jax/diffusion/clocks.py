@@ -110,9 +110,8 @@ class Clocks(abc.ABC):
         Raises:
           SfdError: the parameters are not those of `init`.
         """
-        found, wanted = (
-            jax.tree.map(jnp.shape, tree) for tree in (params, jax.eval_shape(self.init, jax.random.key(0)))
-        )
+        shapes = jax.eval_shape(lambda: self.init(jax.random.key(0)))
+        found, wanted = jax.tree.map(jnp.shape, params), jax.tree.map(jnp.shape, shapes)
         if found != wanted:
             raise SfdError(
                 f"the trained parameters of the clocks are {found}, but {self} has {wanted}: those of other clocks?"
