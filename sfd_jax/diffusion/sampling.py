@@ -28,6 +28,7 @@ from sfd_jax.latents import LatentLayout
 VelocityFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
+_EVEN = (None, 1)  # timestep shifts that leave a grid as it is, to the last bit
 _SAME = 1e-5  # global times closer than this are one
 
 
@@ -208,7 +209,7 @@ def published_points(tau_end: float, num_steps: int, timestep_shift: float | Non
     place = np.arange(num_steps, dtype=np.float32)
     step = end / last
     points = np.where(place < num_steps // 2, step * place, end - step * (last - place))
-    return points if timestep_shift is None else _shift(points / end, np.float32(timestep_shift)) * end
+    return points if timestep_shift in _EVEN else _shift(points / end, np.float32(timestep_shift)) * end
 
 
 def staged_points(edges: Sequence[float], num_steps: int, timestep_shift: float | None = None) -> list[np.ndarray]:
@@ -253,8 +254,8 @@ def staged_points(edges: Sequence[float], num_steps: int, timestep_shift: float 
 
 
 def _shift(u: np.ndarray, shift: float | None) -> np.ndarray:
-    return u if shift is None else shift * u / (1 + (shift - 1) * u)
+    return u if shift in _EVEN else shift * u / (1 + (shift - 1) * u)
 
 
 def _unshift(u: np.ndarray, shift: float | None) -> np.ndarray:
-    return u if shift is None else u / (shift - (shift - 1) * u)
+    return u if shift in _EVEN else u / (shift - (shift - 1) * u)
