@@ -80,6 +80,8 @@ def load_config(
             _set(config, key)
         told = found if pending is None else pending
         told += ranges.faults(config.to_dict(), own=own)
+        with told:
+            SampleJob.from_group(sample)
         _check_rules(config, set(values), told)
         _read_paths(config, "", told)
     if found and pending is not None:

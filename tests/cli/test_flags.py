@@ -122,6 +122,8 @@ def test_none_sets_back_what_may_be_none():
     assert parse("--config.sample.guidance_scale_semantic=None").config.sample.guidance_scale_semantic is None
     assert parse("--config.model.scan_blocks=None").config.model.scan_blocks is None
     assert parse("--config.clocks.delta_t=0").config.clocks.delta_t == 0  # one clock
+    told = parse("--config.clocks.delta_t=0.2", "--config.clocks.name=sequential", "--config.clocks.name=fixed_offset")
+    assert told.config.clocks.to_dict() == {"name": "fixed_offset", "delta_t": 0.2}
     assert parse("--config.data.semantic_vae=None").config.data.semantic_vae == ""
     digits = load_config("configs/digits.py", ["--config.diffusion.model.scan_blocks=None"])
     assert digits.diffusion.model.scan_blocks is None
@@ -144,6 +146,7 @@ def test_all_faults_are_named_at_once():
     "flag, says",
     [
         ("--config.sample.calls=9", "--config.sample.calls=9 has no effect beside --config.sample.solver=dopri5"),
+        ("--config.sample.solver=eulr", "unknown sample.solver 'eulr': did you mean 'euler'"),
         ("--config.data.visual_encoder=x", "has no effect without --config.data.repa_source=online"),
         (
             "--config.data.images.image_size=64",
