@@ -71,7 +71,6 @@ RANGES = {
     **_rows("layer_scale_init", Range(float, 0, 1e3, above=True)),
     **_rows("model.num_classes", Range(int, 1, 10**6)) | _rows("num_classes", Range(int, 0, 10**6)),
     # The method
-    **_rows("delta_t", Range(float, 0, 1, above=True)) | _rows("clocks.delta_t", _SHARE),  # 0: one clock for both
     **_rows("semantic_weight cosine_weight repa_weight mse_weight l1_weight kl_weight", _WEIGHT),
     **_rows("classification_weight perceptual_weight", _WEIGHT),
     **_rows("label_smoothing", _SHARE) | _rows("label_dropout", _BELOW_1),  # at 1 no class is trained
@@ -82,22 +81,13 @@ RANGES = {
     **_rows("warmup_fraction final_fraction", _SHARE) | _rows("warmup_steps constant_steps", _COUNT_OR_0),
     **_rows("steps global_batch_size accumulation log_every checkpoint_every keep_last max_bad_steps", _COUNT),
     **_rows("keep_every", _COUNT_OR_0),
-    # Sampling
-    **_rows("num", Range(int, 1, 10**9))
-    | _rows("num_steps", Range(int, 2, 10**6))
-    | _rows("calls", Range(int, 0, 10**6)),
-    **_rows("atol rtol", Range(float, 0, 1, above=True)) | _rows("max_calls", Range(int, 8, 10**9)),
-    **_rows("timestep_shift", Range(float, 0, 1e3)),
-    **_rows("guidance_scale guidance_scale_semantic guidance_scale_texture", Range(float, 0, 1e3)),
-    **_rows("guidance_interval_start", _BELOW_1),
+    **_rows("num", Range(int, 1, 10**9)),
     # Data, devices and jobs
     **_rows("data mesh.fsdp", _MESH) | _rows("fsdp slices", Range(int, 1, 2**20)) | _rows("workers", _FEW_OR_0),
     **_rows("batch_size eval_batch_size shard_size chunk_size pca_images expect_count plan.images", _COUNT),
     **_rows("pca convert.semantic_channels", _WIDTH) | _rows("max_broken step weak_step", _COUNT_OR_0),
     **_rows("max_gib", Range(float, 0, 2**20, above=True)) | _rows("utilisation", Range(float, 0, 1, above=True)),
 }
-# Settings that may be None where a config gives them another value.
-MAY_BE_NONE = ("scan_blocks", "guidance_scale_semantic", "guidance_scale_texture")
 
 
 class Only(NamedTuple):
@@ -122,7 +112,7 @@ class Only(NamedTuple):
 RULES = {
     "sample": (
         Only("num_steps calls timestep_shift", "solver", ("dopri5",), never=True, hint="dopri5 follows its tolerances"),
-        Only("atol rtol", "solver", ("dopri5",)),
+        Only("atol rtol max_calls", "solver", ("dopri5",)),
         Only("num_steps", "calls", never=True),
         Only(
             "guidance_scale guidance_interval_start guidance_interval_groups",
@@ -133,7 +123,6 @@ RULES = {
         Only("guidance_scale_semantic guidance_scale_texture", "guidance", ("autoguidance",)),
         Only("guidance_interval_groups", "guidance_interval_start"),
     ),
-    "clocks": (Only("delta_t", "name", ("fixed_offset",)),),
     "optimizer": (
         Only("warmup_fraction", "warmup_steps"),
         Only("constant_steps", "schedule", ("constant_cosine",)),

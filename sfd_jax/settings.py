@@ -21,7 +21,11 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
+import ml_collections
+
+from sfd_jax.errors import SfdError, nearest
 from sfd_jax.ranges import Range
+from sfd_jax.registry import Registry
 
 Settings = TypeVar("Settings")
 
@@ -99,25 +103,79 @@ def to_dict(settings: Any) -> dict[str, Any]:
     return {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
 
 
-def upgraded(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config group or a recipe's entry with None where an older version wrote another word for it."""
+def over_defaults(cls: type, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a dataclass's defaults, and over them what a config group or a recipe says of its fields.
+
+    None is read where an older version wrote another word for it.
+    """
+    values = {name: group.get(name, default) for name, default in defaults_of(cls).items()}
     was = {field.name: field.metadata.get("was") for field in dataclasses.fields(cls)}
-    return {name: None if was.get(name) is not None and value == was[name] else value for name, value in values.items()}
+    return {name: None if was[name] is not None and value == was[name] else value for name, value in values.items()}
 
 
-def config_group(settings: Any):
+def config_group(settings: Any) -> ml_collections.ConfigDict:
     """Return the ConfigDict of a dataclass; a field that is None takes a value of its type later."""
-    import ml_collections
+    return part_group(type(settings), **to_dict(settings))
 
-    blank = {name: ml_collections.config_dict.placeholder(kind_of(type(settings), name)) for name in to_dict(settings)}
-    return ml_collections.ConfigDict(
-        {name: blank[name] if value is None else value for name, value in to_dict(settings).items()}
-    )
+
+def part_group(cls: type, **given: Any) -> ml_collections.ConfigDict:
+    """Return the ConfigDict of a dataclass's defaults, with the given values, its name among them, over them."""
+    values = defaults_of(cls) | given
+    for name in defaults_of(cls):
+        if values[name] is None or values[name] is ...:
+            values[name] = ml_collections.config_dict.placeholder(kind_of(cls, name))
+    return ml_collections.ConfigDict(values)
 
 
 def ranges_of(cls: type) -> dict[str, Range]:
     """Return the ranges that a dataclass's fields tell themselves, by name."""
     return {field.name: found for field in dataclasses.fields(cls) if (found := field.metadata.get("range"))}
+
+
+def describe(registry: Registry, part: Any) -> dict[str, Any]:
+    """Return a registered dataclass as a config: {"name": its name in the registry, **its fields}.
+
+    Raises:
+      SfdError: its class is not in the registry.
+    """
+    for name, cls in registry.items():
+        if type(part) is cls:
+            return {"name": name, **to_dict(part)}
+    raise SfdError(
+        f"{type(part).__name__} are {registry.kind} that no name stands for: register the class, a frozen dataclass, "
+        "so that checkpoints can tell of it"
+    )
+
+
+def make(registry: Registry, config: Mapping[str, Any], registered_in: str | None = None) -> Any:
+    """Make a registered dataclass from a config, the reverse of `describe`.
+
+    Args:
+      registry: of its kind.
+      config: "name" and fields of the class; what is not given has its default.
+      registered_in: the module that had registered it when the config was written, where that is known.
+
+    Raises:
+      SfdError: no such name, a field that the class does not have or that is missing, or a value it refuses.
+    """
+    name, fields = config["name"], {key: value for key, value in config.items() if key != "name"}
+    known = {field.name: field for field in dataclasses.fields(registry.find(name, registered_in))}
+    for key in fields:
+        if key not in known:
+            valid = nearest(key, known) if known else "they have none"
+            raise SfdError(f"{registry.kind} '{name}' have no setting '{key}': {valid}")
+    if missing := [key for key, default in defaults_of(registry[name]).items() if default is ... and key not in fields]:
+        raise SfdError(f"{registry.kind} '{name}' need {', '.join(missing)}")
+    return registry[name](**{key: tuple(x) if isinstance(x, list) else x for key, x in fields.items()})
+
+
+def defaults_of(cls: type) -> dict[str, Any]:
+    """Return the defaults of a dataclass by field, `...` where there is none."""
+    defaults = {}
+    for field in dataclasses.fields(cls):
+        made = field.default_factory() if field.default_factory is not dataclasses.MISSING else ...
+        defaults[field.name] = made if field.default is dataclasses.MISSING else field.default
+    return defaults
 
 
 def kind_of(cls: type, name: str) -> type:

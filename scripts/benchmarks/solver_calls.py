@@ -88,7 +88,7 @@ def demo_system(folder: str) -> System:
     (params, metadata), (weak_params, weak_metadata) = (load_params(Path(folder) / x) for x in ("diffusion", "weak"))
     config = metadata["config"]
     layout = LatentLayout(config["latents"]["texture_channels"], config["latents"]["semantic_channels"])
-    clocks = make_clocks(config["clocks"]["name"], delta_t=config["clocks"]["delta_t"])
+    clocks = make_clocks(config["clocks"])
     networks = [Network(m["network"], m["network_config"]) for m in (metadata, weak_metadata)]
     return System("digits", networks[0], params, networks[1], weak_params, layout, clocks)
 
@@ -120,12 +120,12 @@ def measure(systems: list[System], kind: str, args) -> list[dict]:
     tolerances = dict(atol=args.atol, rtol=args.rtol)
     steps = round(args.reference * systems[0].clocks.tau_end / 4)
     solvers = {
-        "reference": dict(name="rk4", num_steps=steps + 1),
+        "reference": dict(solver="rk4", num_steps=steps + 1),
         "tight": dict(atol=1e-8, rtol=1e-5),
         "released": dict(mode="published"),
         "staged": tolerances,
     }
-    grids = {f"{name} {calls}": dict(name=name, calls=calls) for name in GRIDS for calls in args.grids}
+    grids = {f"{name} {calls}": dict(solver=name, calls=calls) for name in GRIDS for calls in args.grids}
     solvers |= grids
     runs = {name: compile_solver(systems[0], kind, **settings) for name, settings in solvers.items()}
     rows = []
