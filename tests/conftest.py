@@ -5,11 +5,16 @@ The environment is set before JAX is imported: device count and platform cannot 
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# What an earlier run compiled must not stand in for what this one would; processes that tests start inherit it.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # What this run has compiled serves all of its processes, those that tests start as well; what an earlier run
+    # compiled must not stand in for what this one would.
+    _compiled = tempfile.TemporaryDirectory(prefix="sfd_jax_compiled_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 _flags = os.environ.get("XLA_FLAGS", "")
 if "host_platform_device_count" not in _flags:
     os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count=8".strip()
