@@ -15,6 +15,9 @@ from pathlib import Path
 
 import ml_collections
 
+from sfd_jax.diffusion.sample_config import SampleJob
+from sfd_jax.settings import config_group
+
 _sfd = runpy.run_path(str(Path(__file__).with_name("sfd.py")))
 
 
@@ -62,25 +65,8 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
 
     config.diffusion = _diffusion(width=128, depth=6, num_heads=4, repa_depth=2, steps=1000)
     config.weak = _diffusion(width=64, depth=3, num_heads=2, repa_depth=1, steps=300)
-    config.sample = ml_collections.ConfigDict(
-        dict(
-            num=1000,
-            batch_size=250,
-            labels="balanced",
-            solver="dopri5",
-            mode="staged",
-            num_steps=50,
-            calls=0,  # fixed-grid solvers: network calls to spend instead of num_steps; 0: num_steps counts
-            atol=1e-3,
-            rtol=1e-2,
-            timestep_shift=1.0,
-            guidance="autoguidance",
-            guidance_scale=1.5,
-            guidance_scale_semantic=ml_collections.config_dict.placeholder(float),  # None: the common scale
-            guidance_scale_texture=ml_collections.config_dict.placeholder(float),
-            guidance_interval_start=0.0,
-            guidance_interval_groups="both",
-        )
+    config.sample = config_group(
+        SampleJob(num=1000, batch_size=250, atol=1e-3, rtol=1e-2, guidance="autoguidance", guidance_scale=1.5)
     )
     if argument == "tiny":
         _shrink(config)

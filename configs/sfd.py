@@ -18,6 +18,9 @@ The argument is a size (s, b, l, xl, 1p0b, 1p6b), then, after commas, any of
 
 import ml_collections
 
+from sfd_jax.diffusion.sample_config import SampleJob
+from sfd_jax.settings import config_group
+
 SIZES = ("s", "b", "l", "xl", "1p0b", "1p6b")
 VARIANTS = ("lr2e4", "weak", "tiny")
 
@@ -58,6 +61,7 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
     config.latents = ml_collections.ConfigDict(dict(texture_channels=32, semantic_channels=16))
 
     # --- Method --------------------------------------------------------------------------------------
+    # fixed_offset | synchronous | sequential, or one's own (docs/extend.md), each with its own settings.
     config.clocks = ml_collections.ConfigDict(dict(name="fixed_offset", delta_t=0.3))
     config.loss = ml_collections.ConfigDict(
         dict(
@@ -67,6 +71,7 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
             repa_kind="cos",  # cos | mse | cos_mse
             time="logit_normal",  # logit_normal (released) | uniform (paper)
             label_dropout=0.1,
+            terms={},  # of one's own, name -> settings: docs/extend.md
         )
     )
 
@@ -113,29 +118,10 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
     )
 
     # --- Sampling ------------------------------------------------------------------------------------
-    config.sample = ml_collections.ConfigDict(
-        dict(
-            num=50_000,
-            batch_size=64,  # images per device
-            labels="balanced",
-            # On the digits staged dopri5 has converged at 31 calls, where Euler with 100 nearly has; and on XL
-            # Euler-100 scores as well as the released dopri5. README.md, "Fewer network calls".
-            solver="dopri5",
-            mode="staged",  # staged (each stage on its own) | published (the released grid and masks)
-            num_steps=100,  # grid points of fixed-grid solvers
-            calls=0,  # fixed-grid solvers: network calls to spend instead of num_steps; 0: num_steps counts
-            atol=1e-6,
-            rtol=1e-3,
-            timestep_shift=1.0,
-            guidance="autoguidance",  # none | cfg | autoguidance
-            guidance_scale=1.5,
-            # AutoGuidance's scale of one group of channels; None: the common scale.
-            guidance_scale_semantic=ml_collections.config_dict.placeholder(float),
-            guidance_scale_texture=ml_collections.config_dict.placeholder(float),
-            guidance_interval_start=0.0,
-            guidance_interval_groups="both",  # tex | sem | both
-        )
-    )
+    # What `sfd sample` does with this model where its flags say nothing else (`sfd sample --help` explains each). On the
+    # digits staged dopri5 has converged at 31 calls, where Euler with 100 nearly has; and on XL Euler-100 scores as well
+    # as the released dopri5: README.md, "Fewer network calls".
+    config.sample = config_group(SampleJob(batch_size=64, guidance="autoguidance", guidance_scale=1.5))
 
     if "lr2e4" in variants:
         config.optimizer.learning_rate = 2e-4

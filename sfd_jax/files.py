@@ -173,12 +173,7 @@ def differences(found: Any, wanted: Any) -> dict[tuple[str, ...], str]:
 
 def _leaves(tree: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
     if not isinstance(tree, dict):
-        # Records of runs begun before say -1 for a scale that was not given.
-        return {
-            path: None
-            if tree == -1 and path[-1:] in (("guidance_scale_semantic",), ("guidance_scale_texture",))
-            else tree
-        }
+        return {path: tree}
     return {key: leaf for name, child in tree.items() for key, leaf in _leaves(child, (*path, name)).items()}
 
 

@@ -9,7 +9,7 @@ import numbers
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from sfd_jax.errors import refuse
+from sfd_jax.errors import nearest, refuse
 
 
 class Range(NamedTuple):
@@ -71,7 +71,6 @@ RANGES = {
     **_rows("layer_scale_init", Range(float, 0, 1e3, above=True)),
     **_rows("model.num_classes", Range(int, 1, 10**6)) | _rows("num_classes", Range(int, 0, 10**6)),
     # The method
-    **_rows("delta_t", Range(float, 0, 1, above=True)) | _rows("clocks.delta_t", _SHARE),  # 0: one clock for both
     **_rows("semantic_weight cosine_weight repa_weight mse_weight l1_weight kl_weight", _WEIGHT),
     **_rows("classification_weight perceptual_weight", _WEIGHT),
     **_rows("label_smoothing", _SHARE) | _rows("label_dropout", _BELOW_1),  # at 1 no class is trained
@@ -82,22 +81,13 @@ RANGES = {
     **_rows("warmup_fraction final_fraction", _SHARE) | _rows("warmup_steps constant_steps", _COUNT_OR_0),
     **_rows("steps global_batch_size accumulation log_every checkpoint_every keep_last max_bad_steps", _COUNT),
     **_rows("keep_every", _COUNT_OR_0),
-    # Sampling
-    **_rows("num", Range(int, 1, 10**9))
-    | _rows("num_steps", Range(int, 2, 10**6))
-    | _rows("calls", Range(int, 0, 10**6)),
-    **_rows("atol rtol", Range(float, 0, 1, above=True)) | _rows("max_calls", Range(int, 8, 10**9)),
-    **_rows("timestep_shift", Range(float, 0, 1e3)),
-    **_rows("guidance_scale guidance_scale_semantic guidance_scale_texture", Range(float, 0, 1e3)),
-    **_rows("guidance_interval_start", _BELOW_1),
+    **_rows("num", Range(int, 1, 10**9)),
     # Data, devices and jobs
     **_rows("data mesh.fsdp", _MESH) | _rows("fsdp slices", Range(int, 1, 2**20)) | _rows("workers", _FEW_OR_0),
     **_rows("batch_size eval_batch_size shard_size chunk_size pca_images expect_count plan.images", _COUNT),
     **_rows("pca convert.semantic_channels", _WIDTH) | _rows("max_broken step weak_step", _COUNT_OR_0),
     **_rows("max_gib", Range(float, 0, 2**20, above=True)) | _rows("utilisation", Range(float, 0, 1, above=True)),
 }
-# Settings that may be None where a config gives them another value.
-MAY_BE_NONE = ("scan_blocks", "guidance_scale_semantic", "guidance_scale_texture")
 
 
 class Only(NamedTuple):
@@ -133,7 +123,6 @@ RULES = {
         Only("guidance_scale_semantic guidance_scale_texture", "guidance", ("autoguidance",)),
         Only("guidance_interval_groups", "guidance_interval_start"),
     ),
-    "clocks": (Only("delta_t", "name", ("fixed_offset",)),),
     "optimizer": (
         Only("warmup_fraction", "warmup_steps"),
         Only("constant_steps", "schedule", ("constant_cosine",)),
@@ -169,13 +158,16 @@ RULES = {
 }
 
 
-def faults(values: Mapping[str, Any], prefix: str = "", group: str = "") -> list[str]:
+def faults(
+    values: Mapping[str, Any], prefix: str = "", group: str = "", own: Mapping[str, Range | None] = {}
+) -> list[str]:
     """Compare all numbers of a mapping, at any depth, with the table.
 
     Args:
       values: settings by name; what is no number is passed over, None is "not given".
       prefix: put before each name in the sentences.
       group: of the names at the top.
+      own: ranges of names that go before the table's, as their dataclass or flag tells them.
 
     Returns:
       A sentence for each number outside its range.
@@ -183,9 +175,9 @@ def faults(values: Mapping[str, Any], prefix: str = "", group: str = "") -> list
     found = []
     for name, value in values.items():
         if isinstance(value, Mapping):
-            found += faults(value, f"{prefix}{name}.", name)
+            found += faults(value, f"{prefix}{name}.", name, own)
             continue
-        row = RANGES.get(f"{group}.{name}", RANGES.get(name))
+        row = own.get(name) or RANGES.get(f"{group}.{name}", RANGES.get(name))
         for item in value if isinstance(value, (tuple, list)) else (value,):
             is_number = isinstance(item, numbers.Number) and not (isinstance(item, bool) and row is None)
             if is_number and item not in (row or _ANY):
@@ -207,16 +199,22 @@ def check(group: str = "", /, **values: Any) -> None:
 
 
 def check_fields(group: str, settings: Any) -> None:
-    """Raise SfdError where a number or bool of a config dataclass is outside its range or of another type."""
+    """Raise SfdError where a number, bool or choice of a dataclass is outside its range or of another type.
+
+    A field may tell its range and choices itself (`settings.setting`).
+    """
     wrong = []
     for field in dataclasses.fields(settings):
+        choices, own = field.metadata.get("choices"), {field.name: field.metadata.get("range")}
         value, is_number = getattr(settings, field.name), field.type in (int, float, int | None, float | None)
         if field.type in (bool, bool | None) and not isinstance(value, field.type):
             wrong.append(f"{group}.{field.name}={value!r}: give True or False")
         elif (value is None and field.type in (int, float)) or (is_number and isinstance(value, str)):
             wrong.append(f"{group}.{field.name}={value!r}: give a number")
+        elif choices and value is not None and value not in choices:
+            wrong.append(f"unknown {group}.{field.name} {value!r}: {nearest(str(value), choices)}")
         elif not dataclasses.is_dataclass(value):
-            wrong += faults({field.name: value}, f"{group}.", group)
+            wrong += faults({field.name: value}, f"{group}.", group, own)
     refuse(wrong)
 
 

@@ -88,11 +88,3 @@ def test_what_is_no_path_is_refused(path, says):
 def test_a_bucket_is_no_local_path():
     with pytest.raises(SfdError, match="--out: path gs://b/x: only --workdir and checkpoints"):
         must_be_local("--out", "gs://b/x")
-
-
-def test_a_scale_that_was_not_given_is_none_in_old_records_too():
-    old, new = (
-        {"sample": {"guidance_scale_semantic": -1.0, "n": -1}},
-        {"sample": {"guidance_scale_semantic": None, "n": None}},
-    )
-    assert list(differences(old, new)) == [("sample", "n")]

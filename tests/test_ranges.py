@@ -10,10 +10,9 @@ from sfd_jax.cli import flags as cli_flags
 from sfd_jax.cli.main import DOORS, main
 from sfd_jax.diffusion.clocks import FixedOffset
 from sfd_jax.diffusion.losses import LossConfig
-from sfd_jax.diffusion.sampling import SolverConfig
+from sfd_jax.diffusion.sample_config import SampleConfig, SampleJob, SolverConfig
 from sfd_jax.errors import SfdError
 from sfd_jax.experiment.config_files import load_config
-from sfd_jax.generation import SampleConfig
 from sfd_jax.latents import LatentLayout
 from sfd_jax.models.dinov2 import DINOV2_SIZES, DinoV2Config
 from sfd_jax.models.lightning_dit import SIZES, DiTConfig
@@ -21,6 +20,7 @@ from sfd_jax.models.lpips import LpipsConfig
 from sfd_jax.models.semantic_vae import SemanticVAEConfig
 from sfd_jax.models.texture_vae import TextureVAEConfig
 from sfd_jax.ranges import Only, Range, check, faults, useless
+from sfd_jax.settings import ranges_of
 from sfd_jax.training import OptimizerConfig, TrainConfig
 from sfd_jax.training.semantic_vae import SemanticVAELoss
 from sfd_jax.training.texture_vae import TextureVAELoss
@@ -48,8 +48,9 @@ CLASSES = {
     OptimizerConfig: {},
     TrainConfig: {},
     LossConfig: {},
-    SolverConfig: {"name": "euler"},
+    SolverConfig: {"solver": "euler"},
     SampleConfig: {"solver": "euler", "guidance": "autoguidance", "guidance_scale": 2.0},
+    SampleJob: {},
     FixedOffset: {},
     LatentLayout: {"texture_channels": 3, "semantic_channels": 2},
     DiTConfig: SIZES["S"],
@@ -94,7 +95,7 @@ def test_each_number_of_each_config_is_checked(name):
             for part in path[:-1]:
                 node = node[part]
             node[path[-1]] = (value,) if isinstance(node[path[-1]], (tuple, list)) else value
-            said = faults(changed)
+            said = faults(changed, own=ranges_of(SampleJob) | ranges_of(FixedOffset))
             assert len(said) == 1 and said[0].startswith(".".join(path) + "="), (path, value, said)
 
 
@@ -154,7 +155,7 @@ def test_each_number_of_each_flag_is_checked(command, monkeypatch):
                     int(str(value))  # argparse refuses it
                 continue
             setattr(alone, action.dest, action.type(value) if not isinstance(value, bool) else value)
-            said = faults(vars(alone), "--", command)
+            said = faults(vars(alone), "--", command, {action.dest: getattr(action, "range", None)})
             assert said and said[0].startswith(f"--{action.dest}="), (action.dest, value)
 
 
@@ -258,7 +259,6 @@ def test_a_sampler_setting_with_effect_is_taken(fields):
 def test_a_group_of_a_config_serves_every_solver_and_guidance():
     config = load_config("configs/digits.py", ["--config.sample.solver=euler", "--config.sample.guidance=none"])
     sample = SampleConfig.from_group(config.sample)
-    assert (sample.rtol, sample.guidance_scale, sample.num_steps) == (SampleConfig().rtol, 1.0, 50)
-    assert (
-        SampleConfig.from_group({**config.sample, "guidance_scale_semantic": -1.0}) == sample
-    )  # as it was written once
+    assert (sample.rtol, sample.guidance_scale, sample.num_steps) == (SampleConfig().rtol, 1.0, 100)
+    once = {"guidance_scale_semantic": -1.0, "calls": 0, "timestep_shift": 0.0}  # None, as it was written once
+    assert SampleConfig.from_group({**config.sample, **once}) == sample

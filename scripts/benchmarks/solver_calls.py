@@ -88,7 +88,7 @@ def demo_system(folder: str) -> System:
     (params, metadata), (weak_params, weak_metadata) = (load_params(Path(folder) / x) for x in ("diffusion", "weak"))
     config = metadata["config"]
     layout = LatentLayout(config["latents"]["texture_channels"], config["latents"]["semantic_channels"])
-    clocks = make_clocks(config["clocks"]["name"], delta_t=config["clocks"]["delta_t"])
+    clocks = make_clocks(config["clocks"])
     networks = [Network(m["network"], m["network_config"]) for m in (metadata, weak_metadata)]
     return System("digits", networks[0], params, networks[1], weak_params, layout, clocks)
 

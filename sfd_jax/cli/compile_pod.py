@@ -127,21 +127,24 @@ def _decode(args, devices):
 
 
 def _sampler(args, devices, decoding: bool):
+    import jax
+
+    from sfd_jax.diffusion.sample_config import SampleJob
     from sfd_jax.distributed import make_mesh
     from sfd_jax.experiment.build import diffusion_settings, layout_from_config, network_from_config
-    from sfd_jax.generation import SampleConfig
     from sfd_jax.pod import programs
 
     config, layout = args.config, layout_from_config(args.config)
-    sample = SampleConfig.from_group(config.sample)
+    sample = SampleJob.from_group(config.sample)
     networks = {"diffusion": network_from_config(config)}
     if sample.guidance == "autoguidance":
         networks["weak"] = network_from_config(load_config(args.weak or _in_size_b(args.config_name)))
     elif args.weak:
         raise SfdError(f"--weak={args.weak} has no effect with sample.guidance={sample.guidance}")
     mesh = make_mesh(fsdp=args.fsdp, devices=devices)
-    rows = _a_chip(args, config.sample.batch_size) * mesh.size
+    rows = _a_chip(args, sample.batch_size) * mesh.size
     clocks = diffusion_settings(config)["clocks"]
+    clocks = clocks.bind(clocks.init(jax.random.key(0)))
 
     def lower():
         return programs.lower_sampling(

@@ -22,7 +22,7 @@ from pathlib import Path
 from sfd_jax.cli.flags import door_parser, local_path, parse_door, path
 from sfd_jax.cli.sampling_flags import ONLY_SAMPLING, SAMPLING_RULES, add_sampling_flags
 from sfd_jax.errors import Faults, SfdError, nearest
-from sfd_jax.experiment.sampling import load_checkpoint, open_sampler, sample_config
+from sfd_jax.experiment.sampling import check_flags, load_checkpoint, open_sampler
 from sfd_jax.files import write_new
 from sfd_jax.ranges import Only
 
@@ -127,7 +127,7 @@ def _parse(argv: list[str]):
     args.metrics = tuple(dict.fromkeys(filter(None, map(str.strip, args.metrics.split(",")))))
     with found:
         if args.live:
-            sample_config(args)
+            check_flags(args)
     with found:
         _check_metrics(args.metrics)
     for file in filter(None, (args.out, args.save_statistics)):

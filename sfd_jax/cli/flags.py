@@ -92,7 +92,8 @@ def parse_door(
         if getattr(known, name) is None:
             setattr(known, name, action.default)
     found = Faults() if pending is None else pending
-    found += ranges.faults(vars(known), "--", parser.prog.removeprefix("sfd "))
+    own = {name: getattr(action, "range", None) for name, action in actions.items()}
+    found += ranges.faults(vars(known), "--", parser.prog.removeprefix("sfd "), own)
     found += ranges.useless(rules, vars(known), known.given, "--{}".format).values()
     if config is not None:
         known.config_name = known.config

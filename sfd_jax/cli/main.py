@@ -14,6 +14,7 @@ from pathlib import Path
 from sfd_jax import libtpu
 from sfd_jax.errors import SfdError, nearest
 from sfd_jax.files import disk_fault
+from sfd_jax.registry import take_plugins
 
 # One line a door, in the order in which a project uses them.
 DOORS = {
@@ -55,7 +56,7 @@ def usage() -> str:
     """Return the overview that `sfd --help` prints."""
     width = max(map(len, DOORS))
     doors = "\n".join(f"  {name:<{width}}  {line}" for name, line in DOORS.items())
-    return f"usage: sfd <door> [flags]\n\n{doors}\n\n`sfd <door> --help` explains a door's flags."
+    return f"usage: sfd <door> [flags]\n\n{doors}\n\n`sfd <door> --help` explains its flags; --plugin=MODULE goes with all."
 
 
 def main(argv: list[str]) -> int:
@@ -90,7 +91,7 @@ def open_door(door_main, name: str, arguments: list[str]) -> int:
 
 def _open_door(door_main, name: str, arguments: list[str]) -> int:
     try:
-        status = door_main(arguments) or 0
+        status = door_main(take_plugins(arguments)) or 0
         sys.stdout.flush()
         tell_hosts(name, status)
         return status

@@ -3,7 +3,8 @@
   sfd sample --checkpoint=DIR --texture_vae=DIR --out=DIR [--num=50000] [--labels=balanced] [--png]
   sfd sample --checkpoint=xl --weak=b --guidance_scale=1.5 --texture_vae=vae --out=samples_xl
 
-The folder given by --out gets chunks as they are finished and then samples.npz (arr_0 images, arr_1
+How to sample is what the training's config said (`--config.sample.*` of `sfd train`), with the flags over it; it is
+printed, and stands in recipe.json. The folder given by --out gets chunks as they are finished and then samples.npz (arr_0 images, arr_1
 labels, as the ADM suite reads them), grid.png and recipe.json; with --png also images/000000.png and so
 on. Killed and started again with the same flags, it goes on with what is missing. Another recipe in the
 same folder is refused. Sample i is a function of --seed and i alone: --batch_size, the number of devices
@@ -13,7 +14,7 @@ batch, as released; there batch and chunk sizes are part of the recipe).
 
 from sfd_jax.cli.flags import door_parser, local_path, parse_door
 from sfd_jax.cli.sampling_flags import SAMPLING_RULES, add_sampling_flags
-from sfd_jax.experiment.sampling import open_sampler, sample_config
+from sfd_jax.experiment.sampling import check_flags, open_sampler
 
 
 def main(argv: list[str]) -> int:
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> int:
     flag("--png", action="store_true", help="also write every sample as a PNG")
     flag("--no_npz", action="store_true", help="do not join the chunks to samples.npz")
     args = parse_door(parser, argv, rules=SAMPLING_RULES)
-    sample_config(args)
+    check_flags(args)
 
     from sfd_jax import distributed
     from sfd_jax.distributed.heartbeat import Heartbeat

@@ -3,14 +3,14 @@
 import argparse
 
 from sfd_jax.cli.flags import local_path, path
+from sfd_jax.diffusion.sample_config import SampleConfig, SampleJob
 from sfd_jax.ranges import Only
+from sfd_jax.settings import defaults_of, flags_from
 
 SAMPLING_RULES = (Only("weak_step", "weak"),)
 # Flags that say nothing but how to sample; --texture_vae, --weights, --num, --seed and --fsdp say more in `sfd evaluate`.
-ONLY_SAMPLING = (
-    "checkpoint weak step weak_step latent_store dtype labels solver mode num_steps calls atol rtol timestep_shift "
-    "guidance guidance_scale guidance_scale_semantic guidance_scale_texture guidance_interval_start "
-    "guidance_interval_groups batch_size"
+ONLY_SAMPLING = " ".join(
+    ["checkpoint weak step weak_step latent_store dtype", *(name for name in defaults_of(SampleJob) if name != "num")]
 )
 
 
@@ -52,72 +52,17 @@ def add_sampling_flags(parser: argparse.ArgumentParser, required: bool) -> None:
         "--dtype", choices=("float32", "bfloat16"), help="of the diffusion model's matmuls (default: the checkpoint's)"
     )
 
+    how = set(defaults_of(SampleConfig))
     images = parser.add_argument_group("which images")
-    flag = images.add_argument
-    flag(
-        "--num",
-        type=int,
-        default=50_000 if required else None,
-        help="N, how many" + (" (default: %(default)s)" if required else " (default: all there are; live 50000)"),
+    flags_from(SampleJob, images, only=set(defaults_of(SampleJob)) - how, under="the checkpoint's")
+    images.add_argument(
+        "--seed", type=int, default=0, help="sample i is a function of this seed and i alone (default: %(default)s)"
     )
-    flag(
-        "--labels",
-        default="balanced",
-        help="balanced (N/classes each, shuffled by a fixed seed), random, or classes by number or name: "
-        "'207', '207,360', 'otter', or with ';' where names hold commas (default: %(default)s)",
-    )
-    flag("--seed", type=int, default=0, help="sample i is a function of this seed and i alone (default: %(default)s)")
-
-    how = parser.add_argument_group("how")
-    flag = how.add_argument
-    flag("--solver", default="dopri5", help="dopri5, euler, heun, midpoint, rk4 or ab2 (default: %(default)s)")
-    flag(
-        "--mode",
-        default="staged",
-        help="staged: every stage of the clocks on its own; published: the released grid, masks and "
-        "controller (default: %(default)s)",
-    )
-    flag(
-        "--num_steps", type=int, default=100, help="grid points of the other solvers than dopri5 (default: %(default)s)"
-    )
-    flag(
-        "--calls",
-        type=int,
-        default=0,
-        help="network calls that the other solvers may take, instead of --num_steps (default: --num_steps counts)",
-    )
-    flag("--atol", type=float, default=1e-6, help="dopri5's absolute tolerance (default: %(default)s)")
-    flag("--rtol", type=float, default=1e-3, help="dopri5's relative tolerance (default: %(default)s)")
-    flag(
-        "--timestep_shift",
-        type=float,
-        default=0.0,
-        help="s of s u / (1 + (s - 1) u) on the normalised grid; 0 leaves it even (default: %(default)s)",
-    )
-    flag("--guidance", default=None, help="none, cfg or autoguidance (default: autoguidance with --weak, else none)")
-    flag("--guidance_scale", type=float, help="needed with guidance; 1 would be none")
-    flag(
-        "--guidance_scale_semantic",
-        type=float,
-        help="AutoGuidance's scale of the semantic channels (default: the common one)",
-    )
-    flag("--guidance_scale_texture", type=float, help="the same of the texture channels")
-    flag(
-        "--guidance_interval_start",
-        type=float,
-        default=0.0,
-        help="guide a group of channels once its clock has reached this; 0: always (default: %(default)s)",
-    )
-    flag(
-        "--guidance_interval_groups",
-        default="both",
-        help="which groups heed the start: tex, sem or both (default: %(default)s)",
-    )
+    how_group = parser.add_argument_group("how", "--guidance is by default autoguidance with --weak")
+    flags_from(SampleJob, how_group, only=how, under="the checkpoint's")
 
     where = parser.add_argument_group("on what")
-    flag = where.add_argument
-    flag("--batch_size", type=int, default=16, help="images per device at once (default: %(default)s)")
-    flag(
+    where.add_argument(
         "--fsdp",
         type=int,
         default=1,

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     from sfd_jax.experiment import build
     from sfd_jax.experiment.run import run
     from sfd_jax.experiment.targets import check_repa_source, open_targets
-    from sfd_jax.experiment.training_data import check_data, check_init, open_source, unused_classes
+    from sfd_jax.experiment.training_data import check_data, check_init, load_init, open_source, unused_classes
     from sfd_jax.training.checkpoint import find_checkpoint
     from sfd_jax.training.optimizer import check_average
 
@@ -56,8 +56,6 @@ def main(argv: list[str]) -> int:
         with found:
             find_checkpoint(checkpoint)
     notes = []
-    if any(flag.lstrip("-").startswith("config.sample.") for flag in argv):
-        notes.append("config.sample is only stored with the checkpoints; `sfd sample` takes flags of its own")
     if config.model.repa_features and not config.loss.repa_weight:
         notes.append(
             "loss.repa_weight=0 leaves REPA's projector untrained; --config.model.repa_features=0 leaves it out"
@@ -70,14 +68,15 @@ def main(argv: list[str]) -> int:
     found.stop()
     layout, source = build.layout_from_config(config), open_source(config.data.path, repa=repa)
     source, targets = open_targets(config, layout, source)
-    task = build.task_from_config(config, targets)
+    task, clocks = build.task_from_config(config, targets), build.diffusion_settings(config)["clocks"]
     transform = latent_transform(layout, source.statistics, repa=repa)
     if args.init:
-        notes += check_init(args.init, task.network, source)
+        notes += check_init(args.init, task.network, clocks, source)
     elif args.check:
         notes += check_average(train.ema_decay, train.steps)  # `fit` says it too
     statistics = source.statistics.to_dict()
     told = {"latent_statistics": statistics, "class_names": source.class_names, "latents": source.origin}
+    told["registered_in"] = build.registered_in(config)
     if args.check:
         for note in notes:
             print(f"note: {note}")
@@ -85,7 +84,6 @@ def main(argv: list[str]) -> int:
 
     # --- Devices, data, training -----------------------------------------------------------------------------
     from sfd_jax.distributed import start
-    from sfd_jax.training import load_params
 
     if args.init:
         start()  # Orbax asks JAX for its devices
@@ -97,7 +95,7 @@ def main(argv: list[str]) -> int:
         source=source,
         transform=transform,
         metadata=told,
-        params=load_params(args.init, abstract=task.network.abstract_params())[0] if args.init else None,
+        params=load_init(args.init, task.network, clocks, config.seed) if args.init else None,
         notes=notes,
     )
     return 0
@@ -106,8 +104,9 @@ def main(argv: list[str]) -> int:
 def _check(args, config, source, task, train, transform, metadata, repa: bool) -> int:
     from sfd_jax.data.checks import check_published, check_store
     from sfd_jax.data.latent_store import LatentStore
+    from sfd_jax.experiment import build
     from sfd_jax.experiment.run import check_run
-    from sfd_jax.training import load_params
+    from sfd_jax.experiment.training_data import load_init
 
     latents, classes, flips = getattr(source, "latents", source), config.model.num_classes, config.data.flips
     if isinstance(latents, LatentStore):
@@ -117,7 +116,7 @@ def _check(args, config, source, task, train, transform, metadata, repa: bool) -
     params = None
     with found:
         if args.init:
-            params, _ = load_params(args.init, abstract=task.network.abstract_params())
+            params = load_init(args.init, task.network, build.diffusion_settings(config)["clocks"], config.seed)
     parts = {"source": source, "transform": transform, "metadata": metadata, "params": params}
     return check_run(task, train, config, args.workdir, **parts, found=found)
 

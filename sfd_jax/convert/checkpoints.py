@@ -192,6 +192,8 @@ def export_checkpoint(
     module = FORMATS[name]
     if module.TABLE.network != metadata["network"]:
         raise SfdError(f"format {name} is for {module.TABLE.network}, not for {metadata['network']}")
+    if params.keys() == {"network", "clocks"}:
+        raise SfdError("this model's clocks were trained with it, which the released format has no place for")
     network = Network(metadata["network"], metadata["network_config"])
     kept = foreign.get("kept") if foreign.get("format") == name else None
     state = export_state(module.TABLE, params, network, kept, allow_nonfinite=allow_nonfinite)

@@ -10,16 +10,19 @@ time tau runs from 0 to tau_end and a pair of clocks maps it to the time of each
   solvers   integrators of fixed steps, each one compiled loop
   dopri5    the adaptive ones
   sampling  velocity function and noise -> latents
+  sample_config  how to sample, said once
 
-This room receives a velocity function and never imports `models`.
+This package receives a velocity function and never imports `models`.
 """
 
-from sfd_jax.diffusion.clocks import Clocks, FixedOffset, Sequential, Synchronous, make_clocks
+from sfd_jax.diffusion.clocks import CLOCKS, Clocks, FixedOffset, Sequential, Synchronous, clocks_config, make_clocks
 from sfd_jax.diffusion.losses import Draws, LossConfig, LossTerms, draw, loss_metrics, velocity_loss
 from sfd_jax.diffusion.paths import LinearPath, Path
-from sfd_jax.diffusion.sampling import SamplingStats, SolverConfig, sample, trajectory
+from sfd_jax.diffusion.sample_config import SampleConfig, SampleJob, SolverConfig
+from sfd_jax.diffusion.sampling import SamplingStats, sample, trajectory
 
 __all__ = [
+    "CLOCKS",
     "Clocks",
     "Draws",
     "FixedOffset",
@@ -27,10 +30,13 @@ __all__ = [
     "LossConfig",
     "LossTerms",
     "Path",
+    "SampleConfig",
+    "SampleJob",
     "SamplingStats",
     "Sequential",
     "SolverConfig",
     "Synchronous",
+    "clocks_config",
     "draw",
     "loss_metrics",
     "make_clocks",

@@ -9,56 +9,117 @@ tau) and by the sampler (which integrates over tau): with x_g the latent of grou
 so a group whose clock stands still is frozen. The stretches between breakpoints are the stages:
 for the fixed offset, stage I moves semantics alone, stage II both, stage III texture alone.
 
-Another pair (a learned one, say) subclasses `Clocks` and gives `tau_end`, `breakpoints` and
-`times`; all else follows from them.
+A pair of one's own is a frozen dataclass under `Clocks` that gives `tau_end`, `breakpoints` and `times`, registered
+under a name (docs/extend.md); all else follows. Its fields are its settings: config groups, checkpoints, recipes
+and samplers carry {"name": ..., **fields}, see `clocks_config` and `make_clocks`. What is trained with the network is no
+field but a tree that `init` makes and `bind` puts in.
 
 Source: arXiv 2512.04926, section 3; later work (arXiv 2606.19662) learns the pair.
 """
 
 import abc
+import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 
-from sfd_jax.errors import SfdError, nearest
-from sfd_jax.ranges import check_fields
+from sfd_jax import settings
+from sfd_jax.errors import SfdError
+from sfd_jax.ranges import Range, check_fields
+from sfd_jax.registry import Registry
+from sfd_jax.settings import setting
+
+CLOCKS: Registry[type["Clocks"]] = Registry("clocks")
 
 
-def make_clocks(name: str, *, delta_t: float = 0.3) -> "Clocks":
-    """Make the pair of clocks that a config names.
+def make_clocks(config: Mapping[str, Any], registered_in: str | None = None) -> "Clocks":
+    """Make the pair of clocks that a config describes.
 
     Args:
-      name: "fixed_offset", "synchronous" or "sequential".
-      delta_t: lead of semantics for "fixed_offset", in [0, 1]; the others do not read it.
+      config: "name" and fields, as `clocks_config` returns them. A `delta_t` beside clocks without one is passed
+        over: every checkpoint of an earlier version has it.
+      registered_in: the module that registered the clocks of a checkpoint, where it tells.
 
     Raises:
-      SfdError: if the name is unknown or delta_t outside its range.
+      SfdError: an unknown name or field, or a value outside its range.
     """
-    makers: dict[str, Callable[[], Clocks]] = {
-        # Without a lead the released code samples with one clock on [0, 1] and no masks.
-        "fixed_offset": lambda: FixedOffset(delta_t) if delta_t else Synchronous(),
-        "synchronous": Synchronous,
-        "sequential": Sequential,
-    }
-    if name not in makers:
-        raise SfdError(f"unknown clocks {name!r}: {nearest(name, makers)}")
-    return makers[name]()
+    cls = CLOCKS.find(config["name"], registered_in)
+    if "delta_t" not in settings.defaults_of(cls):
+        config = {key: value for key, value in config.items() if key != "delta_t"}
+    clocks = settings.make(CLOCKS, config)
+    # Without a lead the released code samples with one clock on [0, 1] and no masks.
+    return Synchronous() if clocks == FixedOffset(0.0) else clocks
+
+
+def clocks_config(clocks: "Clocks") -> dict[str, Any]:
+    """Return all that a pair of clocks is, {"name": ..., **fields}; trained parameters are elsewhere."""
+    return settings.describe(CLOCKS, clocks)
+
+
+def join_params(network: dict, clocks: dict) -> dict:
+    """Return the parameters of a diffusion task: the network's own tree, or with it that of clocks that are trained.
+
+    Args:
+      network: the network's parameters.
+      clocks: from `Clocks.init`; empty for clocks that are not trained.
+
+    Returns:
+      `network` itself, or {"network": network, "clocks": clocks}.
+    """
+    return {"network": network, "clocks": clocks} if clocks else network
+
+
+def split_params(params: dict) -> tuple[dict, dict]:
+    """Return (the network's parameters, the clocks' trained ones, {} for none): the reverse of `join_params`."""
+    return (params["network"], params["clocks"]) if params.keys() == {"network", "clocks"} else (params, {})
 
 
 class Clocks(abc.ABC):
-    """Map global time to the two clocks, with the places where that map has kinks."""
+    """Map global time to the two clocks, with the places where that map has kinks.
+
+    Attributes:
+      tau_end, breakpoints: static: functions of the fields, not of trained parameters.
+      params: trained parameters, once `bind` has put them in.
+    """
 
     tau_end: float
     breakpoints: tuple[float, ...]
+    params: ClassVar[dict] = {}
+
+    def __post_init__(self):
+        check_fields("clocks", self)
 
     @abc.abstractmethod
     def times(self, tau: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Map tau, any shape, float32, to (t_semantic, t_texture) of the same shape.
 
-        Must be made of jax operations, so that it can be differentiated and traced.
+        Must be made of jax operations, so that it can be differentiated and traced. Trained parameters are read
+        from `self.params`.
         """
+
+    def init(self, key: jax.Array) -> dict:
+        """Return fresh parameters to be trained with the network's, a nested dict of float32 arrays; here none."""
+        return {}
+
+    def bind(self, params: dict) -> Self:
+        """Return these clocks with trained parameters in `params`: traced ones in the loss, arrays in a sampler.
+
+        Raises:
+          SfdError: the parameters are not those of `init`.
+        """
+        found, wanted = (
+            jax.tree.map(jnp.shape, tree) for tree in (params, jax.eval_shape(self.init, jax.random.key(0)))
+        )
+        if found != wanted:
+            raise SfdError(
+                f"the trained parameters of the clocks are {found}, but {self} has {wanted}: were they trained with others?"
+            )
+        bound = copy.copy(self)
+        object.__setattr__(bound, "params", params)
+        return bound
 
     @property
     def edges(self) -> tuple[float, ...]:
@@ -118,25 +179,16 @@ class Clocks(abc.ABC):
 MARGIN = 1e-6
 
 
+@CLOCKS.register("fixed_offset")
 @dataclasses.dataclass(frozen=True)
 class FixedOffset(Clocks):
     """Let semantics lead texture by delta_t: t_semantic = min(tau, 1), t_texture = tau - delta_t.
 
-    Args:
-      delta_t: the lead, in (0, 1].
-
-    Raises:
-      SfdError: if delta_t is outside (0, 1].
-
     Source: arXiv 2512.04926, the three phases of sampling; delta_t = 0.3 in the released system.
     """
 
-    delta_t: float = 0.3
-
-    def __post_init__(self):
-        check_fields(
-            "fixed_offset", self
-        )  # without a lead there is Synchronous; beyond 1 nothing would move between the groups
+    # Beyond 1 nothing would move between the groups; 0 is one clock for both.
+    delta_t: float = setting(0.3, "lead of semantics", range=Range(float, 0, 1))
 
     @property
     def tau_end(self) -> float:
@@ -144,20 +196,26 @@ class FixedOffset(Clocks):
 
     @property
     def breakpoints(self) -> tuple[float, ...]:
-        return (self.delta_t, 1.0) if self.delta_t < 1.0 else (1.0,)
+        return tuple(sorted({kink for kink in (self.delta_t, 1.0) if 0 < kink < self.tau_end}))
 
     def times(self, tau):
         # Texture is not capped at 1: the released dopri5 steps past tau_end and interpolates back.
         return jnp.minimum(tau, 1.0), jnp.maximum(tau - self.delta_t, 0.0)
 
 
-class Sequential(FixedOffset):
-    """Finish semantics before texture starts: the fixed offset with delta_t = 1."""
+@CLOCKS.register("sequential")
+@dataclasses.dataclass(frozen=True)
+class Sequential(Clocks):
+    """Finish semantics before texture starts: the fixed offset of 1."""
 
-    def __init__(self):
-        super().__init__(delta_t=1.0)
+    tau_end = 2.0
+    breakpoints = (1.0,)
+
+    def times(self, tau):
+        return FixedOffset(1.0).times(tau)
 
 
+@CLOCKS.register("synchronous")
 @dataclasses.dataclass(frozen=True)
 class Synchronous(Clocks):
     """Move both groups together, as LightningDiT, ReDi and VA-VAE do: one stage, tau in [0, 1]."""

@@ -6,7 +6,9 @@ path from x0 to x1 and has its own target u_g there. With v the predicted veloci
     velocity = mean over c and positions of weight_c (v - u)^2, weight = beta for semantics, else 1
     cosine   = mean over positions of 1 - cos(v, u), over all channels together
     repa     = distance of projected hidden states to DINOv2 patch features (cosine, mse or both)
-    total    = velocity + cosine_weight * cosine + repa_weight * repa
+    total    = velocity + cosine_weight * cosine + repa_weight * repa + weights * terms of one's own
+
+A term of one's own is a frozen dataclass under `LossTerm`, registered under a name (docs/extend.md).
 
 All randomness comes from a key and the place of the sample in the global batch, so that neither
 sharding nor accumulation changes it.
@@ -14,23 +16,83 @@ sharding nor accumulation changes it.
 Source: arXiv 2512.04926, section 3; released `transport/transport.py`, `training_losses`.
 """
 
+import abc
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from sfd_jax import settings
 from sfd_jax.diffusion.clocks import Clocks
 from sfd_jax.diffusion.paths import LinearPath, Path
 from sfd_jax.errors import SfdError, nearest
 from sfd_jax.latents import LatentLayout
-from sfd_jax.ranges import check_fields
+from sfd_jax.ranges import Range, check_fields
+from sfd_jax.registry import Registry
+from sfd_jax.settings import setting
 
 Predict = Callable[..., jax.Array | tuple[jax.Array, jax.Array]]
 
 REPA_KINDS = ("cos", "mse", "cos_mse")
 TIMES = ("logit_normal", "uniform")
+
+
+class Prediction(NamedTuple):
+    """What a term of the loss may look at; float32 but for the labels.
+
+    latents, velocity, target: (B,H,W,C): the point on the path, the network's answer there, and what it should be.
+    data, noise: (B,H,W,C), the ends of the path. t_semantic, t_texture: (B,). labels: (B,) int32, some dropped.
+    layout: which channels are texture.
+    projected: (B,N,F) hidden states as REPA's projector gives them; None where nothing asks for them.
+    features: (B,N,F), REPA's targets, where there are any.
+    """
+
+    latents: jax.Array
+    velocity: jax.Array
+    target: jax.Array
+    data: jax.Array
+    noise: jax.Array
+    t_semantic: jax.Array
+    t_texture: jax.Array
+    labels: jax.Array
+    layout: LatentLayout
+    projected: jax.Array | None
+    features: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class LossTerm(abc.ABC):
+    """Add a term to the loss; the fields of a subclass are its settings, in the config group `loss.terms.NAME`.
+
+    Attributes:
+      reads_hidden: it looks at `Prediction.projected`; the network needs a projector then.
+    """
+
+    reads_hidden: ClassVar[bool] = False
+
+    weight: float = setting(1.0, "of the term in the total; 0 leaves it out", range=Range(float, 0, 1e6))
+
+    def __post_init__(self):
+        check_fields("loss.terms", self)
+
+    @abc.abstractmethod
+    def __call__(self, at: Prediction) -> jax.Array:
+        """Return the term of each sample, (B,), not yet weighted."""
+
+
+TERMS: Registry[type[LossTerm]] = Registry("loss terms")
+
+
+def make_terms(config: Mapping[str, Mapping[str, Any]]) -> dict[str, LossTerm]:
+    """Make the terms of a config, name -> fields; those of weight 0 are left out.
+
+    Raises:
+      SfdError: an unknown name or field, or a value outside its range.
+    """
+    terms = {name: settings.make(TERMS, {"name": name, **fields}) for name, fields in config.items()}
+    return {name: term for name, term in terms.items() if term.weight > 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +106,7 @@ class LossConfig:
       repa_kind: "cos", "mse", or "cos_mse" for the mean of both.
       time: distribution of t: "logit_normal" (released code) or "uniform" (paper).
       label_dropout: probability of the null label.
+      terms: further ones by name, see `make_terms`.
 
     Raises:
       SfdError: if a name is unknown or a number outside its range.
@@ -55,12 +118,18 @@ class LossConfig:
     repa_kind: str = "cos"
     time: str = "logit_normal"
     label_dropout: float = 0.1
+    terms: Mapping[str, LossTerm] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         for name, valid in (("repa_kind", REPA_KINDS), ("time", TIMES)):
             if (value := getattr(self, name)) not in valid:
                 raise SfdError(f"unknown loss.{name} {value!r}: {nearest(value, valid)}")
         check_fields("loss", self)
+
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether the network is asked for its projected hidden states."""
+        return self.repa_weight > 0 or any(term.reads_hidden for term in self.terms.values())
 
 
 class Draws(NamedTuple):
@@ -82,6 +151,7 @@ class LossTerms(NamedTuple):
     error_semantic, error_texture: mean squared error of the velocity of each group, unweighted
       (0 for a group without channels).
     t_semantic, t_texture: where each group stood.
+    terms: those of one's own by name, not yet weighted.
     """
 
     velocity: jax.Array
@@ -92,6 +162,7 @@ class LossTerms(NamedTuple):
     error_texture: jax.Array
     t_semantic: jax.Array
     t_texture: jax.Array
+    terms: dict[str, jax.Array]
 
 
 def draw(
@@ -164,8 +235,8 @@ def velocity_loss(
     """Compute the loss of each sample; pure, float32.
 
     Args:
-      predict: (latents, t_semantic, t_texture, labels) -> velocity (B,H,W,C), or with REPA
-        -> (velocity, projected features (B,N,F)).
+      predict: (latents, t_semantic, t_texture, labels) -> velocity (B,H,W,C), or where `config.reads_hidden`
+        -> (velocity, projected hidden states (B,N,F)).
       data: (B,H,W,C) normalised latents.
       draws: noise, time and labels (`draw`, or given ones).
       layout: which channels are texture.
@@ -198,43 +269,71 @@ def velocity_loss(
     velocity_term = _sample_mean(error * weight[None, None, None, :])
     cosine = repa = zero
     if config.cosine_weight > 0:
-        cosine = _sample_mean(1.0 - cosine_similarity(velocity, target))
+        cosine = cosine_distance(velocity, target)
     if config.repa_weight > 0:
         repa = repa_distance(projected, repa_features, config.repa_kind)
+    total = velocity_term + config.cosine_weight * cosine + config.repa_weight * repa
+    at = Prediction(
+        latents,
+        velocity,
+        target,
+        data,
+        draws.noise,
+        t_semantic,
+        t_texture,
+        draws.labels,
+        layout,
+        projected,
+        repa_features,
+    )
+    terms = {}
+    for name, term in config.terms.items():
+        terms[name] = term(at)
+        if terms[name].shape != zero.shape:
+            raise SfdError(
+                f"loss term '{name}' gives {terms[name].shape}, but has to give a value a sample, {zero.shape}"
+            )
+        total = total + term.weight * terms[name]
     return LossTerms(
         velocity=velocity_term,
         cosine=cosine,
         repa=repa,
-        total=velocity_term + config.cosine_weight * cosine + config.repa_weight * repa,
+        total=total,
         error_semantic=_sample_mean(error_semantic) if layout.semantic_channels else zero,
         error_texture=_sample_mean(error_texture),
         t_semantic=t_semantic,
         t_texture=t_texture,
+        terms=terms,
     )
 
 
 def repa_distance(projected: jax.Array, features: jax.Array, kind: str) -> jax.Array:
     """Return the distance of projected hidden states to features, (B,N,F) both, as (B,)."""
     projected, features = projected.astype(jnp.float32), features.astype(jnp.float32)
-    cosine = _sample_mean(1.0 - cosine_similarity(projected, features))
+    cosine = cosine_distance(projected, features)
     squared = _sample_mean((projected - features) ** 2)
     return {"cos": cosine, "mse": squared, "cos_mse": (cosine + squared) / 2}[kind]
 
 
-def cosine_similarity(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Return the cosine of the angle between vectors along the last axis, (..., C) -> (...).
+def cosine_distance(a: jax.Array, b: jax.Array, axis: int = -1) -> jax.Array:
+    """Return 1 - cosine similarity along `axis`, averaged over all others but the first: (B,)."""
+    return _sample_mean(1.0 - cosine_similarity(a, b, axis))
+
+
+def cosine_similarity(a: jax.Array, b: jax.Array, axis: int = -1) -> jax.Array:
+    """Return the cosine of the angle between vectors along an axis, (..., C) -> (...).
 
     Each norm is at least 1e-8, as in PyTorch's function of that name. A vector shorter than that
     has no direction, so it gets no gradient either; PyTorch's would be 1e8 times the other vector.
     A network whose last layer starts at zero meets that in its first step, and Adam's second
     moment would remember it for tens of thousands of steps.
     """
-    return jnp.sum(_direction(a) * _direction(b), axis=-1)
+    return jnp.sum(_direction(a, axis) * _direction(b, axis), axis=axis)
 
 
-def _direction(vectors: jax.Array) -> jax.Array:
+def _direction(vectors: jax.Array, axis: int) -> jax.Array:
     vectors = vectors.astype(jnp.float32)
-    squared = jnp.sum(vectors**2, axis=-1, keepdims=True)
+    squared = jnp.sum(vectors**2, axis=axis, keepdims=True)
     long = squared > _EPS**2
     # The square root gets a harmless argument where it is not used: its gradient at 0 is infinite.
     unit = vectors / jnp.sqrt(jnp.where(long, squared, 1.0))
@@ -255,9 +354,8 @@ def loss_metrics(terms: LossTerms) -> dict[str, tuple[jax.Array, jax.Array]]:
     clock ("error_texture_q1" for t_texture in [0, 1/4) to "q4" for [3/4, 1]).
     """
     count = jnp.float32(len(terms.total))
-    metrics = {
-        f"loss_{name}": (jnp.sum(getattr(terms, name)), count) for name in ("total", "velocity", "cosine", "repa")
-    }
+    named = {name: getattr(terms, name) for name in ("total", "velocity", "cosine", "repa")} | terms.terms
+    metrics = {f"loss_{name}": (jnp.sum(value), count) for name, value in named.items()}
     for group in ("semantic", "texture"):
         error, clock = getattr(terms, f"error_{group}"), getattr(terms, f"t_{group}")
         metrics[f"error_{group}"] = (jnp.sum(error), count)

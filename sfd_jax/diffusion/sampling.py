@@ -11,7 +11,6 @@ A velocity function maps (latents (B,H,W,C), t_semantic (B,), t_texture (B,)) to
 Source: arXiv 2512.04926, section 3; released `transport/transport.py` and `integrators.py`.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -22,74 +21,13 @@ import numpy as np
 from sfd_jax.diffusion import solvers
 from sfd_jax.diffusion.clocks import Clocks
 from sfd_jax.diffusion.dopri5 import dopri5, dopri5_shared
-from sfd_jax.errors import SfdError, nearest
+from sfd_jax.diffusion.sample_config import SolverConfig
+from sfd_jax.errors import SfdError
 from sfd_jax.latents import LatentLayout
-from sfd_jax.ranges import check_fields
 
 VelocityFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-@dataclasses.dataclass(frozen=True)
-class SolverConfig:
-    """Choose how to integrate.
-
-    Args:
-      name: "dopri5", "euler", "heun", "midpoint", "rk4" or "ab2".
-      mode: "staged" or "published".
-      num_steps: points of the grid, ends included, so one more than the steps; dopri5 has none.
-      calls: the most network calls that a fixed grid may take, instead of `num_steps`; 0 for that. heun and
-        midpoint take two a step, rk4 four, euler one, ab2 one and another one in each stage.
-      atol, rtol: tolerances of dopri5: in staged mode of a sample's steps in root mean square (`dopri5.dopri5`;
-        trained digits ended about rtol from the exact flow), in published mode as torchdiffeq's.
-      timestep_shift: s in s u / (1 + (s - 1) u) on the normalised grid; 0 or 1 leave it even,
-        below 1 the steps are finer near the noise, above 1 near the data.
-      max_calls: limit of network calls for dopri5.
-
-    Raises:
-      SfdError: if a name is unknown or a number outside its range.
-    """
-
-    name: str = "dopri5"
-    mode: str = "staged"
-    num_steps: int = 50
-    calls: int = 0
-    atol: float = 1e-6
-    rtol: float = 1e-3
-    timestep_shift: float = 0.0
-    max_calls: int = 10_000
-
-    def __post_init__(self):
-        if self.name not in solvers.METHODS:
-            raise SfdError(f"unknown solver {self.name!r}: {nearest(self.name, solvers.METHODS)}")
-        if self.mode not in MODES:
-            raise SfdError(f"unknown sampling mode {self.mode!r}: {nearest(self.mode, MODES)}")
-        check_fields("sample", self)
-        if self.calls and self.name == "dopri5":
-            raise SfdError(
-                f"calls = {self.calls} with solver {self.name!r}: a budget of network calls is for the "
-                "solvers of fixed steps, 0 for none; dopri5 follows its tolerances"
-            )
-
-    def points(self, segments: int = 1) -> int:
-        """Return the number of points on a grid that is cut into `segments`.
-
-        Raises:
-          SfdError: if `calls` do not reach for a step in each segment.
-        """
-        if not self.calls:
-            return self.num_steps
-        tableau = solvers.TABLEAUS.get(self.name)
-        steps = self.calls // len(tableau.nodes) if tableau else self.calls - segments
-        if steps < segments:
-            least = segments * (len(tableau.nodes) if tableau else 2)
-            raise SfdError(
-                f"calls = {self.calls}: {self.name} in {self.mode} mode needs at least {least} network calls, "
-                f"a step for each of {segments} stretches between breakpoints"
-            )
-        return steps + 1
-
-
-MODES = ("staged", "published")
 _SAME = 1e-5  # global times closer than this are one
 
 
@@ -190,11 +128,11 @@ def _published(velocity_fn, noise, layout, clocks, solver):
         return _over_channels(layout, noise, clocks.published_rates(tau))
 
     field = solvers.Field(velocity, rate)
-    if solver.name == "dopri5":
+    if solver.solver == "dopri5":
         solution = dopri5_shared(field, noise, clocks.edges, **_tolerances(solver))
         return solution.final, _stats(solution, range(len(clocks.edges) - 1))
     grid = published_points(clocks.tau_end, solver.points(), solver.timestep_shift)
-    solution = solvers.integrate_grid(field, noise, [grid], method=solver.name)
+    solution = solvers.integrate_grid(field, noise, [grid], method=solver.solver)
     # Without segments the calls are not told apart by stage: count them where steps start.
     stages = len(clocks.edges) - 1
     starts = np.searchsorted(np.asarray(clocks.breakpoints, np.float32), grid[:-1], side="right")
@@ -221,11 +159,11 @@ def _staged(velocity_fn, noise, layout, clocks, solver, jumps, stops):
 
     field = solvers.Field(velocity, rate)
     common = dict(jumps=jumps, keep_edges=bool(stops))
-    if solver.name == "dopri5":
+    if solver.solver == "dopri5":
         solution = dopri5(field, noise, edges, **_tolerances(solver), **common)
     else:
         points = staged_points(edges, solver.points(len(edges) - 1), solver.timestep_shift)
-        solution = solvers.integrate_grid(field, noise, points, method=solver.name, **common)
+        solution = solvers.integrate_grid(field, noise, points, method=solver.solver, **common)
     return solution, _stats(solution, stage_of)
 
 
@@ -258,7 +196,7 @@ def _stats(solution: solvers.Solution, stage_of: Sequence[int]) -> SamplingStats
     return SamplingStats(solution.nfe, sample_nfe[slowest], sample_nfe, solution.converged)
 
 
-def published_points(tau_end: float, num_steps: int, timestep_shift: float = 0.0) -> np.ndarray:
+def published_points(tau_end: float, num_steps: int, timestep_shift: float | None = None) -> np.ndarray:
     """Return the released grid of `num_steps` points on [0, tau_end], float32.
 
     Computed in float32 from both ends towards the middle, as torch.linspace does: where a point
@@ -270,10 +208,10 @@ def published_points(tau_end: float, num_steps: int, timestep_shift: float = 0.0
     place = np.arange(num_steps, dtype=np.float32)
     step = end / last
     points = np.where(place < num_steps // 2, step * place, end - step * (last - place))
-    return points if timestep_shift == 0 else _shift(points / end, np.float32(timestep_shift)) * end
+    return points if timestep_shift is None else _shift(points / end, np.float32(timestep_shift)) * end
 
 
-def staged_points(edges: Sequence[float], num_steps: int, timestep_shift: float = 0.0) -> list[np.ndarray]:
+def staged_points(edges: Sequence[float], num_steps: int, timestep_shift: float | None = None) -> list[np.ndarray]:
     """Place `num_steps` points on [edges[0], edges[-1]] so that no step straddles an edge.
 
     The rule: take the released grid of as many points. Each inner edge takes the place of the
@@ -316,9 +254,9 @@ def staged_points(edges: Sequence[float], num_steps: int, timestep_shift: float 
     return points
 
 
-def _shift(u: np.ndarray, shift: float) -> np.ndarray:
-    return u if shift == 0 else shift * u / (1 + (shift - 1) * u)
+def _shift(u: np.ndarray, shift: float | None) -> np.ndarray:
+    return u if shift is None else shift * u / (1 + (shift - 1) * u)
 
 
-def _unshift(u: np.ndarray, shift: float) -> np.ndarray:
-    return u if shift == 0 else u / (shift - (shift - 1) * u)
+def _unshift(u: np.ndarray, shift: float | None) -> np.ndarray:
+    return u if shift is None else u / (shift - (shift - 1) * u)

@@ -8,8 +8,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from sfd_jax.diffusion.clocks import make_clocks
-from sfd_jax.diffusion.losses import LossConfig
+from sfd_jax.diffusion.clocks import CLOCKS, make_clocks
+from sfd_jax.diffusion.losses import LossConfig, make_terms
 from sfd_jax.errors import Faults, SfdError, nearest
 from sfd_jax.latents import LatentLayout
 from sfd_jax.models import Network, dit_config
@@ -47,11 +47,17 @@ def diffusion_settings(config: Any) -> dict[str, Any]:
     """Return the clocks and the LossConfig, as keyword arguments of `diffusion_task`."""
     found, settings = Faults(), {}
     with found:
-        settings["clocks"] = make_clocks(**config.clocks)
+        settings["clocks"] = make_clocks(config.clocks)
     with found:
-        settings["config"] = from_group(LossConfig, "loss", config.loss)
+        terms = make_terms(config.loss.get("terms", {}))
+        settings["config"] = from_group(LossConfig, "loss", {**config.loss, "terms": terms})
     found.stop()
     return settings
+
+
+def registered_in(config: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return which module, outside of this package, registered the clocks; checkpoints keep it for messages."""
+    return {"clocks": CLOCKS.registered_in(config["clocks"]["name"])}
 
 
 def train_config(config: Any) -> TrainConfig:

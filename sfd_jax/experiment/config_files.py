@@ -10,8 +10,12 @@ from absl import flags as absl_flags
 from ml_collections import config_flags
 
 from sfd_jax import ranges
+from sfd_jax.diffusion.clocks import CLOCKS
+from sfd_jax.diffusion.losses import TERMS
+from sfd_jax.diffusion.sample_config import SampleJob
 from sfd_jax.errors import Faults, SfdError, nearest
 from sfd_jax.files import user_path
+from sfd_jax.settings import defaults_of, part_group, ranges_of, upgraded
 
 # What tells a config file of one command from those of others: the command, keys that only its files have, an example.
 KINDS = (
@@ -20,6 +24,8 @@ KINDS = (
     ("train_texture_vae", ("lpips",), "configs/texture_vae.py"),
     ("train_semvae", ("model.bottleneck_dim",), "configs/semantic_vae.py"),
 )
+# Settings that may be None where a config gives them another value.
+MAY_BE_NONE = ("scan_blocks", *(name for name, default in defaults_of(SampleJob).items() if default is None))
 # Keys of configs that hold paths.
 PATHS = ("path", "held_out_path", "semantic_vae", "visual_encoder", "lpips")
 
@@ -49,9 +55,11 @@ def load_config(
     """
     path, _, argument = name.partition(":")
     file = str(find_config(path)) + (f":{argument}" if argument else "")
-    base, found, values, nones = _parse(file, []), Faults(), {}, []
+    base, found, values, nones, own = _parse(file, []), Faults(), {}, [], ranges_of(SampleJob)
     if like is not None:
         _check_kind(base, name, like)
+    with found, base.unlocked():
+        own |= _choose_parts(base, overrides)
     for flag in overrides:
         key, equals, value = flag.lstrip("-").removeprefix("config.").partition("=")
         with found:
@@ -62,18 +70,54 @@ def load_config(
             else:
                 values[key] = flag
     with found:
-        config = _parse(file, list(values.values()))
-        sentinels = [f"sample.{name}" for name in ranges.MAY_BE_NONE if config.get("sample", {}).get(name) == -1]
-        for key in {*nones, *sentinels} - set(values):  # -1 is how configs said None once
+        config = _parse(base, list(values.values()), name)
+        sample = config.get("sample", {})
+        was_none = {f"sample.{key}" for key, value in upgraded(SampleJob, sample).items() if value is not sample[key]}
+        for key in {*nones, *was_none} - set(values):
             _set(config, key)
         told = found if pending is None else pending
-        told += ranges.faults(config.to_dict())
+        told += ranges.faults(config.to_dict(), own=own)
         _check_rules(config, set(values), told)
         _read_paths(config, "", told)
     if found and pending is not None:
         found += pending
     found.stop()
     return config
+
+
+def _choose_parts(config: ml_collections.ConfigDict, overrides: list[str], path: str = "") -> dict[str, ranges.Range]:
+    """Give each group that describes an exchangeable part the settings of the one that is chosen.
+
+    So `--config.clocks.name=mine --config.clocks.my_field=2` is taken though the file has other clocks: the group gets
+    the named clocks' fields, with their defaults where the file chose others; and `--config.loss.terms.mine.weight=2`
+    adds a registered term.
+
+    Returns:
+      The ranges that the parts' fields tell, by name.
+    """
+    own = {}
+    for key, group in list(config.items()):
+        if not isinstance(group, ml_collections.ConfigDict):
+            continue
+        here, flag = f"{path}{key}", f"--config.{path}{key}."
+        if key == "clocks" and "name" in group:
+            given = [text.partition("=")[2] for text in overrides if text.startswith(f"{flag}name=")]
+            cls = CLOCKS[given[-1] if given else group.name]
+            if given and given[-1] != group.name:
+                config[key] = part_group(cls, name=given[-1])
+            else:
+                # Once all clocks had a delta_t, and few a use for it.
+                used = {name: x for name, x in group.items() if name != "delta_t" or name in defaults_of(cls)}
+                config[key] = part_group(cls, **used)
+            own |= ranges_of(cls)
+        elif here.endswith("loss.terms"):
+            given = [text.removeprefix(flag).partition(".")[0] for text in overrides if text.startswith(flag)]
+            for name in dict.fromkeys((*group, *given)):
+                group[name] = part_group(TERMS[name], **group.get(name, {}))
+                own |= ranges_of(TERMS[name])
+        else:
+            own |= _choose_parts(group, overrides, f"{here}.")
+    return own
 
 
 def _check_kind(config: ml_collections.ConfigDict, name: str, like: str) -> None:
@@ -126,10 +170,14 @@ def _set(config: ml_collections.ConfigDict, key: str) -> None:
         config[name] = "" if isinstance(config[name], str) else None
 
 
-def _parse(file: str, overrides: list[str]) -> ml_collections.ConfigDict:
-    argv = ["sfd", f"--config={file}", *overrides]
-    values = absl_flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+def _parse(source: str | ml_collections.ConfigDict, overrides: list[str], file: str = "") -> ml_collections.ConfigDict:
+    """Load a config file, or apply overrides to what came out of one."""
+    values, argv = absl_flags.FlagValues(), ["sfd", *overrides]
+    if isinstance(source, str):
+        argv, file = ["sfd", f"--config={source}", *overrides], source
+        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    else:
+        config_flags.DEFINE_config_dict("config", source, flag_values=values, sys_argv=argv)
     try:
         values(argv)
         return values.config
@@ -153,7 +201,7 @@ def _check_value(config: ml_collections.ConfigDict, key: str, value: str, name: 
         walked.append(part)
     if isinstance(node, ml_collections.ConfigDict):
         raise SfdError(f"config {name}: '{key}' is a group; set one of its keys: {', '.join(node)}")
-    if value == "None" and (node in (None, "") or field in ranges.MAY_BE_NONE):
+    if value == "None" and (node in (None, "") or field in MAY_BE_NONE):
         return True
     if type(node) in (int, float):
         try:

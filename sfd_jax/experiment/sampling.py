@@ -1,12 +1,15 @@
 """From the flags that say what to sample to a sampler and its labels."""
 
 import argparse
-import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
+from sfd_jax.diffusion.sample_config import SampleConfig, SampleJob
 from sfd_jax.errors import Faults, SfdError
 from sfd_jax.ranges import RULES, Only, useless
+from sfd_jax.settings import defaults_of, to_dict
 
 
 def load_checkpoint(flag: str, directory: str, step: int | None = None, weights: str = "ema") -> tuple[dict, dict]:
@@ -17,45 +20,68 @@ def load_checkpoint(flag: str, directory: str, step: int | None = None, weights:
     return params, {**metadata, "which": weights, "given_as": f"{flag}={directory}"}
 
 
-def sample_config(args: argparse.Namespace):
-    """Return the SampleConfig of the flags, before anything is opened.
-
-    Raises:
-      SfdError: missing flags, values outside their ranges, or flags without effect; all of them are named.
-    """
-    from sfd_jax.generation import SampleConfig
-
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise SfdError for faults of the flags that no checkpoint is needed to see."""
     found = Faults()
     if not (args.checkpoint and args.texture_vae):
         found.append("sampling needs --checkpoint and --texture_vae")
-    guidance = args.guidance or ("autoguidance" if args.weak else "none")
-    if guidance == "autoguidance" and not args.weak:
+        with found:
+            sample_job(args, {})
+    if args.guidance == "autoguidance" and not args.weak:
         found.append("--guidance=autoguidance needs a weaker model: add --weak=CKPT")
-    values = vars(args) | {"guidance": guidance}
-    rules = (*RULES["sample"], Only("weak", "guidance", ("autoguidance",)))
-    found += useless(rules, values, args.given, "--{}".format).values()
-    fields = {field.name: values[field.name] for field in dataclasses.fields(SampleConfig)}
     found.stop()
-    return SampleConfig(**{name: value for name, value in fields.items() if value is not None})
+
+
+def sample_job(args: argparse.Namespace, saved: Mapping[str, Any]) -> tuple[SampleJob, list[str]]:
+    """Return what the flags say over the settings saved with a checkpoint, and sentences on what was left out.
+
+    Of saved settings those give way that would contradict a flag: a budget of calls to --num_steps, the scales of one
+    kind of guidance to another kind, and AutoGuidance to a weaker model that is not given.
+
+    Args:
+      args: parsed flags.
+      saved: the group `sample` of the checkpoint's config; empty where it has none.
+
+    Raises:
+      SfdError: values outside their ranges, or flags without effect; all of them are named.
+    """
+    notes, defaults, base = [], defaults_of(SampleJob), to_dict(SampleJob.from_group(saved))
+    given = {name: value for name in base if (value := getattr(args, name)) is not None}
+    guidance = given.get("guidance") or ("autoguidance" if args.weak else base["guidance"])
+    if guidance == "autoguidance" and not args.weak:
+        guidance = "none"
+        notes.append(
+            "the checkpoint's settings are for guidance by a weaker model, and none was given (--weak=CKPT): these "
+            "samples are without guidance"
+        )
+    if guidance != base["guidance"]:
+        base |= {name: defaults[name] for name in base if name.startswith("guidance")}
+    if "num_steps" in given:
+        base["calls"] = None
+    values = base | given | {"guidance": guidance}
+    rules = (*RULES["sample"], Only("weak", "guidance", ("autoguidance",)))
+    faults = useless(rules, values | {"weak": args.weak}, args.given, "--{}".format)
+    Faults(faults.values()).stop()
+    return SampleJob.effective(values), notes
 
 
 def open_sampler(args: argparse.Namespace):
-    """Open what the flags name.
+    """Open what the flags name, and print the settings: the flags' over the checkpoint's.
 
     Returns:
       (sampler, labels (N,) int32, recipe dict, batch size over all devices).
 
     Raises:
-      SfdError: as `sample_config`, or checkpoints that do not fit.
+      SfdError: as `sample_job`, or checkpoints that do not fit.
     """
-    from sfd_jax.distributed import make_mesh
+    from sfd_jax.distributed import make_mesh, say
     from sfd_jax.generation import make_labels, make_sampler
     from sfd_jax.latents import other_makers
 
-    config = sample_config(args)
     mesh = make_mesh(fsdp=args.fsdp)
-
     params, metadata = load_checkpoint("--checkpoint", args.checkpoint, args.step, args.weights)
+    job, notes = sample_job(args, (metadata.get("config") or {}).get("sample") or {})
+    say(f"sampling with {described(job)}")
     store = _open_store(args.latent_store)
     if store is not None:
         if differing := other_makers(store.origin, metadata.get("latents")):
@@ -66,7 +92,7 @@ def open_sampler(args: argparse.Namespace):
     sampler = make_sampler(
         (params, metadata),
         _load_texture_vae(args, metadata),
-        config,
+        job,
         weak=load_checkpoint("--weak", args.weak, args.weak_step, args.weights) if args.weak else None,
         seed=args.seed,
         statistics=store and store.statistics,
@@ -74,13 +100,20 @@ def open_sampler(args: argparse.Namespace):
         mesh=mesh,
         other_texture_vae=args.other_texture_vae,
     )
-    num = 50_000 if args.num is None else args.num
-    labels = make_labels(args.labels, num, sampler.num_classes, sampler.class_names, args.seed, sampler.labels)
-    recipe = {**sampler.recipe, "labels": {"mode": args.labels, "hash": _hash(labels)}}
-    batch_size = args.batch_size * mesh.size
-    if config.mode == "published" and config.solver == "dopri5":
+    labels = make_labels(job.labels, job.num, sampler.num_classes, sampler.class_names, args.seed, sampler.labels)
+    told = {"labels": {"mode": job.labels, "hash": _hash(labels)}, "notes": notes + sampler.recipe["notes"]}
+    recipe = {**sampler.recipe, **told}
+    batch_size = job.batch_size * mesh.size
+    if job.mode == "published" and job.solver == "dopri5":
         recipe["batch_size"] = batch_size  # one step size for all of a batch, as released
     return sampler, labels, recipe, batch_size
+
+
+def described(job: SampleConfig) -> str:
+    """Return the settings that have an effect, as flags without their dashes."""
+    values = to_dict(job)
+    idle = useless(RULES["sample"], values, values)
+    return " ".join(f"{name}={value}" for name, value in values.items() if value is not None and name not in idle)
 
 
 def _load_texture_vae(args: argparse.Namespace, model: dict) -> tuple[dict, dict]:

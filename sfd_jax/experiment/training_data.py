@@ -2,8 +2,10 @@
 
 import contextlib
 
+from sfd_jax.diffusion.clocks import Clocks
 from sfd_jax.errors import Faults, SfdError
 from sfd_jax.files import must_be_local
+from sfd_jax.models import Network
 
 
 def open_source(path: str, *, repa: bool):
@@ -74,13 +76,32 @@ def unused_classes(num_classes: int, source) -> list[str]:
     return []
 
 
-def check_init(path: str, network, source) -> list[str]:
+def load_init(path: str, network: Network, clocks: Clocks, seed: int) -> dict:
+    """Return the weights of --init's checkpoint to start from; clocks that are trained go on where they are its clocks.
+
+    Raises:
+      SfdError: as `load_params`.
+    """
+    import jax
+
+    from sfd_jax.diffusion.clocks import join_params, split_params
+    from sfd_jax.generation.parts import clocks_of
+    from sfd_jax.training import load_metadata, load_params
+
+    theirs = clocks_of(load_metadata(path))
+    shapes = join_params(network.abstract_params(), jax.eval_shape(theirs.init, jax.random.key(0)))
+    params, trained = split_params(load_params(path, abstract=shapes)[0])
+    return join_params(params, trained if theirs == clocks else clocks.init(jax.random.key(seed)))
+
+
+def check_init(path: str, network: Network, clocks: Clocks, source) -> list[str]:
     """Return sentences on what sets the checkpoint of --init apart from this run; the latents it was trained on.
 
     Raises:
       SfdError: it is of another network.
     """
     from sfd_jax.distributed import start
+    from sfd_jax.generation.parts import clocks_of
     from sfd_jax.latents import LatentStatistics, other_makers
     from sfd_jax.models import network_of
     from sfd_jax.training import load_metadata
@@ -93,6 +114,8 @@ def check_init(path: str, network, source) -> list[str]:
         f"--init={path} was trained on latents of another {line}"
         for line in other_makers(metadata.get("latents"), source.origin)
     ] + average_notes(metadata)
+    if (metadata.get("config") or {}).get("clocks") and (theirs := clocks_of(metadata)) != clocks:
+        notes.append(f"--init={path} was trained with other clocks, {theirs}; this run's are {clocks}")
     told = metadata.get("latent_statistics")
     if told and not LatentStatistics.from_dict(told).same_scale(source.statistics):
         notes.append(f"--init={path} was trained with other latent statistics than these latents have")

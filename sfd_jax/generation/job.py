@@ -23,10 +23,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from sfd_jax.diffusion.sample_config import SampleConfig
 from sfd_jax.distributed import is_host0
 from sfd_jax.errors import SfdError
 from sfd_jax.files import PART, appearing, differences, write_json
 from sfd_jax.ranges import RULES, check, useless
+from sfd_jax.settings import defaults_of, upgraded
 
 # make(indices (n,), labels (n,)) -> (images uint8 (n,H,W,3), network calls (n,))
 Make = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -150,10 +152,21 @@ def _check_same_recipe(path: Path, recipe: dict) -> None:
     if "batch_size" in old:
         old.setdefault("chunk_size", _default_chunk(old["batch_size"]))  # recipes did not tell of it once
     # A finished job's file also holds what came out of it.
-    differing = differences(_decisive({key: value for key, value in old.items() if key in recipe}), _decisive(recipe))
+    old = {key: value for key, value in old.items() if key in recipe}
+    differing = differences(_decisive(_upgraded(old)), _decisive(_upgraded(recipe)))
     if differing:
         lines = "\n  ".join(differing.values())
         raise SfdError(f"{path.parent} holds samples of another recipe; choose another folder:\n  {lines}")
+
+
+def _upgraded(recipe: dict) -> dict:
+    """Return a recipe as it would be written now: clocks were once told by class, end and kinks, and some settings not."""
+    clocks = recipe.get("clocks") or {}
+    sampler = defaults_of(SampleConfig) | upgraded(SampleConfig, recipe.get("sampler") or {})
+    if "tau_end" in clocks:
+        name = {"FixedOffset": "fixed_offset"}.get(clocks["name"], clocks["name"].lower())
+        clocks = {"name": name} | ({"delta_t": clocks["breakpoints"][0]} if name == "fixed_offset" else {})
+    return recipe | {key: value for key, value in {"clocks": clocks, "sampler": sampler}.items() if key in recipe}
 
 
 def _decisive(recipe: dict) -> dict:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sfd_jax.diffusion.clocks import make_clocks
+from sfd_jax.diffusion.clocks import Clocks, FixedOffset, Synchronous, make_clocks
 from sfd_jax.errors import SfdError
 from sfd_jax.latents import LatentStatistics, other_makers
 from sfd_jax.models.network import checkpoint_name
@@ -56,6 +56,18 @@ def check_parts(
     return notes + average_notes(model[1]) + (average_notes(weak[1]) if weak else [])
 
 
+def clocks_of(metadata: Mapping[str, Any]) -> Clocks:
+    """Return the clocks that a diffusion model's metadata tell of, the released ones where they tell of none.
+
+    Raises:
+      SfdError: they are of a module that is not imported here.
+    """
+    if not metadata["network_config"].get("two_clocks", True):
+        return Synchronous()
+    told = (metadata.get("config") or {}).get("clocks")
+    return make_clocks(told, (metadata.get("registered_in") or {}).get("clocks")) if told else FixedOffset()
+
+
 def trained_labels(metadata: Mapping[str, Any], num_classes: int) -> np.ndarray:
     """Return the labels that a model saw in training, sorted; all of them where its metadata do not tell."""
     labels = (metadata.get("latents") or {}).get("labels")
@@ -103,8 +115,8 @@ def _check_weak(model: Checkpoint, weak: Checkpoint, hashes: Mapping, statistics
     classes = [trained_labels(each, each["network_config"]["num_classes"]) for each in (theirs, ours)]
     if missing := sorted(set(classes[1].tolist()) - set(classes[0].tolist())):
         raise SfdError(f"{names} have other classes: {len(missing)} are missing, the first is {missing[0]}")
-    clocks = [(each.get("config") or {}).get("clocks") for each in (theirs, ours)]
-    if None not in clocks and len({repr(make_clocks(c["name"], delta_t=c["delta_t"])) for c in clocks}) > 1:
+    clocks = [clocks_of(each) for each in (theirs, ours) if (each.get("config") or {}).get("clocks")]
+    if len(clocks) == 2 and clocks[0] != clocks[1]:
         raise SfdError(f"{names} were trained with other clocks: {clocks[0]} and {clocks[1]}")
     sizes = [sum(np.size(leaf) for leaf in jax.tree.leaves(params)) for params, _ in (weak, model)]
     steps = [each.get("step") or 0 for each in (theirs, ours)]

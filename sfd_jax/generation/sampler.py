@@ -8,9 +8,7 @@ of each sample on its own: so batch size, padding, devices and hosts change noth
 `published` mode dopri5 shares one step size among a batch, as released: there the batch size matters.)
 """
 
-import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,91 +16,23 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from sfd_jax.diffusion import guidance
-from sfd_jax.diffusion.clocks import Clocks, make_clocks
-from sfd_jax.diffusion.sampling import SolverConfig, sample, trajectory
+from sfd_jax.diffusion.clocks import Clocks, clocks_config, split_params
+from sfd_jax.diffusion.sample_config import SampleConfig
+from sfd_jax.diffusion.sampling import sample, trajectory
 from sfd_jax.distributed import batch_sharding, make_mesh, mesh_context, param_shardings, put_same, replicated
-from sfd_jax.errors import SfdError, nearest, refuse
-from sfd_jax.generation.parts import Checkpoint, check_parts, trained_labels
+from sfd_jax.errors import SfdError
+from sfd_jax.generation.parts import Checkpoint, check_parts, clocks_of, trained_labels
 from sfd_jax.latents import LatentLayout, LatentStatistics
 from sfd_jax.models import Network, network_of
 from sfd_jax.models.fingerprint import params_hash
 from sfd_jax.models.network import checkpoint_name
 from sfd_jax.models.texture_vae import to_bytes
-from sfd_jax.ranges import MAY_BE_NONE, RULES, check, check_fields, useless
+from sfd_jax.ranges import check
+from sfd_jax.settings import defaults_of
 
-GUIDANCE = ("none", "cfg", "autoguidance")
 # The decoder's widest layers hold a hundred times the latent: it takes this many images a device at once.
 DECODE_AT_ONCE = 8
 _KINDS = (np.uint32, np.int32)  # of indices and of labels on the device
-
-
-@dataclasses.dataclass(frozen=True)
-class SampleConfig:
-    """Say how to sample; the fields of a config's `sample` group that decide the images.
-
-    Attributes:
-      solver, mode, num_steps, calls, atol, rtol, timestep_shift: see `diffusion.sampling.SolverConfig`.
-      guidance: "none", "cfg" or "autoguidance".
-      guidance_scale: not 1, which is no guidance.
-      guidance_scale_semantic, guidance_scale_texture: AutoGuidance's scale of one group; None for the common one.
-      guidance_interval_start, guidance_interval_groups: a group ("tex", "sem" or "both") is guided once its
-        clock has reached the start; 0 for always.
-
-    Raises:
-      SfdError: an unknown name, a number outside its range, or a value other than the default that would have no
-        effect.
-    """
-
-    solver: str = "dopri5"
-    mode: str = "staged"
-    num_steps: int = 100
-    calls: int = 0
-    atol: float = 1e-6
-    rtol: float = 1e-3
-    timestep_shift: float = 0.0
-    guidance: str = "none"
-    guidance_scale: float = 1.0
-    guidance_scale_semantic: float | None = None
-    guidance_scale_texture: float | None = None
-    guidance_interval_start: float = 0.0
-    guidance_interval_groups: str = "both"
-
-    def __post_init__(self):
-        if self.guidance not in GUIDANCE:
-            raise SfdError(f"unknown guidance '{self.guidance}'; {nearest(self.guidance, GUIDANCE)}")
-        check_fields("sample", self)
-        guidance.check_groups(self.guidance_interval_groups)
-        values = dataclasses.asdict(self)
-        given = {field.name for field in dataclasses.fields(self) if values[field.name] != field.default}
-        refuse(list(useless(RULES["sample"], values, given).values()))
-        scales = [
-            self.guidance_scale if scale is None else scale
-            for scale in (self.guidance_scale_semantic, self.guidance_scale_texture)
-        ]
-        if self.guidance != "none" and scales == [1, 1]:
-            raise SfdError(
-                f"guidance '{self.guidance}' with guidance_scale=1 is no guidance: give another scale, such as 1.5, or "
-                "guidance 'none'"
-            )
-        self.solver_config()
-
-    def solver_config(self) -> SolverConfig:
-        """Return the integrator's part; raises SfdError where a value is outside its range."""
-        return SolverConfig(
-            self.solver, self.mode, self.num_steps, self.calls, self.atol, self.rtol, self.timestep_shift
-        )
-
-    @classmethod
-    def from_group(cls, group: Any) -> "SampleConfig":
-        """Take the fields from a config's `sample` group (a mapping), which may hold others too.
-
-        A group says what to take with every solver and kind of guidance; of what its own have no use for, the
-        default is taken. (Overrides without effect are refused by `experiment.config_files.load_config`.)
-        """
-        values = {field.name: group[field.name] for field in dataclasses.fields(cls)}
-        values |= {name: None for name in MAY_BE_NONE if values.get(name) == -1}  # as it was written once
-        idle = useless(RULES["sample"], values, values)
-        return cls(**{name: value for name, value in values.items() if name not in idle and value is not None})
 
 
 class Sampler:
@@ -112,6 +42,7 @@ class Sampler:
       num_classes, class_names: of the model; names are None where the checkpoint holds none.
       labels: which labels may be asked for, sorted: those that were trained.
       image_size: side of the images, in pixels.
+      clocks: that it integrates over, their trained parameters in them.
       recipe: JSON-able description of all that decides the images but the labels; and its "notes", sentences on what
         was assumed.
     """
@@ -137,7 +68,7 @@ class Sampler:
         Args:
           model, texture_vae, weak: (network, params); `weak` is AutoGuidance's. Params of shapes alone make a
             sampler that can only be lowered.
-          layout, statistics, clocks: those the model was trained with.
+          layout, statistics, clocks: those the model was trained with; trained clocks with their parameters in them.
           config: how to sample.
           seed: of the noise.
           class_names: what the classes are called.
@@ -159,7 +90,7 @@ class Sampler:
         self._networks = {"model": network, "vae": vae} | ({"weak": weak[0]} if weak else {})
         params = {"model": model[1], "vae": texture_vae[1]} | ({"weak": weak[1]} if weak else {})
         self._params = put_same(params, param_shardings(params, self.mesh))
-        self._layout, self._statistics, self._clocks = layout, statistics, clocks
+        self._layout, self._statistics, self.clocks = layout, statistics, clocks
         self._config, self._seed = config, seed
         # Every host gets all rows: the one that writes needs them, and they are small beside the work on them.
         # Both programs are given all weights, used or not: so what XLA says one needs is what the device holds.
@@ -301,7 +232,7 @@ class Sampler:
             ()
             if config.guidance == "none"
             else guidance.jumps(
-                self._clocks,
+                self.clocks,
                 interval_start=config.guidance_interval_start,
                 interval_groups=config.guidance_interval_groups,
             )
@@ -310,8 +241,8 @@ class Sampler:
             "velocity_fn": self._velocity_fn(params, labels),
             "noise": noise,
             "layout": self._layout,
-            "clocks": self._clocks,
-            "solver": config.solver_config(),
+            "clocks": self.clocks,
+            "solver": config,
             "jumps": jumps,
         }
 
@@ -393,7 +324,7 @@ def make_sampler(
       config: how to sample.
       weak: AutoGuidance's weaker model.
       seed: of the noise.
-      clocks: instead of those the checkpoint tells of; where it tells of none, the published fixed offset.
+      clocks: instead of those the checkpoint tells of; where it tells of none, the released fixed offset.
       statistics: those of the training latents, where the checkpoint holds none.
       compute_dtype: "float32" or "bfloat16", instead of the checkpoint's.
       mesh: the devices; all of them by default.
@@ -425,8 +356,9 @@ def make_sampler(
     if config.guidance == "cfg" and dropout == 0:
         raise SfdError(f"guidance 'cfg' needs label dropout in training; that of {checkpoint_name(metadata)} was 0")
     layout = LatentLayout(len(statistics.texture_mean), len(statistics.semantic_mean))
+    params, trained = split_params(model[0])
     if clocks is None:
-        clocks = _clocks_of(metadata, networks["model"])
+        clocks = clocks_of(metadata).bind(trained)
     parts = {"model": model, "weak": weak, "texture_vae": texture_vae}
     described = {name: _describe(part) for name, part in parts.items() if part}
     hashes = {name: part["hash"] for name, part in described.items()}
@@ -438,16 +370,16 @@ def make_sampler(
         "weak_model": described.get("weak"),
         "texture_vae": described["texture_vae"],
         "latent_statistics": statistics.hash(),
-        "clocks": {"name": type(clocks).__name__, "tau_end": clocks.tau_end, "breakpoints": clocks.breakpoints},
-        "sampler": dataclasses.asdict(config),
+        "clocks": clocks_config(clocks),
+        "sampler": {name: getattr(config, name) for name in defaults_of(SampleConfig)},
         "dtype": networks["model"].config.compute_dtype,
         "seed": seed,
         "notes": notes,
     }
     return Sampler(
-        (networks["model"], model[0]),
+        (networks["model"], params),
         (networks["texture_vae"], texture_vae[0]),
-        weak=weak and (networks["weak"], weak[0]),
+        weak=weak and (networks["weak"], split_params(weak[0])[0]),
         layout=layout,
         statistics=statistics,
         clocks=clocks,
@@ -458,13 +390,6 @@ def make_sampler(
         recipe=recipe,
         mesh=mesh,
     )
-
-
-def _clocks_of(metadata: dict, network: Network) -> Clocks:
-    if not network.config.two_clocks:
-        return make_clocks("synchronous")
-    told = (metadata.get("config") or {}).get("clocks")
-    return make_clocks(told["name"], delta_t=told["delta_t"]) if told else make_clocks("fixed_offset")
 
 
 def _describe(checkpoint: Checkpoint) -> dict:

@@ -10,6 +10,7 @@ import numpy as np
 from sfd_jax.convert import FORMATS
 from sfd_jax.convert.checkpoints import identify
 from sfd_jax.convert.table import import_params, key_shapes
+from sfd_jax.diffusion.losses import cosine_distance
 from sfd_jax.errors import SfdError
 from sfd_jax.generation.sampler import DECODE_AT_ONCE
 from sfd_jax.models import Network
@@ -17,7 +18,7 @@ from sfd_jax.models.dinov2 import preprocess
 from sfd_jax.models.texture_vae import to_bytes
 from sfd_jax.parity.check import Check, relative_error
 from sfd_jax.parity.pack import Case
-from sfd_jax.training.terms import cosine_distance, gaussian_kl
+from sfd_jax.training.terms import gaussian_kl
 
 # bfloat16, measured on CPU at up to 3e-2; room for other backends.
 BOUND = {"float32": 2e-5, "bfloat16": 1e-1}

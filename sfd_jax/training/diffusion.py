@@ -2,11 +2,13 @@
 
 Batches: `latents` (B, H, W, C) normalised, `labels` (B,) int32, and with REPA `repa_features` (B, N, F),
 or what the targets are made from (frozen_features.py).
+
+Parameters: the network's own tree; where the clocks are trained too, {"network": ..., "clocks": ...}.
 """
 
 import jax
 
-from sfd_jax.diffusion.clocks import Clocks, Synchronous
+from sfd_jax.diffusion.clocks import Clocks, Synchronous, clocks_config, join_params, split_params
 from sfd_jax.diffusion.losses import LossConfig, draw, loss_metrics, velocity_loss
 from sfd_jax.errors import SfdError
 from sfd_jax.latents import LatentLayout
@@ -45,7 +47,11 @@ def diffusion_task(
 
     targets = targets if repa else None
 
+    def init(key: jax.Array) -> dict:
+        return join_params(network.init(key), clocks.init(jax.random.fold_in(key, 1)))
+
     def loss(params: dict, batch: dict, key: jax.Array, *frozen: dict):
+        params, trained = split_params(params)
         features = None
         if repa:
             features = targets.compute(*frozen, batch) if targets else batch["repa_features"]
@@ -58,17 +64,17 @@ def diffusion_task(
             positions=batch["positions"],
         )
         terms = velocity_loss(
-            lambda *inputs: network.apply(params, *inputs, return_repa=repa),
+            lambda *inputs: network.apply(params, *inputs, return_repa=config.reads_hidden),
             batch["latents"],
             draws,
             layout=layout,
-            clocks=clocks,
+            clocks=clocks.bind(trained),
             config=config,
             repa_features=features,
         )
         return terms.total.mean(), loss_metrics(terms)
 
-    return Task("diffusion", network, network.init, loss, frozen=targets.params if targets else None)
+    return Task("diffusion", network, init, loss, frozen=targets.params if targets else None)
 
 
 def check_parts(network: Network, layout: LatentLayout, clocks: Clocks, config: LossConfig) -> None:
@@ -84,12 +90,18 @@ def check_parts(network: Network, layout: LatentLayout, clocks: Clocks, config: 
             f"loss.repa_weight={config.repa_weight} needs the projector that model.repa_features="
             f"{dit.repa_features} leaves out; give the features' width, or set loss.repa_weight=0"
         )
+    for name, term in config.terms.items():
+        if term.reads_hidden and not dit.repa_features:
+            raise SfdError(
+                f"loss term '{name}' reads projected hidden states, and model.repa_features={dit.repa_features} leaves "
+                "the projector out; give a width"
+            )
     if config.label_dropout > 0 and not dit.null_label:
         raise SfdError(
             f"loss.label_dropout={config.label_dropout} needs a null label, but model.null_label={dit.null_label}"
         )
     if not dit.two_clocks and not isinstance(clocks, Synchronous):
         raise SfdError(
-            f"model.two_clocks={dit.two_clocks} reads one clock, but clocks '{type(clocks).__name__}' are two; "
+            f"model.two_clocks={dit.two_clocks} reads one clock, but the clocks {clocks_config(clocks)} are two; "
             "set clocks.name=synchronous or model.two_clocks=True"
         )

@@ -1,12 +1,16 @@
 """`run.json`: which run a work folder belongs to, so that no other one writes into it."""
 
 import json
+from typing import Any
 
 from etils import epath
 
+from sfd_jax.diffusion.clocks import CLOCKS, clocks_config, make_clocks
+from sfd_jax.diffusion.sample_config import SampleJob
 from sfd_jax.distributed import is_host0
 from sfd_jax.errors import SfdError
 from sfd_jax.files import differences, write_anywhere
+from sfd_jax.settings import to_dict
 
 # What may differ when a run goes on: how often it speaks and saves, where it runs and how it saves memory (both change
 # the rounding and nothing else), what is done afterwards.
@@ -71,10 +75,30 @@ def _compare(path: epath.Path, old: dict, new: dict, may_extend: bool) -> None:
     if "data_hash" not in old:
         free += ("data_hash", "held_out_hash")
     differing = [
-        line for key, line in differences(old, new).items() if key[-1] not in free and not set(key) & set(FREE_GROUPS)
+        line
+        for key, line in differences(upgraded(old), upgraded(new)).items()
+        if key[-1] not in free and not set(key) & set(FREE_GROUPS)
     ]
     if differing:
         raise SfdError(
             f"work folder {path.parent} belongs to another run ({path} differs); nothing was changed. Take "
             "another --workdir, or set these back:\n  " + "\n  ".join(differing)
         )
+
+
+def upgraded(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a stored config, or what holds one, as it would be written now; for comparisons.
+
+    Clocks have their own settings alone: once all of them had a `delta_t`. Of how to sample what has no effect is not
+    told, and nothing but None means "not given".
+    """
+    told = {}
+    for name, value in config.items():
+        if name == "clocks" and isinstance(value, dict) and value.get("name") in CLOCKS:
+            value = clocks_config(make_clocks(value))
+        elif name == "sample" and isinstance(value, dict):
+            value = to_dict(SampleJob.from_group(value))
+        elif isinstance(value, dict):
+            value = upgraded(value)
+        told[name] = value
+    return told

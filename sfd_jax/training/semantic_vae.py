@@ -11,6 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from sfd_jax.diffusion.losses import cosine_distance
 from sfd_jax.errors import SfdError
 from sfd_jax.models.network import Network
 from sfd_jax.models.posterior import sample_posterior
@@ -18,7 +19,7 @@ from sfd_jax.ranges import check_fields
 from sfd_jax.training.frozen_features import FrozenFeatures
 from sfd_jax.training.randomness import row_normal
 from sfd_jax.training.task import Task
-from sfd_jax.training.terms import apply_head, cosine_distance, cross_entropy, gaussian_kl, hits, linear_head
+from sfd_jax.training.terms import apply_head, cross_entropy, gaussian_kl, hits, linear_head
 
 # Axis of (B, N, F) along which two features are compared.
 COSINE_AXES = {"token": 1, "feature": 2}

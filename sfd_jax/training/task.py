@@ -18,7 +18,8 @@ class Task:
       name: for log lines and the run's record.
       network: the Network behind it (None where there is none); its config goes into the checkpoint.
       init: key -> params, a nested dict with string keys of float32 arrays: the network's, or
-        {"network": the network's, "heads": what is trained beside it and used by no one later}.
+        {"network": the network's, "heads": what is trained beside it and used by no one later}, or
+        {"network": the network's, "clocks": those of clocks that are trained}.
       loss: (params, batch, key) -> (scalar loss, metrics). To the arrays of the data's batch the step adds
         `positions` (B,) int32, each row's place in the global batch: what a row draws is a function of it and
         of the key (randomness.py). The loss is a mean over rows, so that accumulated small batches equal a

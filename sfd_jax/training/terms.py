@@ -12,16 +12,6 @@ def gaussian_kl(mean: jax.Array, logvar: jax.Array) -> jax.Array:
     return each.reshape(each.shape[0], -1).sum(axis=-1)
 
 
-def cosine_distance(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    """Return 1 - cosine similarity along `axis`, averaged over the remaining ones: (B,).
-
-    Source: PyTorch's cosine_similarity, whose 1e-8 bounds each norm from below.
-    """
-    norm = lambda x: jnp.maximum(jnp.sqrt(jnp.maximum(jnp.sum(x * x, axis=axis), 1e-30)), 1e-8)
-    similarity = jnp.sum(a * b, axis=axis) / (norm(a) * norm(b))
-    return 1.0 - similarity.reshape(a.shape[0], -1).mean(axis=-1)
-
-
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
     """Return the cross-entropy of logits (B, K) with int labels (B,), smoothed: (B,)."""
     log_p = jax.nn.log_softmax(logits)

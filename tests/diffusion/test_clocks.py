@@ -1,12 +1,26 @@
 """Clocks: their values and rates, the breakpoints included, and what follows from them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sfd_jax.diffusion.clocks import Clocks, FixedOffset, Sequential, Synchronous, make_clocks
+from sfd_jax.diffusion.clocks import (
+    CLOCKS,
+    Clocks,
+    FixedOffset,
+    Sequential,
+    Synchronous,
+    clocks_config,
+    join_params,
+    make_clocks,
+    split_params,
+)
 from sfd_jax.errors import SfdError
+from sfd_jax.ranges import Range
+from sfd_jax.settings import setting
 
 
 class Smooth(Clocks):
@@ -80,11 +94,79 @@ def test_tau_at_inverts_the_clocks_even_while_tracing():
     np.testing.assert_allclose(Smooth().tau_at(0.5), (2 - 2**0.5, 4 / 3), atol=1e-6)
 
 
-def test_make_clocks():
-    assert make_clocks("fixed_offset", delta_t=0.5) == FixedOffset(0.5)
-    assert make_clocks("fixed_offset", delta_t=0) == make_clocks("synchronous") == Synchronous()
-    assert make_clocks("sequential") == Sequential()
-    with pytest.raises(SfdError, match="did you mean 'sequential'"):
-        make_clocks("sequentail")
-    with pytest.raises(SfdError, match="delta_t=1.2"):
-        make_clocks("fixed_offset", delta_t=1.2)
+@CLOCKS.register("bent")
+@dataclasses.dataclass(frozen=True)
+class Bent(Clocks):
+    """Texture lags by a trained bend: t_texture = tau - b tau (1 - tau), b = most * sigmoid(bend)."""
+
+    most: float = setting(1.0, "largest bend", range=Range(float, 0, 1))
+    tau_end = 1.0
+    breakpoints = ()
+
+    def init(self, key):
+        return {"bend": jnp.float32(0.0)}
+
+    def times(self, tau):
+        return tau, tau - self.most * jax.nn.sigmoid(self.params["bend"]) * tau * (1 - tau)
+
+
+@pytest.mark.parametrize(
+    "clocks, config",
+    [
+        (FixedOffset(0.5), {"name": "fixed_offset", "delta_t": 0.5}),
+        (Sequential(), {"name": "sequential"}),
+        (Synchronous(), {"name": "synchronous"}),
+        (Bent(0.4), {"name": "bent", "most": 0.4}),
+    ],
+)
+def test_clocks_go_to_a_config_and_back(clocks, config):
+    assert clocks_config(clocks) == config and make_clocks(config) == clocks
+    assert make_clocks({"name": config["name"]}) == type(clocks)()  # what is not given has its default
+
+
+def test_configs_of_earlier_versions_have_a_delta_t_for_every_name():
+    assert make_clocks({"name": "sequential", "delta_t": 0.3}) == Sequential()
+    assert make_clocks({"name": "fixed_offset", "delta_t": 0}) == Synchronous()
+
+
+@pytest.mark.parametrize(
+    "config, says",
+    [
+        ({"name": "sequentail"}, "did you mean 'sequential'"),
+        ({"name": "fixed_offset", "delta_t": 1.2}, "clocks.delta_t=1.2: give a number from 0 to 1"),
+        ({"name": "fixed_offset", "dalta_t": 0.2}, "have no setting 'dalta_t': did you mean 'delta_t'"),
+        ({"name": "synchronous", "most": 0.2}, "'synchronous' have no setting 'most': they have none"),
+        ({"name": "bent", "most": True}, "clocks.most=True"),
+    ],
+)
+def test_configs_that_describe_no_clocks(config, says):
+    with pytest.raises(SfdError, match=says):
+        make_clocks(config)
+
+
+def test_clocks_of_no_name_and_of_a_module_that_is_not_imported():
+    with pytest.raises(SfdError, match="Smooth are clocks that no name stands for: register the class"):
+        clocks_config(Smooth())
+    with pytest.raises(SfdError, match="--plugin=their_clocks"):
+        make_clocks({"name": "theirs"}, "their_clocks")
+
+
+def test_trained_parameters_are_bound_and_differentiated():
+    clocks = Bent(0.8)
+    params = clocks.init(jax.random.key(0))
+    assert clocks.bind(params) == clocks  # one and the same pair, whatever it has learned
+    times = lambda p: clocks.bind(p).times(jnp.float32(0.5))[1]
+    rate = lambda p: clocks.bind(p).rates(jnp.float32(0.25), jnp.int32(0))[1]
+    np.testing.assert_allclose([times(params), rate(params)], [0.5 - 0.4 / 4, 1 - 0.4 / 2], rtol=1e-6)
+    # b = 0.8 sigmoid(bend), whose derivative at 0 is 0.2.
+    found = [jax.grad(f)(params)["bend"] for f in (times, rate)]
+    np.testing.assert_allclose(found, [-0.2 / 4, -0.2 / 2], rtol=1e-5)
+    for wrong in ({}, {"bend": jnp.zeros(2)}, {"bent": jnp.float32(0)}):
+        with pytest.raises(SfdError, match="the trained parameters of the clocks are"):
+            clocks.bind(wrong)
+
+
+def test_parameters_of_the_network_stand_alone_or_beside_those_of_the_clocks():
+    network, clocks = {"blocks": 1}, {"bend": 2}
+    assert join_params(network, {}) is network and split_params(network) == (network, {})
+    assert split_params(join_params(network, clocks)) == (network, clocks)

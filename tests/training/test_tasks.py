@@ -7,12 +7,13 @@ import optax
 import pytest
 
 from sfd_jax.distributed import make_mesh
+from sfd_jax.diffusion.losses import cosine_distance
 from sfd_jax.errors import SfdError
 from sfd_jax.models import DinoV2Config, Network, SemanticVAEConfig, TextureVAEConfig
 from sfd_jax.training import OptimizerConfig, TrainConfig, fit, load_params
 from sfd_jax.training.randomness import row_keys, row_normal
 from sfd_jax.training.semantic_vae import SemanticVAELoss, semantic_vae_task
-from sfd_jax.training.terms import cosine_distance, cross_entropy, gaussian_kl, hits
+from sfd_jax.training.terms import cross_entropy, gaussian_kl, hits
 from sfd_jax.training.texture_vae import TextureVAELoss, texture_vae_task
 from sfd_jax.training.visual_encoder import VisualEncoderLoss, shift_and_scale, visual_encoder_task
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sfd_jax.errors import SfdError
 from sfd_jax.files import differences, write_json
+from sfd_jax.training.record import upgraded
 
 
 class DemoRecord:
@@ -38,7 +39,7 @@ class DemoRecord:
             if found is None:
                 self._write()
         if found is not None:
-            differing = differences(found["config"], config).values()
+            differing = differences(upgraded(found["config"]), upgraded(config)).values()
             if differing:
                 raise SfdError(
                     f"{workdir} holds the demo of another configuration; nothing was changed. Choose another "

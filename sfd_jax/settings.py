@@ -1,0 +1,182 @@
+"""Settings said once: a frozen dataclass whose fields know help, range and choices; flags and config groups made of it.
+
+    @dataclasses.dataclass(frozen=True)
+    class Job:
+        batch_size: int = setting(64, "images at once", range=Range(int, 1, 1024))
+
+        def __post_init__(self):
+            check_fields("job", self)          # ranges and choices, wherever the values come from
+
+    flags_from(Job, parser)                    # --batch_size, None where it is not given
+    job = from_args(Job, args, base=saved)     # what was given, over `saved` or the defaults
+
+"Not given" is None, so that what lies under the flags shows through. A range that is in `ranges.RANGES` need not be
+repeated in the field.
+"""
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+from sfd_jax.errors import SfdError, nearest
+from sfd_jax.ranges import Range
+from sfd_jax.registry import Registry
+
+Settings = TypeVar("Settings")
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    range: Range | None = None,
+    choices: tuple[str, ...] = (),
+    read: Callable[[str], Any] | None = None,
+    metavar: str | None = None,
+    was: Any = None,
+) -> Any:
+    """Declare a field of a settings dataclass.
+
+    Args:
+      default: its default; None for "not given", where the field's type allows it; `dataclasses.MISSING` for none.
+      help: of the flag, without the default.
+      range: the numbers it takes; by default those of its name in `ranges.RANGES`.
+      choices: the words it takes.
+      read: reads the flag's text, instead of the field's type.
+      metavar: what the flag's help calls its value.
+      was: the value that meant None in configs and recipes written before.
+    """
+    told = {"help": help, "range": range, "choices": choices, "read": read, "metavar": metavar, "was": was}
+    return dataclasses.field(default=default, metadata=told)
+
+
+def flags_from(
+    cls: type, parser: argparse._ActionsContainer, *, only: Iterable[str] | None = None, under: str = ""
+) -> None:
+    """Add a flag for each field of a settings dataclass; all default to None, "not given".
+
+    Args:
+      cls: the dataclass.
+      parser: an argument parser, or one of its groups.
+      only: names of the fields to take; all of them by default.
+      under: what stands in where a flag is not given and the class's default may not, e.g. "the checkpoint's".
+    """
+    for field in dataclasses.fields(cls):
+        if only is not None and field.name not in only:
+            continue
+        told, kind = field.metadata, kind_of(cls, field.name)
+        default = None if field.default in (None, dataclasses.MISSING) else field.default
+        shown = ", else ".join(filter(None, (under, None if default is None else str(default))))
+        options = {"default": None, "help": told.get("help", "") + (f" (default: {shown})" if shown else "")}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= {"type": told.get("read") or kind, "choices": told.get("choices") or None}
+            options["metavar"] = told.get("metavar")
+        action = parser.add_argument(f"--{field.name}", **options)
+        action.range = told.get("range")  # `parse_door` checks it
+
+
+def from_args(cls: type[Settings], args: argparse.Namespace, base: Settings | None = None) -> Settings:
+    """Make the dataclass of what was given on the command line.
+
+    Args:
+      cls: the dataclass.
+      args: parsed flags; a field whose flag is None or absent was not given.
+      base: settings under the flags; the class's defaults by default.
+
+    Raises:
+      SfdError: as the class says of its values.
+    """
+    values = {} if base is None else to_dict(base)
+    given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(cls)}
+    return cls(**values | {name: value for name, value in given.items() if value is not None})
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass by name, JSON-able where their values are."""
+    return {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+
+
+def upgraded(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config group or a recipe's entry with None where an older version wrote another word for it."""
+    was = {field.name: field.metadata.get("was") for field in dataclasses.fields(cls)}
+    return {name: None if was.get(name) is not None and value == was[name] else value for name, value in values.items()}
+
+
+def config_group(settings: Any):
+    """Return the ConfigDict of a dataclass; a field that is None takes a value of its type later."""
+    return part_group(type(settings), **to_dict(settings))
+
+
+def part_group(cls: type, **given: Any):
+    """Return the ConfigDict of a dataclass's defaults, with the given values, its name among them, over them."""
+    import ml_collections
+
+    values = defaults_of(cls) | given
+    for name in defaults_of(cls):
+        if values[name] is None or values[name] is ...:
+            values[name] = ml_collections.config_dict.placeholder(kind_of(cls, name))
+    return ml_collections.ConfigDict(values)
+
+
+def ranges_of(cls: type) -> dict[str, Range]:
+    """Return the ranges that a dataclass's fields tell themselves, by name."""
+    return {field.name: found for field in dataclasses.fields(cls) if (found := field.metadata.get("range"))}
+
+
+def describe(registry: Registry, part: Any) -> dict[str, Any]:
+    """Return a registered dataclass as a config: {"name": its name in the registry, **its fields}.
+
+    Raises:
+      SfdError: its class is not in the registry.
+    """
+    for name, cls in registry.items():
+        if type(part) is cls:
+            return {"name": name, **to_dict(part)}
+    raise SfdError(
+        f"{type(part).__name__} are {registry.kind} that no name stands for: register the class, a frozen dataclass, "
+        "so that checkpoints can tell of it"
+    )
+
+
+def make(registry: Registry, config: Mapping[str, Any], registered_in: str | None = None) -> Any:
+    """Make a registered dataclass from a config, the reverse of `describe`.
+
+    Args:
+      registry: of its kind.
+      config: "name" and fields of the class; what is not given has its default.
+      registered_in: the module that had registered it when the config was written, where that is known.
+
+    Raises:
+      SfdError: no such name, a field that the class does not have or that is missing, or a value it refuses.
+    """
+    name, fields = config["name"], {key: value for key, value in config.items() if key != "name"}
+    known = {field.name: field for field in dataclasses.fields(registry.find(name, registered_in))}
+    for key in fields:
+        if key not in known:
+            valid = nearest(key, known) if known else "they have none"
+            raise SfdError(f"{registry.kind} '{name}' have no setting '{key}': {valid}")
+    if missing := [key for key, default in defaults_of(registry[name]).items() if default is ... and key not in fields]:
+        raise SfdError(f"{registry.kind} '{name}' need {', '.join(missing)}")
+    return registry[name](**{key: tuple(x) if isinstance(x, list) else x for key, x in fields.items()})
+
+
+def defaults_of(cls: type) -> dict[str, Any]:
+    """Return the defaults of a dataclass by field, `...` where there is none."""
+    defaults = {}
+    for field in dataclasses.fields(cls):
+        made = field.default_factory() if field.default_factory is not dataclasses.MISSING else ...
+        defaults[field.name] = made if field.default is dataclasses.MISSING else field.default
+    return defaults
+
+
+def kind_of(cls: type, name: str) -> type:
+    """Return the type of a dataclass's field, without None."""
+    hint = typing.get_type_hints(cls)[name]
+    if isinstance(hint, types.UnionType):
+        [hint] = [part for part in typing.get_args(hint) if part is not types.NoneType]
+    return hint

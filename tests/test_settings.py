@@ -1,0 +1,88 @@
+"""Flags, config groups and checks are made from one dataclass, and what is not given is None."""
+
+import dataclasses
+
+import pytest
+
+from sfd_jax.cli.flags import door_parser, parse_door
+from sfd_jax.errors import SfdError
+from sfd_jax.ranges import Range, check_fields
+from sfd_jax.settings import config_group, flags_from, from_args, setting, upgraded
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    size: int = setting(64, "images at once", range=Range(int, 1, 100))
+    word: str = setting("good", "how it is", choices=("good", "better"))
+    scale: float | None = setting(None, "of the guidance", range=Range(float, 0, 9), was=-1)
+    mirrored: bool = setting(True, "mirrored images too")
+    seed: int = setting(0, "of the draws")
+
+    def __post_init__(self):
+        check_fields("job", self)
+
+
+def parse(*argv):
+    parser = door_parser("job", "")
+    flags_from(Job, parser, under="the checkpoint's")
+    return parse_door(parser, list(argv))
+
+
+def test_what_is_given_lies_over_what_was_saved_over_the_defaults():
+    args = parse("--scale=0", "--no-mirrored")
+    assert args.given == ["mirrored", "scale"] and args.size is None
+    assert from_args(Job, args) == Job(scale=0.0, mirrored=False)
+    assert from_args(Job, args, Job(size=7, scale=3.0)) == Job(size=7, scale=0.0, mirrored=False)
+    assert from_args(Job, parse("--word=better")) == Job(word="better")
+
+
+def test_help_tells_defaults_and_choices(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--word {good,better} how it is (default: the checkpoint's, else good)" in shown
+    assert "of the guidance (default: the checkpoint's)" in shown
+    assert "--mirrored, --no-mirrored mirrored images too (default: the checkpoint's, else True)" in shown
+
+
+@pytest.mark.parametrize(
+    "flag, says",
+    [
+        ("--size=0", "--size=0: give an integer from 1 to 100"),
+        ("--scale=nan", "--scale=nan: give a number from 0 to 9"),
+        ("--seed=-1", "--seed=-1: give an integer from 0"),  # of the table of ranges
+        ("--word=bad", "invalid choice: 'bad'"),
+    ],
+)
+def test_flags_are_checked_by_the_fields(flag, says):
+    with pytest.raises(SfdError, match=says):
+        parse(flag)
+
+
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        (dict(size=101), "job.size=101: give an integer from 1 to 100"),
+        (dict(size="7"), "job.size='7': give a number"),
+        (dict(scale=-1.0), "job.scale=-1.0"),
+        (dict(word="gud"), "unknown job.word 'gud': did you mean 'good'"),
+        (dict(mirrored=1), "job.mirrored=1: give True or False"),
+        (dict(seed=2**32), "job.seed=4294967296"),
+    ],
+)
+def test_values_are_checked_by_the_fields(values, says):
+    with pytest.raises(SfdError, match=says):
+        Job(**values)
+
+
+def test_a_config_group_takes_a_value_of_its_type_where_none_is_given():
+    group = config_group(Job(size=7))
+    assert group.to_dict() == {"size": 7, "word": "good", "scale": None, "mirrored": True, "seed": 0}
+    group.scale = 2.0
+    with pytest.raises(TypeError):
+        group.scale = "much"
+    assert Job(**group.to_dict()) == Job(size=7, scale=2.0)
+
+
+def test_old_words_for_none_are_read():
+    assert upgraded(Job, {"scale": -1.0, "size": 7, "num": -1}) == {"scale": None, "size": 7, "num": -1}
