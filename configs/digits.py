@@ -15,6 +15,7 @@ from pathlib import Path
 
 import ml_collections
 
+from sfd_jax.data.extract import ExtractConfig
 from sfd_jax.diffusion.sample_config import SampleJob
 from sfd_jax.settings import config_group
 
@@ -59,8 +60,16 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
         # The released weights: MSE 1, L1 0, cosine 1 over the token axis, KL 1e-7.
         loss=dict(mse_weight=1.0, l1_weight=0.0, cosine_weight=1.0, kl_weight=1e-7, cosine_axis="token"),
     )
-    config.extract = ml_collections.ConfigDict(
-        dict(batch_size=128, shard_size=512, dtype="float32", texture="sample", semantic="sample")
+    config.extract = config_group(
+        ExtractConfig(
+            image_size=32,
+            tile_size=32,
+            flips=False,  # a mirrored digit is no digit
+            repa=True,
+            batch_size=128,
+            shard_size=512,
+            dtype="float32",
+        )
     )
 
     config.diffusion = _diffusion(width=128, depth=6, num_heads=4, repa_depth=2, steps=1000)

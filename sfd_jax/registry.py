@@ -18,7 +18,7 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sfd_jax.errors import SfdError, nearest
 
@@ -80,6 +80,10 @@ class Registry(dict[str, Part]):
 
     def __missing__(self, name: str) -> Part:
         raise SfdError(f"no {self.kind} '{name}': {nearest(str(name), self)}")
+
+
+# What `sfd convert` reads and writes, in the order in which it is asked; filled by `convert` and by visual encoders.
+FORMATS: Registry[Any] = Registry("format")
 
 
 def load_plugins(names: Iterable[str] = ()) -> None:

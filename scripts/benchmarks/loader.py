@@ -72,7 +72,7 @@ def make_data(folder: Path, count: int):
     """Write the released layout, and our store without and with features; return the three."""
     from safetensors.numpy import save_file
 
-    from sfd_jax.data.extract import repack
+    from sfd_jax.data.extract import Share, repack
     from sfd_jax.data.published import PublishedLatents
 
     released = folder / "released"
@@ -88,8 +88,9 @@ def make_data(folder: Path, count: int):
                 values = random.standard_normal((size, channels, 16, 16), np.float32)
                 arrays[name + suffix] = values.astype(dtype)
         save_file(arrays, path)
-    lean = repack(PublishedLatents(released), folder / "lean", progress=False)
-    full = repack(PublishedLatents(released, repa=True), folder / "full", progress=False)
+    quiet = Share(progress=False)
+    lean = repack(PublishedLatents(released), folder / "lean", share=quiet)
+    full = repack(PublishedLatents(released, repa=True), folder / "full", share=quiet)
     return released, lean, full
 
 

@@ -157,17 +157,21 @@ def _sampler(args, devices, decoding: bool):
 
 
 def _extract(args, devices):
+    from sfd_jax.data.extract import ExtractConfig
     from sfd_jax.distributed import make_mesh
     from sfd_jax.experiment.build import layout_from_config
+    from sfd_jax.experiment.extraction import make_encoder
     from sfd_jax.pod import programs
 
-    layout, grid = layout_from_config(args.config), args.config.model.input_size
-    image_size = grid * programs.texture_vae(layout).config.downsampling
-    encoder = programs.extraction_encoder(layout, grid, image_size, args.config.data.tile_grid)
+    networks = programs.extraction_networks(layout_from_config(args.config))
+    pixels = networks["texture_vae"].config.downsampling
+    size = args.config.model.input_size * pixels
+    config = ExtractConfig(image_size=size, tile_size=args.config.data.tile_grid * pixels)
+    encoder = make_encoder(networks, config)
     mesh = make_mesh(devices=_first_host(devices))  # each host has its own program, and encodes its own images
-    rows = _a_chip(args, 64) * mesh.size
-    lower = lambda: programs.lower_extraction(encoder, mesh, rows, image_size)
-    return f", {image_size} px, on each host", mesh, rows, programs.extraction_networks(encoder), lower
+    rows = _a_chip(args, config.batch_size) * mesh.size
+    lower = lambda: programs.lower_extraction(encoder, mesh, rows, size)
+    return f", {size} px, on each host", mesh, rows, networks, lower
 
 
 def _inception(args, devices):

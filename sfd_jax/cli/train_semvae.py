@@ -35,7 +35,6 @@ def main(argv: list[str]) -> int:
     from sfd_jax.latents import other_makers
     from sfd_jax.models import Network
     from sfd_jax.models.fingerprint import params_hash
-    from sfd_jax.training import load_metadata
     from sfd_jax.training.semantic_vae import SemanticVAELoss, measure_semantic_vae, semantic_vae_task
 
     data = config.data
@@ -53,9 +52,8 @@ def main(argv: list[str]) -> int:
                 "have no effect: give either"
             )
         elif data.visual_encoder:
-            source, held_out_source, maker = _open_images(config)
+            source, held_out_source, maker, tokens = _open_images(config)
             transform, weights = pixel_transform, {"visual": params_hash(maker.params)}
-            tokens = (data.view_size // load_metadata(data.visual_encoder)["network_config"]["patch_size"]) ** 2
         elif data.path:
             source = open_latents(data.path, repa=True)
             held_out_source = open_latents(data.held_out_path, repa=True) if data.held_out_path else None
@@ -98,23 +96,23 @@ def _visual(latents) -> dict[str, str]:
 
 
 def _open_images(config):
-    """Return images to train on, held-out ones or None, and what makes features of them."""
+    """Return images to train on, held-out ones or None, what makes features of them, and how many of an image."""
     from sfd_jax.data.images import open_images
     from sfd_jax.experiment.targets import open_frozen
-    from sfd_jax.models.latent_encoder import VisualEncoder
+    from sfd_jax.models.encoders import ENCODERS, Tiling, VisualEncoder
     from sfd_jax.training.frozen_features import online_features
 
     images = config.data.images
-    network, params = open_frozen(config.data.visual_encoder, "dinov2", config.model.compute_dtype)
-    if network.config.width != config.model.input_dim:
+    network, params = open_frozen(config.data.visual_encoder, ENCODERS, config.model.compute_dtype)
+    if network.config.feature_width != config.model.input_dim:
         raise SfdError(
             f"model.input_dim={config.model.input_dim}, but data.visual_encoder={config.data.visual_encoder} "
-            f"makes features of {network.config.width}"
+            f"makes features of {network.config.feature_width}"
         )
-    encoder = VisualEncoder(network, view_size=config.data.view_size, tile_size=images.image_size)
+    encoder = VisualEncoder(network, Tiling.whole(images.image_size, config.data.view_size, network))
     split = lambda name: open_images(images.kind, images.path, name, images.image_size)
     held_out = split(images.held_out_split) if images.held_out_split else None
-    return split(images.split), held_out, online_features(encoder, params)
+    return split(images.split), held_out, online_features(encoder, params), encoder.tiling.grid**2
 
 
 if __name__ == "__main__":

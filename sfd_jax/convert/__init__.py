@@ -8,16 +8,18 @@ To add a network: write its module, list it below.
 """
 
 from sfd_jax.convert import dinov2, inception, lightning_dit, lpips, semantic_vae, texture_vae
+from sfd_jax.registry import FORMATS
 
 # In the order in which they are asked whether a state dict is theirs.
-FORMATS = {
-    "lightning_dit": lightning_dit,
-    "semantic_vae": semantic_vae,
-    "texture_vae": texture_vae,
-    "dinov2": dinov2.ORIGINAL,
-    "dinov2_hf": dinov2.HUGGING_FACE,
-    "inception": inception,
-    "lpips": lpips,
-}
+for _name, _format in (
+    ("lightning_dit", lightning_dit),
+    ("semantic_vae", semantic_vae),
+    ("texture_vae", texture_vae),
+    ("dinov2", dinov2.ORIGINAL),
+    ("dinov2_hf", dinov2.HUGGING_FACE),
+    ("inception", inception),
+    ("lpips", lpips),
+):
+    FORMATS.register(_name, _format, __name__)
 
 __all__ = ["FORMATS"]

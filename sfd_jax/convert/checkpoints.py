@@ -85,8 +85,7 @@ def import_checkpoint(
     source = f"'{path}' ({file.which} weights)"
     params = import_params(table, file.state, network, source=source, place=place, allow_nonfinite=allow_nonfinite)
     metadata = {
-        "network": network.name,
-        "network_config": network.config_dict(),
+        **network.metadata(),
         "latent_statistics": statistics and statistics.to_dict(),
         "class_names": None,
         "config": system,

@@ -6,9 +6,10 @@ indices, and it takes care of the rest: every image exactly once and in order, b
 images skipped and listed, shards shared among hosts.
 """
 
+import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,30 +30,69 @@ from sfd_jax.data.pipeline import make_eval_batches
 from sfd_jax.data.published import PublishedLatents
 from sfd_jax.errors import SfdError
 from sfd_jax.latents import LatentStatistics
-from sfd_jax.ranges import check
+from sfd_jax.ranges import check_fields
+from sfd_jax.settings import setting, to_dict
 
 # encode(pixels uint8 (B,H,W,3), index int32 (B,)) -> {"texture": (B,H,W,C), "semantic": ..., ...}
 Encode = Callable[[jax.Array, jax.Array], dict[str, jax.Array]]
+POSTERIORS = ("sample", "mean")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtractConfig:
+    """Say how images become latents: what decides them (`identity`), and how the work is done."""
+
+    image_size: int = setting(256, "pixels a side")
+    tile_size: int = setting(256, "pixels a side that the visual encoder sees at once")
+    pca: int | None = setting(None, "principal components instead of a Semantic VAE", metavar="CHANNELS")
+    pca_images: int = setting(50_000, "images to fit them on")
+    weights: str = setting("ema", "of checkpoints that hold both", choices=("ema", "raw"))
+    texture_posterior: str = setting("sample", "texture latents", choices=POSTERIORS)
+    semantic_posterior: str = setting("sample", "semantic latents", choices=POSTERIORS)
+    flips: bool = setting(True, "mirrored images too")
+    repa: bool = setting(False, "store the visual features as well (large: see README)")
+    seed: int = setting(0, "of the posterior samples")
+    dtype: str = setting("bfloat16", "of the stored latents", choices=("bfloat16", "float32"))
+    batch_size: int = setting(64, "images a host encodes at once")
+    shard_size: int = setting(4096, "images a shard")
+    workers: int = setting(0, "processes that read images (0: threads)")
+    max_broken: int = setting(0, "broken images to go on with, over all hosts")
+
+    def __post_init__(self):
+        check_fields("extract", self)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the latents, for the manifest, in the words of the first version."""
+        how = ("pca_images", "dtype", "batch_size", "shard_size", "workers", "max_broken")
+        return {name: value for name, value in to_dict(self).items() if name not in how} | {"pca": self.pca or 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Say which shards this host writes, in a job of several hosts.
+
+    Attributes:
+      index, count: it writes every `count`-th shard from `index`.
+      barrier: waits for the other hosts; needed where there are several.
+      progress: show a bar; None shows it on a terminal.
+    """
+
+    index: int = 0
+    count: int = 1
+    barrier: Callable[[str], None] | None = None
+    progress: bool | None = None
 
 
 def extract(
     source: Any,
     encode: Encode,
     out_dir: str | os.PathLike,
+    config: ExtractConfig,
     *,
-    batch_size: int,
-    config: dict,
+    about: Mapping[str, Any],
     weights: dict[str, str],
-    dtype: str = "bfloat16",
-    shard_size: int = 4096,
-    class_names: list[str] | None = None,
     sharding: jax.sharding.Sharding | None = None,
-    host_index: int = 0,
-    host_count: int = 1,
-    barrier: Callable[[str], None] | None = None,
-    workers: int = 0,
-    max_broken: int = 0,
-    progress: bool | None = None,
+    share: Share = Share(),
 ) -> LatentStore:
     """Encode every image of a source into a latent store, or finish one that was begun.
 
@@ -62,19 +102,12 @@ def extract(
         `texture` and `semantic` (B,H,W,C), and optionally their `_flip` and `repa_features` (B,N,F)
         with its `_flip`. Whatever is random in it must be a function of the index.
       out_dir: folder of the store.
-      batch_size: images of this host that are encoded at once.
-      config: JSON-able description of the source and the encoding; kept in the manifest, and compared
-        when a begun store is continued.
-      weights: network -> hash of its weights; kept and compared like `config`.
-      dtype: of the stored latents, "bfloat16" or "float32". REPA features are float16 or float32.
-      shard_size: images a shard.
-      class_names: names by label; None takes the source's.
+      config: how the work is done, and what `encode` was made of.
+      about: JSON-able description of the source; kept in the manifest beside `config.identity()`, and
+        compared with it when a begun store is continued.
+      weights: network -> hash of its weights; kept and compared likewise.
       sharding: how a batch lies on this host's devices; None for the default device.
-      host_index, host_count: this host writes every host_count-th shard.
-      barrier: waits for the other hosts; needed where there are several.
-      workers: processes that read images ahead.
-      max_broken: broken images to go on with, over all hosts.
-      progress: show a bar; None shows it on a terminal.
+      share: this host's part of the work.
 
     Returns:
       The finished store.
@@ -83,41 +116,52 @@ def extract(
       SfdError: the folder belongs to another run, cannot be written or has too little space; too many
         broken images; latents that are not finite.
     """
-    check(batch_size=batch_size, shard_size=shard_size, workers=workers, max_broken=max_broken)
-    plan = _plan(source, encode, batch_size, config, weights, dtype, shard_size, class_names)
-    return _fill(
-        out_dir,
-        plan,
-        lambda indices: _encoded(source, encode, indices, batch_size, sharding, workers),
-        host_index=host_index,
-        host_count=host_count,
-        barrier=barrier,
-        broken=BrokenImages(max_broken),
-        progress=progress,
+    plan = extract_plan(source, encode, config, about, weights)
+    images = lambda indices: _encoded(source, encode, indices, config.batch_size, sharding, config.workers)
+    return _fill(out_dir, plan, images, share, BrokenImages(config.max_broken))
+
+
+def extract_plan(
+    source: Any, encode: Encode, config: ExtractConfig, about: Mapping[str, Any], weights: dict[str, str]
+) -> Plan:
+    """Return the plan of the store that `extract` would write; nothing is encoded."""
+    if len(source) == 0:
+        raise SfdError("there are no images to extract")
+    size = source.image_size
+    shapes = jax.eval_shape(
+        encode,
+        jax.ShapeDtypeStruct((config.batch_size, size, size, 3), np.uint8),
+        jax.ShapeDtypeStruct((config.batch_size,), np.int32),
     )
+    repa = shapes.get("repa_features")
+    fields = latent_fields(
+        shapes["texture"].shape[1:],
+        shapes["semantic"].shape[1:],
+        dtype=config.dtype,
+        flips="texture_flip" in shapes,
+        repa_shape=None if repa is None else repa.shape[1:],
+        repa_dtype="float32" if repa is not None and repa.dtype == np.float32 else "float16",
+    )
+    names = getattr(source, "class_names", None)
+    return Plan(len(source), config.shard_size, fields, {**config.identity(), **about}, weights, names)
 
 
 def repack(
     source: PublishedLatents,
     out_dir: str | os.PathLike,
+    config: ExtractConfig = ExtractConfig(),
     *,
-    dtype: str = "bfloat16",
-    shard_size: int = 4096,
-    class_names: list[str] | None = None,
     statistics: LatentStatistics | None = None,
-    host_index: int = 0,
-    host_count: int = 1,
-    barrier: Callable[[str], None] | None = None,
-    workers: int = 0,
-    progress: bool | None = None,
+    share: Share = Share(),
 ) -> LatentStore:
     """Turn released shards into a latent store, or finish one that was begun.
 
     Args:
       source: the released shards; their features come along where it reads them.
+      out_dir: folder of the store.
+      config: its `dtype`, `shard_size` and `workers` count.
       statistics: the released ones, which go with the released weights; None measures our own.
-      out_dir, dtype, shard_size, class_names, host_index, host_count, barrier, workers, progress: as
-        in `extract`.
+      share: this host's part of the work.
 
     Returns:
       The finished store.
@@ -125,71 +169,63 @@ def repack(
     Raises:
       SfdError: as `extract`, and where a released shard is damaged.
     """
+    plan = repack_plan(source, config, statistics)
+    images = lambda indices: _records(source, indices, config.workers)
+    return _fill(out_dir, plan, images, share, BrokenImages(0), statistics)
+
+
+def repack_plan(source: PublishedLatents, config: ExtractConfig, statistics: LatentStatistics | None) -> Plan:
+    """Return the plan of the store that `repack` would write."""
     shapes = {name: shape for name, (_, shape) in source.fields.items()}
     fields = latent_fields(
         shapes["texture"],
         shapes["semantic"],
-        dtype=dtype,
+        dtype=config.dtype,
         flips=source.flips,
         repa_shape=shapes.get("repa_features"),
     )
-    config = {
+    about = {
         "repacked_from": source.directory.name,
         "statistics": statistics.hash() if statistics else "measured",
     }
-    return _fill(
-        out_dir,
-        Plan(len(source), shard_size, fields, config, {}, class_names),
-        lambda indices: _records(source, indices, workers),
-        host_index=host_index,
-        host_count=host_count,
-        barrier=barrier,
-        broken=BrokenImages(0),
-        progress=progress,
-        statistics=statistics,
-    )
+    return Plan(len(source), config.shard_size, fields, about, {}, None)
 
 
 def _fill(
-    out_dir,
+    out_dir: str | os.PathLike,
     plan: Plan,
     images: Callable[[np.ndarray], Iterator[tuple[int, dict | BrokenImage]]],
-    *,
-    host_index: int,
-    host_count: int,
-    barrier: Callable[[str], None] | None,
+    share: Share,
     broken: BrokenImages,
-    progress: bool | None,
     statistics: LatentStatistics | None = None,
 ) -> LatentStore:
     """Write this host's missing shards from `images(indices)`, and the manifest when all are there."""
     writer = LatentStoreWriter(out_dir, plan)
-    shards = [s for s in range(plan.num_shards) if s % host_count == host_index]
+    shards = [s for s in range(plan.num_shards) if s % share.count == share.index]
     pending = [s for s in shards if not writer.is_done(s)]
     counted: set[int] = set()
     count_broken(writer, broken, counted)
     if pending:
         (Path(out_dir) / "manifest.json").unlink(missing_ok=True)
-        check_space(out_dir, sum(len(plan.span(s)) for s in pending) * _bytes_per_image(plan))
+        check_space(out_dir, sum(len(plan.span(s)) for s in pending) * bytes_per_image(plan))
         bar = tqdm(
             desc=f"write {Path(out_dir).name}",
             total=sum(len(plan.span(s)) for s in shards),
             initial=sum(len(plan.span(s)) for s in shards if s not in pending),
             unit="image",
-            disable=None if progress is None else not progress,
+            disable=None if share.progress is None else not share.progress,
         )
         with bar:
             stream = images(np.concatenate([np.asarray(plan.span(s)) for s in pending]))
             for shard in pending:
                 _write_shard(writer, shard, stream, broken, bar)
                 count_broken(writer, broken, counted)  # the other hosts' too, so that none goes on for nothing
-    if barrier is not None:
-        barrier("latents: all shards written")
+    wait = share.barrier or (lambda name: None)
+    wait("latents: all shards written")
     count_broken(writer, broken, counted)  # all of them, so that every host comes to the same end
-    if host_index == 0 and (pending or not (Path(out_dir) / "manifest.json").exists()):
+    if share.index == 0 and (pending or not (Path(out_dir) / "manifest.json").exists()):
         writer.finish(statistics)
-    if barrier is not None:
-        barrier("latents: manifest written")
+    wait("latents: manifest written")
     return LatentStore(out_dir)
 
 
@@ -216,29 +252,8 @@ def check_space(directory: str | os.PathLike, needed: int) -> None:
         )
 
 
-def _plan(source, encode, batch_size, config, weights, dtype, shard_size, class_names) -> Plan:
-    if len(source) == 0:
-        raise SfdError("there are no images to extract")
-    size = source.image_size
-    shapes = jax.eval_shape(
-        encode,
-        jax.ShapeDtypeStruct((batch_size, size, size, 3), np.uint8),
-        jax.ShapeDtypeStruct((batch_size,), np.int32),
-    )
-    repa = shapes.get("repa_features")
-    fields = latent_fields(
-        shapes["texture"].shape[1:],
-        shapes["semantic"].shape[1:],
-        dtype=dtype,
-        flips="texture_flip" in shapes,
-        repa_shape=None if repa is None else repa.shape[1:],
-        repa_dtype="float32" if repa is not None and repa.dtype == np.float32 else "float16",
-    )
-    names = class_names if class_names is not None else getattr(source, "class_names", None)
-    return Plan(len(source), shard_size, fields, config, weights, names)
-
-
-def _bytes_per_image(plan: Plan) -> int:
+def bytes_per_image(plan: Plan) -> int:
+    """Return about how many bytes an image takes on disk."""
     record = int(record_dtype(plan.fields).itemsize * 1.02) + 512  # what ArrayRecord adds
     return record * orientations(plan.fields)
 

@@ -12,7 +12,7 @@ from sfd_jax.evaluation.evaluate import ADM_METRICS, METRICS, Comparison, compar
 from sfd_jax.evaluation.features import (
     Extractor,
     class_token,
-    dinov2_extractor,
+    encoder_extractor,
     extract_features,
     images_at_once,
     inception_extractor,
@@ -43,7 +43,7 @@ __all__ = [
     "RunningMoments",
     "class_token",
     "compare",
-    "dinov2_extractor",
+    "encoder_extractor",
     "evaluate",
     "extract_features",
     "frechet_distance",

@@ -18,9 +18,10 @@ from jax.sharding import Mesh
 
 from sfd_jax.distributed import batch_sharding, make_mesh, put_same, replicated
 from sfd_jax.errors import SfdError
-from sfd_jax.models import DINOV2_SIZES, Network, dinov2_config, network_of
+from sfd_jax.models import ENCODERS, Network, network_of
 from sfd_jax.models.fingerprint import params_hash
 from sfd_jax.models.layers import check_divides
+from sfd_jax.models.network import checkpoint_name
 
 Checkpoint = tuple[dict, dict]  # (params, metadata), as `training.checkpoint.load_params` returns
 
@@ -30,7 +31,7 @@ class Extractor:
     """A network from images to features.
 
     Attributes:
-      name: "inception", "dinov2" (ViT-L/14 alone, see `encoder_name`) or a name of one's own.
+      name: "inception", "dinov2" (ViT-L/14 alone) or a name of one's own.
       params: its parameters.
       apply: pure function of (params, images (B,H,W,3) float32, 0..255) to a dict of (B, ...) float32:
         "features" (B,D), which the Frechet and kernel distances, precision and recall are taken of; and
@@ -77,57 +78,34 @@ def _inception_features(network: Network):
     return apply
 
 
-def dinov2_extractor(checkpoint: Checkpoint, image_size: int | None = None) -> Extractor:
-    """Make the extractor of FD-DINOv2: the class token of images resized to `image_size`, bicubic.
+def encoder_extractor(checkpoint: Checkpoint, image_size: int | None = None) -> Extractor:
+    """Make the extractor of a visual encoder's class token: FD-DINOv2, where it is DINOv2's.
 
     Args:
-      checkpoint: (params, metadata) of a converted DINOv2; published distances use ViT-L/14 without registers, and
+      checkpoint: (params, metadata) of a visual encoder; published distances use DINOv2 ViT-L/14 without registers, and
         only that one's extractor is called "dinov2".
-      image_size: side of the network's input, in pixels; by default 224, and for an encoder trained here its own.
+      image_size: side of the network's input, in pixels; by default that of its published metric, and for an encoder
+        trained here its own.
 
     Raises:
-      SfdError: the checkpoint is of another network, or its patches do not divide the images; sizes that would do
-        are named.
-
-    Source: Stein et al. 2023 (arXiv 2306.04675), `dgm-eval`: antialiased bicubic resize in bytes, then
-      ImageNet's mean and std.
+      SfdError: the checkpoint is of another network or of one without class token, or its patches do not divide the
+        images; sizes that would do are named.
     """
     params, metadata = checkpoint
-    network = network_of(metadata, "dinov2")
-    image_size = image_size or (network.config.image_size if "task" in metadata else 224)
-    check_divides(image_size, network.config.patch_size, "the encoder's patches")
-    return Extractor(encoder_name(metadata), params, class_token(network, image_size), settings=f"size {image_size}")
-
-
-def encoder_name(metadata: dict) -> str:
-    """Return "dinov2" for the encoder of the published FD-DINOv2, else a name that says which encoder it is."""
-    config = network_of(metadata, "dinov2").config
-    sizes = {name: dinov2_config(name) for name in DINOV2_SIZES}
-    same = ("width", "depth", "num_heads", "ffn", "patch_size")
-    size = [name for name, known in sizes.items() if all(getattr(known, f) == getattr(config, f) for f in same)]
-    registers = f"_reg{config.num_registers}" if config.num_registers else ""
-    if not size or "task" in metadata:  # of a size of its own, or trained here: DINOv2's shape and no DINOv2
-        return f"encoder_w{config.width}_d{config.depth}_p{config.patch_size}{registers}"
-    return "dinov2" if size == ["L"] and not registers else f"dinov2_vit{size[0].lower()}{config.patch_size}{registers}"
+    network, trained_here = network_of(metadata, ENCODERS), "task" in metadata
+    config = network.config
+    if not hasattr(ENCODERS[network.name], "class_token"):
+        raise SfdError(f"{checkpoint_name(metadata)} holds '{network.name}', which has no class token for metrics")
+    image_size = image_size or (config.image_size if trained_here else config.metric_size)
+    check_divides(image_size, config.patch_size, "the encoder's patches")
+    name = config.metric_name(trained_here)
+    return Extractor(name, params, class_token(network, image_size), settings=f"size {image_size}")
 
 
 @cache
 def class_token(network: Network, image_size: int) -> Callable[[dict, jax.Array], dict[str, jax.Array]]:
-    """Return an extractor's `apply` that takes the class token of a vision transformer."""
-
-    def apply(params, images):
-        batch, height, width, _ = images.shape
-        if (height, width) != (image_size, image_size):
-            images = jax.image.resize(images, (batch, image_size, image_size, 3), "cubic", antialias=True)
-            images = jnp.round(jnp.clip(images, 0.0, 255.0))
-        pixels = (images / 255.0 - _IMAGENET_MEAN) / _IMAGENET_STD
-        return {"features": network.apply(params, pixels)["cls_token"]}
-
-    return apply
-
-
-_IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32).reshape(1, 1, 1, 3)
-_IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32).reshape(1, 1, 1, 3)
+    """Return an extractor's `apply` that takes the class token of a visual encoder."""
+    return lambda params, images: {"features": network.apply(params, images, image_size, method="class_token")}
 
 
 def extract_features(

@@ -1,13 +1,27 @@
 """Where a run takes REPA's targets from: `data.repa_source` of its config (docs/repa.md compares them)."""
 
+from collections.abc import Collection
 from typing import Any
 
+from ml_collections import ConfigDict
+
+from sfd_jax.data.images import open_images
+from sfd_jax.data.paired import WithPixels
+from sfd_jax.distributed import say, start
 from sfd_jax.errors import SfdError, nearest
+from sfd_jax.latents import LatentLayout
+from sfd_jax.models import ENCODERS, Network, network_of
+from sfd_jax.models.encoders import Tiling, VisualEncoder
+from sfd_jax.models.encoders.tiles import tiles_of_grid
+from sfd_jax.models.fingerprint import params_hash
+from sfd_jax.training import load_params
+from sfd_jax.training.frozen_features import FrozenFeatures, online_features, semvae_features
+from sfd_jax.training.optimizer import average_notes
 
 REPA_SOURCES = ("stored", "semvae", "online")
 
 
-def check_repa_source(config: Any) -> str:
+def check_repa_source(config: ConfigDict) -> str:
     """Return where the targets come from: a name of `REPA_SOURCES`, or "none" without REPA.
 
     Raises:
@@ -22,13 +36,13 @@ def check_repa_source(config: Any) -> str:
         raise SfdError("data.repa_source=semvae needs the Semantic VAE: --config.data.semantic_vae=CKPT")
     if data.repa_source == "online":
         if not data.visual_encoder:
-            raise SfdError("data.repa_source=online needs DINOv2: --config.data.visual_encoder=CKPT")
+            raise SfdError("data.repa_source=online needs a visual encoder: --config.data.visual_encoder=CKPT")
         if not data.images.path and data.images.kind != "digits":
             raise SfdError("data.repa_source=online needs the latents' images: --config.data.images.path=IMAGES")
     return data.repa_source
 
 
-def open_targets(config: Any, layout: Any, latents: Any):
+def open_targets(config: ConfigDict, layout: LatentLayout, latents: Any) -> tuple[Any, FrozenFeatures | None]:
     """Open what the targets are made from.
 
     Args:
@@ -40,8 +54,6 @@ def open_targets(config: Any, layout: Any, latents: Any):
       (source, targets): records to train on, with pixels for "online"; and the FrozenFeatures of the task, None
       where the targets are stored or there are none.
     """
-    from sfd_jax.training.frozen_features import online_features, semvae_features
-
     kind, data = check_repa_source(config), config.data
     dtype = config.model.compute_dtype
     if kind == "semvae":
@@ -54,21 +66,16 @@ def open_targets(config: Any, layout: Any, latents: Any):
             )
         _check_own(latents, "semantic_vae", params)
         _check_width(config, network.config.input_dim, "data.semantic_vae")
-        _check_tiles(config)
+        tiles_of_grid(config.model.input_size, data.tile_grid)
         return latents, semvae_features(network, params, layout, latents.statistics, data.tile_grid)
     if kind == "online":
-        from sfd_jax.data.images import open_images
-        from sfd_jax.data.paired import WithPixels
-        from sfd_jax.models.latent_encoder import VisualEncoder
-
-        network, params = open_frozen(data.visual_encoder, "dinov2", dtype)
+        network, params = open_frozen(data.visual_encoder, ENCODERS, dtype)
         _check_own(latents, "visual", params)
-        _check_width(config, network.config.width, "data.visual_encoder")
-        _check_images(config, latents)
-        # A tile's patches are as many as its latent pixels: 256 px are 16 x 16, seen at 16 x 14 = 224 px.
-        side = min(data.tile_grid, config.model.input_size)
-        tile_size = data.images.image_size * side // config.model.input_size
-        encoder = VisualEncoder(network, view_size=side * network.config.patch_size, tile_size=tile_size)
+        _check_width(config, network.config.feature_width, "data.visual_encoder")
+        size, made_from = data.images.image_size, latents.origin["image_size"]
+        if made_from not in (None, size):
+            raise SfdError(f"the latents were made from images of {made_from} px, but data.images.image_size={size}")
+        encoder = VisualEncoder(network, Tiling.of_latents(size, config.model.input_size, data.tile_grid))
         images = open_images(**data.images)
         total = getattr(latents, "manifest", {}).get("total")
         if latents.origin["weights"] and total != len(images):
@@ -77,42 +84,22 @@ def open_targets(config: Any, layout: Any, latents: Any):
     return latents, None
 
 
-def _check_width(config: Any, width: int, field: str) -> None:
+def _check_width(config: ConfigDict, width: int, field: str) -> None:
     if config.model.repa_features != width:
         raise SfdError(f"model.repa_features={config.model.repa_features}, but {field} makes features of {width}")
 
 
-def _check_tiles(config: Any) -> None:
-    grid, tile = config.model.input_size, config.data.tile_grid
-    if tile < 1 or grid > tile and grid % tile:
-        raise SfdError(f"data.tile_grid={tile} does not divide model.input_size={grid}: {grid} or a divisor would do")
-
-
-def _check_images(config: Any, latents: Any) -> None:
-    """Raise SfdError where data.images are of another size than the latents were made from, or do not fit the grid."""
-    size, grid, made_from = config.data.images.image_size, config.model.input_size, latents.origin["image_size"]
-    _check_tiles(config)
-    if made_from not in (None, size):
-        raise SfdError(f"the latents were made from images of {made_from} px, but data.images.image_size={size}")
-    if size % grid:
-        low = size // grid * grid
-        raise SfdError(
-            f"data.images.image_size={size} does not divide by model.input_size={grid}: {low or grid} or {low + grid} "
-            "would do"
-        )
-
-
-def open_frozen(path: str, kind: str, compute_dtype: str):
+def open_frozen(path: str, kind: str | Collection[str], compute_dtype: str) -> tuple[Network, dict]:
     """Return the network of a checkpoint, computing in `compute_dtype`, and its averaged parameters.
+
+    Args:
+      path: of the checkpoint.
+      kind: as `network_of` takes it.
+      compute_dtype: "float32" or "bfloat16", where the network has a choice.
 
     Raises:
       SfdError: nothing there, or a network of another kind.
     """
-    from sfd_jax.distributed import say, start
-    from sfd_jax.models import network_of
-    from sfd_jax.training import load_params
-    from sfd_jax.training.optimizer import average_notes
-
     start()  # Orbax asks JAX for its devices
     params, metadata = load_params(path)
     metadata["given_as"] = path
@@ -123,9 +110,6 @@ def open_frozen(path: str, kind: str, compute_dtype: str):
 
 def _check_own(latents: Any, name: str, params: dict) -> None:
     """Raise SfdError where a source says that its latents were made by other weights than these."""
-    from sfd_jax.distributed import say
-    from sfd_jax.models.fingerprint import params_hash
-
     weights = latents.origin["weights"]
     made_by = weights.get(name)
     if weights and made_by is None:

@@ -1,29 +1,39 @@
 """Networks in Flax NNX: arrays in, arrays out, channels last.
 
 A network knows no loss, guidance, solver or random state. Each has a frozen config dataclass of
-JSON-able fields and a module class `Cls(config, *, rngs)`, listed here by name; `Network` turns the
-pair into `init` and `apply` on plain dict trees. To add one: write its file, list it below.
+JSON-able fields and a module class `Cls(config, *, rngs)`, registered here by name; `Network` turns the
+pair into `init` and `apply` on plain dict trees. To add one: write its file, register it below (visual
+encoders: in `encoders`).
 """
 
-from sfd_jax.models.dinov2 import DINOV2_SIZES, DinoV2, DinoV2Config, dinov2_config, preprocess
+from sfd_jax.models.encoders import (
+    DINOV2_SIZES,
+    ENCODERS,
+    DinoV2,
+    DinoV2Config,
+    dinov2_config,
+    preprocess,
+    register_encoder,
+)
 from sfd_jax.models.inception import Inception, InceptionConfig
 from sfd_jax.models.lightning_dit import SIZES, DiTConfig, LightningDiT, dit_config
 from sfd_jax.models.lpips import Lpips, LpipsConfig
-from sfd_jax.models.network import Network, network_of
+from sfd_jax.models.network import NETWORKS, Network, network_of
 from sfd_jax.models.semantic_vae import SemanticVAE, SemanticVAEConfig
 from sfd_jax.models.texture_vae import TextureVAE, TextureVAEConfig, to_bytes
 
-NETWORKS = {
+for _name, _parts in {
     "lightning_dit": (DiTConfig, LightningDiT),
     "semantic_vae": (SemanticVAEConfig, SemanticVAE),
     "texture_vae": (TextureVAEConfig, TextureVAE),
-    "dinov2": (DinoV2Config, DinoV2),
     "inception": (InceptionConfig, Inception),
     "lpips": (LpipsConfig, Lpips),
-}
+}.items():
+    NETWORKS.register(_name, _parts, __name__)
 
 __all__ = [
     "DINOV2_SIZES",
+    "ENCODERS",
     "NETWORKS",
     "SIZES",
     "DiTConfig",
@@ -43,5 +53,6 @@ __all__ = [
     "dit_config",
     "network_of",
     "preprocess",
+    "register_encoder",
     "to_bytes",
 ]

@@ -3,9 +3,7 @@
     texture:  pixels -> texture VAE -> sample (or mean) of the posterior          (B,h,w,C)
     semantic: pixels -> tiles -> visual encoder -> Semantic VAE, or PCA -> grid   (B,h,w,C)
 
-A visual encoder is at home at one image size. A larger image is cut into square tiles that it sees
-one by one, each compressed on its own, and their grids are put back side by side: 512 px are four
-quarters of 256 px. Pixels here are float32 in [-1, 1].
+A visual encoder sees large images in tiles, and each tile is compressed on its own (encoders/tiles.py).
 
 Whatever is drawn for an image is a function of (seed, index of the image, which latent) alone.
 """
@@ -19,62 +17,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from sfd_jax.errors import SfdError
-from sfd_jax.models.dinov2 import preprocess
-from sfd_jax.models.layers import check_divides
+from sfd_jax.models.encoders.tiles import VisualEncoder, join_tokens, split_tiles, tiles_of_grid, to_float
 from sfd_jax.models.network import Network
 from sfd_jax.models.posterior import sample_posterior
 from sfd_jax.ranges import check
-
-
-def to_float(pixels: jax.Array) -> jax.Array:
-    """Map bytes 0..255 to float32 in [-1, 1]."""
-    return pixels.astype(jnp.float32) / 127.5 - 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class VisualEncoder:
-    """The patch features of a visual encoder, tile by tile.
-
-    Attributes:
-      network: a "dinov2" network, or any whose call gives a dict with `patch_tokens` (B,N,F).
-      view_size: size in pixels at which it sees a tile (224 published).
-      tile_size: size in pixels of a tile (256 published); smaller images are one tile.
-    """
-
-    network: Network
-    view_size: int = 224
-    tile_size: int = 256
-
-    def __post_init__(self):
-        check_divides(self.view_size, self.network.config.patch_size, "the visual encoder's patch_size")
-
-    def tile_features(self, params: Any, pixels: jax.Array) -> jax.Array:
-        """Return the features of each tile.
-
-        Args:
-          params: of the network.
-          pixels: (B,H,W,3) in [-1,1], square.
-
-        Returns:
-          (B*T, N, F) float32; the T tiles of an image row by row, the N patches of a tile likewise.
-
-        Raises:
-          SfdError: the image is no whole number of tiles.
-        """
-        tiles = split_tiles(pixels, self.tiles_a_side(pixels.shape[1]))
-        return self.network.apply(params, preprocess(tiles, self.view_size))["patch_tokens"]
-
-    def features(self, params: Any, pixels: jax.Array) -> jax.Array:
-        """Return the features of the whole image (B,N,F), row by row: the targets of REPA."""
-        tokens = self.tile_features(params, pixels)
-        grid = join_tiles(_as_grid(tokens), self.tiles_a_side(pixels.shape[1]))
-        return grid.reshape(grid.shape[0], -1, grid.shape[-1])
-
-    def tiles_a_side(self, image_size: int) -> int:
-        if image_size <= self.tile_size:
-            return 1
-        check_divides(image_size, self.tile_size, "the tile_size that the visual encoder sees at once")
-        return image_size // self.tile_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +53,21 @@ class LatentEncoder:
                 raise SfdError(f"posterior '{posterior}': choose sample or mean")
         if self.visual is None and (self.semantic is not None or self.repa):
             raise SfdError("semantic latents and REPA features need a visual encoder")
-        if self.semantic is not None and self.semantic.config.input_dim != self.visual.network.config.width:
+        if self.semantic is not None and self.semantic.config.input_dim != self.visual.network.config.feature_width:
             raise SfdError(
                 f"the Semantic VAE compresses features of {self.semantic.config.input_dim}, but the visual encoder "
-                f"makes features of {self.visual.network.config.width}: give the encoder that it was trained on"
+                f"makes features of {self.visual.network.config.feature_width}: give the encoder that it was trained on"
             )
+
+    @property
+    def networks(self) -> dict[str, Network]:
+        """Return the networks by the names of their parameters."""
+        parts = {
+            "texture_vae": self.texture,
+            "visual": self.visual and self.visual.network,
+            "semantic_vae": self.semantic,
+        }
+        return {name: network for name, network in parts.items() if network is not None}
 
     def __call__(self, params: dict, pixels: jax.Array, index: jax.Array) -> dict[str, jax.Array]:
         """Encode a batch.
@@ -144,7 +100,7 @@ class LatentEncoder:
         if self.visual is None:
             return {"texture": texture, "semantic": texture[..., :0]}
         features = self.visual.tile_features(params["visual"], pixels)
-        tiles = self.visual.tiles_a_side(pixels.shape[1])
+        tiles = self.visual.tiling.tiles_a_side(pixels.shape[1])
         if self.semantic is None:
             centred = features - params["pca"]["mean"][None, None]
             components = params["pca"]["components"]
@@ -152,18 +108,18 @@ class LatentEncoder:
             logvar = None
         else:
             mean, logvar = self.semantic.apply(params["semantic_vae"], features, method="encode")
-            logvar = None if logvar is None else join_tiles(_as_grid(logvar), tiles)
-        mean = join_tiles(_as_grid(mean), tiles)
+            logvar = None if logvar is None else join_tokens(logvar, tiles)
+        mean = join_tokens(mean, tiles)
         semantic = self._posterior(self.semantic_posterior, mean, logvar, index, 2 * flipped + 1)
         if semantic.shape[:3] != texture.shape[:3]:
             raise SfdError(
                 f"texture latents come out as {texture.shape[1]} x {texture.shape[2]} and semantic ones "
-                f"as {semantic.shape[1]} x {semantic.shape[2]}: choose the visual encoder's view_size so "
+                f"as {semantic.shape[1]} x {semantic.shape[2]}: choose the visual encoder's tiling so "
                 "that both have one grid"
             )
         result = {"texture": texture, "semantic": semantic}
         if self.repa:
-            grid = join_tiles(_as_grid(features), tiles)
+            grid = join_tokens(features, tiles)
             flat = grid.reshape(grid.shape[0], -1, grid.shape[-1])
             result["repa_features"] = flat.astype(jnp.float16)  # as released
         return result
@@ -221,31 +177,7 @@ def decode_features(network: Network, params: Any, semantic_latents: jax.Array, 
       SfdError: the grid is no whole number of tiles.
     """
     b, h, _, channels = semantic_latents.shape
-    if h > tile_grid and h % tile_grid:
-        raise SfdError(
-            f"a grid of {h} semantic latents is no multiple of the {tile_grid} of a tile: {h} or a divisor would do"
-        )
-    tiles = max(1, h // tile_grid)
+    tiles = tiles_of_grid(h, tile_grid)
     tokens = split_tiles(semantic_latents, tiles).reshape(b * tiles**2, -1, channels)
     features = network.apply(params, tokens, method="decode")
-    return join_tiles(_as_grid(features), tiles).reshape(b, -1, features.shape[-1])
-
-
-def split_tiles(images: jax.Array, tiles: int) -> jax.Array:
-    """Cut (B,H,W,C) into tiles x tiles parts: (B*T, H/tiles, W/tiles, C), row by row."""
-    b, h, w, c = images.shape
-    parts = images.reshape(b, tiles, h // tiles, tiles, w // tiles, c)
-    return parts.transpose(0, 1, 3, 2, 4, 5).reshape(b * tiles * tiles, h // tiles, w // tiles, c)
-
-
-def join_tiles(parts: jax.Array, tiles: int) -> jax.Array:
-    """Put the parts of `split_tiles` back: (B*T,h,w,C) to (B, tiles*h, tiles*w, C)."""
-    n, h, w, c = parts.shape
-    grid = parts.reshape(n // tiles**2, tiles, tiles, h, w, c)
-    return grid.transpose(0, 1, 3, 2, 4, 5).reshape(n // tiles**2, tiles * h, tiles * w, c)
-
-
-def _as_grid(tokens: jax.Array) -> jax.Array:
-    """Lay the tokens (B,N,F) of a square image out as (B,h,w,F)."""
-    side = math.isqrt(tokens.shape[1])
-    return tokens.reshape(tokens.shape[0], side, side, tokens.shape[-1])
+    return join_tokens(features, tiles).reshape(b, -1, features.shape[-1])

@@ -7,7 +7,7 @@ else of NNX (graph definitions, variables, random state) leaves the room.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -15,8 +15,12 @@ import numpy as np
 from flax import nnx
 
 from sfd_jax.errors import SfdError, nearest
+from sfd_jax.registry import Registry
 
 Params = dict[str, Any]
+
+# Config and module class of each network.
+NETWORKS: Registry[tuple[type, type[nnx.Module]]] = Registry("network")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +42,6 @@ class Network:
     config: Any
 
     def __post_init__(self):
-        from sfd_jax.models import NETWORKS
-
-        if self.name not in NETWORKS:
-            raise SfdError(f"no network named '{self.name}': {nearest(self.name, NETWORKS)}")
         config_cls, _ = NETWORKS[self.name]
         if not isinstance(self.config, config_cls):
             object.__setattr__(self, "config", _read_config(config_cls, self.config))
@@ -74,9 +74,13 @@ class Network:
         fields = dataclasses.asdict(self.config)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
-    def _build(self, key):
-        from sfd_jax.models import NETWORKS
+    def metadata(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the network, for `network_of`."""
+        known = {"network": self.name, "network_config": self.config_dict()}
+        module = NETWORKS.registered_in(self.name)
+        return known | {"registered_in": module} if module else known
 
+    def _build(self, key):
         return NETWORKS[self.name][1](self.config, rngs=nnx.Rngs(params=key))
 
     @functools.cached_property
@@ -86,22 +90,26 @@ class Network:
         return graphdef, _string_keys(nnx.to_pure_dict(state))
 
 
-def network_of(metadata: Mapping[str, Any], kind: str, **changes) -> Network:
+def network_of(metadata: Mapping[str, Any], kind: str | Collection[str], **changes) -> Network:
     """Build the network that a checkpoint's metadata tell of.
 
     Args:
       metadata: see `training.checkpoint`; "given_as" (a command's flag) names the checkpoint in messages.
-      kind: the key of `NETWORKS` that is needed.
+      kind: the key of `NETWORKS` that is needed, or several of which any will do.
       **changes: fields of the config to set otherwise, where that network's config has them.
 
     Raises:
-      SfdError: the checkpoint is of another network; both are named.
+      SfdError: the checkpoint is of another network; both are named. Or it is of one whose module is not imported.
     """
-    if (found := metadata.get("network")) != kind:
-        raise SfdError(f"{checkpoint_name(metadata)} holds '{found}', expected '{kind}': give a checkpoint of that one")
-    network = Network(kind, metadata["network_config"])
+    found, kinds = metadata.get("network"), (kind,) if isinstance(kind, str) else kind
+    if metadata.get("registered_in"):
+        NETWORKS.find(found, metadata["registered_in"])
+    if found not in kinds:
+        expected = " or ".join(f"'{kind}'" for kind in kinds)
+        raise SfdError(f"{checkpoint_name(metadata)} holds '{found}', expected {expected}: give one of that")
+    network = Network(found, metadata["network_config"])
     changes = {name: value for name, value in changes.items() if value and hasattr(network.config, name)}
-    return Network(kind, {**network.config_dict(), **changes})
+    return Network(found, {**network.config_dict(), **changes})
 
 
 def checkpoint_name(metadata: Mapping[str, Any]) -> str:

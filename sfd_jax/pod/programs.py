@@ -8,13 +8,13 @@ from jax.sharding import Mesh
 
 from sfd_jax.distributed import batch_sharding, replicated
 from sfd_jax.distributed.sharding import put_same
-from sfd_jax.errors import SfdError
 from sfd_jax.evaluation.features import inception_extractor, lower_features
 from sfd_jax.generation import SampleConfig
 from sfd_jax.generation.sampler import Sampler
 from sfd_jax.latents import LatentLayout, LatentStatistics
-from sfd_jax.models import Network, dinov2_config
-from sfd_jax.models.latent_encoder import LatentEncoder, VisualEncoder, jit_encoder
+from sfd_jax.models import Network
+from sfd_jax.models.encoders import Tiling, VisualEncoder, published_encoder
+from sfd_jax.models.latent_encoder import LatentEncoder, jit_encoder
 from sfd_jax.training import Task, TrainConfig, make_optimizer
 from sfd_jax.training.frozen_features import FrozenFeatures, online_features, semvae_features
 from sfd_jax.training.step import lower_train_step
@@ -57,7 +57,8 @@ def training_targets(
         vae = semantic_vae(layout, input_dim=dit.repa_features, compute_dtype=dtype)
         return semvae_features(vae, vae.abstract_params(), layout, blank_statistics(layout), tile_grid)
     if repa_source == "online":
-        visual = visual_encoder(dit.input_size, image_size, tile_grid, compute_dtype=dtype)
+        tiling = Tiling.of_latents(image_size, dit.input_size, tile_grid)
+        visual = VisualEncoder(published_encoder(compute_dtype=dtype), tiling)
         return online_features(visual, visual.network.abstract_params())
     return None
 
@@ -89,23 +90,11 @@ def lower_sampling(
 
 def lower_extraction(encoder: LatentEncoder, mesh: Mesh, rows: int, image_size: int) -> jax.stages.Lowered:
     """Lower what `sfd extract` runs on a host's batch of `rows` images."""
-    networks = extraction_networks(encoder)
-    params = {name: network.abstract_params() for name, network in networks.items()}
+    params = {name: network.abstract_params() for name, network in encoder.networks.items()}
     split = batch_sharding(mesh)
     pixels = jax.ShapeDtypeStruct((rows, image_size, image_size, 3), np.uint8, sharding=split)
     index = jax.ShapeDtypeStruct((rows,), np.int32, sharding=split)
     return jit_encoder(encoder, mesh).lower(put_same(params, replicated(mesh)), pixels, index)
-
-
-def extraction_encoder(layout: LatentLayout, grid: int, image_size: int, tile_grid: int) -> LatentEncoder:
-    """Return DINOv2-B, the Semantic VAE and the texture VAE composed as `sfd extract` composes them."""
-    visual = visual_encoder(grid, image_size, tile_grid)
-    return LatentEncoder(texture_vae(layout), visual, semantic_vae(layout, input_dim=visual.network.config.width))
-
-
-def extraction_networks(encoder: LatentEncoder) -> dict[str, Network]:
-    """Return the networks of an encoder by the names of their parameters."""
-    return {"texture_vae": encoder.texture, "visual": encoder.visual.network, "semantic_vae": encoder.semantic}
 
 
 def lower_inception(mesh: Mesh, rows: int, image_size: int) -> jax.stages.Lowered:
@@ -118,6 +107,13 @@ def lower_inception(mesh: Mesh, rows: int, image_size: int) -> jax.stages.Lowere
 # --- The networks beside the diffusion model, as published ------------------------------------------------------
 
 
+def extraction_networks(layout: LatentLayout) -> dict[str, Network]:
+    """Return the networks of an extraction, by the names that `sfd extract` has for them."""
+    visual = published_encoder()
+    semantic = semantic_vae(layout, input_dim=visual.config.feature_width)
+    return {"texture_vae": texture_vae(layout), "visual": visual, "semantic_vae": semantic}
+
+
 def inception() -> Network:
     return Network("inception", {})
 
@@ -128,17 +124,6 @@ def texture_vae(layout: LatentLayout) -> Network:
 
 def semantic_vae(layout: LatentLayout, **overrides) -> Network:
     return Network("semantic_vae", {"bottleneck_dim": layout.semantic_channels, **overrides})
-
-
-def visual_encoder(grid: int, image_size: int, tile_grid: int, **overrides) -> VisualEncoder:
-    """Return DINOv2-B, seeing a tile in as many patches as it has latent pixels."""
-    network = Network("dinov2", dinov2_config("B", **overrides))
-    side = min(tile_grid, grid)
-    if image_size * side % grid:
-        raise SfdError(
-            f"images of {image_size} px do not divide over a grid of {grid} latents: set data.images.image_size"
-        )
-    return VisualEncoder(network, view_size=side * network.config.patch_size, tile_size=image_size * side // grid)
 
 
 @functools.cache

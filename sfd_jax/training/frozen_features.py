@@ -1,6 +1,6 @@
 """Visual features made inside the training step by a network that is not trained, so that none are on disk.
 
-    online   DINOv2 on the batch's pixels: the features that would be stored
+    online   a visual encoder on the batch's pixels: the features that would be stored
     semvae   the Semantic VAE's decoder on the batch's clean semantic latents: the features up to what the
              Semantic VAE loses, from latents alone
 
@@ -11,10 +11,10 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
 from sfd_jax.latents import LatentLayout, LatentStatistics
-from sfd_jax.models.latent_encoder import VisualEncoder, decode_features, to_float
+from sfd_jax.models.encoders import VisualEncoder
+from sfd_jax.models.latent_encoder import decode_features
 from sfd_jax.models.network import Network
 
 
@@ -33,12 +33,7 @@ class FrozenFeatures:
 
 def online_features(encoder: VisualEncoder, params: dict) -> FrozenFeatures:
     """Make features from `pixels` (B, H, W, 3), uint8 or float32 in [-1, 1]."""
-
-    def compute(params: dict, batch: dict) -> jax.Array:
-        pixels = batch["pixels"]
-        return encoder.features(params, to_float(pixels) if pixels.dtype == jnp.uint8 else pixels)
-
-    return FrozenFeatures(params, compute)
+    return FrozenFeatures(params, lambda params, batch: encoder.features(params, batch["pixels"]))
 
 
 def semvae_features(

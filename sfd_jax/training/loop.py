@@ -197,7 +197,7 @@ def _claim(workdir, metadata: dict, config: TrainConfig, write: bool = True) -> 
 
 def _complete(metadata: dict, task: Task, seed: int, params: dict | None) -> dict:
     network = task.network
-    known = {"network": network.name, "network_config": network.config_dict()} if network is not None else {}
+    known = network.metadata() if network is not None else {}
     if task.frozen is not None:
         known["frozen"] = params_hash(task.frozen)
     if "init" not in metadata:

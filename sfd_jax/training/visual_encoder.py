@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from sfd_jax.errors import SfdError
-from sfd_jax.models.dinov2 import preprocess
 from sfd_jax.models.network import Network
 from sfd_jax.ranges import check_fields
 from sfd_jax.training.randomness import row_keys
@@ -45,7 +44,7 @@ class VisualEncoderLoss:
 
 
 def visual_encoder_task(network: Network, settings: VisualEncoderLoss) -> Task:
-    """Return the task for a "dinov2" network trained with labels.
+    """Return the task for a visual encoder with `tokens` ("dinov2") trained with labels.
 
     Args:
       network: its `image_size` is the size at which it sees the images.
@@ -57,7 +56,7 @@ def visual_encoder_task(network: Network, settings: VisualEncoderLoss) -> Task:
 
     def init(key: jax.Array) -> dict:
         network_key, *head_keys = jax.random.split(key, 1 + len(_OUTPUTS))
-        width, classes = network.config.width, settings.num_classes
+        width, classes = network.config.feature_width, settings.num_classes
         heads = {name: linear_head(k, width, classes) for name, k in zip(_OUTPUTS, head_keys, strict=True)}
         return {"network": network.init(network_key), "heads": heads}
 
@@ -65,7 +64,8 @@ def visual_encoder_task(network: Network, settings: VisualEncoderLoss) -> Task:
         pixels, labels = batch["pixels"], batch["labels"]
         if settings.shift or settings.scale:
             pixels = shift_and_scale(row_keys(key, batch["positions"]), pixels, settings.shift, settings.scale)
-        output = network.apply(params["network"], preprocess(pixels, network.config.image_size))
+        grid = network.config.image_size // network.config.patch_size
+        output = network.apply(params["network"], pixels, grid, method="tokens")
         total, metrics = jnp.zeros(()), {}
         for name, read in _OUTPUTS.items():
             logits = apply_head(params["heads"][name], read(output))

@@ -9,7 +9,7 @@ from sfd_jax.convert import FORMATS
 from sfd_jax.convert.table import export_state, import_params, kept_as_stored, key_shapes
 from sfd_jax.errors import SfdError
 from sfd_jax.models import SIZES, Network
-from sfd_jax.models.dinov2 import DINOV2_SIZES
+from sfd_jax.models.encoders import DINOV2_SIZES
 
 # Small networks in every architecture; sizes distinct, so that a swapped axis does not fit.
 DIT = dict(width=24, depth=3, num_heads=2, input_size=6, patch_size=2, in_channels=5, num_classes=7)

@@ -212,7 +212,7 @@ def test_encoders_that_do_not_fit_each_other_or_the_images(work, tmp_path, capsy
     assert "images of 15 px do not divide by 2, the texture VAE's downsampling: 14 or 16 px" in answer(
         semantic, "--image_size=15"
     )
-    assert "images of 5 px do not divide by 2, the texture VAE's downsampling (--tile_size): 4 or 6" in answer(
+    assert "images of 5 px do not divide by 2, the texture VAE's downsampling (tile_size): 4 or 6" in answer(
         semantic, "--image_size=10", "--tile_size=5"
     )
     assert "images of 20 px do not divide by 8, the tile_size" in answer(semantic, "--image_size=20")

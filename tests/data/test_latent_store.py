@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sfd_jax.data.extract import extract
+from sfd_jax.data.extract import ExtractConfig, Share, extract
 from sfd_jax.data.images import BrokenImage
 from sfd_jax.data.latent_store import LatentStore, LatentStoreWriter, Plan, latent_fields
 from sfd_jax.data.moments import Moments
@@ -52,8 +52,10 @@ def encode(pixels, index):
 
 
 def run(directory, source=None, **settings):
-    defaults = {"batch_size": 4, "shard_size": 5, "config": {"seed": 0}, "weights": {"vae": "abc"}}
-    return extract(source or Noise(), encode, directory, **{**defaults, **settings})
+    how = {"about": {}, "weights": {"vae": "abc"}}
+    how |= {name: settings.pop(name) for name in ("about", "weights", "sharding", "share") if name in settings}
+    config = ExtractConfig(**{"batch_size": 4, "shard_size": 5, **settings})
+    return extract(source or Noise(), encode, directory, config, **how)
 
 
 def contents(directory):
@@ -106,10 +108,10 @@ def test_batch_size_and_hosts_change_no_byte(tmp_path):
     waits = []
     for host in (1, 0):  # host 1 first: its barrier would wait, here it only notes
         if host == 0:
-            run(tmp_path / "three", host_index=0, host_count=2, barrier=waits.append)
+            run(tmp_path / "three", share=Share(0, 2, waits.append))
             continue
         with pytest.raises(SfdError, match="not finished"):
-            run(tmp_path / "three", host_index=1, host_count=2, barrier=waits.append)
+            run(tmp_path / "three", share=Share(1, 2, waits.append))
     assert len(waits) == 4
     assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "three")
 
@@ -169,7 +171,7 @@ def test_flips_that_are_not_stored_are_refused(tmp_path):
     def upright(pixels, index):
         return {name: value for name, value in encode(pixels, index).items() if "_flip" not in name}
 
-    store = extract(Noise(), upright, tmp_path, batch_size=4, config={}, weights={})
+    store = extract(Noise(), upright, tmp_path, ExtractConfig(batch_size=4), about={}, weights={})
     assert store.read(np.array([3]), np.array([False]))["index"] == [3]
     with pytest.raises(SfdError, match="no 'texture_flip'; extract with flips"):
         store.read(np.array([3, 4]), np.array([False, True]))
@@ -179,7 +181,7 @@ def test_another_run_is_refused(tmp_path):
     run(tmp_path)
     before = contents(tmp_path)
     with pytest.raises(SfdError, match="config.seed: there 0, here 1"):
-        run(tmp_path, config={"seed": 1})
+        run(tmp_path, seed=1)
     with pytest.raises(SfdError, match="weights.vae"):
         run(tmp_path, weights={"vae": "def"})
     assert contents(tmp_path) == before
@@ -213,7 +215,7 @@ def test_latents_that_are_not_finite_are_refused(tmp_path):
         return {**latents, "semantic": latents["semantic"].at[0].set(jnp.nan)}
 
     with pytest.raises(SfdError, match="'semantic' of image 0 is not finite"):
-        extract(Noise(), broken, tmp_path, batch_size=4, config={}, weights={})
+        extract(Noise(), broken, tmp_path, ExtractConfig(batch_size=4), about={}, weights={})
 
 
 def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path):
@@ -325,9 +327,9 @@ def test_a_shard_in_the_place_of_another_is_named(tmp_path):
 def test_hosts_count_each_others_broken_images(tmp_path):
     """Host 1 has had two, so host 0 ends with its first one."""
     with pytest.raises(SfdError, match="not finished"):  # host 0 has not written its shards
-        run(tmp_path, Noise(broken=(6, 7)), host_index=1, host_count=2, max_broken=2, barrier=lambda name: None)
+        run(tmp_path, Noise(broken=(6, 7)), share=Share(1, 2, lambda name: None), max_broken=2)
     with pytest.raises(SfdError, match="3 broken images, more than the 2 allowed") as caught:
-        run(tmp_path, Noise(broken=(1, 6, 7)), host_index=0, host_count=2, max_broken=2, barrier=lambda name: None)
+        run(tmp_path, Noise(broken=(1, 6, 7)), share=Share(0, 2, lambda name: None), max_broken=2)
     assert all(f"noise/{index}.jpg" in str(caught.value) for index in (1, 6, 7))
 
 
@@ -336,10 +338,10 @@ def test_broken_images_that_another_host_finds_last_count_as_well(tmp_path):
 
     def barrier(name):
         with pytest.raises(SfdError, match="not finished"):  # host 0 has written no manifest yet
-            run(tmp_path, Noise(broken=(1, 6)), host_index=1, host_count=2, max_broken=2, barrier=lambda name: None)
+            run(tmp_path, Noise(broken=(1, 6)), share=Share(1, 2, lambda name: None), max_broken=2)
 
     with pytest.raises(SfdError, match="2 broken images, more than the 1 allowed"):
-        run(tmp_path, Noise(broken=(1, 6)), host_index=0, host_count=2, max_broken=1, barrier=barrier)
+        run(tmp_path, Noise(broken=(1, 6)), share=Share(0, 2, barrier), max_broken=1)
     assert not (tmp_path / "manifest.json").exists()
 
 

@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sfd_jax.data.checks import check_published
-from sfd_jax.data.extract import repack
+from sfd_jax.data.extract import ExtractConfig, repack
 from sfd_jax.data.pipeline import feature_transform, latent_transform, make_batches
 from sfd_jax.data.published import PublishedLatents, open_latents
 from sfd_jax.errors import SfdError
@@ -72,7 +72,7 @@ def test_check_names_labels_missing_shards_and_missing_flips(shards, tmp_path):
 
 def test_training_reads_released_shards_and_ours_alike(shards, tmp_path):
     folder, _ = shards
-    repack(PublishedLatents(folder, repa=True), tmp_path / "ours", dtype="float32", shard_size=4)
+    repack(PublishedLatents(folder, repa=True), tmp_path / "ours", ExtractConfig(dtype="float32", shard_size=4))
     ours = open_latents(tmp_path / "ours", repa=True)
     for name in ("latents_stats.pt", "latents_sv_stats.pt"):
         (folder / name).touch()
@@ -103,7 +103,7 @@ def test_repacking_keeps_every_record(shards, tmp_path):
     folder, whole = shards
     released = LatentStatistics([2.0] * 3, [3.0] * 3, [0.0] * 2, [1.0] * 2)
     source = PublishedLatents(folder, repa=True)
-    store = repack(source, tmp_path / "ours", dtype="float32", shard_size=4, statistics=released)
+    store = repack(source, tmp_path / "ours", ExtractConfig(dtype="float32", shard_size=4), statistics=released)
     for flip in (np.zeros(10, bool), np.ones(10, bool)):
         found, expected = store.read(np.arange(10), flip), source.read(np.arange(10), flip)
         assert found.keys() == expected.keys()

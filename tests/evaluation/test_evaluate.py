@@ -13,7 +13,7 @@ from sfd_jax.evaluation import (
     Comparison,
     Extractor,
     compare,
-    dinov2_extractor,
+    encoder_extractor,
     evaluate,
     extract_features,
     gather,
@@ -262,7 +262,7 @@ def test_other_dtypes_are_refused():
 )
 def test_an_encoder_is_called_what_it_is(config, more, name):
     network = Network("dinov2", config)
-    extractor = dinov2_extractor(({}, {"network": "dinov2", "network_config": network.config_dict(), **more}))
+    extractor = encoder_extractor(({}, {"network": "dinov2", "network_config": network.config_dict(), **more}))
     assert extractor.name == name
     assert extractor.settings == f"size {network.config.image_size if more else 224}"  # one trained here, at its own
 
@@ -272,4 +272,4 @@ def test_an_encoder_whose_patches_do_not_divide_the_image_is_refused():
     with pytest.raises(
         SfdError, match="images of 224 px do not divide by 15, the encoder's patches: 210 or 225 px would do"
     ):
-        dinov2_extractor(({}, {"network": "dinov2", "network_config": network.config_dict()}))
+        encoder_extractor(({}, {"network": "dinov2", "network_config": network.config_dict()}))

@@ -6,7 +6,7 @@ from model_testing import call, random_params
 
 from sfd_jax.errors import SfdError
 from sfd_jax.models import DinoV2Config, Network, dinov2_config, preprocess
-from sfd_jax.models.dinov2 import IMAGENET_MEAN, IMAGENET_STD
+from sfd_jax.models.encoders.dinov2 import IMAGENET_MEAN, IMAGENET_STD
 from sfd_jax.models.inception import average_pool, max_pool_same
 from sfd_jax.models.resize import resize_bicubic, resize_bilinear_tf1
 

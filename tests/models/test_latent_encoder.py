@@ -7,7 +7,9 @@ import pytest
 
 from sfd_jax.errors import SfdError
 from sfd_jax.models import Network
-from sfd_jax.models.latent_encoder import LatentEncoder, VisualEncoder, join_tiles, split_tiles
+from sfd_jax.models.encoders import Tiling, VisualEncoder
+from sfd_jax.models.encoders.tiles import join_tiles, split_tiles
+from sfd_jax.models.latent_encoder import LatentEncoder
 
 TEXTURE = Network(
     "texture_vae",
@@ -15,8 +17,7 @@ TEXTURE = Network(
 )
 VISUAL = VisualEncoder(
     Network("dinov2", dict(width=8, depth=1, num_heads=2, image_size=6, patch_size=3, num_registers=1)),
-    view_size=12,
-    tile_size=8,
+    Tiling(tile_size=8, grid=4),
 )
 SEMANTIC = Network(
     "semantic_vae",
@@ -106,6 +107,6 @@ def test_texture_alone_and_unlike_grids(params):
     assert alone["semantic"].shape == (1, 4, 4, 0)
     with pytest.raises(SfdError, match="do not divide by 8, the tile_size"):
         jax.eval_shape(LatentEncoder(TEXTURE, VISUAL, SEMANTIC), params, images(1, 12), index)
-    coarse = VisualEncoder(VISUAL.network, view_size=6, tile_size=8)
+    coarse = VisualEncoder(VISUAL.network, Tiling(tile_size=8, grid=2))
     with pytest.raises(SfdError, match="one grid"):
         jax.eval_shape(LatentEncoder(TEXTURE, coarse, SEMANTIC), params, images(1, 8), index)

@@ -14,7 +14,8 @@ from sfd_jax.evaluation.metrics import _merge_smallest, _unbiased_mmd
 from sfd_jax.generation.sampler import SampleConfig, Sampler
 from sfd_jax.latents import LatentLayout, LatentStatistics
 from sfd_jax.models import Network
-from sfd_jax.models.latent_encoder import LatentEncoder, VisualEncoder
+from sfd_jax.models.encoders import Tiling, VisualEncoder
+from sfd_jax.models.latent_encoder import LatentEncoder
 from sfd_jax.training import OptimizerConfig, TrainConfig, make_optimizer
 from sfd_jax.training.diffusion import diffusion_task
 from sfd_jax.training.semantic_vae import SemanticVAELoss, semantic_vae_task
@@ -111,7 +112,7 @@ def encoder(dtype):
         for name, fields in (("texture_vae", VAE), ("dinov2", DINO), ("semantic_vae", SEMANTIC | {"input_dim": 8}))
     ]
     texture, visual, semantic = networks
-    encode = LatentEncoder(texture, VisualEncoder(visual, view_size=40, tile_size=16), semantic, repa=True, flips=True)
+    encode = LatentEncoder(texture, VisualEncoder(visual, Tiling(16, 8)), semantic, repa=True, flips=True)
     params = {
         name: network.abstract_params()
         for name, network in zip(("texture_vae", "visual", "semantic_vae"), networks, strict=True)

@@ -16,7 +16,7 @@ from sfd_jax.distributed import make_mesh, put_batch
 from sfd_jax.errors import SfdError
 from sfd_jax.latents import LatentLayout, LatentStatistics
 from sfd_jax.models import Network
-from sfd_jax.models.latent_encoder import VisualEncoder, to_float
+from sfd_jax.models.encoders import Tiling, VisualEncoder, to_float
 from sfd_jax.training import fit, init_state, load_params, make_optimizer, make_train_step
 from sfd_jax.training.frozen_features import online_features, semvae_features
 from sfd_jax.training.randomness import stream_key
@@ -84,14 +84,14 @@ def test_semvae_features_are_decoded_from_raw_latents_tile_by_tile():
         expected = network.apply(params, tokens, method="decode").reshape(3, 2, 2, 6)
         # Two orders of the same float32 sums.
         np.testing.assert_allclose(features[:, top : top + 2, left : left + 2], expected, atol=2e-5)
-    with pytest.raises(SfdError, match="4 semantic latents is no multiple of the 3"):
+    with pytest.raises(SfdError, match="tile_grid=3 does not divide a grid of 4 latents"):
         semvae_features(network, params, LatentLayout(3, 2), statistics, 3).compute(params, {"latents": latents})
 
 
 def test_online_features_are_the_encoders():
     network = Network("dinov2", dict(image_size=8, patch_size=4, width=6, depth=1, num_heads=1, num_registers=1))
     params = network.init(jax.random.key(0))
-    encoder = VisualEncoder(network, view_size=8, tile_size=8)
+    encoder = VisualEncoder(network, Tiling(tile_size=8, grid=2))
     pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
     expected = encoder.features(params, to_float(jnp.asarray(pixels)))
     made = online_features(encoder, params)

@@ -207,13 +207,13 @@ def test_targets_are_made_by_what_made_the_latents(tmp_path, capsys):
     assert "made by visual, pca, not by a 'semantic_vae'" in answer(principal, *semvae)
     narrow = [semvae[0], f"--config.data.semantic_vae={narrow}"]
     assert "model.repa_features=24, but data.semantic_vae makes features of 20" in answer(other, *narrow)
-    assert "data.tile_grid=3 does not divide model.input_size=4: 4 or a divisor" in answer(
+    assert "tile_grid=3 does not divide a grid of 4 latents: 4 or a divisor" in answer(
         own, *semvae, "--config.data.tile_grid=3"
     )
     assert "images of 32 px, but data.images.image_size=64" in answer(
         own, *online, "--config.data.images.image_size=64"
     )
-    assert "image_size=30 does not divide by model.input_size=4: 28 or 32" in answer(
+    assert "images of 30 px do not divide by 4, the latents a side (model.input_size): 28 or 32" in answer(
         unknown, *online, "--config.data.images.image_size=30"
     )
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "more.png")

@@ -15,15 +15,21 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from sfd_jax.data.extract import extract
+from sfd_jax.data.extract import ExtractConfig
 from sfd_jax.data.images import ImageSource, open_images
 from sfd_jax.data.latent_store import LatentStore
 from sfd_jax.data.pipeline import latent_transform, make_batches, pixel_transform
 from sfd_jax.distributed import make_mesh
-from sfd_jax.experiment.build import diffusion_settings, layout_from_config, network_from_config, train_config
+from sfd_jax.experiment import extraction
+from sfd_jax.experiment.build import (
+    diffusion_settings,
+    from_group,
+    layout_from_config,
+    network_from_config,
+    train_config,
+)
 from sfd_jax.models import Network
-from sfd_jax.models.fingerprint import params_hash
-from sfd_jax.models.latent_encoder import LatentEncoder, VisualEncoder, to_float
+from sfd_jax.models.encoders import Tiling, VisualEncoder, to_float
 from sfd_jax.training import fit, load_params
 from sfd_jax.training.diffusion import diffusion_task
 from sfd_jax.training.semantic_vae import SemanticVAELoss, semantic_vae_task
@@ -86,7 +92,7 @@ class Demo:
     def visual_encoder(self) -> tuple[VisualEncoder, dict]:
         network, params = self.load("encoder")
         size = self.config.data.image_size
-        return VisualEncoder(network, view_size=size, tile_size=size), params
+        return VisualEncoder(network, Tiling.whole(size, size, network)), params
 
 
 def train_texture_vae(demo: Demo) -> dict:
@@ -173,31 +179,13 @@ def train_semantic_vae(demo: Demo) -> dict:
 
 def extract_latents(demo: Demo) -> dict:
     """Turn the training digits into latent shards with statistics and REPA features."""
-    settings = demo.config.extract
-    texture, texture_params = demo.load("texture_vae")
-    semantic, semantic_params = demo.load("semantic_vae")
-    visual, visual_params = demo.visual_encoder()
-    encoder = LatentEncoder(
-        texture,
-        visual,
-        semantic,
-        texture_posterior=settings.texture,
-        semantic_posterior=settings.semantic,
-        flips=False,  # a mirrored digit is no digit
-        repa=True,
-        seed=demo.config.seed,
-    )
-    params = {"texture_vae": texture_params, "visual": visual_params, "semantic_vae": semantic_params}
-    store = extract(
-        demo.digits("train"),
-        jax.jit(lambda pixels, index: encoder(params, pixels, index)),
-        demo.workdir / "latents",
-        batch_size=settings.batch_size,
-        shard_size=settings.shard_size,
-        dtype=settings.dtype,
-        config={"data": demo.config.data.to_dict(), "extract": settings.to_dict(), "seed": demo.config.seed},
-        weights={name: params_hash(tree) for name, tree in params.items()},
-    )
+    config = from_group(ExtractConfig, "extract", {**demo.config.extract, "seed": demo.config.seed})
+    networks = {"texture_vae": "texture_vae", "visual": "encoder", "semantic_vae": "semantic_vae"}
+    loaded = {name: demo.load(stage) for name, stage in networks.items()}
+    encoder = extraction.make_encoder({name: network for name, (network, _) in loaded.items()}, config)
+    opened = extraction.OpenEncoder(encoder, {name: params for name, (_, params) in loaded.items()}, {}, [])
+    about = {"data": demo.config.data.to_dict()}
+    store = extraction.extract_latents(demo.digits("train"), opened, config, str(demo.workdir / "latents"), about)
     store.verify()
     return {"images": len(store)}
 

@@ -102,6 +102,26 @@ class DinoV2Config:
         check(self.remat in REMAT, f"no remat policy '{self.remat}': {nearest(self.remat, REMAT)}")
         check_dtype(self.compute_dtype)
 
+    @property
+    def feature_width(self) -> int:
+        """Return F of the patch features."""
+        return self.width
+
+    @property
+    def metric_size(self) -> int:
+        """Return the size in pixels at which FD-DINOv2 sees images."""
+        return 224
+
+    def metric_name(self, trained_here: bool) -> str:
+        """Return "dinov2" for the encoder of the published FD-DINOv2, else a name that says which encoder it is."""
+        registers = f"_reg{self.num_registers}" if self.num_registers else ""
+        same = ("width", "depth", "num_heads", "ffn")
+        published = {name: dinov2_config(name) for name in DINOV2_SIZES}
+        sizes = [name for name, known in published.items() if all(getattr(known, f) == getattr(self, f) for f in same)]
+        if not sizes or self.patch_size != 14 or trained_here:  # DINOv2's shape and no DINOv2
+            return f"encoder_w{self.width}_d{self.depth}_p{self.patch_size}{registers}"
+        return "dinov2" if sizes == ["L"] and not registers else f"dinov2_vit{sizes[0].lower()}14{registers}"
+
 
 def dinov2_config(size: str, **overrides) -> DinoV2Config:
     """Return the config of a published size ("S", "B", "L", "g").
@@ -126,9 +146,12 @@ def preprocess(pixels: jax.Array, size: int) -> jax.Array:
 
     Source: REPA, train.py, preprocess_raw_image, which the SFD release follows.
     """
-    pixels = (pixels.astype(jnp.float32) + 1.0) / 2.0
-    pixels = (pixels - IMAGENET_MEAN[None, None, None]) / IMAGENET_STD[None, None, None]
-    return resize_bicubic(pixels, size, size)
+    return resize_bicubic(_standardise((pixels.astype(jnp.float32) + 1.0) / 2.0), size, size)
+
+
+def _standardise(pixels: jax.Array) -> jax.Array:
+    """Take ImageNet's mean and standard deviation from pixels (B, H, W, 3) in [0, 1]."""
+    return (pixels - IMAGENET_MEAN[None, None, None]) / IMAGENET_STD[None, None, None]
 
 
 class DinoV2(nnx.Module):
@@ -183,6 +206,26 @@ class DinoV2(nnx.Module):
             "cls_token": tokens[:, 0],
             "register_tokens": tokens[:, 1:first_patch],
         }
+
+    def tokens(self, pixels: jax.Array, grid: int) -> dict[str, jax.Array]:
+        """Encode images (B, S, S, 3) in [-1, 1], seen as grid x grid patches; returns as `__call__`."""
+        return self(preprocess(pixels, grid * self.config.patch_size))
+
+    def patch_features(self, pixels: jax.Array, grid: int) -> jax.Array:
+        """Return the patch tokens (B, grid * grid, D) of images (B, S, S, 3) in [-1, 1]."""
+        return self.tokens(pixels, grid)["patch_tokens"]
+
+    def class_token(self, images: jax.Array, size: int) -> jax.Array:
+        """Return the class token (B, D) of images (B, H, W, 3), 0..255, resized to `size` as FD-DINOv2 does.
+
+        Source: Stein et al. 2023 (arXiv 2306.04675), `dgm-eval`: antialiased bicubic resize in bytes, then
+          ImageNet's mean and std.
+        """
+        batch, height, width, _ = images.shape
+        if (height, width) != (size, size):
+            images = jax.image.resize(images, (batch, size, size, 3), "cubic", antialias=True)
+            images = jnp.round(jnp.clip(images, 0.0, 255.0))
+        return self(_standardise(images / 255.0))["cls_token"]
 
     def positions(self, rows: int, columns: int):
         """Return the position table of the patches, (1, rows * columns, D), resized where needed.

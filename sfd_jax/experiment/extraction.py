@@ -1,0 +1,226 @@
+"""From the settings of extraction and the checkpoints of the networks to latent shards, or to what would stop that."""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from tqdm import tqdm
+
+from sfd_jax.data.extract import ExtractConfig, Share, extract, extract_plan
+from sfd_jax.data.images import ImageSource, Tolerant
+from sfd_jax.data.latent_store import LatentStore, Plan
+from sfd_jax.data.pca import fit_pca, load_pca, save_pca
+from sfd_jax.data.pipeline import make_eval_batches
+from sfd_jax.data.published import PublishedLatents, released_statistics
+from sfd_jax.distributed import hosts
+from sfd_jax.distributed.heartbeat import Heartbeat
+from sfd_jax.distributed.lock import FolderLock
+from sfd_jax.distributed.mesh import make_mesh
+from sfd_jax.distributed.sharding import batch_sharding, replicated
+from sfd_jax.errors import SfdError
+from sfd_jax.experiment.sampling import load_checkpoint
+from sfd_jax.latents import LatentStatistics, other_makers
+from sfd_jax.models import ENCODERS, Network, network_of
+from sfd_jax.models.encoders import Tiling, VisualEncoder
+from sfd_jax.models.fingerprint import params_hash
+from sfd_jax.models.latent_encoder import LatentEncoder, jit_encoder
+from sfd_jax.models.layers import check_divides
+from sfd_jax.training.optimizer import average_notes
+
+
+def make_encoder(networks: Mapping[str, Network], config: ExtractConfig) -> LatentEncoder:
+    """Compose networks to the encoder of both groups of latents.
+
+    Args:
+      networks: "texture_vae"; "visual", left out for texture latents alone; "semantic_vae", left out for PCA.
+      config: of the extraction.
+
+    Raises:
+      SfdError: networks or sizes that do not go together.
+    """
+    texture, visual = networks["texture_vae"], networks.get("visual")
+    check_divides(config.image_size, texture.config.downsampling, "the texture VAE's downsampling")
+    if visual is not None:
+        tiling = Tiling.of_pixels(config.image_size, config.tile_size, texture.config.downsampling)
+        visual = VisualEncoder(visual, tiling)
+    fields = ("texture_posterior", "semantic_posterior", "flips", "repa", "seed")
+    shared = {name: getattr(config, name) for name in fields}
+    return LatentEncoder(texture, visual, networks.get("semantic_vae"), **shared)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenEncoder:
+    """An encoder with its weights.
+
+    Attributes:
+      encoder: what is run.
+      params: as the encoder takes them; "pca" is fitted later.
+      checkpoints: where each came from, for the manifest.
+      notes: sentences on what the checkpoints hold.
+    """
+
+    encoder: LatentEncoder
+    params: dict[str, Any]
+    checkpoints: dict[str, dict]
+    notes: list[str]
+
+
+def open_encoder(config: ExtractConfig, paths: Mapping[str, str | None]) -> OpenEncoder:
+    """Open the checkpoints of an extraction.
+
+    Args:
+      config: of the extraction.
+      paths: checkpoints by the names that `make_encoder` gives their networks; None where there is none.
+
+    Raises:
+      SfdError: as `make_encoder`, or a Semantic VAE that was trained on other features than these.
+    """
+    networks, params, told = {}, {}, {}
+    for name, path in paths.items():
+        if path:
+            params[name], told[name] = load_checkpoint(f"--{name}", path, weights=config.weights)
+            networks[name] = network_of(told[name], ENCODERS if name == "visual" else name)
+    encoder = make_encoder(networks, config)
+    if encoder.semantic is not None:
+        trained_on, tokens = told["semantic_vae"].get("latents") or {}, encoder.visual.tiling.grid**2
+        if differing := other_makers({"weights": {"visual": params_hash(params["visual"])}}, trained_on):
+            raise SfdError(f"{told['semantic_vae']['given_as']} was trained on features of another {differing[0]}")
+        # Other architectures take each token by itself.
+        if encoder.semantic.config.arch == "transformer" and trained_on.get("tokens") not in (None, tokens):
+            wanted = math.isqrt(trained_on["tokens"]) * encoder.texture.config.downsampling
+            raise SfdError(
+                f"{told['semantic_vae']['given_as']} was trained on {trained_on['tokens']} tokens at once, but a tile "
+                f"of {encoder.visual.tiling.tile_size} px has {tokens}: --tile_size={wanted} would do"
+            )
+    checkpoints = {name: {key: each.get(key) for key in ("source", "step")} for name, each in told.items()}
+    return OpenEncoder(encoder, params, checkpoints, [note for each in told.values() for note in average_notes(each)])
+
+
+def local_mesh(batch_size: int) -> Mesh:
+    """Return this host's devices as a mesh: each host encodes its own images.
+
+    Raises:
+      SfdError: a host's batch does not divide over them.
+    """
+    devices = jax.local_devices()
+    if batch_size % len(devices):
+        raise SfdError(f"--batch_size={batch_size} must be a multiple of this host's {len(devices)} devices")
+    return make_mesh(devices=devices)
+
+
+def extract_latents(
+    source: ImageSource, opened: OpenEncoder, config: ExtractConfig, out: str, about: Mapping[str, Any]
+) -> LatentStore:
+    """Encode a source into a latent store, on all hosts of a job, or finish one that was begun.
+
+    Args:
+      source: the images.
+      opened: the encoder.
+      config: of the extraction.
+      out: folder of the store.
+      about: what the manifest says of the source.
+
+    Raises:
+      SfdError: as `sfd_jax.data.extract.extract`.
+    """
+    mesh = local_mesh(config.batch_size)
+    sharding, whole = batch_sharding(mesh), replicated(mesh)
+    params = jax.device_put(opened.params, whole)
+    jitted, done = jit_encoder(opened.encoder, mesh), itertools.count(1)
+
+    def encode(pixels, index):
+        if not isinstance(pixels, jax.core.Tracer):  # the engine also asks for the shapes alone
+            heartbeat.at(next(done) * len(pixels))
+        return jitted(params, pixels, index)
+
+    with FolderLock(out), Heartbeat(out, "extract") as heartbeat:
+        if config.pca:
+            params["pca"] = jax.device_put(_pca(config, source, opened.encoder, params, out, sharding), whole)
+        return extract(
+            source,
+            encode,
+            out,
+            config,
+            about={**about, "checkpoints": opened.checkpoints},
+            weights={name: params_hash(jax.device_get(tree)) for name, tree in params.items()},
+            sharding=sharding,
+            share=job_share(),
+        )
+
+
+def planned_latents(source: ImageSource, opened: OpenEncoder, config: ExtractConfig) -> Plan:
+    """Return the plan of the store that `extract_latents` would write; nothing is encoded.
+
+    Raises:
+      SfdError: parts that do not go together, or no images.
+    """
+    local_mesh(config.batch_size)
+    params = dict(opened.params)
+    if config.pca:
+        width = opened.encoder.visual.network.config.feature_width
+        params["pca"] = {"mean": np.zeros(width, np.float32), "components": np.zeros((width, config.pca), np.float32)}
+    return extract_plan(source, lambda pixels, index: opened.encoder(params, pixels, index), config, {}, {})
+
+
+def job_share() -> Share:
+    """Return which part of the shards is this host's, and whose bar is shown."""
+    # The lookout knows whether the others live.
+    barrier: Callable[[str], None] = functools.partial(hosts.barrier, timeout=24 * 3600.0)
+    return Share(jax.process_index(), jax.process_count(), barrier, None if hosts.is_host0() else False)
+
+
+def repack_statistics(source: PublishedLatents, kind: str) -> LatentStatistics | None:
+    """Read `*_stats.pt` beside released shards; None where they are to be measured.
+
+    Args:
+      source: the shards.
+      kind: "released" or "measured".
+    """
+    from sfd_jax.convert.weight_files import read_statistics
+
+    if kind == "measured":
+        return None
+    try:
+        return released_statistics(source, read_statistics)
+    except SfdError as error:
+        raise SfdError(f"{error}; or take --statistics=measured (which does not suit the released weights)") from error
+
+
+def _pca(
+    config: ExtractConfig,
+    source: ImageSource,
+    encoder: LatentEncoder,
+    params: dict[str, Any],
+    out: str,
+    sharding: NamedSharding,
+) -> dict[str, np.ndarray]:
+    """Read the components in the output folder, or fit and save them; the same on every host."""
+    path = Path(out) / "pca.npz"
+    if not path.exists() and hosts.is_host0():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        count = min(config.pca_images, len(source))
+        # Every n-th image: the order of a source is by class.
+        indices = np.unique(np.linspace(0, len(source) - 1, count).round().astype(np.int64))
+        how = {"batch_size": config.batch_size, "workers": config.workers}
+        batches = make_eval_batches(Tolerant(source), indices=indices, **how)
+        features = jax.jit(encoder.visual.features)
+
+        def parts():
+            for batch in tqdm(batches, desc="fit PCA", total=-(-len(indices) // config.batch_size), disable=None):
+                tokens = features(params["visual"], jax.device_put(batch["pixels"], sharding))
+                yield np.asarray(tokens)[batch["mask"] & (batch["broken"] == "")]
+
+        save_pca(path, fit_pca(parts(), config.pca))
+    hosts.barrier("extract: PCA fitted", timeout=3600.0)
+    pca = load_pca(path)
+    hosts.say(f"PCA: {pca['components'].shape[1]} channels keep {pca['explained'].sum():.1%} of the variance")
+    if pca["components"].shape[1] != config.pca:
+        raise SfdError(f"{path} holds {pca['components'].shape[1]} channels, not {config.pca}; use another --out")
+    return {name: pca[name] for name in ("mean", "components")}
