@@ -279,7 +279,9 @@ def _batches(args) -> dict:
 def _extractor(name: str, directory: str):
     from sfd_jax.evaluation import encoder_extractor, inception_extractor
 
-    return {"inception": inception_extractor, "dinov2": encoder_extractor}[name](load_checkpoint(f"--{name}", directory))
+    return {"inception": inception_extractor, "dinov2": encoder_extractor}[name](
+        load_checkpoint(f"--{name}", directory)
+    )
 
 
 def _judges(comparisons) -> dict:

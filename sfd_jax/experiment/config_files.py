@@ -102,7 +102,10 @@ def _choose_parts(config: ml_collections.ConfigDict, overrides: list[str], path:
         here, flag = f"{path}{key}", f"--config.{path}{key}."
         if key == "clocks" and "name" in group:
             given = [text.partition("=")[2] for text in overrides if text.startswith(f"{flag}name=")]
-            cls = CLOCKS[given[-1] if given else group.name]
+            name = given[-1] if given else group.name
+            if name not in CLOCKS:
+                continue  # who builds them says so, among all other faults
+            cls = CLOCKS[name]
             if given and given[-1] != group.name:
                 config[key] = part_group(cls, name=given[-1])
             else:

@@ -55,8 +55,8 @@ def check_data(config, source, found: Faults, *, repa: bool) -> None:
     if repa and features is None:
         found.append(
             f"the latents hold no visual features, which loss.repa_weight={config.loss.repa_weight:g} with "
-            "data.repa_source=stored needs: extract them with `sfd extract --repa`, make them while training (docs/repa.md), "
-            "or train without REPA: --config.model.repa_features=0 --config.loss.repa_weight=0"
+            "data.repa_source=stored needs: extract them with `sfd extract --repa`, make them while training "
+            "(docs/repa.md), or train without REPA: --config.model.repa_features=0 --config.loss.repa_weight=0"
         )
     elif repa and features.shape[-1] != config.model.repa_features > 0:
         found.append(

@@ -143,9 +143,8 @@ def save_drawn(folder, name, config, seed=0, **metadata):
 
 
 def test_what_is_legal_and_odd_is_said_at_the_start(latents, tmp_path, capsys):
-    assert train(tmp_path / "run", latents, "--check", "--config.model.num_classes=12", "--config.sample.num=4") == 0
+    assert train(tmp_path / "run", latents, "--check", "--config.model.num_classes=12") == 0
     out = capsys.readouterr().out
-    assert "note: config.sample is only stored" in out
     assert "note: model.num_classes=12, but the data have images of 10 classes: the embeddings of the other 2" in out
     assert "note: train.ema_decay=0.9999 is long for 4 steps" in out and "Set train.ema_decay=0.31 (1 % left)" in out
     assert train(tmp_path / "run", latents, "--check", "--config.train.ema_decay=0.31") == 0
@@ -247,7 +246,7 @@ def test_all_faults_are_named_at_once_with_the_flags_that_fix_them(tmp_path, cap
         for words in (
             "optimizer.learning_rate=nan: give",
             "unknown loss.time 'none'",
-            "unknown clocks 'none'",
+            "no clocks 'none'",
             "optimizer.schedule 'none' is unknown",
             "train.accumulation=3",
             "--config.latents.texture_channels=6 --config.latents.semantic_channels=3",
