@@ -52,8 +52,8 @@ class Judge:
     """The demo's judges, and its networks to sample from."""
 
     def __init__(self, folder: Path, guidance: str, images: int):
-        from sfd_jax.cli.demo import judge
-        from sfd_jax.cli.demo.stages import Demo
+        from sfd_jax.experiment.demo import judge
+        from sfd_jax.experiment.demo.stages import Demo
         from sfd_jax.data.digits import digits_8x8
         from sfd_jax.evaluation.evaluate import gather
         from sfd_jax.evaluation.features import Extractor, class_token
@@ -94,7 +94,7 @@ class Judge:
         }
 
     def values(self, images: np.ndarray, labels: np.ndarray) -> dict:
-        from sfd_jax.cli.demo import judge
+        from sfd_jax.experiment.demo import judge
         from sfd_jax.evaluation.evaluate import measure
 
         distance = measure(self._gather(images), self.reference, None, ("fid",))["fid"]

@@ -50,7 +50,7 @@ def main() -> int:
 
 def run(source: str, args, out: Path) -> dict:
     """Train and judge one source; returns the demo's metrics of its samples."""
-    from sfd_jax.cli.demo import results, stages
+    from sfd_jax.experiment.demo import results, stages
     from sfd_jax.data.latent_store import LatentStore
     from sfd_jax.data.pipeline import latent_transform
     from sfd_jax.experiment.build import layout_from_config, task_from_config

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sfd_jax.cli.demo.record import DemoRecord
+from sfd_jax.experiment.demo.record import DemoRecord
 from sfd_jax.errors import SfdError
 
 
