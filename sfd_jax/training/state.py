@@ -61,7 +61,10 @@ def init_state(task, optimizer: optax.GradientTransformation, mesh: Mesh, seed: 
       A TrainState sharded as `abstract_state` says, the same on every mesh.
     """
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(task, optimizer, mesh))
-    init = jax.jit(lambda key: _first_state(task.init(key), optimizer), out_shardings=shardings)
+    # It runs once, and LLVM took six times as long as the rest of its compilation to make it fast.
+    quick = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
+    make = lambda key: _first_state(task.init(key), optimizer)
+    init = jax.jit(make, out_shardings=shardings, compiler_options=quick)
     return init(stream_key(seed, "init", mesh))
 
 
