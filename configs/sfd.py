@@ -118,9 +118,9 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
     )
 
     # --- Sampling ------------------------------------------------------------------------------------
-    # What `sfd sample` does with this model where its flags say nothing else (`sfd sample --help` explains each). On the
-    # digits staged dopri5 has converged at 31 calls, where Euler with 100 nearly has; and on XL Euler-100 scores as well
-    # as the released dopri5: README.md, "Fewer network calls".
+    # What `sfd sample` does with this model where its flags say nothing else; `sfd sample --help` explains each.
+    # On the digits staged dopri5 has converged at 31 calls, where Euler with 100 nearly has; and on XL Euler-100
+    # scores as well as the released dopri5: README.md, "Fewer network calls".
     config.sample = config_group(SampleJob(batch_size=64, guidance="autoguidance", guidance_scale=1.5))
 
     if "lr2e4" in variants:

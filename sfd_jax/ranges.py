@@ -112,7 +112,7 @@ class Only(NamedTuple):
 RULES = {
     "sample": (
         Only("num_steps calls timestep_shift", "solver", ("dopri5",), never=True, hint="dopri5 follows its tolerances"),
-        Only("atol rtol", "solver", ("dopri5",)),
+        Only("atol rtol max_calls", "solver", ("dopri5",)),
         Only("num_steps", "calls", never=True),
         Only(
             "guidance_scale guidance_interval_start guidance_interval_groups",

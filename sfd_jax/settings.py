@@ -21,6 +21,8 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
+import ml_collections
+
 from sfd_jax.errors import SfdError, nearest
 from sfd_jax.ranges import Range
 from sfd_jax.registry import Registry
@@ -101,21 +103,23 @@ def to_dict(settings: Any) -> dict[str, Any]:
     return {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
 
 
-def upgraded(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config group or a recipe's entry with None where an older version wrote another word for it."""
+def over_defaults(cls: type, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a dataclass's defaults, and over them what a config group or a recipe says of its fields.
+
+    None is read where an older version wrote another word for it.
+    """
+    values = {name: group.get(name, default) for name, default in defaults_of(cls).items()}
     was = {field.name: field.metadata.get("was") for field in dataclasses.fields(cls)}
-    return {name: None if was.get(name) is not None and value == was[name] else value for name, value in values.items()}
+    return {name: None if was[name] is not None and value == was[name] else value for name, value in values.items()}
 
 
-def config_group(settings: Any):
+def config_group(settings: Any) -> ml_collections.ConfigDict:
     """Return the ConfigDict of a dataclass; a field that is None takes a value of its type later."""
     return part_group(type(settings), **to_dict(settings))
 
 
-def part_group(cls: type, **given: Any):
+def part_group(cls: type, **given: Any) -> ml_collections.ConfigDict:
     """Return the ConfigDict of a dataclass's defaults, with the given values, its name among them, over them."""
-    import ml_collections
-
     values = defaults_of(cls) | given
     for name in defaults_of(cls):
         if values[name] is None or values[name] is ...:

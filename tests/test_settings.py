@@ -7,7 +7,7 @@ import pytest
 from sfd_jax.cli.flags import door_parser, parse_door
 from sfd_jax.errors import SfdError
 from sfd_jax.ranges import Range, check_fields
-from sfd_jax.settings import config_group, flags_from, from_args, setting, upgraded
+from sfd_jax.settings import config_group, flags_from, from_args, over_defaults, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,4 +85,5 @@ def test_a_config_group_takes_a_value_of_its_type_where_none_is_given():
 
 
 def test_old_words_for_none_are_read():
-    assert upgraded(Job, {"scale": -1.0, "size": 7, "num": -1}) == {"scale": None, "size": 7, "num": -1}
+    found = over_defaults(Job, {"scale": -1.0, "size": 7, "of_then": -1})
+    assert found == {"size": 7, "word": "good", "scale": None, "mirrored": True, "seed": 0}

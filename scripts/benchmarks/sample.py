@@ -52,7 +52,7 @@ def main() -> None:
     flag("--dtype", choices=["float32", "bfloat16"], help="of the matmuls; float32 on a CPU, bfloat16 elsewhere")
     flag("--scale", type=float, default=1.5, help="guidance scale")
     flag("--solver", default="dopri5", help="ours: see `sfd sample --help`")
-    flag("--calls", type=int, default=0, help="ours: network calls, for the solvers with fixed steps")
+    flag("--calls", type=int, help="ours: network calls, for the solvers with fixed steps")
     flag("--no_compile", action="store_true", help="PyTorch without torch.compile")
     args = parser.parse_args()
     if bool(args.checkpoint) != bool(args.weak):

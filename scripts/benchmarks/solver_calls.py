@@ -120,12 +120,12 @@ def measure(systems: list[System], kind: str, args) -> list[dict]:
     tolerances = dict(atol=args.atol, rtol=args.rtol)
     steps = round(args.reference * systems[0].clocks.tau_end / 4)
     solvers = {
-        "reference": dict(name="rk4", num_steps=steps + 1),
+        "reference": dict(solver="rk4", num_steps=steps + 1),
         "tight": dict(atol=1e-8, rtol=1e-5),
         "released": dict(mode="published"),
         "staged": tolerances,
     }
-    grids = {f"{name} {calls}": dict(name=name, calls=calls) for name in GRIDS for calls in args.grids}
+    grids = {f"{name} {calls}": dict(solver=name, calls=calls) for name in GRIDS for calls in args.grids}
     solvers |= grids
     runs = {name: compile_solver(systems[0], kind, **settings) for name, settings in solvers.items()}
     rows = []

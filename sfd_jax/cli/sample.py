@@ -3,8 +3,10 @@
   sfd sample --checkpoint=DIR --texture_vae=DIR --out=DIR [--num=50000] [--labels=balanced] [--png]
   sfd sample --checkpoint=xl --weak=b --guidance_scale=1.5 --texture_vae=vae --out=samples_xl
 
-How to sample is what the training's config said (`--config.sample.*` of `sfd train`), with the flags over it; it is
-printed, and stands in recipe.json. The folder given by --out gets chunks as they are finished and then samples.npz (arr_0 images, arr_1
+How to sample is what the training's config said (`--config.sample.*` of `sfd train`), with the flags over
+it; it is printed, and stands in recipe.json.
+
+The folder given by --out gets chunks as they are finished and then samples.npz (arr_0 images, arr_1
 labels, as the ADM suite reads them), grid.png and recipe.json; with --png also images/000000.png and so
 on. Killed and started again with the same flags, it goes on with what is missing. Another recipe in the
 same folder is refused. Sample i is a function of --seed and i alone: --batch_size, the number of devices

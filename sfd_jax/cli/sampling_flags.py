@@ -8,7 +8,7 @@ from sfd_jax.ranges import Only
 from sfd_jax.settings import defaults_of, flags_from
 
 SAMPLING_RULES = (Only("weak_step", "weak"),)
-# Flags that say nothing but how to sample; --texture_vae, --weights, --num, --seed and --fsdp say more in `sfd evaluate`.
+# Flags that say nothing but how to sample; in `sfd evaluate` the others say more.
 ONLY_SAMPLING = " ".join(
     ["checkpoint weak step weak_step latent_store dtype", *(name for name in defaults_of(SampleJob) if name != "num")]
 )

@@ -11,8 +11,8 @@ for the fixed offset, stage I moves semantics alone, stage II both, stage III te
 
 A pair of one's own is a frozen dataclass under `Clocks` that gives `tau_end`, `breakpoints` and `times`, registered
 under a name (docs/extend.md); all else follows. Its fields are its settings: config groups, checkpoints, recipes
-and samplers carry {"name": ..., **fields}, see `clocks_config` and `make_clocks`. What is trained with the network is no
-field but a tree that `init` makes and `bind` puts in.
+and samplers carry {"name": ..., **fields}, see `clocks_config` and `make_clocks`. What is trained with the network is
+no field but a tree that `init` makes and `bind` puts in.
 
 Source: arXiv 2512.04926, section 3; later work (arXiv 2606.19662) learns the pair.
 """
@@ -110,12 +110,11 @@ class Clocks(abc.ABC):
         Raises:
           SfdError: the parameters are not those of `init`.
         """
-        found, wanted = (
-            jax.tree.map(jnp.shape, tree) for tree in (params, jax.eval_shape(self.init, jax.random.key(0)))
-        )
+        shapes = jax.eval_shape(lambda: self.init(jax.random.key(0)))
+        found, wanted = jax.tree.map(jnp.shape, params), jax.tree.map(jnp.shape, shapes)
         if found != wanted:
             raise SfdError(
-                f"the trained parameters of the clocks are {found}, but {self} has {wanted}: were they trained with others?"
+                f"the trained parameters of the clocks are {found}, but {self} has {wanted}: those of other clocks?"
             )
         bound = copy.copy(self)
         object.__setattr__(bound, "params", params)

@@ -39,12 +39,23 @@ REPA_KINDS = ("cos", "mse", "cos_mse")
 TIMES = ("logit_normal", "uniform")
 
 
+class Draws(NamedTuple):
+    """What a training step draws for its samples.
+
+    noise: (B,H,W,C) float32. t: (B,) float32 in (0, 1). labels: (B,) int32, some dropped.
+    """
+
+    noise: jax.Array
+    t: jax.Array
+    labels: jax.Array
+
+
 class Prediction(NamedTuple):
     """What a term of the loss may look at; float32 but for the labels.
 
     latents, velocity, target: (B,H,W,C): the point on the path, the network's answer there, and what it should be.
-    data, noise: (B,H,W,C), the ends of the path. t_semantic, t_texture: (B,). labels: (B,) int32, some dropped.
-    layout: which channels are texture.
+    data: (B,H,W,C), the end of the path. draws: noise, its beginning, time and labels. t_semantic, t_texture: (B,).
+    layout: which channels are texture. clocks: the pair, its trained parameters in it; tau = draws.t * clocks.tau_end.
     projected: (B,N,F) hidden states as REPA's projector gives them; None where nothing asks for them.
     features: (B,N,F), REPA's targets, where there are any.
     """
@@ -53,11 +64,11 @@ class Prediction(NamedTuple):
     velocity: jax.Array
     target: jax.Array
     data: jax.Array
-    noise: jax.Array
+    draws: Draws
     t_semantic: jax.Array
     t_texture: jax.Array
-    labels: jax.Array
     layout: LatentLayout
+    clocks: Clocks
     projected: jax.Array | None
     features: jax.Array | None
 
@@ -115,32 +126,18 @@ class LossConfig:
     semantic_weight: float = 2.0
     cosine_weight: float = 1.0
     repa_weight: float = 1.0
-    repa_kind: str = "cos"
-    time: str = "logit_normal"
+    repa_kind: str = setting("cos", "distance to the features", choices=REPA_KINDS)
+    time: str = setting("logit_normal", "distribution of t", choices=TIMES)
     label_dropout: float = 0.1
     terms: Mapping[str, LossTerm] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        for name, valid in (("repa_kind", REPA_KINDS), ("time", TIMES)):
-            if (value := getattr(self, name)) not in valid:
-                raise SfdError(f"unknown loss.{name} {value!r}: {nearest(value, valid)}")
         check_fields("loss", self)
 
     @property
     def reads_hidden(self) -> bool:
         """Whether the network is asked for its projected hidden states."""
         return self.repa_weight > 0 or any(term.reads_hidden for term in self.terms.values())
-
-
-class Draws(NamedTuple):
-    """What a training step draws for its samples.
-
-    noise: (B,H,W,C) float32. t: (B,) float32 in (0, 1). labels: (B,) int32, some dropped.
-    """
-
-    noise: jax.Array
-    t: jax.Array
-    labels: jax.Array
 
 
 class LossTerms(NamedTuple):
@@ -262,7 +259,8 @@ def velocity_loss(
     if isinstance(velocity, tuple):
         velocity, projected = velocity
 
-    error = (velocity.astype(jnp.float32) - target) ** 2
+    velocity = velocity.astype(jnp.float32)
+    error = (velocity - target) ** 2
     weight = layout.per_channel(1.0, config.semantic_weight)
     error_texture, error_semantic = layout.split(error)
     zero = jnp.zeros(len(data), jnp.float32)
@@ -274,17 +272,7 @@ def velocity_loss(
         repa = repa_distance(projected, repa_features, config.repa_kind)
     total = velocity_term + config.cosine_weight * cosine + config.repa_weight * repa
     at = Prediction(
-        latents,
-        velocity,
-        target,
-        data,
-        draws.noise,
-        t_semantic,
-        t_texture,
-        draws.labels,
-        layout,
-        projected,
-        repa_features,
+        latents, velocity, target, data, draws, t_semantic, t_texture, layout, clocks, projected, repa_features
     )
     terms = {}
     for name, term in config.terms.items():

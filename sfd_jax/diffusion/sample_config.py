@@ -16,7 +16,7 @@ from sfd_jax.diffusion.guidance import INTERVAL_GROUPS
 from sfd_jax.diffusion.solvers import METHODS, TABLEAUS
 from sfd_jax.errors import SfdError, refuse
 from sfd_jax.ranges import RULES, Range, check_fields, useless
-from sfd_jax.settings import defaults_of, setting, to_dict, upgraded
+from sfd_jax.settings import defaults_of, over_defaults, setting, to_dict
 
 GUIDANCE = ("none", "cfg", "autoguidance")
 MODES = ("staged", "published")
@@ -128,8 +128,7 @@ class SampleConfig(SolverConfig):
         A group says what to take with every solver and kind of guidance; of what its own have no use for, the
         default is taken. (Overrides without effect are refused by `experiment.config_files.load_config`.)
         """
-        values = defaults_of(cls) | {name: group[name] for name in defaults_of(cls) if name in group}
-        return cls.effective(upgraded(cls, values))
+        return cls.effective(over_defaults(cls, group))
 
     @classmethod
     def effective(cls, values: Mapping[str, Any]) -> Self:

@@ -15,7 +15,7 @@ from sfd_jax.diffusion.losses import TERMS
 from sfd_jax.diffusion.sample_config import SampleJob
 from sfd_jax.errors import Faults, SfdError, nearest
 from sfd_jax.files import user_path
-from sfd_jax.settings import defaults_of, part_group, ranges_of, upgraded
+from sfd_jax.settings import defaults_of, over_defaults, part_group, ranges_of
 
 # What tells a config file of one command from those of others: the command, keys that only its files have, an example.
 KINDS = (
@@ -59,7 +59,7 @@ def load_config(
     if like is not None:
         _check_kind(base, name, like)
     with found, base.unlocked():
-        own |= _choose_parts(base, overrides)
+        own |= _choose_parts(base, [flag.lstrip("-").removeprefix("config.") for flag in overrides])
     for flag in overrides:
         key, equals, value = flag.lstrip("-").removeprefix("config.").partition("=")
         with found:
@@ -72,11 +72,16 @@ def load_config(
     with found:
         config = _parse(base, list(values.values()), name)
         sample = config.get("sample", {})
-        was_none = {f"sample.{key}" for key, value in upgraded(SampleJob, sample).items() if value is not sample[key]}
+        read = over_defaults(SampleJob, sample)
+        was_none = {
+            f"sample.{key}" for key, value in sample.items() if value is not None and read.get(key, value) is None
+        }
         for key in {*nones, *was_none} - set(values):
             _set(config, key)
         told = found if pending is None else pending
         told += ranges.faults(config.to_dict(), own=own)
+        with told:
+            SampleJob.from_group(sample)
         _check_rules(config, set(values), told)
         _read_paths(config, "", told)
     if found and pending is not None:
@@ -86,7 +91,7 @@ def load_config(
 
 
 def _choose_parts(config: ml_collections.ConfigDict, overrides: list[str], path: str = "") -> dict[str, ranges.Range]:
-    """Give each group that describes an exchangeable part the settings of the one that is chosen.
+    """Give each group that describes an exchangeable part the settings of the one that `overrides`, "a.b=c", choose.
 
     So `--config.clocks.name=mine --config.clocks.my_field=2` is taken though the file has other clocks: the group gets
     the named clocks' fields, with their defaults where the file chose others; and `--config.loss.terms.mine.weight=2`
@@ -99,27 +104,22 @@ def _choose_parts(config: ml_collections.ConfigDict, overrides: list[str], path:
     for key, group in list(config.items()):
         if not isinstance(group, ml_collections.ConfigDict):
             continue
-        here, flag = f"{path}{key}", f"--config.{path}{key}."
+        here = f"{path}{key}."
+        given = [text.removeprefix(here) for text in overrides if text.startswith(here)]
         if key == "clocks" and "name" in group:
-            given = [text.partition("=")[2] for text in overrides if text.startswith(f"{flag}name=")]
-            name = given[-1] if given else group.name
+            name = [group.name, *(text.removeprefix("name=") for text in given if text.startswith("name="))][-1]
             if name not in CLOCKS:
                 continue  # who builds them says so, among all other faults
-            cls = CLOCKS[name]
-            if given and given[-1] != group.name:
-                config[key] = part_group(cls, name=given[-1])
-            else:
-                # Once all clocks had a delta_t, and few a use for it.
-                used = {name: x for name, x in group.items() if name != "delta_t" or name in defaults_of(cls)}
-                config[key] = part_group(cls, **used)
+            cls, told = CLOCKS[name], group if name == group.name else {"name": name}
+            # Once all clocks had a delta_t, and few a use for it.
+            config[key] = part_group(cls, **{k: x for k, x in told.items() if k != "delta_t" or k in defaults_of(cls)})
             own |= ranges_of(cls)
-        elif here.endswith("loss.terms"):
-            given = [text.removeprefix(flag).partition(".")[0] for text in overrides if text.startswith(flag)]
-            for name in dict.fromkeys((*group, *given)):
+        elif here.endswith("loss.terms."):
+            for name in dict.fromkeys((*group, *(text.partition(".")[0] for text in given))):
                 group[name] = part_group(TERMS[name], **group.get(name, {}))
                 own |= ranges_of(TERMS[name])
         else:
-            own |= _choose_parts(group, overrides, f"{here}.")
+            own |= _choose_parts(group, overrides, here)
     return own
 
 

@@ -1,8 +1,9 @@
 """From the flags that say what to sample to a sampler and its labels."""
 
 import argparse
+import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -10,7 +11,10 @@ from sfd_jax.diffusion.sample_config import SampleConfig, SampleJob
 from sfd_jax.errors import Faults, SfdError
 from sfd_jax.experiment.checkpoints import open_checkpoint
 from sfd_jax.ranges import RULES, Only, useless
-from sfd_jax.settings import defaults_of, to_dict
+from sfd_jax.settings import defaults_of, over_defaults, to_dict
+
+if TYPE_CHECKING:
+    from sfd_jax.generation import Sampler
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -38,7 +42,7 @@ def sample_job(args: argparse.Namespace, saved: Mapping[str, Any]) -> tuple[Samp
     Raises:
       SfdError: values outside their ranges, or flags without effect; all of them are named.
     """
-    notes, defaults, base = [], defaults_of(SampleJob), to_dict(SampleJob.from_group(saved))
+    notes, defaults, base = [], defaults_of(SampleJob), over_defaults(SampleJob, saved)
     given = {name: value for name in base if (value := getattr(args, name)) is not None}
     guidance = given.get("guidance") or ("autoguidance" if args.weak else base["guidance"])
     if guidance == "autoguidance" and not args.weak:
@@ -47,7 +51,7 @@ def sample_job(args: argparse.Namespace, saved: Mapping[str, Any]) -> tuple[Samp
             "the checkpoint's settings are for guidance by a weaker model, and none was given (--weak=CKPT): these "
             "samples are without guidance"
         )
-    if guidance != base["guidance"]:
+    if base["guidance"] not in ("none", guidance):
         base |= {name: defaults[name] for name in base if name.startswith("guidance")}
     if "num_steps" in given:
         base["calls"] = None
@@ -58,7 +62,7 @@ def sample_job(args: argparse.Namespace, saved: Mapping[str, Any]) -> tuple[Samp
     return SampleJob.effective(values), notes
 
 
-def open_sampler(args: argparse.Namespace):
+def open_sampler(args: argparse.Namespace) -> tuple["Sampler", np.ndarray, dict[str, Any], int]:
     """Open what the flags name, and print the settings: the flags' over the checkpoint's.
 
     Returns:
@@ -67,6 +71,7 @@ def open_sampler(args: argparse.Namespace):
     Raises:
       SfdError: as `sample_job`, or checkpoints that do not fit.
     """
+    from sfd_jax.data.latent_store import LatentStore
     from sfd_jax.distributed import make_mesh, say
     from sfd_jax.generation import make_labels, make_sampler
     from sfd_jax.latents import other_makers
@@ -76,8 +81,9 @@ def open_sampler(args: argparse.Namespace):
     params, metadata = open_checkpoint(args.checkpoint, "lightning_dit", flag="--checkpoint", **which).weights
     job, notes = sample_job(args, (metadata.get("config") or {}).get("sample") or {})
     say(f"sampling with {described(job)}")
-    store = _open_store(args.latent_store)
-    if store is not None:
+    store = None
+    if args.latent_store is not None:
+        store = LatentStore(args.latent_store)
         if differing := other_makers(store.origin, metadata.get("latents")):
             raise SfdError(
                 f"--latent_store={args.latent_store} holds latents of another {differing[0]} than the checkpoint"
@@ -99,7 +105,10 @@ def open_sampler(args: argparse.Namespace):
         other_texture_vae=args.other_texture_vae,
     )
     labels = make_labels(job.labels, job.num, sampler.num_classes, sampler.class_names, args.seed, sampler.labels)
-    told = {"labels": {"mode": job.labels, "hash": _hash(labels)}, "notes": notes + sampler.recipe["notes"]}
+    told = {
+        "labels": {"mode": job.labels, "hash": hashlib.sha256(labels.astype(np.int32).tobytes()).hexdigest()},
+        "notes": notes + sampler.recipe["notes"],
+    }
     recipe = {**sampler.recipe, **told}
     batch_size = job.batch_size * mesh.size
     if job.mode == "published" and job.solver == "dopri5":
@@ -127,17 +136,3 @@ def _load_texture_vae(args: argparse.Namespace, model: dict) -> tuple[dict, dict
         other = load({"ema": "raw", "raw": "ema"}[args.weights])
         return other if params_hash(other[0]) == wanted else given
     return given
-
-
-def _open_store(latent_store: str | None):
-    if latent_store is None:
-        return None
-    from sfd_jax.data.latent_store import LatentStore
-
-    return LatentStore(latent_store)
-
-
-def _hash(labels: np.ndarray) -> str:
-    import hashlib
-
-    return hashlib.sha256(np.ascontiguousarray(labels, np.int32).tobytes()).hexdigest()

@@ -89,7 +89,7 @@ def load_init(path: str, network: Network, clocks: Clocks, seed: int) -> dict:
     from sfd_jax.training import load_metadata, load_params
 
     theirs = clocks_of(load_metadata(path))
-    shapes = join_params(network.abstract_params(), jax.eval_shape(theirs.init, jax.random.key(0)))
+    shapes = join_params(network.abstract_params(), jax.eval_shape(lambda: theirs.init(jax.random.key(0))))
     params, trained = split_params(load_params(path, abstract=shapes)[0])
     return join_params(params, trained if theirs == clocks else clocks.init(jax.random.key(seed)))
 

@@ -28,7 +28,7 @@ from sfd_jax.distributed import is_host0
 from sfd_jax.errors import SfdError
 from sfd_jax.files import PART, appearing, differences, write_json
 from sfd_jax.ranges import RULES, check, useless
-from sfd_jax.settings import defaults_of, upgraded
+from sfd_jax.settings import over_defaults
 
 # make(indices (n,), labels (n,)) -> (images uint8 (n,H,W,3), network calls (n,))
 Make = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -160,9 +160,9 @@ def _check_same_recipe(path: Path, recipe: dict) -> None:
 
 
 def _upgraded(recipe: dict) -> dict:
-    """Return a recipe as it would be written now: clocks were once told by class, end and kinks, and some settings not."""
+    """Return a recipe as it would be written now: it once told clocks by class, end and kinks, and not all settings."""
     clocks = recipe.get("clocks") or {}
-    sampler = defaults_of(SampleConfig) | upgraded(SampleConfig, recipe.get("sampler") or {})
+    sampler = over_defaults(SampleConfig, recipe.get("sampler") or {})
     if "tau_end" in clocks:
         name = {"FixedOffset": "fixed_offset"}.get(clocks["name"], clocks["name"].lower())
         clocks = {"name": name} | ({"delta_t": clocks["breakpoints"][0]} if name == "fixed_offset" else {})

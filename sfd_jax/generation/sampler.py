@@ -8,7 +8,7 @@ of each sample on its own: so batch size, padding, devices and hosts change noth
 `published` mode dopri5 shares one step size among a batch, as released: there the batch size matters.)
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -173,12 +173,6 @@ class Sampler:
 
         latents, images = jax.jit(follow, out_shardings=replicated(self.mesh))(self._params, *batch)
         return np.asarray(latents)[:, :count], np.asarray(images)[:, :count]
-
-    def stream(self, labels: np.ndarray, batch_size: int = 64) -> Iterator[np.ndarray]:
-        """Yield uint8 (n, H, W, 3), n <= batch_size: sample i with labels[i], for all i in order."""
-        for start in range(0, len(labels), batch_size):
-            part = labels[start : start + batch_size]
-            yield self(np.arange(start, start + len(part)), part, batch_size)[0]
 
     def lower(self, batch_size: int) -> jax.stages.Lowered:
         """Lower the program that samples a batch's latents, to be compiled for devices that need not be there.

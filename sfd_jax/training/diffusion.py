@@ -8,7 +8,7 @@ Parameters: the network's own tree; where the clocks are trained too, {"network"
 
 import jax
 
-from sfd_jax.diffusion.clocks import Clocks, Synchronous, clocks_config, join_params, split_params
+from sfd_jax.diffusion.clocks import Clocks, Synchronous, join_params, split_params
 from sfd_jax.diffusion.losses import LossConfig, draw, loss_metrics, velocity_loss
 from sfd_jax.errors import SfdError
 from sfd_jax.latents import LatentLayout
@@ -102,6 +102,6 @@ def check_parts(network: Network, layout: LatentLayout, clocks: Clocks, config: 
         )
     if not dit.two_clocks and not isinstance(clocks, Synchronous):
         raise SfdError(
-            f"model.two_clocks={dit.two_clocks} reads one clock, but the clocks {clocks_config(clocks)} are two; "
+            f"model.two_clocks={dit.two_clocks} reads one clock, but the clocks {clocks} are two; "
             "set clocks.name=synchronous or model.two_clocks=True"
         )

@@ -122,6 +122,8 @@ def test_none_sets_back_what_may_be_none():
     assert parse("--config.sample.guidance_scale_semantic=None").config.sample.guidance_scale_semantic is None
     assert parse("--config.model.scan_blocks=None").config.model.scan_blocks is None
     assert parse("--config.clocks.delta_t=0").config.clocks.delta_t == 0  # one clock
+    told = parse("--config.clocks.delta_t=0.2", "--config.clocks.name=sequential", "--config.clocks.name=fixed_offset")
+    assert told.config.clocks.to_dict() == {"name": "fixed_offset", "delta_t": 0.2}
     assert parse("--config.data.semantic_vae=None").config.data.semantic_vae == ""
     digits = load_config("configs/digits.py", ["--config.diffusion.model.scan_blocks=None"])
     assert digits.diffusion.model.scan_blocks is None
@@ -144,6 +146,7 @@ def test_all_faults_are_named_at_once():
     "flag, says",
     [
         ("--config.sample.calls=9", "--config.sample.calls=9 has no effect beside --config.sample.solver=dopri5"),
+        ("--config.sample.solver=eulr", "unknown sample.solver 'eulr': did you mean 'euler'"),
         ("--config.data.visual_encoder=x", "has no effect without --config.data.repa_source=online"),
         (
             "--config.data.images.image_size=64",
@@ -155,7 +158,7 @@ def test_all_faults_are_named_at_once():
         ("--config.data.path=gs:/bucket/x", "a bucket is written gs://BUCKET/FOLDER"),
         (
             "--config.clocks.name=sequential --config.clocks.delta_t=0.5",
-            "delta_t=0.5 has no effect without --config.clocks.name",
+            "'clocks.delta_t': clocks has no 'delta_t'",
         ),
         ("--config.data.path=gs://bucket/x", "only --workdir and checkpoints may lie in a bucket"),
         ("--config.mesh.fsdp=0", "mesh.fsdp=0: give an integer from 1 to 1,048,576, or -1"),
@@ -187,9 +190,10 @@ def test_a_config_of_no_kind_is_a_sentence(tmp_path):
 def test_scales_of_old_configs_are_read(tmp_path):
     file = tmp_path / "old.py"
     file.write_text(
-        "import ml_collections\ndef get_config():\n  return ml_collections.ConfigDict(dict(sample=dict(guidance_scale_semantic=-1.0)))\n"
+        "import ml_collections\ndef get_config():\n"
+        "  return ml_collections.ConfigDict(dict(sample=dict(guidance_scale_semantic=-1.0, calls=0)))\n"
     )
-    assert load_config(str(file)).sample.guidance_scale_semantic is None
+    assert load_config(str(file)).sample.to_dict() == {"guidance_scale_semantic": None, "calls": None}
     with pytest.raises(SfdError, match="guidance_scale_semantic=-1.0"):
         load_config(str(file), ["--config.sample.guidance_scale_semantic=-1.0"])
 

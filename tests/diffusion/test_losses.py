@@ -1,18 +1,23 @@
 """The loss: known answers, gradients at awkward places, and randomness by place in the batch."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sfd_jax.diffusion.clocks import FixedOffset
+from sfd_jax.diffusion.clocks import Clocks, FixedOffset
 from sfd_jax.diffusion.losses import (
+    TERMS,
     Draws,
     LossConfig,
+    LossTerm,
     cosine_similarity,
     draw,
     loss_metrics,
+    make_terms,
     sample_time,
     velocity_loss,
 )
@@ -187,3 +192,71 @@ def test_impossible_settings_are_refused():
         loss(truth, LossConfig())
     with pytest.raises(SfdError, match="null label"):
         draw(jax.random.key(0), jnp.zeros((1, 1)), jnp.zeros(1), config=LossConfig(), null_label=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Energy(LossTerm):
+    reads_hidden = True
+    per_sample: bool = True
+
+    def __call__(self, at):
+        energy = jnp.sum(at.velocity**2, axis=(1, 2, 3)) + jnp.sum(at.projected, axis=(1, 2))
+        return energy if self.per_sample else energy.mean()
+
+
+def test_a_term_of_ones_own_is_weighted_and_logged():
+    predict = lambda latents, *_: (jnp.ones_like(latents), jnp.ones((4, 4, 7)))
+    plain, config = LossConfig(repa_weight=0.0), LossConfig(repa_weight=0.0, terms={"energy": Energy(0.5)})
+    terms = loss(predict, config)
+    assert config.reads_hidden and not plain.reads_hidden
+    np.testing.assert_allclose(terms.terms["energy"], [70 + 28] * 4)
+    np.testing.assert_allclose(terms.total, loss(predict, plain).total + 49, rtol=1e-6)
+    assert [float(x) for x in loss_metrics(terms)["loss_energy"]] == [4 * 98, 4]
+    with pytest.raises(SfdError, match=r"loss term 'energy' gives \(\), but has to give a value a sample, \(4,\)"):
+        loss(predict, LossConfig(repa_weight=0.0, terms={"energy": Energy(per_sample=False)}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Bent(Clocks):
+    tau_end = 1.0
+    breakpoints = ()
+
+    def init(self, key):
+        return {"bend": jnp.float32(0)}
+
+    def times(self, tau):
+        return tau, tau - jax.nn.sigmoid(self.params["bend"]) * tau * (1 - tau)
+
+
+@dataclasses.dataclass(frozen=True)
+class Haste(LossTerm):
+    def __call__(self, at):
+        rates = at.clocks.rates(at.draws.t * at.clocks.tau_end, jnp.zeros(len(at.data), jnp.int32))
+        return sum(rate**2 for rate in rates)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_gradients_reach_the_parameters_of_clocks(weight):
+    """Through the point on the path, the times that the network sees and, in a term, the rates."""
+    data, draws = batch()
+    config = LossConfig(repa_weight=0.0, terms={"haste": Haste(weight)} if weight else {})
+    predict = lambda latents, t_semantic, t_texture, labels: latents * t_texture[:, None, None, None]
+
+    def total(bend):
+        clocks = Bent().bind({"bend": bend})
+        return velocity_loss(predict, data, draws, layout=LAYOUT, clocks=clocks, config=config).total.sum()
+
+    bend, step = jnp.float32(0.3), 0.05
+    difference = (total(bend + step) - total(bend - step)) / (2 * step)
+    assert abs(difference) > 0.05
+    np.testing.assert_allclose(jax.grad(total)(bend), difference, rtol=5e-3)
+
+
+def test_terms_of_weight_0_are_left_out_and_wrong_ones_named(monkeypatch):
+    monkeypatch.setitem(TERMS, "energy", Energy)
+    assert make_terms({"energy": {"weight": 2.0}}) == {"energy": Energy(2.0)}
+    assert make_terms({"energy": {"weight": 0.0}}) == {}
+    with pytest.raises(SfdError, match="loss.terms.weight=-1.0"):
+        make_terms({"energy": {"weight": -1.0}})
+    with pytest.raises(SfdError, match="no loss terms 'enrgy': did you mean 'energy'"):
+        make_terms({"enrgy": {}})

@@ -131,6 +131,7 @@ def test_published_euler_by_hand():
 
 def test_the_released_grid_is_that_of_torch():
     assert (np.diff(published_points(1.3, 100)) > 0).all()
+    np.testing.assert_array_equal(published_points(1.3, 11, timestep_shift=1.0), published_points(1.3, 11))
     shifted = published_points(1.3, 11, timestep_shift=0.3)
     u = np.linspace(0, 1, 11)
     np.testing.assert_allclose(shifted, 1.3 * 0.3 * u / (1 - 0.7 * u), atol=1e-6)

@@ -13,6 +13,7 @@ import pytest
 from sfd_jax.cli import evaluate as evaluate_door
 from sfd_jax.cli import sample as sample_door
 from sfd_jax.cli.main import open_door
+from sfd_jax.diffusion.sample_config import SampleConfig
 from sfd_jax.distributed import make_mesh
 from sfd_jax.distributed.lock import FolderLock
 from sfd_jax.evaluation import Extractor
@@ -20,6 +21,7 @@ from sfd_jax.experiment.sampling import _load_texture_vae
 from sfd_jax.latents import LatentStatistics
 from sfd_jax.models import Network
 from sfd_jax.models.fingerprint import params_hash
+from sfd_jax.settings import to_dict
 from sfd_jax.training import Checkpointer, OptimizerConfig, load_params, make_optimizer, save_params
 from sfd_jax.training.state import state_from_params
 
@@ -195,17 +197,31 @@ def test_another_texture_vae_is_refused_or_said(flags, stand_in, tmp_path, capsy
     told = {
         **metadata,
         "latents": {"weights": {"texture_vae": params_hash(mine)}, "image_size": 8, "labels": [0, 1, 4]},
+        # Of these settings dopri5's and AutoGuidance's have no use here, and -1 and 0 once meant "not given".
+        "config": {
+            "sample": dict(
+                solver="euler", num_steps=4, calls=0, rtol=0.1, num=21, batch_size=64, guidance="autoguidance"
+            )
+            | dict(guidance_scale=1.5, guidance_scale_semantic=-1.0)
+        },
     }
     save_params(tmp_path / "told", params, told)
-    sample = [f"--checkpoint={tmp_path / 'told'}", *flags["model"][2:], f"--out={tmp_path / 'out'}"]
+    sample = [f"--checkpoint={tmp_path / 'told'}", "--batch_size=1", f"--out={tmp_path / 'out'}"]
     assert open_door(sample_door.main, "sample", [*sample, f"--texture_vae={other}"]) == 2
     assert f"--texture_vae={other}" in (error := capsys.readouterr().err) and "--other_texture_vae" in error
     assert not (tmp_path / "out" / "samples.npz").exists()
     assert open_door(sample_door.main, "sample", [*sample, f"--texture_vae={other}", "--other_texture_vae"]) == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    lines = capsys.readouterr().out.splitlines()
+    said = [line.removeprefix("note: ") for line in lines if line.startswith("note: ")]
     recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
-    assert len(said) == 2 and [line.removeprefix("note: ") for line in said] == recipe["notes"]
-    assert "as --other_texture_vae allows" in said[0] and "5 classes, of which 3 were trained" in said[1]
+    assert len(said) == 3 and said == recipe["notes"]
+    assert "none was given (--weak=CKPT): these samples are without guidance" in said[0]
+    assert "as --other_texture_vae allows" in said[1] and "5 classes, of which 3 were trained" in said[2]
+
+    # What was saved with the checkpoint was taken, and told; a flag lay over it.
+    used = "solver=euler mode=staged num_steps=4 guidance=none num=21 labels=balanced batch_size=1"
+    assert f"sampling with {used}" in lines and recipe["num_images"] == 21
+    assert recipe["sampler"] == to_dict(SampleConfig(solver="euler", num_steps=4))
 
     # The notes stay beside the scores, of finished samples and of those made on the way.
     given = [reference(tmp_path), "--inception=stand-in", "--metrics=fid"]
@@ -215,7 +231,7 @@ def test_another_texture_vae_is_refused_or_said(flags, stand_in, tmp_path, capsy
         assert open_door(evaluate_door.main, "evaluate", [*samples, *given, f"--out={out}"]) == 0
         *notes, of_few = json.loads(out.read_text())["notes"]
         assert notes == recipe["notes"] and "scores of 21 images are biased" in of_few
-        assert capsys.readouterr().out.count("note: ") == 3
+        assert capsys.readouterr().out.count("note: ") == 4
 
 
 def test_raw_weights_are_decoded_by_the_vae_that_made_the_latents(flags, tmp_path):

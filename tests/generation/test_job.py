@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sfd_jax.diffusion.sample_config import SampleConfig
 from sfd_jax.errors import SfdError
 from sfd_jax.generation import job
 from sfd_jax.generation.job import make_images
 from sfd_jax.generation.outputs import write_grid, write_pngs, write_samples_npz
+from sfd_jax.settings import to_dict
 
 LABELS = np.arange(53, dtype=np.int32) % 5
 RECIPE = {"seed": 1, "model": {"hash": "abc", "step": 7}}
@@ -176,27 +178,27 @@ def test_the_chunk_size_belongs_to_the_recipe_where_the_batch_size_does(tmp_path
 
 
 def test_folders_begun_before_go_on(tmp_path):
-    """Recipes did not tell of chunks once, and said -1 for a scale that was not given."""
-    sampler = {
-        "solver": "dopri5",
-        "num_steps": 100,
-        "guidance": "autoguidance",
-        "guidance_scale": 1.5,
-        "guidance_scale_semantic": None,
-        "guidance_scale_texture": None,
-    }
-    recipe = {**RECIPE, "batch_size": 7, "sampler": sampler}
+    """Recipes did not tell of chunks once, said -1 or 0 for what was not given, and clocks by their class."""
+    sampler = to_dict(SampleConfig(guidance="autoguidance", guidance_scale=1.5))
+    clocks = {"name": "fixed_offset", "delta_t": 0.3}
+    recipe = {**RECIPE, "batch_size": 7, "sampler": sampler, "clocks": clocks}
     run(tmp_path, recipe=recipe, chunk_size=None)
     old = json.loads((tmp_path / "recipe.json").read_text())
     del old["chunk_size"]
     old["sampler"] |= {
         "guidance_scale_semantic": -1.0,
         "guidance_scale_texture": -1.0,
-        "num_steps": 50,
-    }  # dopri5 has none
+        "calls": 0,
+        "timestep_shift": 0.0,
+        "num_steps": 50,  # dopri5 has none
+    }
+    del old["sampler"]["max_calls"]
+    old["clocks"] = {"name": "FixedOffset", "tau_end": 1.3, "breakpoints": [0.3, 1.0]}
     (tmp_path / "recipe.json").write_text(json.dumps(old))
     run(tmp_path, recipe=recipe, chunk_size=None)
     with pytest.raises(SfdError, match="sampler.guidance_scale: there 1.5, here 2.0"):
         run(tmp_path, recipe=recipe | {"sampler": sampler | {"guidance_scale": 2.0}}, chunk_size=None)
+    with pytest.raises(SfdError, match="clocks.delta_t: there 0.3, here 0.4"):
+        run(tmp_path, recipe=recipe | {"clocks": clocks | {"delta_t": 0.4}}, chunk_size=None)
     with pytest.raises(SfdError, match="chunk_size: there 1001, here 20"):
         run(tmp_path, recipe=recipe, chunk_size=20)

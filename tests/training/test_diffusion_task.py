@@ -66,7 +66,7 @@ def test_a_fresh_network_predicts_zero_so_the_loss_is_known():
         (dict(layout=LatentLayout(3, 1)), "model.in_channels=5, but the latents have 3 texture and 1 semantic"),
         (dict(dit=dataclasses.replace(DIT, repa_features=0)), "loss.repa_weight=1.0 .* model.repa_features=0"),
         (dict(dit=dataclasses.replace(DIT, null_label=False)), "loss.label_dropout=0.1 .* model.null_label=False"),
-        (dict(dit=dataclasses.replace(DIT, two_clocks=False)), "model.two_clocks=False .* 'FixedOffset'"),
+        (dict(dit=dataclasses.replace(DIT, two_clocks=False)), "model.two_clocks=False .* FixedOffset"),
     ],
 )
 def test_parts_that_contradict_each_other(parts, message):

@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from sfd_jax.distributed import make_mesh
 from sfd_jax.diffusion.losses import cosine_distance
+from sfd_jax.distributed import make_mesh
 from sfd_jax.errors import SfdError
 from sfd_jax.models import DinoV2Config, Network, SemanticVAEConfig, TextureVAEConfig
 from sfd_jax.training import OptimizerConfig, TrainConfig, fit, load_params

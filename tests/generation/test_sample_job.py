@@ -1,0 +1,78 @@
+"""How to sample: flags over what was saved with the checkpoint over the defaults."""
+
+import pytest
+
+from sfd_jax.cli.flags import door_parser, parse_door
+from sfd_jax.cli.sampling_flags import add_sampling_flags
+from sfd_jax.diffusion.sample_config import SampleJob
+from sfd_jax.errors import SfdError
+from sfd_jax.experiment.config_files import load_config
+from sfd_jax.experiment.sampling import described, sample_job
+
+SHIPPED = load_config("configs/sfd.py:xl").sample.to_dict()
+AUTO = dict(guidance="autoguidance", guidance_scale=1.5)
+WEAK = "--weak=weak"
+
+
+def job(saved, *flags):
+    parser = door_parser("sample", "")
+    add_sampling_flags(parser, required=False)
+    return sample_job(parse_door(parser, list(flags)), saved)
+
+
+@pytest.mark.parametrize(
+    "saved, flags, wanted",
+    [
+        ({}, [], {}),  # as it was before checkpoints told of it
+        ({}, [WEAK, "--guidance_scale=2"], dict(guidance="autoguidance", guidance_scale=2.0)),
+        (SHIPPED, [WEAK], dict(AUTO, batch_size=64)),
+        (SHIPPED, [WEAK, "--guidance_scale=2"], dict(AUTO, guidance_scale=2.0, batch_size=64)),
+        (SHIPPED, ["--guidance=none", "--batch_size=3"], dict(batch_size=3)),
+        (AUTO, ["--guidance=cfg", "--guidance_scale=4"], dict(guidance="cfg", guidance_scale=4.0)),
+        (dict(solver="euler", calls=20), [], dict(solver="euler", calls=20)),
+        (dict(solver="euler", calls=20), ["--num_steps=9"], dict(solver="euler", num_steps=9)),
+        (dict(solver="euler", num_steps=9), ["--calls=20"], dict(solver="euler", calls=20)),
+        (dict(solver="euler", num_steps=9, rtol=0.1), ["--solver=dopri5"], dict(rtol=0.1)),
+        (dict(num=5, labels="3"), ["--labels=random"], dict(num=5, labels="random")),
+        # As groups and checkpoints were written once, for every solver and kind of guidance.
+        (
+            dict(SHIPPED, calls=0, timestep_shift=0.0, guidance_scale_texture=-1.0, of_then=7),
+            [WEAK],
+            dict(AUTO, batch_size=64),
+        ),
+    ],
+)
+def test_flags_lie_over_saved_settings(saved, flags, wanted):
+    found, notes = job(saved, *flags)
+    assert found == SampleJob(**wanted) and not notes
+
+
+def test_guidance_by_a_weaker_model_that_is_not_given_is_left_out_and_said():
+    found, [note] = job(SHIPPED)
+    assert found == SampleJob(batch_size=64) and "(--weak=CKPT): these samples are without guidance" in note
+    with pytest.raises(SfdError, match="--guidance_scale=2.0 has no effect without --guidance=cfg or autoguidance"):
+        job(SHIPPED, "--guidance_scale=2")
+
+
+@pytest.mark.parametrize(
+    "saved, flags, says",
+    [
+        ({}, ["--calls=9"], "--calls=9 has no effect beside --solver=dopri5"),
+        (dict(solver="euler"), ["--rtol=0.1"], "--rtol=0.1 has no effect without --solver=dopri5"),
+        (dict(solver="euler"), ["--calls=9", "--num_steps=9"], "--num_steps=9 has no effect beside --calls"),
+        ({}, [WEAK], "guidance 'autoguidance' with guidance_scale=1 is no guidance"),
+        (AUTO, ["--guidance=cfg"], "guidance 'cfg' with guidance_scale=1 is no guidance"),  # a scale of another kind
+        (AUTO, ["--guidance=cfg", WEAK], "--weak=weak has no effect without --guidance=autoguidance"),
+        (dict(rtol=2.0), [], "sample.rtol=2.0: give a number above 0 to 1"),
+    ],
+)
+def test_flags_without_effect_beside_what_was_saved_are_named(saved, flags, says):
+    with pytest.raises(SfdError, match=says):
+        job(saved, *flags)
+
+
+def test_what_is_used_is_told_without_what_has_no_effect():
+    assert described(SampleJob(num=5)) == (
+        "solver=dopri5 mode=staged atol=1e-06 rtol=0.001 max_calls=10000 guidance=none num=5 labels=balanced "
+        "batch_size=16"
+    )

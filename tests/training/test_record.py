@@ -1,0 +1,29 @@
+"""Records of runs and demos begun by earlier versions."""
+
+import pytest
+
+from sfd_jax.diffusion.sample_config import SampleJob
+from sfd_jax.errors import SfdError
+from sfd_jax.settings import to_dict
+from sfd_jax.training.record import claim_workdir, upgraded
+
+
+def record(**clocks):
+    return {"config": {"clocks": clocks, "loss": {"repa_weight": 1.0}, "seed": 0}}
+
+
+def test_a_run_begun_when_all_clocks_had_a_delta_t_goes_on(tmp_path):
+    claim_workdir(tmp_path, record(name="sequential", delta_t=0.3), may_extend=False)
+    claim_workdir(tmp_path, record(name="sequential"), may_extend=False)
+    with pytest.raises(SfdError, match='config.clocks.name: there "sequential", here "fixed_offset"'):
+        claim_workdir(tmp_path, record(name="fixed_offset", delta_t=0.3), may_extend=False)
+    old = record(name="of_a_plugin_that_is_not_here", x=1)
+    assert upgraded(old) == old
+
+
+def test_groups_at_any_depth_are_told_as_they_would_be_now():
+    once = {
+        "diffusion": {"clocks": {"name": "fixed_offset", "delta_t": 0.3}},
+        "sample": {"solver": "dopri5", "num_steps": 50, "calls": 0, "timestep_shift": 1.0, "rtol": 0.01, "num": 9},
+    }
+    assert upgraded(once) == once | {"sample": to_dict(SampleJob(rtol=0.01, num=9))}
