@@ -8,7 +8,7 @@ the compiler's. Times are estimates, FLOPs divided by a share of the chips' peak
 evaluation, checkpoints and interruptions take comes on top. Exit status 1 where the step does not fit.
 """
 
-from sfd_jax.cli.compile_pod import add_topology_flags, measure_program, write_json
+from sfd_jax.cli.compile_pod import add_topology_flags, measured, write_json
 from sfd_jax.cli.flags import door_parser, parse_door
 
 
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     from sfd_jax.pod.plan import IMAGENET_TRAIN, plan_table
 
     config = args.config
-    step = measure_program(args, "train")
+    step = measured(args, "train")
     if not step.work:
         print(table(step))
         write_json(args.json, {"step": step.to_dict()})

@@ -1,5 +1,6 @@
 """From a checkpoint to its network and weights: what every command, the demo and the benchmarks open one with."""
 
+import os
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ class OpenCheckpoint(NamedTuple):
 
 
 def open_checkpoint(
-    directory: str,
+    directory: str | os.PathLike,
     kind: str | Collection[str] | None = None,
     *,
     flag: str | None = None,
