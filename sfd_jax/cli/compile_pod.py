@@ -93,11 +93,3 @@ def measured(args: argparse.Namespace, what: str) -> "Measurement":
 
     how = {name: getattr(args, name, None) for name in ("batch_size", "weak", "fsdp")}
     return measure_program(what, args.config_name, args.config, Topology(args.topology, args.slices), **how)
-
-
-if __name__ == "__main__":
-    import sys
-
-    from sfd_jax.cli.main import open_door
-
-    sys.exit(open_door(main, "compile_pod", sys.argv[1:]))

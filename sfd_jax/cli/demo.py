@@ -64,11 +64,3 @@ def _print_summary(workdir: Path, stages: dict[str, dict]) -> None:
         )
     seconds = sum(stage["seconds"] for stage in stages.values())
     print(f"\n{seconds:.0f} s in all. Look at {workdir / 'samples.png'}, then read {workdir / 'report.md'}.")
-
-
-if __name__ == "__main__":
-    import sys
-
-    from sfd_jax.cli.main import open_door
-
-    sys.exit(open_door(main, "demo", sys.argv[1:]))

@@ -173,11 +173,3 @@ def _report(args: argparse.Namespace) -> dict:
         if not (args.live or args.samples):
             return report
     return evaluation.report_samples(samples, tell, comparisons, devices)
-
-
-if __name__ == "__main__":
-    import sys
-
-    from sfd_jax.cli.main import open_door
-
-    sys.exit(open_door(main, "evaluate", sys.argv[1:]))

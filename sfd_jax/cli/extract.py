@@ -182,11 +182,3 @@ def _unlike(manifest: dict) -> str:
                 f"means up to {shift.max():.2g} from 0 and standard deviations from {ratio.min():.2g} to {ratio.max():.2g}"
             )
     return ""
-
-
-if __name__ == "__main__":
-    import sys
-
-    from sfd_jax.cli.main import open_door
-
-    sys.exit(open_door(main, "extract", sys.argv[1:]))

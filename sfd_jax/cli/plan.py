@@ -51,11 +51,3 @@ def main(argv: list[str]) -> int:
         print("the step does not fit into the chip's memory")
     write_json(args.json, plan.to_dict())
     return 0 if step.fits else 1
-
-
-if __name__ == "__main__":
-    import sys
-
-    from sfd_jax.cli.main import open_door
-
-    sys.exit(open_door(main, "plan", sys.argv[1:]))

@@ -32,11 +32,3 @@ def main(argv: list[str]) -> int:
 
     train_or_check(open_diffusion(args.config, found, init=args.init), args.workdir, found, check=args.check)
     return 0
-
-
-if __name__ == "__main__":
-    import sys
-
-    from sfd_jax.cli.main import open_door
-
-    sys.exit(open_door(main, "train", sys.argv[1:]))

@@ -22,11 +22,3 @@ def main(argv: list[str]) -> int:
 
     train_or_check(open_texture_vae(args.config, found), args.workdir, found, check=args.check)
     return 0
-
-
-if __name__ == "__main__":
-    import sys
-
-    from sfd_jax.cli.main import open_door
-
-    sys.exit(open_door(main, "train_texture_vae", sys.argv[1:]))

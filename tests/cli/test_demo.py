@@ -17,7 +17,8 @@ PROMISED = ("samples.npz", "samples.png", "stages.png", "losses.png", "metrics.j
 
 
 def command(workdir, *flags):
-    return [sys.executable, "-m", "sfd_jax.cli.demo", "--config=configs/digits.py:tiny", f"--workdir={workdir}", *flags]
+    config = "--config=configs/digits.py:tiny"
+    return [sys.executable, "-m", "sfd_jax", "demo", config, f"--workdir={workdir}", *flags]
 
 
 @pytest.fixture(scope="module")
