@@ -13,7 +13,6 @@ from sfd_jax.data.images import ImageSource, open_images
 from sfd_jax.data.latent_store import LatentStore
 from sfd_jax.data.pipeline import feature_transform, latent_transform, pixel_transform
 from sfd_jax.data.published import open_latents
-from sfd_jax.distributed import start
 from sfd_jax.errors import Faults, SfdError
 from sfd_jax.experiment import build
 from sfd_jax.experiment.run import Run
@@ -72,7 +71,6 @@ def open_diffusion(config: ConfigDict, found: Faults | None = None, *, init: str
     params = None
     if init:
         notes += check_init(init, task.network, clocks, source)
-        start()  # Orbax asks JAX for its devices
         with found:
             params = load_init(init, task.network, clocks, config.seed)
     told = {"latent_statistics": source.statistics.to_dict(), "class_names": source.class_names}

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from sfd_jax.distributed import param_shardings, put_same, with_shardings
 from sfd_jax.training.randomness import stream_key
+from sfd_jax.training.task import Task
 
 
 @jax.tree_util.register_dataclass
@@ -33,7 +34,7 @@ class TrainState:
     skipped: jax.Array
 
 
-def abstract_state(task, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Return the state's shapes, dtypes and shardings; allocates nothing.
 
     Args:
@@ -48,7 +49,7 @@ def abstract_state(task, optimizer: optax.GradientTransformation, mesh: Mesh) ->
     return with_shardings(shapes, param_shardings(shapes, mesh))
 
 
-def init_state(task, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
+def init_state(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
     """Make the state of step 0, each part directly on the chips that keep it.
 
     Args:
@@ -68,7 +69,7 @@ def init_state(task, optimizer: optax.GradientTransformation, mesh: Mesh, seed: 
     return init(stream_key(seed, "init", mesh))
 
 
-def state_from_params(params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def state_from_params(params: dict, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Make the state of step 0 around given parameters, e.g. converted ones to train further."""
     shapes = jax.eval_shape(lambda p: _first_state(p, optimizer), params)
     shardings = param_shardings(shapes, mesh)
