@@ -132,6 +132,27 @@ def ranges_of(cls: type) -> dict[str, Range]:
     return {field.name: found for field in dataclasses.fields(cls) if (found := field.metadata.get("range"))}
 
 
+def from_group(cls: type[Settings], values: Mapping[str, Any], called: str | None = None) -> Settings:
+    """Make a dataclass of a config group, or of what a checkpoint or recipe keeps of one.
+
+    Args:
+      cls: the dataclass.
+      values: its fields by name; a list stands for a tuple, as in JSON.
+      called: what messages call the group; by default the class's name.
+
+    Raises:
+      SfdError: a key that the class lacks (with the nearest valid one), a missing one, or a value that it refuses.
+    """
+    called, defaults = called or cls.__name__, defaults_of(cls)
+    for key in values:
+        if key not in defaults:
+            valid = nearest(key, defaults) if defaults else "it takes none"
+            raise SfdError(f"{called} has no field '{key}': {valid}")
+    if missing := [key for key, default in defaults.items() if default is ... and key not in values]:
+        raise SfdError(f"{called} needs a value for: {', '.join(missing)}")
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
 def describe(registry: Registry, part: Any) -> dict[str, Any]:
     """Return a registered dataclass as a config: {"name": its name in the registry, **its fields}.
 
@@ -159,14 +180,7 @@ def make(registry: Registry, config: Mapping[str, Any], registered_in: str | Non
       SfdError: no such name, a field that the class does not have or that is missing, or a value it refuses.
     """
     name, fields = config["name"], {key: value for key, value in config.items() if key != "name"}
-    known = {field.name: field for field in dataclasses.fields(registry.find(name, registered_in))}
-    for key in fields:
-        if key not in known:
-            valid = nearest(key, known) if known else "they have none"
-            raise SfdError(f"{registry.kind} '{name}' have no setting '{key}': {valid}")
-    if missing := [key for key, default in defaults_of(registry[name]).items() if default is ... and key not in fields]:
-        raise SfdError(f"{registry.kind} '{name}' need {', '.join(missing)}")
-    return registry[name](**{key: tuple(x) if isinstance(x, list) else x for key, x in fields.items()})
+    return from_group(registry.find(name, registered_in), fields, f"{registry.kind} '{name}'")
 
 
 def defaults_of(cls: type) -> dict[str, Any]:

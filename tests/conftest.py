@@ -5,11 +5,18 @@ The environment is set before JAX is imported: device count and platform cannot 
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# What an earlier run compiled must not stand in for what this one would; processes that tests start inherit it.
+# Processes that tests start inherit it: several hosts of a job shall not find what one of them compiled.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # The tests themselves, and processes of `quick`, share what this run compiles; what an earlier run compiled must
+    # not stand in for what this one would.
+    _compiled = tempfile.TemporaryDirectory(prefix="sfd_jax_compiled_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 _flags = os.environ.get("XLA_FLAGS", "")
 if "host_platform_device_count" not in _flags:
     os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count=8".strip()
@@ -19,6 +26,8 @@ import pytest  # noqa: E402
 
 # A silent broadcast over a missing axis is the commonest shape bug: it raises here.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+jax.config.update("jax_enable_compilation_cache", True)
 
 ROOT = Path(__file__).resolve().parents[1]
 # `configs/` and helpers of a test folder import from here without being installed.
@@ -38,3 +47,10 @@ def parity_dir() -> Path:
     if not (folder / "README.md").exists() and not list(folder.glob("*.npz")):
         pytest.skip(f"no parity pack in {folder}; set SFD_PARITY_DIR to a folder that holds one")
     return folder
+
+
+@pytest.fixture(scope="session")
+def quick() -> dict[str, str]:
+    """Variables of a process on one device that runs each program for a moment: to make them fast would take longer."""
+    own = {"JAX_ENABLE_COMPILATION_CACHE": "true", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    return {**os.environ, "JAX_PLATFORMS": "cpu", **own}

@@ -1,6 +1,7 @@
 """Hold the line of who may import whom, and of what an import may cost."""
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -86,7 +87,7 @@ def test_rooms_import_only_what_they_may(root):
     for file in sorted((root / "sfd_jax").rglob("*.py")):
         relative = file.relative_to(root / "sfd_jax")
         room = relative.parts[0].removesuffix(".py")
-        if room == "__init__":
+        if room in ("__init__", "__main__"):
             continue
         seen.add(room)
         allowed = MAY_IMPORT[room] | EVERYONE | {room}
@@ -107,3 +108,10 @@ def test_import_brings_nothing_heavy(room):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+def test_benchmarks_and_the_notebook_use_no_command_as_a_library(root):
+    """`cli.main` starts commands; whatever else a script needs of the layer above the packages is in `experiment`."""
+    files = [file for kind in ("*.py", "*.ipynb") for file in (root / "scripts").rglob(kind)]
+    used = {name for file in files for name in re.findall(r"sfd_jax\.cli[.\w]*", file.read_text())}
+    assert len(files) > 10 and used <= {"sfd_jax.cli.main"}, used

@@ -14,8 +14,8 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_enable_compilation_cache", False)
 
-from sfd_jax.cli import compile_pod  # noqa: E402
 from sfd_jax.experiment.config_files import load_config  # noqa: E402
+from sfd_jax.experiment.programs import open_program  # noqa: E402
 from sfd_jax.pod import Topology, topology_devices  # noqa: E402
 from sfd_jax.pod.report import machine, timed  # noqa: E402
 
@@ -31,19 +31,23 @@ def main() -> None:
     for place in ("cpu", "tpu"):
         if args.only in (None, place):
             small = ["--config.train.global_batch_size=4", "--config.sample.batch_size=4"] if place == "cpu" else []
-            flags = argparse.Namespace(
-                config=load_config(args.config, small), config_name=args.config, weak=None, fsdp=1, batch_size=None
-            )
+            config = load_config(args.config, small)
             devices = jax.devices()[:1] if place == "cpu" else topology_devices(Topology(args.topology))
             where = "this processor" if place == "cpu" else args.topology
             for what in ("train", "sample", "decode"):
-                _, mesh, batch, _, trace = compile_pod.PROGRAMS[what](flags, devices)
-                _, lower_seconds, compile_seconds, _ = timed(trace)
+                program = open_program(what, args.config, config, devices)
+                _, lower_seconds, compile_seconds, _ = timed(program.trace)
                 rows.append(
-                    {"program": what, "for": where, "batch": batch, "lower": lower_seconds, "compile": compile_seconds}
+                    {
+                        "program": what,
+                        "for": where,
+                        "batch": program.rows,
+                        "lower": lower_seconds,
+                        "compile": compile_seconds,
+                    }
                 )
                 print(
-                    f"{what:<7} {where:<15} batch {batch:<5} lowered in {lower_seconds:5.1f} s, "
+                    f"{what:<7} {where:<15} batch {program.rows:<5} lowered in {lower_seconds:5.1f} s, "
                     f"compiled in {compile_seconds:5.1f} s",
                     flush=True,
                 )

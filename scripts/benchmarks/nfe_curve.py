@@ -52,25 +52,24 @@ class Judge:
     """The demo's judges, and its networks to sample from."""
 
     def __init__(self, folder: Path, guidance: str, images: int):
-        from sfd_jax.cli.demo import judge
-        from sfd_jax.cli.demo.stages import Demo
         from sfd_jax.data.digits import digits_8x8
         from sfd_jax.evaluation.evaluate import gather
         from sfd_jax.evaluation.features import Extractor, class_token
         from sfd_jax.evaluation.image_sets import image_set_of
         from sfd_jax.experiment.config_files import load_config
-        from sfd_jax.training import load_params
+        from sfd_jax.experiment.demo import judge
+        from sfd_jax.experiment.demo.stages import Demo
 
         self.demo = Demo(load_config("configs/digits.py"), folder)
         self.guidance, self.images = guidance, images
         self.reader = judge.train_judge(*digits_8x8("train"))
-        network, params = self.demo.load("encoder")
+        network, params, _ = self.demo.open("encoder")
         self.extractor = Extractor("digits encoder", params, class_token(network, self.demo.config.data.image_size))
         self._gather = lambda images: gather(
             image_set_of("digits", images), [self.extractor], keep_features=[False], batch_size=250
         )[0][0]
         self.reference = self._gather(self.demo.images("held_out")[0])
-        self.checkpoints = {name: load_params(folder / name) for name in ("diffusion", "texture_vae", "weak")}
+        self.checkpoints = {name: self.demo.open(name).weights for name in ("diffusion", "texture_vae", "weak")}
 
     def sampler(self, point: dict):
         from sfd_jax.generation import SampleConfig, make_sampler
@@ -94,8 +93,8 @@ class Judge:
         }
 
     def values(self, images: np.ndarray, labels: np.ndarray) -> dict:
-        from sfd_jax.cli.demo import judge
         from sfd_jax.evaluation.evaluate import measure
+        from sfd_jax.experiment.demo import judge
 
         distance = measure(self._gather(images), self.reference, None, ("fid",))["fid"]
         return {"read_as_label": judge.accuracy(self.reader, images, labels), "frechet_distance": float(distance)}
@@ -133,10 +132,10 @@ def run(args, wanted: list[dict]) -> dict:
 
 def demo_hash(folder: Path) -> str:
     """Return the digest of the diffusion model's parameters."""
+    from sfd_jax.experiment.checkpoints import open_checkpoint
     from sfd_jax.models.fingerprint import params_hash
-    from sfd_jax.training import load_params
 
-    return params_hash(load_params(folder / "diffusion")[0])
+    return params_hash(open_checkpoint(folder / "diffusion").params)
 
 
 def summarise(record: dict, seeds: list[int]) -> list[dict]:

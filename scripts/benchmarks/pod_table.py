@@ -58,7 +58,7 @@ def main() -> int:
         flags, most = ROWS[name]
         file = args.out / f"{name}.json"
         if not file.exists():
-            command = [sys.executable, "-m", "sfd_jax.cli.compile_pod", *flags.split(), f"--json={file}"]
+            command = [sys.executable, "-m", "sfd_jax", "compile_pod", *flags.split(), f"--json={file}"]
             done = subprocess.run(command, capture_output=True, text=True)
             if not file.exists():
                 print(f"{name}: {done.stderr.strip()}", file=sys.stderr)

@@ -50,12 +50,8 @@ def main() -> int:
 
 def run(source: str, args, out: Path) -> dict:
     """Train and judge one source; returns the demo's metrics of its samples."""
-    from sfd_jax.cli.demo import results, stages
-    from sfd_jax.data.latent_store import LatentStore
-    from sfd_jax.data.pipeline import latent_transform
-    from sfd_jax.experiment.build import layout_from_config, task_from_config
     from sfd_jax.experiment.config_files import load_config
-    from sfd_jax.experiment.targets import open_targets
+    from sfd_jax.experiment.demo import results, stages
 
     folder = out / source
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,6 +70,8 @@ def run(source: str, args, out: Path) -> dict:
             repa_source="stored" if source == "none" else source,
             semantic_vae=str(folder / "semantic_vae"),
             visual_encoder=str(folder / "encoder"),
+            workers=0,
+            flips=False,
         )
     )
     settings.data.images.update(dict(kind="digits", image_size=config.data.image_size))
@@ -82,11 +80,7 @@ def run(source: str, args, out: Path) -> dict:
 
     print(f"[{source}]", flush=True)
     demo = stages.Demo(config, folder)
-    store, layout = LatentStore(folder / "latents"), layout_from_config(settings)
-    records, targets = open_targets(settings, layout, store)
-    transform = latent_transform(layout, store.statistics, repa=source == "stored")
-    metadata = {"latent_statistics": store.statistics.to_dict(), "class_names": store.class_names}
-    demo.fit("diffusion", task_from_config(settings, targets), demo.batches("diffusion", records, transform), metadata)
+    stages.train_diffusion(demo, "diffusion")
     results.make_samples(demo)
     return results.measure(demo)["samples"]
 

@@ -82,18 +82,17 @@ def main() -> None:
 def make_problem(args) -> Problem:
     """Draw or load the two networks, and draw noise and labels."""
     from sfd_jax.diffusion.clocks import FixedOffset
+    from sfd_jax.experiment.checkpoints import open_checkpoint
     from sfd_jax.latents import LatentLayout, LatentStatistics
     from sfd_jax.models import Network, dit_config
-    from sfd_jax.training import load_params
 
     networks, params, statistics = [], [], None
     for place, size in ((args.checkpoint, args.size), (args.weak, args.weak_size)):
         if place:
-            loaded, metadata = load_params(place)
-            config = dict(metadata["network_config"]) | {"compute_dtype": args.dtype}
-            statistics = statistics or LatentStatistics.from_dict(metadata["latent_statistics"])
-            networks.append(Network("lightning_dit", config))
-            params.append(loaded)
+            opened = open_checkpoint(place, "lightning_dit", compute_dtype=args.dtype)
+            statistics = statistics or LatentStatistics.from_dict(opened.metadata["latent_statistics"])
+            networks.append(opened.network)
+            params.append(opened.params)
         else:
             depth = {"depth": args.depth} if args.depth else {}
             networks.append(Network("lightning_dit", dit_config(size, compute_dtype=args.dtype, **depth)))
@@ -303,16 +302,14 @@ def report(problem, contenders, args, notes) -> None:
 
 def decoded(problem: Problem, args):
     """Return the call that makes images as `sfd sample` does, texture VAE and all."""
+    from sfd_jax.experiment.checkpoints import open_checkpoint
     from sfd_jax.generation import SampleConfig, Sampler
-    from sfd_jax.models import Network
-    from sfd_jax.training import load_params
 
-    params, metadata = load_params(args.texture_vae)
     config = SampleConfig(solver=args.solver, calls=args.calls, guidance="autoguidance", guidance_scale=args.scale)
     model, weak = zip(problem.networks, problem.params, strict=True)
     sampler = Sampler(
         model,
-        (Network("texture_vae", metadata["network_config"]), params),
+        open_checkpoint(args.texture_vae, "texture_vae")[:2],
         weak=weak,
         config=config,
         layout=problem.layout,

@@ -80,17 +80,13 @@ def pack_systems(pack: str, networks: int) -> list[System]:
 
 def demo_system(folder: str) -> System:
     """Return a finished demo's trained models."""
-    from sfd_jax.diffusion.clocks import make_clocks
+    from sfd_jax.experiment.checkpoints import open_checkpoint
+    from sfd_jax.generation.parts import clocks_of
     from sfd_jax.latents import LatentLayout
-    from sfd_jax.models import Network
-    from sfd_jax.training import load_params
 
-    (params, metadata), (weak_params, weak_metadata) = (load_params(Path(folder) / x) for x in ("diffusion", "weak"))
-    config = metadata["config"]
-    layout = LatentLayout(config["latents"]["texture_channels"], config["latents"]["semantic_channels"])
-    clocks = make_clocks(config["clocks"])
-    networks = [Network(m["network"], m["network_config"]) for m in (metadata, weak_metadata)]
-    return System("digits", networks[0], params, networks[1], weak_params, layout, clocks)
+    model, weak = (open_checkpoint(Path(folder) / name, "lightning_dit") for name in ("diffusion", "weak"))
+    layout = LatentLayout(**model.metadata["config"]["latents"])
+    return System("digits", *model[:2], *weak[:2], layout, clocks_of(model.metadata))
 
 
 def compile_solver(system: System, kind: str, **settings):

@@ -20,13 +20,17 @@ the compiled one, both as often as they happen (a scan's body once a layer); the
 chip. A loop that ends by its data, as dopri5's does, is counted once: what is said then is of one network call.
 """
 
+import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sfd_jax.cli.flags import door_parser, local_path, parse_door
 from sfd_jax.errors import SfdError
-from sfd_jax.experiment.config_files import load_config
 from sfd_jax.ranges import Only
+
+if TYPE_CHECKING:
+    from sfd_jax.pod import Measurement
 
 WHAT = ("train", "sample", "decode", "extract", "inception")
 RULES = (
@@ -50,7 +54,7 @@ def main(argv: list[str]) -> int:
     flag("--fsdp", type=int, default=1, help="for sample and decode: as in `sfd sample` (default: %(default)s)")
     args = parse_door(parser, argv, config="configs/sfd.py:xl", rules=RULES)
 
-    measurement = measure_program(args, args.what)
+    measurement = measured(args, args.what)
 
     from sfd_jax.pod import table
 
@@ -59,7 +63,7 @@ def main(argv: list[str]) -> int:
     return 0 if measurement.fits else 1
 
 
-def add_topology_flags(parser) -> None:
+def add_topology_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that `sfd plan` has too."""
     flag = parser.add_argument
     flag("--topology", required=True, help="chip and shape of a slice: v5e:4x4, v4:2x2x1, v5p:4x4x4, v6e:8x8, ...")
@@ -76,138 +80,16 @@ def write_json(path: str | None, values: dict) -> None:
             raise SfdError(f"--json={path} cannot be written: {error.strerror}") from error
 
 
-def measure_program(args, what: str):
-    """Compile one of the programs for the topology of the flags and return its Measurement.
-
-    Raises:
-      SfdError: no libtpu, no such topology, or a config, batch or mesh that does not go with it.
-    """
+def measured(args: argparse.Namespace, what: str) -> "Measurement":
+    """Compile a program for the topology of the flags, without looking for a TPU that may be here."""
     import jax
 
     # Nothing is to run: without this JAX looks for a TPU, and holds one if there is one.
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)  # else a second measurement would time the cache
 
-    from sfd_jax.pod import Topology, measure, topology_devices
+    from sfd_jax.experiment.programs import measure_program
+    from sfd_jax.pod import Topology
 
-    topology = Topology(args.topology, args.slices)
-    program, mesh, batch, networks, trace = PROGRAMS[what](args, topology_devices(topology))
-    counts = {name: network.num_params() for name, network in networks.items()}
-    name = f"{what} {args.config_name}"
-    return measure(trace, program=f"{name}{program}", topology=topology, mesh=mesh, batch=batch, parameters=counts)
-
-
-def _train(args, devices):
-    from sfd_jax.distributed import make_mesh
-    from sfd_jax.errors import nearest
-    from sfd_jax.experiment.build import layout_from_config, task_from_config, train_config
-    from sfd_jax.experiment.targets import REPA_SOURCES
-    from sfd_jax.pod import programs
-
-    config, train, layout = args.config, train_config(args.config), layout_from_config(args.config)
-    network = task_from_config(config).network
-    source = config.data.repa_source if config.loss.repa_weight > 0 else "none"
-    if source not in (*REPA_SOURCES, "none"):
-        raise SfdError(f"data.repa_source='{source}' is unknown; {nearest(source, REPA_SOURCES)}")
-    about = {"repa_source": source, "image_size": config.data.images.image_size}
-    targets = programs.training_targets(network, layout, tile_grid=config.data.tile_grid, **about)
-    task = task_from_config(config, targets)
-    mesh = make_mesh(**config.mesh, devices=devices)
-    batch = programs.training_batch(network, train.global_batch_size, **about)
-    trace = lambda: programs.trace_training(task, train, mesh, batch)
-    return "", mesh, train.global_batch_size, {"diffusion": network}, trace
-
-
-def _sample(args, devices):
-    return _sampler(args, devices, decoding=False)
-
-
-def _decode(args, devices):
-    return _sampler(args, devices, decoding=True)
-
-
-def _sampler(args, devices, decoding: bool):
-    import jax
-
-    from sfd_jax.diffusion.sample_config import SampleJob
-    from sfd_jax.distributed import make_mesh
-    from sfd_jax.experiment.build import diffusion_settings, layout_from_config, network_from_config
-    from sfd_jax.pod import programs
-
-    config, layout = args.config, layout_from_config(args.config)
-    sample = SampleJob.from_group(config.sample)
-    networks = {"diffusion": network_from_config(config)}
-    if sample.guidance == "autoguidance":
-        networks["weak"] = network_from_config(load_config(args.weak or _in_size_b(args.config_name)))
-    elif args.weak:
-        raise SfdError(f"--weak={args.weak} has no effect with sample.guidance={sample.guidance}")
-    mesh = make_mesh(fsdp=args.fsdp, devices=devices)
-    rows = _a_chip(args, sample.batch_size) * mesh.size
-    clocks = diffusion_settings(config)["clocks"]
-    clocks = clocks.bind(clocks.init(jax.random.key(0)))
-
-    def trace():
-        return programs.trace_sampling(
-            networks["diffusion"], networks.get("weak"), layout, clocks, sample, mesh, rows, decoding
-        )
-
-    points = "" if sample.solver == "dopri5" else f" of {sample.num_steps} points"
-    how = "" if decoding else f", {sample.mode} {sample.solver}{points}, guidance {sample.guidance}"
-    return how, mesh, rows, networks | {"texture VAE": programs.texture_vae(layout)}, trace
-
-
-def _extract(args, devices):
-    from sfd_jax.data.extract import ExtractConfig
-    from sfd_jax.distributed import make_mesh
-    from sfd_jax.experiment.build import layout_from_config
-    from sfd_jax.experiment.extraction import make_encoder
-    from sfd_jax.pod import programs
-
-    networks = programs.extraction_networks(layout_from_config(args.config))
-    pixels = networks["texture_vae"].config.downsampling
-    size = args.config.model.input_size * pixels
-    config = ExtractConfig(image_size=size, tile_size=args.config.data.tile_grid * pixels)
-    encoder = make_encoder(networks, config)
-    mesh = make_mesh(devices=_first_host(devices))  # each host has its own program, and encodes its own images
-    rows = _a_chip(args, config.batch_size) * mesh.size
-    trace = lambda: programs.trace_extraction(encoder, mesh, rows, size)
-    return f", {size} px, on each host", mesh, rows, networks, trace
-
-
-def _inception(args, devices):
-    from sfd_jax.distributed import make_mesh
-    from sfd_jax.experiment.build import layout_from_config
-    from sfd_jax.pod import programs
-
-    vae = programs.texture_vae(layout_from_config(args.config))
-    image_size = args.config.model.input_size * vae.config.downsampling
-    mesh = make_mesh(devices=devices)
-    rows = _a_chip(args, 64) * mesh.size
-    trace = lambda: programs.trace_inception(mesh, rows, image_size)
-    return f", {image_size} px", mesh, rows, {"inception": programs.inception()}, trace
-
-
-PROGRAMS = {"train": _train, "sample": _sample, "decode": _decode, "extract": _extract, "inception": _inception}
-
-
-def _first_host(devices) -> list:
-    first = min(device.process_index for device in devices)
-    return [device for device in devices if device.process_index == first]
-
-
-def _a_chip(args, default: int) -> int:
-    return default if args.batch_size is None else args.batch_size
-
-
-def _in_size_b(config_name: str) -> str:
-    """Return the name of the same config in size b, e.g. configs/sfd.py:b,tiny for configs/sfd.py:xl,tiny."""
-    path, _, argument = config_name.partition(":")
-    return f"{path}:{','.join(['b', *argument.split(',')[1:]])}"
-
-
-if __name__ == "__main__":
-    import sys
-
-    from sfd_jax.cli.main import open_door
-
-    sys.exit(open_door(main, "compile_pod", sys.argv[1:]))
+    how = {name: getattr(args, name, None) for name in ("batch_size", "weak", "fsdp")}
+    return measure_program(what, args.config_name, args.config, Topology(args.topology, args.slices), **how)

@@ -137,11 +137,3 @@ def _stated(args):
 def _print_notes(notes: list[str]) -> None:
     for note in notes:
         print(f"note: {note}")
-
-
-if __name__ == "__main__":
-    import sys
-
-    from sfd_jax.cli.main import open_door
-
-    sys.exit(open_door(main, "convert", sys.argv[1:]))

@@ -16,13 +16,14 @@ statistics, extractor and reference, sampler, network calls, labels, dtype, seed
 already is not overwritten. Lines that begin with "note:" say what was assumed.
 """
 
+import argparse
 import json
 from pathlib import Path
 
 from sfd_jax.cli.flags import door_parser, local_path, parse_door, path
 from sfd_jax.cli.sampling_flags import ONLY_SAMPLING, SAMPLING_RULES, add_sampling_flags
-from sfd_jax.errors import Faults, SfdError, nearest
-from sfd_jax.experiment.sampling import check_flags, load_checkpoint, open_sampler
+from sfd_jax.errors import Faults, SfdError
+from sfd_jax.experiment.sampling import check_flags, open_sampler
 from sfd_jax.files import write_new
 from sfd_jax.ranges import Only
 
@@ -47,16 +48,11 @@ def main(argv: list[str]) -> int:
 
     checkpoints = (args.checkpoint, args.texture_vae, args.weak, args.inception, args.dinov2, args.lpips)
     distributed.start(Job({"flags": vars(args)}, needs=(args.samples, args.reference, *checkpoints)))
-    if args.reconstruction:
-        report = _reconstruction(args)
-    elif args.samples or args.live:
-        report = _evaluate(args)
-    else:
-        report = _statistics_alone(args)
+    report = _report(args)
     if distributed.is_host0():
         for name, value in report["scores"].items():
             print(f"{name:<10} {value:.6g}")
-        for note in report.get("notes", []):
+        for note in report["notes"]:
             print(f"note: {note}")
         if args.out:
             try:
@@ -68,7 +64,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parse(argv: list[str]):
+def _parse(argv: list[str]) -> argparse.Namespace:
     """Read the flags and refuse, before any work, what could only fail after it."""
     parser = door_parser("evaluate", __doc__)
     flag = parser.add_argument
@@ -129,7 +125,9 @@ def _parse(argv: list[str]):
         if args.live:
             check_flags(args)
     with found:
-        _check_metrics(args.metrics)
+        from sfd_jax.experiment.evaluation import check_metrics
+
+        check_metrics(args.metrics)
     for file in filter(None, (args.out, args.save_statistics)):
         if Path(file).exists():
             found.append(f"{file} exists already and is not overwritten; choose another name")
@@ -137,175 +135,41 @@ def _parse(argv: list[str]):
     return args
 
 
-def _check_metrics(metrics: tuple[str, ...]) -> None:
-    """Raise SfdError for metrics that are none; whether the reference serves them `compare` checks before it begins."""
-    from sfd_jax.evaluation.evaluate import METRICS
+def _report(args: argparse.Namespace) -> dict:
+    """Open what the flags name and judge it."""
+    from sfd_jax.evaluation import Comparison, open_image_set, open_reference
+    from sfd_jax.experiment import evaluation
+    from sfd_jax.experiment.checkpoints import open_checkpoint
 
-    if not metrics:
-        raise SfdError(f"--metrics is empty: give some of {', '.join(METRICS)}")
-    for metric in metrics:
-        if metric not in METRICS:
-            raise SfdError(f"--metrics: unknown metric '{metric}'; {nearest(metric, METRICS)}")
-
-
-def _evaluate(args) -> dict:
-    from sfd_jax.evaluation import Comparison, compare, open_reference
-
+    devices = evaluation.Devices.of(args.fsdp, args.eval_batch_size)
+    extractors = {
+        name: evaluation.open_extractor(name, path)
+        for name, path in (("inception", args.inception), ("dinov2", args.dinov2))
+        if path
+    }
+    if args.reconstruction:
+        images = open_image_set(args.reference, args.image_size)
+        vae = open_checkpoint(args.texture_vae, "texture_vae", flag="--texture_vae", weights=args.weights)
+        lpips = open_checkpoint(args.lpips, "lpips", flag="--lpips") if args.lpips else None
+        how = {"seed": args.seed, "image_size": args.image_size, "devices": devices}
+        return evaluation.report_reconstruction(images, vae, extractors["inception"], lpips, **how)
     reference = open_reference(args.reference, args.image_size)
     comparisons = []
-    if args.inception:
-        comparisons.append(Comparison(reference, _extractor("inception", args.inception), args.metrics))
-    if args.dinov2:
-        extractor = _extractor("dinov2", args.dinov2)
-        comparisons.append(Comparison(reference.for_extractor(extractor), extractor, ("fid",)))
-    samples, recipe = _live(args) if args.live else _finished(args)
+    if "inception" in extractors:
+        comparisons.append(Comparison(reference, extractors["inception"], args.metrics))
+    if "dinov2" in extractors:
+        own = reference.for_extractor(extractors["dinov2"])
+        comparisons.append(Comparison(own, extractors["dinov2"], ("fid",)))
+    if args.live:
+        samples, tell = evaluation.image_set_of_sampler(*open_sampler(args))
+    elif args.samples:
+        samples = open_image_set(args.samples)
+        if args.num is not None and samples.count != args.num:
+            raise SfdError(f"{args.samples} holds {samples.count} images, but --num={args.num}")
+        told = {"samples": {"path": args.samples, "hash": samples.hash()}, "sampling": samples.recipe}
+        tell = lambda: told
     if args.save_statistics:
-        _save_statistics(args, reference)
-    results = compare(samples, comparisons, progress=True, **_batches(args))
-    scores, told = {}, recipe()
-    notes = list((told["sampling"] or {}).get("notes", []))
-    notes += dict.fromkeys(note for values in results for note in values.pop("notes", ()))
-    if samples.count < 10_000:
-        notes.append(
-            f"scores of {samples.count:,} images are biased (FID upwards, IS downwards); published tables use 50,000"
-        )
-    for comparison, values in zip(comparisons, results, strict=True):
-        name = comparison.extractor.name
-        scores |= values if name == "inception" else {f"fd_{name}": values["fid"]}
-        if name not in ("inception", "dinov2"):
-            notes.append(
-                f"fd_{name} is the Frechet distance in features of --dinov2={args.dinov2}, at "
-                f"{comparison.extractor.settings}; published FD-DINOv2 is of DINOv2 ViT-L/14 without registers"
-            )
-    return {"scores": scores, "notes": notes, "recipe": told | _judges(comparisons) | {"num_images": samples.count}}
-
-
-def _finished(args):
-    """Return the image set on disk, and a function that tells its recipe."""
-    from sfd_jax.evaluation import open_image_set
-
-    samples = open_image_set(args.samples)
-    if args.num is not None and samples.count != args.num:
-        raise SfdError(f"{args.samples} holds {samples.count} images, but --num={args.num}")
-    told = {"samples": {"path": args.samples, "hash": samples.hash()}, "sampling": samples.recipe}
-    return samples, lambda: told
-
-
-def _live(args):
-    """Return the sampler as an image set, and a function that tells its recipe once it has run."""
-    import numpy as np
-
-    from sfd_jax.evaluation import ImageSet
-
-    sampler, labels, recipe, batch_size = open_sampler(args)
-    nfe = []
-
-    def pieces(_):
-        nfe.clear()
-        for start in range(0, len(labels), batch_size):
-            part = labels[start : start + batch_size]
-            images, calls = sampler(start + np.arange(len(part)), part, batch_size)
-            nfe.extend(calls.tolist())
-            yield images
-
-    def tell():
-        calls = {"mean": float(np.mean(nfe)), "min": min(nfe), "max": max(nfe)}
-        return {"samples": "live", "sampling": recipe | {"network_calls": calls}}
-
-    return ImageSet("the sampler", len(labels), pieces, size=(sampler.image_size,) * 2), tell
-
-
-def _statistics_alone(args) -> dict:
-    from sfd_jax.evaluation import open_reference
-
-    reference = open_reference(args.reference, args.image_size)
-    extractor = _save_statistics(args, reference)
-    return {
-        "scores": {},
-        "recipe": {
-            "reference": {"path": reference.name, "hash": reference.hash},
-            "extractors": {extractor.name: extractor.hash},
-        },
-    }
-
-
-def _save_statistics(args, reference):
-    """Write the reference's statistics in Inception's features; return the extractor."""
-    from sfd_jax.distributed import is_host0
-    from sfd_jax.evaluation import gather, save_statistics
-
-    if reference.images is None:
-        raise SfdError(f"{reference.name} holds no images to take statistics of")
-    extractor = _extractor("inception", args.inception)
-    [(statistics, _)] = gather(
-        reference.images, [extractor], keep_features=[True], progress=True, label="reference", **_batches(args)
-    )
-    if is_host0():
-        save_statistics(args.save_statistics, statistics)
-        print(args.save_statistics)
-    return extractor
-
-
-def _reconstruction(args) -> dict:
-    from sfd_jax.evaluation import open_image_set
-    from sfd_jax.evaluation.reconstruction import evaluate_reconstruction
-    from sfd_jax.models.fingerprint import params_hash
-    from sfd_jax.training.optimizer import average_notes
-
-    images = open_image_set(args.reference, args.image_size)
-    extractor = _extractor("inception", args.inception)
-    vae = load_checkpoint("--texture_vae", args.texture_vae, weights=args.weights)
-    lpips = load_checkpoint("--lpips", args.lpips) if args.lpips else None
-    scores = evaluate_reconstruction(images, vae, extractor, lpips, seed=args.seed, progress=True, **_batches(args))
-    recipe = {
-        "images": {"path": args.reference, "hash": images.hash(), "image_size": args.image_size},
-        "num_images": images.count,
-        "texture_vae": {"hash": params_hash(vae[0]), "weights": args.weights, "source": vae[1].get("source")},
-        "lpips": params_hash(lpips[0]) if lpips else None,
-        "extractors": {extractor.name: extractor.hash},
-        "seed": args.seed,
-    }
-    return {"scores": scores, "notes": average_notes(vae[1]), "recipe": recipe}
-
-
-def _batches(args) -> dict:
-    from sfd_jax.distributed import make_mesh
-    from sfd_jax.evaluation import images_at_once
-
-    mesh = make_mesh(fsdp=args.fsdp)
-    return {"mesh": mesh, "batch_size": (args.eval_batch_size or images_at_once(mesh)) * mesh.size}
-
-
-def _extractor(name: str, directory: str):
-    from sfd_jax.evaluation import encoder_extractor, inception_extractor
-
-    make = {"inception": inception_extractor, "dinov2": encoder_extractor}[name]
-    return make(load_checkpoint(f"--{name}", directory))
-
-
-def _judges(comparisons) -> dict:
-    """Tell what the samples were measured against, and with what."""
-    import jax
-
-    from sfd_jax import __version__
-
-    reference = comparisons[0].reference
-    return {
-        "reference": {
-            "path": reference.name,
-            "hash": reference.hash,
-            "statistics": "stored" if reference.statistics else "computed",
-        },
-        "extractors": {comparison.extractor.name: comparison.extractor.hash for comparison in comparisons},
-        "precision_recall": "k = 3, float16 distances as in the ADM suite",
-        "versions": {"sfd_jax": __version__, "jax": jax.__version__},
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-    }
-
-
-if __name__ == "__main__":
-    import sys
-
-    from sfd_jax.cli.main import open_door
-
-    sys.exit(open_door(main, "evaluate", sys.argv[1:]))
+        report = evaluation.report_statistics(reference, extractors["inception"], args.save_statistics, devices)
+        if not (args.live or args.samples):
+            return report
+    return evaluation.report_samples(samples, tell, comparisons, devices)

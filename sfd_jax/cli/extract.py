@@ -167,11 +167,3 @@ def _unlike(manifest: dict) -> str:
                 f"{ratio.max():.2g}"
             )
     return ""
-
-
-if __name__ == "__main__":
-    import sys
-
-    from sfd_jax.cli.main import open_door
-
-    sys.exit(open_door(main, "extract", sys.argv[1:]))

@@ -67,11 +67,3 @@ def _convert(path: Path, out: Path, statistics: dict[str, Path]) -> Path:
     for note in imported.notes:
         print(f"note: {note}")
     return target
-
-
-if __name__ == "__main__":
-    import sys
-
-    from sfd_jax.cli.main import open_door
-
-    sys.exit(open_door(main, "fetch", sys.argv[1:]))

@@ -13,6 +13,8 @@ An unknown flag, an unknown config key or a value of the wrong type stops with t
 import argparse
 import functools
 import re
+import types
+from collections.abc import Mapping
 
 from sfd_jax import ranges
 from sfd_jax.errors import Faults, SfdError, nearest
@@ -101,6 +103,29 @@ def parse_door(
     if pending is None:
         found.stop()
     return known
+
+
+def parse_training(
+    command: str, doc: str, argv: list[str], config: str, flags: Mapping[str, dict] = types.MappingProxyType({})
+) -> tuple[argparse.Namespace, Faults]:
+    """Parse the arguments of a training command, and keep the faults of values for all of them to be told at once.
+
+    Args:
+      command, doc: its name and its docstring.
+      argv: arguments after its name.
+      config: default of `--config`.
+      flags: further flags than --workdir and --check -> their arguments of `add_argument`.
+
+    Returns:
+      (namespace as of `parse_door`, faults so far).
+    """
+    parser = door_parser(command, doc)
+    parser.add_argument("--workdir", type=path, required=True, help="folder of the run")
+    for flag, options in flags.items():
+        parser.add_argument(flag, **options)
+    parser.add_argument("--check", action="store_true", help="only look for faults")
+    found = Faults()
+    return parse_door(parser, argv, config=config, pending=found), found
 
 
 def _without_none(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:

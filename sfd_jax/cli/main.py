@@ -185,6 +185,8 @@ def keep_compilations() -> None:
     home = Path(os.environ.get("SFD_CACHE") or Path.home() / ".cache" / "sfd_jax")
     # By environment, since JAX reads it when a command imports it, which most do late or not at all.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(home / "compilations"))
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 
 def entry_point() -> None:

@@ -8,7 +8,7 @@ the compiler's. Times are estimates, FLOPs divided by a share of the chips' peak
 evaluation, checkpoints and interruptions take comes on top. Exit status 1 where the step does not fit.
 """
 
-from sfd_jax.cli.compile_pod import add_topology_flags, measure_program, write_json
+from sfd_jax.cli.compile_pod import add_topology_flags, measured, write_json
 from sfd_jax.cli.flags import door_parser, parse_door
 
 
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     from sfd_jax.pod.plan import IMAGENET_TRAIN, plan_table
 
     config = args.config
-    step = measure_program(args, "train")
+    step = measured(args, "train")
     if not step.memory:
         print(table(step))
         write_json(args.json, {"step": step.to_dict()})
@@ -51,11 +51,3 @@ def main(argv: list[str]) -> int:
         print("the step does not fit into the chip's memory")
     write_json(args.json, plan.to_dict())
     return 0 if step.fits else 1
-
-
-if __name__ == "__main__":
-    import sys
-
-    from sfd_jax.cli.main import open_door
-
-    sys.exit(open_door(main, "plan", sys.argv[1:]))

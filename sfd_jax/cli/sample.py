@@ -67,11 +67,3 @@ def main(argv: list[str]) -> int:
             for path in written:
                 print(path)
     return 0
-
-
-if __name__ == "__main__":
-    import sys
-
-    from sfd_jax.cli.main import open_door
-
-    sys.exit(open_door(main, "sample", sys.argv[1:]))

@@ -10,64 +10,16 @@ without discriminator: enough for small data. For ImageNet take the published on
 of the held-out split are logged at each checkpoint. Work folder, resuming and SIGTERM are as with `sfd train`.
 """
 
-import functools
-
-from sfd_jax.cli.flags import door_parser, parse_door, path
-from sfd_jax.errors import Faults, SfdError
+from sfd_jax.cli.flags import parse_training
 
 
 def main(argv: list[str]) -> int:
-    """Open the door: read the flags, then train."""
-    parser = door_parser("train_texture_vae", __doc__)
-    parser.add_argument("--workdir", type=path, required=True, help="folder of the run")
-    parser.add_argument("--check", action="store_true", help="only look for faults")
-    found = Faults()
-    args = parse_door(parser, argv, config="configs/texture_vae.py", pending=found)
-    config, data = args.config, args.config.data
+    """Read the flags, then train or only look for faults."""
+    args, found = parse_training("train_texture_vae", __doc__, argv, config="configs/texture_vae.py")
 
-    from sfd_jax.data.images import open_images
-    from sfd_jax.data.pipeline import pixel_transform
-    from sfd_jax.experiment.build import from_group, train_config
-    from sfd_jax.experiment.run import check_run, run
-    from sfd_jax.models import Network
-    from sfd_jax.training.texture_vae import TextureVAELoss, measure_texture_vae, texture_vae_task
+    from sfd_jax.experiment.run import train_or_check
+    from sfd_jax.experiment.training import open_texture_vae
 
-    perceptual = frozen = held_out = None
-    with found:
-        network = Network("texture_vae", config.model.to_dict())
-    with found:
-        loss = from_group(TextureVAELoss, "loss", config.loss)
-    with found:
-        train = train_config(config)
-    with found:
-        if config.lpips and not config.loss.perceptual_weight:
-            raise SfdError("lpips has no effect with loss.perceptual_weight=0: leave one of them out")
-        if config.lpips:
-            from sfd_jax.experiment.targets import open_frozen
-
-            lpips, frozen = open_frozen(config.lpips, "lpips", config.model.compute_dtype)
-            perceptual = lambda ours, theirs, params: lpips.apply(params, ours, theirs)
-    with found:
-        if not data.path and data.kind != "digits":
-            raise SfdError("say where the images are: --config.data.path=IMAGES")
-        source = open_images(data.kind, data.path, data.split, data.image_size)
-    with found:
-        if data.held_out_split and not found:
-            measure = functools.partial(measure_texture_vae, network)
-            held_out = measure, open_images(data.kind, data.path, data.held_out_split, data.image_size)
-    found.stop()
-    task = texture_vae_task(network, loss, perceptual, frozen)
-    metadata = {"class_names": source.class_names}
-    parts = {"source": source, "transform": pixel_transform, "metadata": metadata, "held_out": held_out}
-    if args.check:
-        return check_run(task, train, config, args.workdir, **parts, found=found)
-    run(task, train, config, args.workdir, **parts)
+    open_run = lambda: open_texture_vae(args.config, found)
+    train_or_check(open_run, args.workdir, found, check=args.check)
     return 0
-
-
-if __name__ == "__main__":
-    import sys
-
-    from sfd_jax.cli.main import open_door
-
-    sys.exit(open_door(main, "train_texture_vae", sys.argv[1:]))

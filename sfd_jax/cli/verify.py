@@ -43,11 +43,3 @@ def main(argv: list[str]) -> int:
     for check in broken:
         print(f"  {check.case}: {check.quantity} {check.note}".rstrip())
     return 1 if broken else 0
-
-
-if __name__ == "__main__":
-    import sys
-
-    from sfd_jax.cli.main import open_door
-
-    sys.exit(open_door(main, "verify", sys.argv[1:]))

@@ -4,21 +4,25 @@ A config is any mapping with the groups of configs/sfd.py, or one stage of confi
 same shape.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
 from sfd_jax.diffusion.clocks import CLOCKS, make_clocks
 from sfd_jax.diffusion.losses import LossConfig, make_terms
-from sfd_jax.errors import Faults, SfdError, nearest
+from sfd_jax.distributed import make_mesh
+from sfd_jax.errors import Faults
 from sfd_jax.latents import LatentLayout
 from sfd_jax.models import Network, dit_config
+from sfd_jax.settings import from_group
 from sfd_jax.training import OptimizerConfig, Task, TrainConfig
 from sfd_jax.training.diffusion import diffusion_task
 from sfd_jax.training.frozen_features import FrozenFeatures
 
 
-def task_from_config(config: Any, targets: FrozenFeatures | None = None) -> Task:
+def task_from_config(config: ConfigDict, targets: FrozenFeatures | None = None) -> Task:
     """Return the diffusion task of a config; `targets` as `diffusion_task` has them.
 
     Raises:
@@ -28,7 +32,7 @@ def task_from_config(config: Any, targets: FrozenFeatures | None = None) -> Task
     return diffusion_task(network_from_config(config), layout_from_config(config), targets=targets, **settings)
 
 
-def network_from_config(config: Any) -> Network:
+def network_from_config(config: ConfigDict) -> Network:
     """Return the LightningDiT of `config.model`, its channels from `latents`, its null label from `loss`."""
     fields = {name: value for name, value in config.model.items() if name != "size"}
     derived = {
@@ -38,19 +42,19 @@ def network_from_config(config: Any) -> Network:
     return Network("lightning_dit", dit_config(config.model.size, **{**derived, **fields}))
 
 
-def layout_from_config(config: Any) -> LatentLayout:
+def layout_from_config(config: ConfigDict) -> LatentLayout:
     """Return the channel layout of `config.latents`."""
     return LatentLayout(config.latents.texture_channels, config.latents.semantic_channels)
 
 
-def diffusion_settings(config: Any) -> dict[str, Any]:
+def diffusion_settings(config: ConfigDict) -> dict[str, Any]:
     """Return the clocks and the LossConfig, as keyword arguments of `diffusion_task`."""
     found, settings = Faults(), {}
     with found:
         settings["clocks"] = make_clocks(config.clocks)
     with found:
         terms = make_terms(config.loss.get("terms", {}))
-        settings["config"] = from_group(LossConfig, "loss", {**config.loss, "terms": terms})
+        settings["config"] = from_group(LossConfig, {**config.loss, "terms": terms}, "config group 'loss'")
     found.stop()
     return settings
 
@@ -60,39 +64,17 @@ def registered_in(config: Mapping[str, Any]) -> dict[str, str | None]:
     return {"clocks": CLOCKS.registered_in(config["clocks"]["name"])}
 
 
-def train_config(config: Any) -> TrainConfig:
+def train_config(config: ConfigDict) -> TrainConfig:
     """Return how a run proceeds, from the groups `train` and `optimizer`."""
     found, optimizer = Faults(), OptimizerConfig()
     with found:
-        optimizer = from_group(OptimizerConfig, "optimizer", config.optimizer)
+        optimizer = from_group(OptimizerConfig, config.optimizer, "config group 'optimizer'")
     with found:
-        train = from_group(TrainConfig, "train", {**config.train, "optimizer": optimizer})
+        train = from_group(TrainConfig, {**config.train, "optimizer": optimizer}, "config group 'train'")
     found.stop()
     return train
 
 
-def mesh_from_config(config: Any):
+def mesh_from_config(config: ConfigDict) -> Mesh:
     """Return the mesh of `config.mesh` over all devices."""
-    from sfd_jax.distributed import make_mesh
-
     return make_mesh(**config.mesh)
-
-
-def from_group(cls: type, name: str, group: Mapping[str, Any]):
-    """Make a config dataclass from a group.
-
-    Raises:
-      SfdError: the group has a key that the class lacks, or lacks one that it needs.
-    """
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    for key in group:
-        if key not in fields:
-            raise SfdError(f"config group '{name}' has no key '{key}'; {nearest(key, fields)}")
-    needed = [key for key, field in fields.items() if key not in group and _is_required(field)]
-    if needed:
-        raise SfdError(f"config group '{name}' lacks {', '.join(needed)}")
-    return cls(**group)
-
-
-def _is_required(field: dataclasses.Field) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

@@ -25,9 +25,9 @@ from sfd_jax.distributed.lock import FolderLock
 from sfd_jax.distributed.mesh import make_mesh
 from sfd_jax.distributed.sharding import batch_sharding, replicated
 from sfd_jax.errors import SfdError
-from sfd_jax.experiment.sampling import load_checkpoint
+from sfd_jax.experiment.checkpoints import open_checkpoint
 from sfd_jax.latents import LatentStatistics, other_makers
-from sfd_jax.models import ENCODERS, Network, network_of
+from sfd_jax.models import ENCODERS, Network
 from sfd_jax.models.encoders import Tiling, VisualEncoder
 from sfd_jax.models.fingerprint import params_hash
 from sfd_jax.models.latent_encoder import LatentEncoder, jit_encoder
@@ -85,8 +85,9 @@ def open_encoder(config: ExtractConfig, paths: Mapping[str, str | None]) -> Open
     networks, params, told = {}, {}, {}
     for name, path in paths.items():
         if path:
-            params[name], told[name] = load_checkpoint(f"--{name}", path, weights=config.weights)
-            networks[name] = network_of(told[name], ENCODERS if name == "visual" else name)
+            kind = ENCODERS if name == "visual" else name
+            opened = open_checkpoint(path, kind, flag=f"--{name}", weights=config.weights)
+            networks[name], params[name], told[name] = opened
     encoder = make_encoder(networks, config)
     if encoder.semantic is not None:
         trained_on, tokens = told["semantic_vae"].get("latents") or {}, encoder.visual.tiling.grid**2

@@ -1,135 +1,195 @@
-"""Train a task on a source of records, or look for what would stop that: what all training commands do at last."""
+"""A training run as one value: what is trained, on what; to train it, or to look for what would stop that.
 
+The functions of experiment/training.py make a `Run` from a config, one for each kind of training.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sfd_jax.data.checks import check_writable
+from sfd_jax.data.fingerprint import data_hash
+from sfd_jax.data.pipeline import Batch, TrainBatches, Transform, make_batches, make_eval_batches
+from sfd_jax.distributed import host_rows, say, start
+from sfd_jax.distributed.preflight import Job
 from sfd_jax.errors import Faults, SfdError
+from sfd_jax.experiment.build import mesh_from_config
+from sfd_jax.models.fingerprint import params_hash
+from sfd_jax.training import Task, TrainConfig, fit, make_optimizer, make_train_step
+from sfd_jax.training.held_out import Measure, check_held_out, held_out_metrics
+from sfd_jax.training.loop import check_workdir
+from sfd_jax.training.optimizer import check_average
+from sfd_jax.training.step import put_frozen
 
 
-def run(task, train, config, workdir, *, source, transform, metadata, params=None, held_out=None, notes=()) -> None:
-    """Train a task on a source of records: what all training doors do once they have read their flags.
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A training run, wherever it will be and on whatever devices.
 
-    Args:
+    Attributes:
       task: what is trained.
-      train: its TrainConfig.
+      train: how long, with which optimizer and batch.
       config: `seed`, `mesh`, `data.workers` and `data.flips` are read; all of it goes into the checkpoints.
-      workdir: folder of the run.
       source: random access to records.
       transform: from stacked records to batches.
-      metadata: what the checkpoints shall carry beside the config.
-      params: weights to start from.
+      metadata: what the checkpoints carry beside the config.
+      params: weights to start from; None for drawn ones.
       held_out: (measure, source) to log on at each checkpoint.
       notes: sentences to say at the start.
+      checks: finds faults of the data that take long to look for; `check_run` calls it, `train` does not.
+      cache: hold all records in memory, for sets that are small.
+    """
+
+    task: Task
+    train: TrainConfig
+    config: ConfigDict
+    source: Any
+    transform: Transform
+    metadata: dict[str, Any]
+    params: dict | None = None
+    held_out: tuple[Measure, Any] | None = None
+    notes: tuple[str, ...] = ()
+    checks: Callable[[], list[str]] = list
+    cache: bool = False
+
+    def batches(self, rows: np.ndarray | None = None) -> TrainBatches:
+        """Return the training batches, or given rows of each."""
+        return make_batches(
+            self.source,
+            seed=self.config.seed,
+            global_batch_size=self.train.global_batch_size,
+            rows=rows,
+            transform=self.transform,
+            workers=self.config.data.workers,
+            flips=self.config.data.flips,
+            cache=self.cache,
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Return what the checkpoints carry: config, hashes of data and first weights, and `metadata`."""
+        hashes = {
+            "data_hash": data_hash(self.source),
+            "held_out_hash": data_hash(self.held_out[1]) if self.held_out else None,
+            "init": None if self.params is None else params_hash(self.params),
+        }
+        return {"config": self.config.to_dict(), **hashes, **self.metadata}
+
+
+def train_or_check(open_run: Callable[[], Run], workdir: str, found: Faults, *, check: bool) -> None:
+    """Open a run and train, or with `check` only look for faults: what training commands do with their flags.
+
+    Args:
+      open_run: opens it. The job's processes are joined before, since it may need devices.
+      workdir: folder of the run.
+      found: faults that are known already.
+      check: train nothing.
 
     Raises:
-      SfdError: the hosts of the job do not go together; data and network do not fit; and whatever
-        `fit` says.
+      SfdError: as `open_run`, `train` or `check_run`.
     """
-    import jax
+    if check:
+        check_run(open_run(), workdir, found)
+        return
+    start(Job(folder=workdir, saves=True))
+    run = open_run()
+    found.stop()
+    train(run, workdir)
 
-    from sfd_jax.data.pipeline import make_batches, make_eval_batches
-    from sfd_jax.distributed import host_rows, say, start
-    from sfd_jax.distributed.preflight import Job
-    from sfd_jax.experiment.build import mesh_from_config
-    from sfd_jax.training import fit
-    from sfd_jax.training.held_out import check_held_out, held_out_metrics
-    from sfd_jax.training.step import put_frozen
 
-    known = _hashes(source, held_out, params)
-    start(Job({"config": config.to_dict(), "images": len(source), **known}, folder=workdir, saves=True))
-    for note in getattr(source, "notes", ()):
+def train(run: Run, workdir: str, *, table: bool = True) -> None:
+    """Train on all devices of all hosts, or go on from the newest checkpoint.
+
+    Args:
+      run: what is trained.
+      workdir: its folder, local or gs://.
+      table: print the table of parameters.
+
+    Raises:
+      SfdError: the hosts of the job do not go together; data and network do not fit; and whatever `fit` says.
+    """
+    config, record = run.config, run.record()
+    known = {name: record[name] for name in ("data_hash", "held_out_hash", "init")}
+    start(Job({"config": config.to_dict(), "images": len(run.source), **known}, folder=workdir, saves=True))
+    for note in getattr(run.source, "notes", ()):
         say(f"note: {note}")
     mesh = mesh_from_config(config)
-    rows, workers = host_rows(mesh, train.global_batch_size), config.data.workers
-    batches = make_batches(
-        source,
-        seed=config.seed,
-        global_batch_size=train.global_batch_size,
-        rows=rows,
-        transform=transform,
-        workers=workers,
-        flips=config.data.flips,
-    )
-    check_batch(task, batches.at(0))
+    rows = host_rows(mesh, run.train.global_batch_size)
+    batches = run.batches(rows)
+    check_batch(run.task, batches.at(0))
     evaluate = None
-    if held_out:
-        measure, held_out_source = held_out
-        host = {"host_index": jax.process_index(), "host_count": jax.process_count(), "workers": workers}
-        check_held_out(source, held_out_source)
-        evaluate = held_out_metrics(
-            measure,
-            lambda: make_eval_batches(held_out_source, batch_size=len(rows), transform=transform, **host),
-            mesh,
-            put_frozen(task, mesh),
-        )
-    say("\n".join([describe(task, train, source, mesh, workdir), *(f"note: {note}" for note in notes)]))
+    if run.held_out:
+        measure, source = run.held_out
+        check_held_out(run.source, source)
+        host = {"host_index": jax.process_index(), "host_count": jax.process_count(), "workers": config.data.workers}
+        held_out = lambda: make_eval_batches(source, batch_size=len(rows), transform=run.transform, **host)
+        evaluate = held_out_metrics(measure, held_out, mesh, put_frozen(run.task, mesh))
+    say("\n".join([describe(run, mesh, workdir, table), *(f"note: {note}" for note in run.notes)]))
     fit(
-        task,
+        run.task,
         batches,
-        train,
+        run.train,
         workdir,
         mesh=mesh,
         seed=config.seed,
-        metadata={"config": config.to_dict(), **known, **metadata},
-        params=params,
+        metadata=record,
+        params=run.params,
         evaluate=evaluate,
     )
-    say(f"{workdir}: {train.steps:,} steps done")
+    say(f"{workdir}: {run.train.steps:,} steps done")
 
 
-def check_run(
-    task, train, config, workdir, *, source, transform, metadata, params=None, held_out=None, found: Faults
-) -> int:
-    """Look for what would stop `run`, and train nothing: what `--check` of all training commands does at last.
+def check_run(run: Run, workdir: str, found: Faults) -> None:
+    """Look for what would stop `train`, print what is found good, and train nothing.
 
     Args:
-      task, train, config, workdir, source, transform, metadata, params, held_out: as `run` takes them.
+      run: what would be trained.
+      workdir: its folder.
       found: the faults known so far.
 
     Raises:
       SfdError: there are faults; all are named.
     """
-    from sfd_jax.data.checks import check_writable
-    from sfd_jax.data.pipeline import make_batches
-    from sfd_jax.experiment.build import mesh_from_config
-    from sfd_jax.training.held_out import check_held_out
-    from sfd_jax.training.loop import check_workdir
-    from sfd_jax.training.optimizer import make_optimizer
-    from sfd_jax.training.step import make_train_step
-
+    average = check_average(run.train.ema_decay, run.train.steps) if run.params is None else []  # `fit` says it too
+    for note in (*run.notes, *average):
+        print(f"note: {note}")
+    found += run.checks()
     # Parameters, EMA and two moments in float32, for each checkpoint kept at the same time.
-    kept = train.keep_last + 1 + (train.steps // train.keep_every if train.keep_every else 0)
+    how, task = run.train, run.task
+    kept = how.keep_last + 1 + (how.steps // how.keep_every if how.keep_every else 0)
     needed = 16 * task.network.num_params() * kept
     found += check_bucket(workdir) if "://" in workdir else check_writable(workdir, needed)
     with found:
-        flips = config.data.flips
-        batches = make_batches(source, seed=config.seed, global_batch_size=8, transform=transform, flips=flips)
-        check_batch(task, batches.at(0))
+        check_batch(task, run.batches(np.arange(8)).at(0))
     with found:
-        if held_out:
-            check_held_out(source, held_out[1])
+        if run.held_out:
+            check_held_out(run.source, run.held_out[1])
     with found:
-        told = {"config": config.to_dict(), **_hashes(source, held_out, params), **metadata}
-        check_workdir(task, train, workdir, seed=config.seed, metadata=told, params=params)
-    print(f"{len(source):,} images; {task.network.num_params():,} parameters; checkpoints take {needed / 1e9:.1f} GB")
+        check_workdir(task, how, workdir, seed=run.config.seed, metadata=run.record(), params=run.params)
+    images, parameters = len(run.source), task.network.num_params()
+    print(f"{images:,} images; {parameters:,} parameters; checkpoints take {needed / 1e9:.1f} GB")
     here = Faults()
     with here:
-        mesh = mesh_from_config(config)
+        mesh = mesh_from_config(run.config)
         with found:
-            make_train_step(task, make_optimizer(train.optimizer, train.steps), train, mesh)
+            make_train_step(task, make_optimizer(how.optimizer, how.steps), how, mesh)
     for reason in here:  # the job's devices are not those of the machine that checks
         print(f"note: whether the batch divides over the devices was not checked: {reason}")
     found.stop()
     print("no faults found")
-    return 0
 
 
-def check_batch(task, batch: dict) -> None:
+def check_batch(task: Task, batch: Batch) -> None:
     """Trace the loss on the shapes of a batch, so that data and network disagree now and not after a compile.
 
     Raises:
       SfdError: what the network says of a batch that does not fit it.
     """
-    import jax
-    import numpy as np
-
     shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in batch.items() if name != "index"}
     shapes["positions"] = jax.ShapeDtypeStruct((len(batch["labels"]),), np.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -141,26 +201,25 @@ def check_batch(task, batch: dict) -> None:
         raise SfdError(f"the data do not fit the network: {str(error).splitlines()[0]} (batch: {listed})") from error
 
 
-def describe(task, train, source, mesh, workdir) -> str:
+def describe(run: Run, mesh: Mesh, workdir: str, table: bool = True) -> str:
     """Return what the run is about to do: parameters, data, devices and lengths."""
     from clu import parameter_overview
 
-    overview = parameter_overview.get_parameter_overview(task.network.abstract_params(), include_stats=False)
-    epochs = train.steps * train.global_batch_size / len(source)
+    task, train, images = run.task, run.train, len(run.source)
+    params = task.network.abstract_params()
+    overview = parameter_overview.get_parameter_overview(params, include_stats=False) + "\n" if table else ""
     shape = " x ".join(f"{size} {axis}" for axis, size in mesh.shape.items())
     parts = f" in {train.accumulation} parts" if train.accumulation > 1 else ""
+    epochs = train.steps * train.global_batch_size / images
     return (
-        f"{overview}\n"
-        f"{task.name}: {task.network.num_params():,} parameters on {mesh.size} devices ({shape})\n"
-        f"{len(source):,} images, {train.global_batch_size} a step{parts}, {train.steps:,} steps = {epochs:,.1f} epochs\n"
+        f"{overview}{task.name}: {task.network.num_params():,} parameters on {mesh.size} devices ({shape})\n"
+        f"{images:,} images, {train.global_batch_size} a step{parts}, {train.steps:,} steps = {epochs:,.1f} epochs\n"
         f"work folder {workdir}: a checkpoint every {train.checkpoint_every:,} steps"
     )
 
 
 def check_bucket(folder: str) -> list[str]:
     """Check that a folder of a bucket can be written to; leaves nothing behind."""
-    from etils import epath
-
     probe = epath.Path(folder) / ".check"
     try:
         probe.write_text("sfd")
@@ -168,15 +227,3 @@ def check_bucket(folder: str) -> list[str]:
     except Exception as error:  # its client has types of its own, and may be missing
         return [f"cannot write to {folder}: {error}"]
     return []
-
-
-def _hashes(source, held_out, params) -> dict:
-    """Return the hashes of what a run is of, for its record."""
-    from sfd_jax.data.fingerprint import data_hash
-    from sfd_jax.models.fingerprint import params_hash
-
-    return {
-        "data_hash": data_hash(source),
-        "held_out_hash": data_hash(held_out[1]) if held_out else None,
-        "init": None if params is None else params_hash(params),
-    }

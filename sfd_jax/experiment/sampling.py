@@ -9,19 +9,12 @@ import numpy as np
 
 from sfd_jax.diffusion.sample_config import SampleConfig, SampleJob
 from sfd_jax.errors import Faults, SfdError
+from sfd_jax.experiment.checkpoints import open_checkpoint
 from sfd_jax.ranges import RULES, Only, useless
 from sfd_jax.settings import defaults_of, over_defaults, to_dict
 
 if TYPE_CHECKING:
     from sfd_jax.generation import Sampler
-
-
-def load_checkpoint(flag: str, directory: str, step: int | None = None, weights: str = "ema") -> tuple[dict, dict]:
-    """Return (params, metadata) of the checkpoint that a flag names; messages about it will name the flag too."""
-    from sfd_jax.training import load_params
-
-    params, metadata = load_params(directory, step, weights)
-    return params, {**metadata, "which": weights, "given_as": f"{flag}={directory}"}
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -84,7 +77,8 @@ def open_sampler(args: argparse.Namespace) -> tuple["Sampler", np.ndarray, dict[
     from sfd_jax.latents import other_makers
 
     mesh = make_mesh(fsdp=args.fsdp)
-    params, metadata = load_checkpoint("--checkpoint", args.checkpoint, args.step, args.weights)
+    which = {"step": args.step, "weights": args.weights}
+    params, metadata = open_checkpoint(args.checkpoint, "lightning_dit", flag="--checkpoint", **which).weights
     job, notes = sample_job(args, (metadata.get("config") or {}).get("sample") or {})
     say(f"sampling with {described(job)}")
     store = None
@@ -95,11 +89,15 @@ def open_sampler(args: argparse.Namespace) -> tuple["Sampler", np.ndarray, dict[
                 f"--latent_store={args.latent_store} holds latents of another {differing[0]} than the checkpoint"
             )
         metadata = {**metadata, "latents": metadata.get("latents") or store.origin}
+    weak = None
+    if args.weak:
+        which["step"] = args.weak_step
+        weak = open_checkpoint(args.weak, "lightning_dit", flag="--weak", **which).weights
     sampler = make_sampler(
         (params, metadata),
         _load_texture_vae(args, metadata),
         job,
-        weak=load_checkpoint("--weak", args.weak, args.weak_step, args.weights) if args.weak else None,
+        weak=weak,
         seed=args.seed,
         statistics=store and store.statistics,
         compute_dtype=args.dtype,
@@ -130,8 +128,11 @@ def _load_texture_vae(args: argparse.Namespace, model: dict) -> tuple[dict, dict
     from sfd_jax.generation.parts import made_latents
     from sfd_jax.models.fingerprint import params_hash
 
-    given, wanted = load_checkpoint("--texture_vae", args.texture_vae, weights=args.weights), made_latents(model)
+    def load(weights: str) -> tuple[dict, dict]:
+        return open_checkpoint(args.texture_vae, "texture_vae", flag="--texture_vae", weights=weights).weights
+
+    given, wanted = load(args.weights), made_latents(model)
     if wanted is not None and params_hash(given[0]) != wanted:
-        other = load_checkpoint("--texture_vae", args.texture_vae, weights={"ema": "raw", "raw": "ema"}[args.weights])
+        other = load({"ema": "raw", "raw": "ema"}[args.weights])
         return other if params_hash(other[0]) == wanted else given
     return given

@@ -9,14 +9,13 @@ from sfd_jax.data.images import open_images
 from sfd_jax.data.paired import WithPixels
 from sfd_jax.distributed import say, start
 from sfd_jax.errors import SfdError, nearest
+from sfd_jax.experiment.checkpoints import open_checkpoint
 from sfd_jax.latents import LatentLayout
-from sfd_jax.models import ENCODERS, Network, network_of
+from sfd_jax.models import ENCODERS, Network
 from sfd_jax.models.encoders import Tiling, VisualEncoder
 from sfd_jax.models.encoders.tiles import tiles_of_grid
 from sfd_jax.models.fingerprint import params_hash
-from sfd_jax.training import load_params
 from sfd_jax.training.frozen_features import FrozenFeatures, online_features, semvae_features
-from sfd_jax.training.optimizer import average_notes
 
 REPA_SOURCES = ("stored", "semvae", "online")
 
@@ -101,11 +100,10 @@ def open_frozen(path: str, kind: str | Collection[str], compute_dtype: str) -> t
       SfdError: nothing there, or a network of another kind.
     """
     start()  # Orbax asks JAX for its devices
-    params, metadata = load_params(path)
-    metadata["given_as"] = path
-    for note in average_notes(metadata):
+    opened = open_checkpoint(path, kind, compute_dtype=compute_dtype)
+    for note in opened.notes:
         say(f"note: {note}")
-    return network_of(metadata, kind, compute_dtype=compute_dtype), params
+    return opened.network, opened.params
 
 
 def _check_own(latents: Any, name: str, params: dict) -> None:

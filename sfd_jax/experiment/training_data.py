@@ -1,29 +1,38 @@
 """The latents that a run trains on, and whether they are those that its config and --init say."""
 
 import contextlib
+from typing import Any
 
-from sfd_jax.diffusion.clocks import Clocks
+import jax
+from ml_collections import ConfigDict
+
+from sfd_jax.convert.weight_files import read_statistics
+from sfd_jax.data.latent_store import LatentStore
+from sfd_jax.data.published import PublishedLatents, open_latents
+from sfd_jax.diffusion.clocks import Clocks, join_params, split_params
+from sfd_jax.distributed import start
 from sfd_jax.errors import Faults, SfdError
 from sfd_jax.files import must_be_local
-from sfd_jax.models import Network
+from sfd_jax.generation.parts import clocks_of
+from sfd_jax.latents import LatentStatistics, other_makers
+from sfd_jax.models import Network, network_of
+from sfd_jax.training import load_metadata, load_params
+from sfd_jax.training.optimizer import average_notes
 
 
-def open_source(path: str, *, repa: bool):
+def open_source(path: str, *, repa: bool) -> LatentStore | PublishedLatents:
     """Open the latents to train on, with their statistics.
 
     Raises:
       SfdError: no path, no latents there, or released shards without their statistics.
     """
-    from sfd_jax.convert.weight_files import read_statistics
-    from sfd_jax.data.published import open_latents
-
     must_be_local("--config.data.path", path)
     if not path:
         raise SfdError("say where the latents are: --config.data.path=FOLDER, made by `sfd extract`")
     return open_latents(path, repa=repa, read_statistics=read_statistics)
 
 
-def check_data(config, source, found: Faults, *, repa: bool) -> None:
+def check_data(config: ConfigDict, source: LatentStore | PublishedLatents, found: Faults, *, repa: bool) -> None:
     """Add to `found` where the latents are not those that the config says, with the flags that make them fit.
 
     Args:
@@ -55,8 +64,8 @@ def check_data(config, source, found: Faults, *, repa: bool) -> None:
     if repa and features is None:
         found.append(
             f"the latents hold no visual features, which loss.repa_weight={config.loss.repa_weight:g} with "
-            "data.repa_source=stored needs: extract them with `sfd extract --repa`, make them while training (docs/repa.md), "
-            "or train without REPA: --config.model.repa_features=0 --config.loss.repa_weight=0"
+            "data.repa_source=stored needs: extract them with `sfd extract --repa`, make them while training "
+            "(docs/repa.md), or train without REPA: --config.model.repa_features=0 --config.loss.repa_weight=0"
         )
     elif repa and features.shape[-1] != config.model.repa_features > 0:
         found.append(
@@ -65,7 +74,7 @@ def check_data(config, source, found: Faults, *, repa: bool) -> None:
         )
 
 
-def unused_classes(num_classes: int, source) -> list[str]:
+def unused_classes(num_classes: int, source: LatentStore | PublishedLatents) -> list[str]:
     """Return a sentence where some of the network's classes have no data."""
     known = source.label_counts() or source.class_names or ()
     if missing := num_classes - len(known):
@@ -82,31 +91,18 @@ def load_init(path: str, network: Network, clocks: Clocks, seed: int) -> dict:
     Raises:
       SfdError: as `load_params`.
     """
-    import jax
-
-    from sfd_jax.diffusion.clocks import join_params, split_params
-    from sfd_jax.generation.parts import clocks_of
-    from sfd_jax.training import load_metadata, load_params
-
     theirs = clocks_of(load_metadata(path))
     shapes = join_params(network.abstract_params(), jax.eval_shape(lambda: theirs.init(jax.random.key(0))))
     params, trained = split_params(load_params(path, abstract=shapes)[0])
     return join_params(params, trained if theirs == clocks else clocks.init(jax.random.key(seed)))
 
 
-def check_init(path: str, network: Network, clocks: Clocks, source) -> list[str]:
+def check_init(path: str, network: Network, clocks: Clocks, source: Any) -> list[str]:
     """Return sentences on what sets the checkpoint of --init apart from this run; the latents it was trained on.
 
     Raises:
       SfdError: it is of another network.
     """
-    from sfd_jax.distributed import start
-    from sfd_jax.generation.parts import clocks_of
-    from sfd_jax.latents import LatentStatistics, other_makers
-    from sfd_jax.models import network_of
-    from sfd_jax.training import load_metadata
-    from sfd_jax.training.optimizer import average_notes
-
     start()  # Orbax asks JAX for its devices
     metadata = {**load_metadata(path), "given_as": f"--init={path}"}
     network_of(metadata, network.name)

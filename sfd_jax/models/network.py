@@ -14,8 +14,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from sfd_jax.errors import SfdError, nearest
+from sfd_jax.errors import SfdError
 from sfd_jax.registry import Registry
+from sfd_jax.settings import from_group
 from sfd_jax.trees import shape_faults, shapes_by_name
 
 Params = dict[str, Any]
@@ -45,7 +46,7 @@ class Network:
     def __post_init__(self):
         config_cls, _ = NETWORKS[self.name]
         if not isinstance(self.config, config_cls):
-            object.__setattr__(self, "config", _read_config(config_cls, self.config))
+            object.__setattr__(self, "config", from_group(config_cls, dict(self.config)))
 
     def init(self, key: jax.Array) -> Params:
         """Return freshly initialised parameters, float32; a function of `key` alone, jit-able."""
@@ -128,18 +129,6 @@ def network_of(metadata: Mapping[str, Any], kind: str | Collection[str], **chang
 def checkpoint_name(metadata: Mapping[str, Any]) -> str:
     """Return what messages call a checkpoint."""
     return metadata.get("given_as") or f"checkpoint {metadata.get('source') or ''}".strip()
-
-
-def _read_config(config_cls, values):
-    names = {field.name for field in dataclasses.fields(config_cls)}
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(values).items()}
-    for key in values:
-        if key not in names:
-            raise SfdError(f"{config_cls.__name__} has no field '{key}': {nearest(key, names)}")
-    required = {field.name for field in dataclasses.fields(config_cls) if field.default is dataclasses.MISSING}
-    if missing := required - values.keys():
-        raise SfdError(f"{config_cls.__name__} needs a value for: " + ", ".join(sorted(missing)))
-    return config_cls(**values)
 
 
 def _string_keys(tree):

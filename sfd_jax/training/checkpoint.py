@@ -59,7 +59,7 @@ sys.unraisablehook = _without_echoes
 class Checkpointer:
     """Save and restore the training state in `directory`, keeping the newest and every n-th step."""
 
-    def __init__(self, directory, keep_last: int = 2, keep_every: int = 0):
+    def __init__(self, directory: epath.PathLike, keep_last: int = 2, keep_every: int = 0):
         """Open the folder, making it where needed and removing what a killed save left behind.
 
         Args:
@@ -129,7 +129,7 @@ class Checkpointer:
             self._manager.close()
 
 
-def save_params(directory, params: dict, metadata: dict) -> None:
+def save_params(directory: epath.PathLike, params: dict, metadata: dict) -> None:
     """Save parameters so that `load_params` finds them.
 
     Args:
@@ -149,7 +149,9 @@ def save_params(directory, params: dict, metadata: dict) -> None:
         checkpointer.save(target, args=items)
 
 
-def load_params(directory, step: int | None = None, which: str = "ema", abstract=None) -> tuple[dict, dict]:
+def load_params(
+    directory: epath.PathLike, step: int | None = None, which: str = "ema", abstract: dict | None = None
+) -> tuple[dict, dict]:
     """Read parameters and metadata of a trained or converted network.
 
     Args:
@@ -174,7 +176,7 @@ def load_params(directory, step: int | None = None, which: str = "ema", abstract
     return items[item], metadata
 
 
-def load_metadata(directory, step: int | None = None) -> dict:
+def load_metadata(directory: epath.PathLike, step: int | None = None) -> dict:
     """Read a checkpoint's metadata alone.
 
     Raises:
@@ -183,7 +185,7 @@ def load_metadata(directory, step: int | None = None) -> dict:
     return _read_metadata(find_checkpoint(directory, step))[0]
 
 
-def find_checkpoint(directory, step: int | None = None) -> epath.Path:
+def find_checkpoint(directory: epath.PathLike, step: int | None = None) -> epath.Path:
     """Return the folder of one complete checkpoint.
 
     Args:
@@ -216,7 +218,7 @@ def find_checkpoint(directory, step: int | None = None) -> epath.Path:
     return root / str(steps[-1] if step is None else step)
 
 
-def _folder(directory) -> epath.Path:
+def _folder(directory: epath.PathLike) -> epath.Path:
     """Return a folder as Orbax wants it: local ones absolute, gs:// ones as they are."""
     text = user_path(directory)
     return epath.Path(text if "://" in text else os.path.abspath(text))

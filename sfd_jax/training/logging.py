@@ -27,7 +27,7 @@ COPY_EVERY = 60.0  # seconds between two copies to a bucket
 class MetricsLog:
     """Append rows of metrics to both files; on hosts other than 0 write nothing."""
 
-    def __init__(self, workdir, restored_step: int = 0):
+    def __init__(self, workdir: epath.PathLike, restored_step: int = 0):
         """Open the files, dropping rows after `restored_step`, which a resumed run will write again.
 
         Args:
@@ -123,7 +123,7 @@ class MetricsLog:
         self.close()
 
 
-def read_metrics(workdir) -> list[dict]:
+def read_metrics(workdir: epath.PathLike) -> list[dict]:
     """Return the rows of a run's `metrics.jsonl`; a last line cut short by a kill is left out."""
     rows = []
     path = epath.Path(workdir) / "metrics.jsonl"

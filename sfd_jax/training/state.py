@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from sfd_jax.distributed import param_shardings, put_same, with_shardings
 from sfd_jax.training.randomness import stream_key
+from sfd_jax.training.task import Task
 
 
 @jax.tree_util.register_dataclass
@@ -33,7 +34,7 @@ class TrainState:
     skipped: jax.Array
 
 
-def abstract_state(task, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Return the state's shapes, dtypes and shardings; allocates nothing.
 
     Args:
@@ -48,7 +49,7 @@ def abstract_state(task, optimizer: optax.GradientTransformation, mesh: Mesh) ->
     return with_shardings(shapes, param_shardings(shapes, mesh))
 
 
-def init_state(task, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
+def init_state(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
     """Make the state of step 0, each part directly on the chips that keep it.
 
     Args:
@@ -61,11 +62,14 @@ def init_state(task, optimizer: optax.GradientTransformation, mesh: Mesh, seed: 
       A TrainState sharded as `abstract_state` says, the same on every mesh.
     """
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(task, optimizer, mesh))
-    init = jax.jit(lambda key: _first_state(task.init(key), optimizer), out_shardings=shardings)
+    # It runs once, and LLVM took six times as long as the rest of its compilation to make it fast.
+    quick = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
+    make = lambda key: _first_state(task.init(key), optimizer)
+    init = jax.jit(make, out_shardings=shardings, compiler_options=quick)
     return init(stream_key(seed, "init", mesh))
 
 
-def state_from_params(params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def state_from_params(params: dict, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Make the state of step 0 around given parameters, e.g. converted ones to train further."""
     shapes = jax.eval_shape(lambda p: _first_state(p, optimizer), params)
     shardings = param_shardings(shapes, mesh)

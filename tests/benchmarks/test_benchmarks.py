@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 
@@ -17,12 +16,10 @@ TINY = {
 }
 
 
-def run(root, name, *flags):
-    # One device: the suite's eight virtual ones would share two cores.
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+def run(root, quick, name, *flags):
     return subprocess.run(
         [sys.executable, root / "scripts" / "benchmarks" / f"{name}.py", *flags],
-        env=environment,
+        env=quick,
         capture_output=True,
         text=True,
         timeout=900,
@@ -30,11 +27,11 @@ def run(root, name, *flags):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_tiny_run(root, tmp_path, name):
+def test_tiny_run(root, quick, tmp_path, name):
     # Beside PyTorch they compare what both compute or read, and stop without a record where it differs.
     both = name in ("train_step", "loader") and importlib.util.find_spec("torch")
     versus = ["--versus=torch"] if both else []
-    done = run(root, name, *TINY[name], *versus, f"--json={tmp_path}/out.json")
+    done = run(root, quick, name, *TINY[name], *versus, f"--json={tmp_path}/out.json")
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads((tmp_path / "out.json").read_text())
     assert record["benchmark"] and record["machine"]["versions"]["jax"] and record["machine"]["cores"] > 0
@@ -52,10 +49,10 @@ def test_tiny_run(root, tmp_path, name):
     assert "| " in done.stdout  # the table
 
 
-def test_every_benchmark_explains_itself(root):
+def test_every_benchmark_explains_itself(root, quick):
     scripts = sorted(path.stem for path in (root / "scripts" / "benchmarks").glob("*.py"))
     for name in set(scripts) - {"_common", "torch_dit"}:
-        done = run(root, name, "--help")
+        done = run(root, quick, name, "--help")
         assert done.returncode == 0 and "usage" in done.stdout, (name, done.stderr[-500:])
-    done = run(root, "train_step", "--versus=jax")
+    done = run(root, quick, "train_step", "--versus=jax")
     assert done.returncode != 0 and "torch" in done.stderr

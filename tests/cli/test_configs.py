@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from sfd_jax.cli.demo.pictures import semantic_colours
 from sfd_jax.experiment.build import task_from_config, train_config
 from sfd_jax.experiment.config_files import load_config
+from sfd_jax.experiment.demo.pictures import semantic_colours
 from sfd_jax.generation import SampleConfig
 from sfd_jax.models import Network
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from sfd_jax.cli.demo.record import DemoRecord
 from sfd_jax.errors import SfdError
+from sfd_jax.experiment.demo.record import DemoRecord
 
 
 def test_a_finished_stage_runs_once_and_a_failed_one_again(tmp_path):

@@ -88,7 +88,7 @@ def test_a_reader_that_has_seen_enough_is_no_fault(root):
     reading, writing = os.pipe()
     os.close(reading)  # as `| head` does once it has its lines
     done = subprocess.run(
-        [sys.executable, "-m", "sfd_jax.cli.fetch", "--list"],
+        [sys.executable, "-m", "sfd_jax", "fetch", "--list"],
         cwd=root,
         stdout=writing,
         stderr=subprocess.PIPE,

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sfd_jax.cli.demo.judge import accuracy, shrink_to_8x8, train_judge
+from sfd_jax.experiment.demo.judge import accuracy, shrink_to_8x8, train_judge
 
 
 def test_area_mean_by_hand():

@@ -134,8 +134,8 @@ def test_configs_of_earlier_versions_have_a_delta_t_for_every_name():
     [
         ({"name": "sequentail"}, "did you mean 'sequential'"),
         ({"name": "fixed_offset", "delta_t": 1.2}, "clocks.delta_t=1.2: give a number from 0 to 1"),
-        ({"name": "fixed_offset", "dalta_t": 0.2}, "have no setting 'dalta_t': did you mean 'delta_t'"),
-        ({"name": "synchronous", "most": 0.2}, "'synchronous' have no setting 'most': they have none"),
+        ({"name": "fixed_offset", "dalta_t": 0.2}, "has no field 'dalta_t': did you mean 'delta_t'"),
+        ({"name": "synchronous", "most": 0.2}, "'synchronous' has no field 'most': it takes none"),
         ({"name": "bent", "most": True}, "clocks.most=True"),
     ],
 )

@@ -17,6 +17,7 @@ from sfd_jax.diffusion.sample_config import SampleConfig
 from sfd_jax.distributed import make_mesh
 from sfd_jax.distributed.lock import FolderLock
 from sfd_jax.evaluation import Extractor
+from sfd_jax.experiment import evaluation
 from sfd_jax.experiment.sampling import _load_texture_vae
 from sfd_jax.latents import LatentStatistics
 from sfd_jax.models import Network
@@ -64,7 +65,7 @@ def stand_in(monkeypatch):
         return {"features": features, "spatial": features[:, :2], "probabilities": jax.nn.softmax(features, axis=-1)}
 
     extractor = Extractor("inception", {"w": weights}, apply)
-    monkeypatch.setattr(evaluate_door, "_extractor", lambda name, directory: extractor)
+    monkeypatch.setattr(evaluation, "open_extractor", lambda name, directory: extractor)
 
 
 def reference(tmp_path):
@@ -276,7 +277,7 @@ def test_a_checkpoint_of_another_network_is_named(flags, tmp_path, capsys, monke
         given = [f"--reference={tmp_path / 'reference.npz'}", f"--samples={tmp_path / 'reference.npz'}", wrong]
     if flag == "--lpips":
         extractor = Extractor("inception", {}, lambda params, images: {"features": images.reshape(len(images), -1)})
-        monkeypatch.setattr(evaluate_door, "_extractor", lambda name, directory: extractor)
+        monkeypatch.setattr(evaluation, "open_extractor", lambda name, directory: extractor)
         given = ["--reconstruction", "--inception=stand-in", f"--texture_vae={vae}", given[0], wrong]
     assert open_door({"sample": sample_door, "evaluate": evaluate_door}[door].main, door, given) == 2
     error, wanted = capsys.readouterr().err, {"--checkpoint": "lightning_dit", "--weak": "lightning_dit"}

@@ -9,6 +9,7 @@ import pytest
 from sfd_jax.cli import compile_pod
 from sfd_jax.cli import plan as plan_command
 from sfd_jax.errors import SfdError
+from sfd_jax.experiment.programs import in_size_b
 from sfd_jax.pod import make_plan, report, table
 from sfd_jax.pod.chips import CHIPS, Topology
 from sfd_jax.pod.hlo import Traffic
@@ -128,7 +129,7 @@ def test_a_plan_is_arithmetic():
 @pytest.mark.parametrize("command", [compile_pod, plan_command])
 @pytest.mark.parametrize("peak, status", [(4.0, 0), (16.0, 1)])
 def test_the_exit_status_says_whether_it_fits(command, peak, status, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(command, "measure_program", lambda args, what: measurement(peak))
+    monkeypatch.setattr(command, "measured", lambda args, what: measurement(peak))
     monkeypatch.setattr(report, "machine", lambda: {})
     file = tmp_path / "numbers.json"
     assert command.main(["--topology=v5e:2x2", f"--json={file}"]) == status
@@ -151,8 +152,8 @@ def test_what_a_plan_cannot_work_with(flags, said):
 
 
 def test_weak_models_default_to_the_same_config_in_size_b():
-    assert compile_pod._in_size_b("configs/sfd.py:xl,tiny") == "configs/sfd.py:b,tiny"
-    assert compile_pod._in_size_b("configs/sfd.py") == "configs/sfd.py:b"
+    assert in_size_b("configs/sfd.py:xl,tiny") == "configs/sfd.py:b,tiny"
+    assert in_size_b("configs/sfd.py") == "configs/sfd.py:b"
 
 
 @needs_libtpu

@@ -23,12 +23,13 @@ def test_it_is_stored_without_outputs(stored):
 
 
 @pytest.mark.slow
-def test_it_trains_and_draws_the_digits(stored, root, tmp_path, monkeypatch):
+def test_it_trains_and_draws_the_digits(stored, root, quick, tmp_path, monkeypatch):
     from nbclient import NotebookClient
 
     monkeypatch.setenv("SFD_NOTEBOOK_CONFIG", "configs/digits.py:tiny")
     monkeypatch.setenv("SFD_NOTEBOOK_FOLDER", str(tmp_path / "demo_out"))
-    monkeypatch.setenv("XLA_FLAGS", "")
+    for name, value in quick.items():
+        monkeypatch.setenv(name, value)
     # The kernel is this Python, whatever kernels the machine has.
     kernel = tmp_path / "kernels/kernels/python3"
     kernel.mkdir(parents=True)

@@ -8,6 +8,9 @@ from the last finished work and ends with the same samples.
 """
 
 import os
+from pathlib import Path
+
+import jax
 
 from sfd_jax.cli.flags import door_parser, local_path, parse_door
 from sfd_jax.errors import needs_extra
@@ -24,16 +27,15 @@ def main(argv: list[str]) -> int:
     if args.seed is not None:
         args.config.seed = args.seed
     # Digits are small: the demo is for the processor, and gives there what README.md shows.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if not os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", "cpu")
 
     with needs_extra("demo", "the demo"):  # its pictures come last, minutes later
         import matplotlib  # noqa: F401
 
-    from pathlib import Path
-
-    from sfd_jax.cli.demo import results, stages
-    from sfd_jax.cli.demo.record import DemoRecord
     from sfd_jax.distributed.lock import FolderLock
+    from sfd_jax.experiment.demo import results, stages
+    from sfd_jax.experiment.demo.record import DemoRecord
 
     workdir = Path(args.workdir).absolute()
     with FolderLock(workdir):
@@ -43,7 +45,7 @@ def main(argv: list[str]) -> int:
         record.run("encoder", "visual encoder, a small ViT with registers", lambda: stages.train_encoder(demo))
         of_features = "Semantic VAE on the encoder's patch features"
         record.run("semantic_vae", of_features, lambda: stages.train_semantic_vae(demo))
-        record.run("latents", "training digits to latent shards with statistics", lambda: stages.extract_latents(demo))
+        record.run("latents", "training digits to latent shards with statistics", lambda: stages.extract(demo))
         record.run("diffusion", "two-clock diffusion model", lambda: stages.train_diffusion(demo, "diffusion"))
         record.run("weak", "weaker model for AutoGuidance", lambda: stages.train_diffusion(demo, "weak"))
         record.run("sample", "new digits", lambda: results.make_samples(demo))
@@ -54,7 +56,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _print_summary(workdir, stages: dict[str, dict]) -> None:
+def _print_summary(workdir: Path, stages: dict[str, dict]) -> None:
     print()
     for name, values in (
         ("samples", stages["metrics"]["samples"]),

@@ -5,7 +5,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sfd_jax.errors import SfdError
@@ -52,7 +52,7 @@ class DemoRecord:
         """Stage -> {"seconds": ..., "peak_gib": ..., and what the stage returned}."""
         return self._content["stages"]
 
-    def run(self, name: str, title: str, stage) -> None:
+    def run(self, name: str, title: str, stage: Callable[[], dict | None]) -> None:
         """Run a stage unless it is done; `stage()` returns a JSON-able dict for the report."""
         if name in self.stages:
             print(f"[{name}] done before", flush=True)

@@ -5,19 +5,21 @@ from pathlib import Path
 
 import numpy as np
 
-from sfd_jax.cli.demo import judge, pictures
-from sfd_jax.cli.demo.stages import Demo
 from sfd_jax.data.digits import digits_8x8
+from sfd_jax.data.latent_store import LatentStore
 from sfd_jax.evaluation.evaluate import evaluate
 from sfd_jax.evaluation.features import Extractor, class_token
 from sfd_jax.evaluation.image_sets import image_set_of
 from sfd_jax.evaluation.reference import Reference
+from sfd_jax.experiment.build import layout_from_config, mesh_from_config
+from sfd_jax.experiment.demo import judge, pictures
+from sfd_jax.experiment.demo.stages import Demo
 from sfd_jax.files import write_json, write_text
 from sfd_jax.generation.job import make_images
 from sfd_jax.generation.labels import balanced_labels
 from sfd_jax.generation.outputs import write_samples_npz
 from sfd_jax.generation.sampler import SampleConfig, Sampler, make_sampler
-from sfd_jax.training import load_params
+from sfd_jax.training.logging import read_metrics
 
 TAUS_SHOWN = 8
 
@@ -25,14 +27,13 @@ TAUS_SHOWN = 8
 def open_sampler(demo: Demo) -> Sampler:
     """Build the sampler from the trained stages, as `sfd sample` does from any checkpoints."""
     config = SampleConfig.from_group(demo.config.sample)
-    weak = load_params(demo.workdir / "weak") if config.guidance == "autoguidance" else None
     return make_sampler(
-        load_params(demo.workdir / "diffusion"),
-        load_params(demo.workdir / "texture_vae"),
+        demo.open("diffusion").weights,
+        demo.open("texture_vae").weights,
         config,
-        weak=weak,
+        weak=demo.open("weak").weights if config.guidance == "autoguidance" else None,
         seed=demo.config.seed,
-        mesh=demo.mesh,
+        mesh=mesh_from_config(demo.config),
     )
 
 
@@ -66,7 +67,7 @@ def measure(demo: Demo) -> dict:
     chosen = np.random.default_rng(0).permutation(len(real))[: len(samples)]
     reader = judge.train_judge(*digits_8x8("train"))
 
-    network, params = demo.load("encoder")
+    network, params, _ = demo.open("encoder")
     extractor = Extractor("digits encoder", params, class_token(network, demo.config.data.image_size))
     reference = Reference("held-out digits", None, image_set_of("held-out digits", held_out), "")
 
@@ -104,7 +105,7 @@ def draw_pictures(demo: Demo) -> dict:
     pictures.draw_samples(demo.workdir / "samples.png", samples, labels, *demo.images("held_out"))
     _draw_stages(demo)
     curves = {
-        stage: _curves(demo.workdir / stage / "metrics.jsonl", names)
+        stage: _curves(demo.workdir / stage, names)
         for stage, names in {
             "texture_vae": ("loss", "l1"),
             "encoder": ("loss",),
@@ -118,12 +119,8 @@ def draw_pictures(demo: Demo) -> dict:
 
 
 def _draw_stages(demo: Demo, label: int = 3) -> None:
-    from sfd_jax.data.latent_store import LatentStore
-    from sfd_jax.experiment.build import diffusion_settings, layout_from_config
-
     sampler = open_sampler(demo)
-    clocks = diffusion_settings(demo.config.diffusion)["clocks"]
-    layout = layout_from_config(demo.config.diffusion)
+    clocks, layout = sampler.clocks, layout_from_config(demo.config.diffusion)
     taus = np.linspace(0, clocks.tau_end, TAUS_SHOWN)
     latents, decoded = sampler.trajectory(np.array([0]), np.array([label]), taus)
     store = LatentStore(demo.workdir / "latents")
@@ -140,13 +137,13 @@ def _draw_stages(demo: Demo, label: int = 3) -> None:
     )
 
 
-def _curves(path: Path, names: tuple[str, ...]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return {
-        name: tuple(np.array(column) for column in zip(*((row["step"], row[name]) for row in rows if name in row)))
-        for name in names
-        if any(name in row for row in rows)
-    }
+def _curves(folder: Path, names: tuple[str, ...]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    rows, curves = read_metrics(folder), {}
+    for name in names:
+        if found := [(row["step"], row[name]) for row in rows if name in row]:
+            steps, values = zip(*found, strict=True)
+            curves[name] = np.array(steps), np.array(values)
+    return curves
 
 
 def write_report(demo: Demo, stages: dict[str, dict]) -> None:

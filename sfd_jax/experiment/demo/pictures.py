@@ -128,7 +128,7 @@ def draw_losses(path: Path, curves: dict[str, dict[str, tuple[np.ndarray, np.nda
     """
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(1, len(curves), figsize=(3.4 * len(curves), 3.0), squeeze=False)
-    for axis, (stage, lines) in zip(axes[0], curves.items()):
+    for axis, (stage, lines) in zip(axes[0], curves.items(), strict=True):
         positive = all(np.all(values > 0) for _, values in lines.values())
         for name, (steps, values) in lines.items():
             axis.plot(steps, values, label=name, linewidth=1.2)

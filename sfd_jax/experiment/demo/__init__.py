@@ -1,0 +1,1 @@
+"""The demo: every part of SFD trained on the digits, sampled, judged and drawn, in stages that a folder remembers."""

@@ -1,0 +1,226 @@
+"""From a config to a `Run`, one function for each kind of training.
+
+Each adds to `found` whatever it can find wrong without a device, and raises all of it together.
+"""
+
+import functools
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sfd_jax.data.checks import check_labels, check_published, check_store
+from sfd_jax.data.images import ImageSource, open_images
+from sfd_jax.data.latent_store import LatentStore
+from sfd_jax.data.pipeline import feature_transform, latent_transform, pixel_transform
+from sfd_jax.data.published import open_latents
+from sfd_jax.errors import Faults, SfdError
+from sfd_jax.experiment import build
+from sfd_jax.experiment.run import Run
+from sfd_jax.experiment.targets import check_repa_source, open_frozen, open_targets
+from sfd_jax.experiment.training_data import check_data, check_init, load_init, open_source, unused_classes
+from sfd_jax.latents import other_makers
+from sfd_jax.models import ENCODERS, Network
+from sfd_jax.models.encoders import Tiling, VisualEncoder
+from sfd_jax.models.fingerprint import params_hash
+from sfd_jax.settings import from_group
+from sfd_jax.training import TrainConfig
+from sfd_jax.training.checkpoint import find_checkpoint
+from sfd_jax.training.frozen_features import FrozenFeatures, online_features
+from sfd_jax.training.semantic_vae import SemanticVAELoss, measure_semantic_vae, semantic_vae_task
+from sfd_jax.training.texture_vae import TextureVAELoss, measure_texture_vae, texture_vae_task
+from sfd_jax.training.visual_encoder import VisualEncoderLoss, visual_encoder_task
+
+
+def open_diffusion(config: ConfigDict, found: Faults | None = None, *, init: str | None = None) -> Run:
+    """Open a run of the two-clock diffusion transformer.
+
+    Args:
+      config: with the groups of configs/sfd.py.
+      found: faults that are known already.
+      init: checkpoint whose weights to start from.
+
+    Raises:
+      SfdError: values that are unknown or contradict each other, or latents that do not fit; all are named.
+    """
+    found, notes = Faults() if found is None else found, []
+    for part in (build.layout_from_config, build.network_from_config, build.diffusion_settings, build.task_from_config):
+        with found:
+            part(config)
+    with found:
+        train = build.train_config(config)
+    with found:
+        repa = config.loss.repa_weight > 0 and config.data.repa_source == "stored"
+        check_repa_source(config)
+    needed = {"semvae": config.data.semantic_vae, "online": config.data.visual_encoder}.get(config.data.repa_source)
+    for checkpoint in filter(None, (init, needed)):
+        with found:
+            find_checkpoint(checkpoint)
+    if config.model.repa_features and not config.loss.repa_weight:
+        notes.append(
+            "loss.repa_weight=0 leaves REPA's projector untrained; --config.model.repa_features=0 leaves it out"
+        )
+    with found:
+        latents = open_source(config.data.path, repa=False)
+        check_data(config, latents, found, repa=repa)
+        found += check_labels(latents, config.model.num_classes)
+        notes += unused_classes(config.model.num_classes, latents)
+    found.stop()
+    layout, latents = build.layout_from_config(config), open_source(config.data.path, repa=repa)
+    source, targets = open_targets(config, layout, latents)
+    task, clocks = build.task_from_config(config, targets), build.diffusion_settings(config)["clocks"]
+    params = None
+    if init:
+        notes += check_init(init, task.network, clocks, source)
+        with found:
+            params = load_init(init, task.network, clocks, config.seed)
+    told = {"latent_statistics": source.statistics.to_dict(), "class_names": source.class_names}
+    told |= {"latents": source.origin, "registered_in": build.registered_in(config)}
+    transform = latent_transform(layout, source.statistics, repa=repa)
+    checks = functools.partial(_check_latents, config, latents, repa)
+    return Run(task, train, config, source, transform, told, params=params, notes=tuple(notes), checks=checks)
+
+
+def _check_latents(config: ConfigDict, latents: Any, repa: bool) -> list[str]:
+    """Look through the records."""
+    wanted = {"num_classes": config.model.num_classes, "flips": config.data.flips}
+    if isinstance(latents, LatentStore):
+        return check_store(config.data.path, repa=repa, **wanted)
+    return check_published(latents, **wanted)
+
+
+def open_semantic_vae(config: ConfigDict, found: Faults | None = None, *, features: Any = None) -> Run:
+    """Open a run of the Semantic VAE.
+
+    Args:
+      config: with the groups of configs/semantic_vae.py.
+      found: faults that are known already.
+      features: records with `repa_features` (N, F) to train on, instead of what `config.data` names.
+
+    Raises:
+      SfdError: values that are unknown or contradict each other, or features that do not fit; all are named.
+    """
+    found, data = Faults() if found is None else found, config.data
+    network, loss, train = _network_loss_train("semantic_vae", config, SemanticVAELoss, found)
+    maker, transform, held_out = None, feature_transform, None
+    with found:
+        if data.visual_encoder and (data.path or data.held_out_path):
+            raise SfdError(
+                "data.visual_encoder makes features from data.images, so data.path and data.held_out_path "
+                "have no effect: give either"
+            )
+        elif data.visual_encoder:
+            source, held_out, maker, tokens = _open_images(config)
+            transform, weights = pixel_transform, {"visual": params_hash(maker.params)}
+        elif data.path or features is not None:
+            source = open_latents(data.path, repa=True) if features is None else features
+            held_out = open_latents(data.held_out_path, repa=True) if data.held_out_path else None
+            weights = _visual(source)
+            tokens, width = source[0]["repa_features"].shape
+            if width != config.model.input_dim:
+                found.append(
+                    f"the features are {width} wide, but model.input_dim={config.model.input_dim}: "
+                    f"--config.model.input_dim={width}"
+                )
+            others = {"weights": _visual(held_out)} if held_out else None
+            if differing := other_makers(others, {"weights": weights}):
+                raise SfdError(f"the held-out features are of another encoder than those to train on: {differing[0]}")
+        else:
+            raise SfdError(
+                "say where the features are: --config.data.path=FOLDER, made by `sfd extract --repa`; or what to make "
+                "them from: --config.data.visual_encoder=CKPT --config.data.images.path=IMAGES"
+            )
+    if not found and loss.classification_weight > 0:
+        found += check_labels(source, loss.num_classes, "loss.num_classes")
+    found.stop()
+    measure = functools.partial(measure_semantic_vae, network, source=maker)
+    told = {"latents": {"weights": weights, "tokens": tokens}}  # of what it compresses: whose features, how many
+    task = semantic_vae_task(network, loss, maker)
+    return Run(task, train, config, source, transform, told, held_out=(measure, held_out) if held_out else None)
+
+
+def _visual(latents: Any) -> dict[str, str]:
+    """Return the hash of the encoder that made a source's features, where that is known."""
+    return {name: digest for name, digest in latents.origin["weights"].items() if name == "visual"}
+
+
+def _open_images(config: ConfigDict) -> tuple[ImageSource, ImageSource | None, FrozenFeatures, int]:
+    """Return images to train on, held-out ones or None, what makes features of them, and how many of an image."""
+    images = config.data.images
+    network, params = open_frozen(config.data.visual_encoder, ENCODERS, config.model.compute_dtype)
+    if network.config.feature_width != config.model.input_dim:
+        raise SfdError(
+            f"model.input_dim={config.model.input_dim}, but data.visual_encoder={config.data.visual_encoder} "
+            f"makes features of {network.config.feature_width}"
+        )
+    encoder = VisualEncoder(network, Tiling.whole(images.image_size, config.data.view_size, network))
+    split = lambda name: open_images(images.kind, images.path, name, images.image_size)
+    held_out = split(images.held_out_split) if images.held_out_split else None
+    return split(images.split), held_out, online_features(encoder, params), encoder.tiling.grid**2
+
+
+def open_texture_vae(config: ConfigDict, found: Faults | None = None) -> Run:
+    """Open a run of the texture VAE.
+
+    Args:
+      config: with the groups of configs/texture_vae.py.
+      found: faults that are known already.
+
+    Raises:
+      SfdError: values that are unknown or contradict each other, or no images; all are named.
+    """
+    found, data = Faults() if found is None else found, config.data
+    network, loss, train = _network_loss_train("texture_vae", config, TextureVAELoss, found)
+    perceptual = frozen = held_out = None
+    with found:
+        if config.lpips and not config.loss.perceptual_weight:
+            raise SfdError("lpips has no effect with loss.perceptual_weight=0: leave one of them out")
+        if config.lpips:
+            lpips, frozen = open_frozen(config.lpips, "lpips", config.model.compute_dtype)
+            perceptual = lambda ours, theirs, params: lpips.apply(params, ours, theirs)
+    with found:
+        source = _images_of(config, data.split)
+    with found:
+        if data.held_out_split and not found:
+            measure = functools.partial(measure_texture_vae, network)
+            held_out = measure, _images_of(config, data.held_out_split)
+    found.stop()
+    task = texture_vae_task(network, loss, perceptual, frozen)
+    return Run(task, train, config, source, pixel_transform, {"class_names": source.class_names}, held_out=held_out)
+
+
+def open_visual_encoder(config: ConfigDict, found: Faults | None = None) -> Run:
+    """Open a run of a small visual encoder on labelled images.
+
+    Args:
+      config: with the groups of configs/texture_vae.py.
+      found: faults that are known already.
+
+    Raises:
+      SfdError: values that are unknown or contradict each other, or no images; all are named.
+    """
+    found = Faults() if found is None else found
+    network, loss, train = _network_loss_train("dinov2", config, VisualEncoderLoss, found)
+    with found:
+        source = _images_of(config, config.data.split)
+    found.stop()
+    task = visual_encoder_task(network, loss)
+    return Run(task, train, config, source, pixel_transform, {"class_names": source.class_names})
+
+
+def _images_of(config: ConfigDict, split: str) -> ImageSource:
+    data = config.data
+    if not data.path and data.kind != "digits":
+        raise SfdError("say where the images are: --config.data.path=IMAGES")
+    return open_images(data.kind, data.path, split, data.image_size)
+
+
+def _network_loss_train(name: str, config: ConfigDict, loss: type, found: Faults) -> tuple[Network, Any, TrainConfig]:
+    """Build the parts that all kinds of training have, as far as they can be built."""
+    made = [None, None, None]
+    with found:
+        made[0] = Network(name, config.model.to_dict())
+    with found:
+        made[1] = from_group(loss, config.loss, "config group 'loss'")
+    with found:
+        made[2] = build.train_config(config)
+    return tuple(made)
