@@ -7,7 +7,7 @@ import sys
 import pytest
 
 EVERYONE = {"budget", "errors", "files", "libtpu", "ranges"}
-# room -> rooms it may import, beside itself and the leaves `budget`, `errors`, `files`, `libtpu` and `ranges`, which are everybody's.
+# package -> packages it may import, beside itself and the leaves above, which are everybody's.
 MAY_IMPORT = {
     "budget": set(),
     "errors": set(),
@@ -15,12 +15,13 @@ MAY_IMPORT = {
     "libtpu": set(),
     "ranges": set(),
     "latents": set(),
-    "models": {"distributed"},
-    "distributed": {"models"},
+    "models": set(),
+    "distributed": set(),
+    "execution": {"models", "distributed"},
     "diffusion": {"latents"},
     "data": {"latents", "distributed"},
-    "training": {"latents", "models", "diffusion", "data", "distributed"},
-    "generation": {"latents", "models", "diffusion", "data", "distributed", "training"},
+    "training": {"latents", "models", "diffusion", "data", "distributed", "execution"},
+    "generation": {"latents", "models", "diffusion", "data", "distributed", "execution", "training"},
     "evaluation": {"models", "distributed", "data"},
     "convert": {"latents", "models"},
     "parity": {"latents", "models", "diffusion", "distributed", "training", "generation", "evaluation", "convert"},
@@ -103,3 +104,27 @@ def test_import_brings_nothing_heavy(room):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+# What tells of hardware. A mesh is known to `latent_encoder` alone, whose `jit_encoder` is a program and no network.
+HARDWARE = {
+    "default_backend",
+    "devices",
+    "local_devices",
+    "device_count",
+    "device_kind",
+    "platform",
+    "platform_dependent",
+}
+MESHES = {"Mesh", "AbstractMesh", "get_abstract_mesh", "get_mesh", "set_mesh", "shard_map"}
+
+
+def test_networks_know_no_hardware(root):
+    faults = []
+    for file in sorted((root / "sfd_jax" / "models").rglob("*.py")):
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+        names |= {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+        forbidden = HARDWARE | (set() if file.name == "latent_encoder.py" else MESHES)
+        faults += [f"{file.name} asks for {name}" for name in sorted(names & forbidden)]
+    assert not faults, faults

@@ -17,6 +17,9 @@ from sfd_jax.training import OptimizerConfig, Task, TrainConfig
 from sfd_jax.training.diffusion import diffusion_task
 from sfd_jax.training.frozen_features import FrozenFeatures
 
+# Settings of `config.model` that say how the network is computed in training, and are no part of it.
+EXECUTION = ("scan_blocks", "remat")
+
 
 def task_from_config(config: Any, targets: FrozenFeatures | None = None) -> Task:
     """Return the diffusion task of a config; `targets` as `diffusion_task` has them.
@@ -30,7 +33,7 @@ def task_from_config(config: Any, targets: FrozenFeatures | None = None) -> Task
 
 def network_from_config(config: Any) -> Network:
     """Return the LightningDiT of `config.model`, its channels from `latents`, its null label from `loss`."""
-    fields = {name: value for name, value in config.model.items() if name != "size"}
+    fields = {name: value for name, value in config.model.items() if name not in ("size", *EXECUTION)}
     derived = {
         "in_channels": layout_from_config(config).channels,
         "null_label": config.loss.label_dropout > 0,
@@ -55,12 +58,13 @@ def diffusion_settings(config: Any) -> dict[str, Any]:
 
 
 def train_config(config: Any) -> TrainConfig:
-    """Return how a run proceeds, from the groups `train` and `optimizer`."""
+    """Return how a run proceeds, from the groups `train` and `optimizer`, and EXECUTION of `model`."""
     found, optimizer = Faults(), OptimizerConfig()
+    execution = {name: value for name, value in config.model.items() if name in EXECUTION}
     with found:
         optimizer = from_group(OptimizerConfig, "optimizer", config.optimizer)
     with found:
-        train = from_group(TrainConfig, "train", {**config.train, "optimizer": optimizer})
+        train = from_group(TrainConfig, "train", {**config.train, **execution, "optimizer": optimizer})
     found.stop()
     return train
 

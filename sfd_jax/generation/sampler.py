@@ -20,11 +20,13 @@ from jax.sharding import Mesh, PartitionSpec
 from sfd_jax.diffusion import guidance
 from sfd_jax.diffusion.clocks import Clocks, make_clocks
 from sfd_jax.diffusion.sampling import SolverConfig, sample, trajectory
-from sfd_jax.distributed import batch_sharding, make_mesh, mesh_context, param_shardings, put_same, replicated
+from sfd_jax.distributed import batch_sharding, make_mesh, param_shardings, put_same, replicated
 from sfd_jax.errors import SfdError, nearest, refuse
+from sfd_jax.execution import choose_execution
 from sfd_jax.generation.parts import Checkpoint, check_parts, trained_labels
 from sfd_jax.latents import LatentLayout, LatentStatistics
 from sfd_jax.models import Network, network_of
+from sfd_jax.models.execution import executing
 from sfd_jax.models.fingerprint import params_hash
 from sfd_jax.models.network import checkpoint_name
 from sfd_jax.models.texture_vae import to_bytes
@@ -150,6 +152,7 @@ class Sampler:
         """
         check(seed=seed)
         self.mesh = make_mesh() if mesh is None else mesh
+        self._execution = choose_execution(self.mesh)
         network, vae = model[0], texture_vae[0]
         _check_fit(network, vae, weak and weak[0], layout, statistics, config)
         self.num_classes, self.class_names = network.config.num_classes, class_names
@@ -318,7 +321,7 @@ class Sampler:
     def _velocity_fn(self, params, labels):
         def network(name):
             def velocity(*args):
-                with mesh_context(self.mesh):
+                with executing(self._execution):
                     return self._networks[name].apply(params[name], *args)
 
             return velocity

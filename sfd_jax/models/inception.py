@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sfd_jax.models.layers import FAN_IN, dense, precision_of
+from sfd_jax.models.kernels import precision_of
+from sfd_jax.models.layers import FAN_IN, dense
 from sfd_jax.models.resize import resize_bilinear_tf1
 
 IMAGE_SIZE = 299

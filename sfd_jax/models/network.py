@@ -15,6 +15,10 @@ import numpy as np
 from flax import nnx
 
 from sfd_jax.errors import SfdError, nearest
+from sfd_jax.models.execution import current
+
+# Fields of configs written before an `Execution` took their place: read and passed over.
+FORMER_FIELDS = {"scan_blocks", "remat"}
 
 Params = dict[str, Any]
 
@@ -57,12 +61,15 @@ class Network:
     def apply(self, params: Params, *args, method: str = "__call__", **kwargs):
         """Call the network (or another of its methods) with `params`; pure and jit-able.
 
+        How it is computed is what the surrounding `execution.executing` says.
+
         Raises:
           SfdError: `params` is not the tree of `abstract_params` (each differing path is named).
         """
         graphdef, abstract = self._blueprint
         _check_same_tree(self.name, params, abstract)
         module = nnx.merge(graphdef, nnx.restore_int_paths(params))
+        module.set_attributes(execution=current(), raise_if_not_found=False)
         return getattr(module, method)(*args, **kwargs)
 
     def num_params(self) -> int:
@@ -112,6 +119,7 @@ def checkpoint_name(metadata: Mapping[str, Any]) -> str:
 def _read_config(config_cls, values):
     names = {field.name for field in dataclasses.fields(config_cls)}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(values).items()}
+    values = {k: v for k, v in values.items() if k in names or k not in FORMER_FIELDS}
     for key in values:
         if key not in names:
             raise SfdError(f"{config_cls.__name__} has no field '{key}': {nearest(key, names)}")

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sfd_jax.models.attention import attend
+from sfd_jax.models.execution import PLAIN
 from sfd_jax.models.layers import check, check_divides, check_dtype, conv, group_norm
 from sfd_jax.models.posterior import sample_posterior, split_moments
 from sfd_jax.ranges import check_fields
@@ -270,6 +270,8 @@ class ResBlock(nnx.Module):
 class Attention(nnx.Module):
     """Single-head attention over all positions of the grid, beside a shortcut."""
 
+    execution = PLAIN
+
     def __init__(self, config, channels, *, rngs):
         dtype = jnp.dtype(config.compute_dtype)
         self.norm = group_norm(channels, config.norm_groups, rngs=rngs)
@@ -282,7 +284,7 @@ class Attention(nnx.Module):
         b, h, w, c = x.shape
         normed = self.norm(x)
         q, k, v = (f(normed).reshape(b, h * w, 1, c) for f in (self.q, self.k, self.v))
-        return x + self.proj_out(attend(q, k, v).reshape(b, h, w, c))
+        return x + self.proj_out(self.execution.attention(q, k, v).reshape(b, h, w, c))
 
 
 class Downsample(nnx.Module):
