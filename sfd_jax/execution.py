@@ -1,9 +1,8 @@
 """How networks are computed on the devices of a mesh: decided here, where a step or sampler is built, and handed in.
 
-The one place where hardware is asked for scan, remat, attention, products, gathering and splitting; `models` has the
-operations and knows no device. A file of its own, since training, generation, evaluation and the pod's programs all
-build on `models` and `distributed`, which do not know each other. What decides nothing here (encoders and VAEs in
-float32 and without gradients) is computed plainly. docs/performance.md has the numbers behind the choices.
+The one place where hardware is asked for it; `models` has the operations and knows no device. A file of its own, since
+training, generation, evaluation and `pod` all build on `models` and `distributed`, which do not know each other. What
+decides nothing here (encoders and VAEs without gradients) is computed plainly. Numbers: docs/performance.md.
 """
 
 import functools
@@ -14,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from sfd_jax.distributed import batch_sharding, replicated, shard_rule
 from sfd_jax.models import kernels
-from sfd_jax.models.execution import Execution, unchanged
+from sfd_jax.models.execution import PLAIN, Execution
 
 # GiB a device that "auto" lets blocks keep, by the beginning of the device's kind: about a third of its memory, since
 # parameters, optimizer and a block's own values need the rest.
@@ -57,8 +56,8 @@ def choose_execution(
         product=kernels.cpu_product if platform == "cpu" else kernels.product,
         scan=scan,
         remat=remat,
-        gather=functools.partial(_gather, mesh) if mesh.shape["fsdp"] > 1 else unchanged,
-        split=functools.partial(_split, mesh) if mesh.size > 1 else unchanged,
+        gather=functools.partial(_gather, mesh) if mesh.shape["fsdp"] > 1 else PLAIN.gather,
+        split=functools.partial(_split, mesh) if mesh.size > 1 else PLAIN.split,
     )
 
 

@@ -12,7 +12,7 @@ from sfd_jax.distributed import make_mesh
 from sfd_jax.errors import SfdError
 from sfd_jax.execution import choose_execution
 from sfd_jax.models import Network, dit_config, kernels
-from sfd_jax.models.execution import PLAIN, Execution, current, executing, unchanged
+from sfd_jax.models.execution import PLAIN, Execution, current, executing
 from sfd_jax.training import TrainConfig
 
 
@@ -28,9 +28,9 @@ def test_operations_by_backend():
     assert [e.product for e in (cpu, tpu, gpu)] == [kernels.cpu_product] + [kernels.product] * 2
     assert [e.scan for e in (cpu, tpu, gpu)] == [True, True, False]
     assert choose_execution(mesh_of(platform="gpu"), scan=True).scan
-    assert cpu.gather is cpu.split is unchanged
+    assert (cpu.gather, cpu.split) == (PLAIN.gather, PLAIN.split)
     split = choose_execution(mesh_of(chips=4, fsdp=1))
-    assert split.gather is unchanged and split.split is not unchanged
+    assert split.gather is PLAIN.gather and split.split is not PLAIN.split
 
 
 def test_remat_auto_keeps_what_fits_the_device():

@@ -132,6 +132,7 @@ class Sampler:
         class_names: list[str] | None = None,
         labels: np.ndarray | None = None,
         recipe: dict | None = None,
+        scan_blocks: bool | None = None,
         mesh: Mesh | None = None,
     ):
         """Place parameters on the mesh.
@@ -145,6 +146,7 @@ class Sampler:
           class_names: what the classes are called.
           labels: those that were trained, sorted; all of them by default.
           recipe: entries for `self.recipe`.
+          scan_blocks: run the models' blocks as one compiled loop, or unrolled; None: the best for the devices.
           mesh: the devices; all of them by default.
 
         Raises:
@@ -152,7 +154,7 @@ class Sampler:
         """
         check(seed=seed)
         self.mesh = make_mesh() if mesh is None else mesh
-        self._execution = choose_execution(self.mesh)
+        self._execution = choose_execution(self.mesh, scan=scan_blocks)
         network, vae = model[0], texture_vae[0]
         _check_fit(network, vae, weak and weak[0], layout, statistics, config)
         self.num_classes, self.class_names = network.config.num_classes, class_names
@@ -424,7 +426,8 @@ def make_sampler(
             f"{checkpoint_name(metadata)} holds no latent statistics, without which its latents cannot be decoded; "
             "give those of its training latents with --latent_store (they are never computed anew)"
         )
-    dropout = ((metadata.get("config") or {}).get("loss") or {}).get("label_dropout")
+    trained = metadata.get("config") or {}
+    dropout = (trained.get("loss") or {}).get("label_dropout")
     if config.guidance == "cfg" and dropout == 0:
         raise SfdError(f"guidance 'cfg' needs label dropout in training; that of {checkpoint_name(metadata)} was 0")
     layout = LatentLayout(len(statistics.texture_mean), len(statistics.semantic_mean))
@@ -459,6 +462,7 @@ def make_sampler(
         class_names=metadata.get("class_names"),
         labels=trained_labels(metadata, networks["model"].config.num_classes),
         recipe=recipe,
+        scan_blocks=(trained.get("model") or {}).get("scan_blocks"),
         mesh=mesh,
     )
 

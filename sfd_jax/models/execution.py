@@ -1,13 +1,8 @@
 """How networks are computed, as against what they compute.
 
-A step or a sampler decides it once, for the devices it runs on (`sfd_jax.execution`), and hands it in around whatever
-it traces:
-
-    with executing(execution):
-        loss = task.loss(params, batch, key)
-
-`Network.apply` gives it to the network's modules, and nothing else reads it. So a loss may hold any number of networks,
-its own and frozen ones, and need not know. Without it networks take plain forms, on every backend.
+A step or a sampler decides it once, for the devices it runs on (`sfd_jax.execution`), and says `with executing(...)`
+around what it traces; `Network.apply` hands it to the modules, and nothing else reads it. So a loss may hold any number
+of networks, its own and frozen ones, and need not know. Without it networks take plain forms, on every backend.
 """
 
 import contextlib
@@ -19,11 +14,6 @@ from typing import Any
 import jax
 
 from sfd_jax.models import kernels
-
-
-def unchanged(x: Any) -> Any:
-    """Return `x`."""
-    return x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +33,8 @@ class Execution:
     product: Callable[[jax.Array, jax.Array], jax.Array] = kernels.product
     scan: bool = True
     remat: str = "none"
-    gather: Callable[[Any], Any] = unchanged
-    split: Callable[[jax.Array], jax.Array] = unchanged
+    gather: Callable[[Any], Any] = lambda params: params
+    split: Callable[[jax.Array], jax.Array] = lambda x: x
 
 
 PLAIN = Execution()
@@ -53,7 +43,7 @@ _current = contextvars.ContextVar("execution", default=PLAIN)
 
 @contextlib.contextmanager
 def executing(execution: Execution) -> Iterator[None]:
-    """Have the networks that are called (under jit: traced) inside computed so."""
+    """Have networks computed so that are called (under jit: traced) inside."""
     token = _current.set(execution)
     try:
         yield

@@ -1,10 +1,8 @@
-"""Operations that are tuned for some hardware, each beside its plain form.
+"""Operations that are tuned for some hardware, each beside its plain form, which is the default.
 
-The plain forms are the default. Which others networks take is said by an `Execution` (execution.py) and never asked of
-the hardware here. A tuned form gives the same numbers but for rounding.
-
-Derivatives: plain forms have all of them. `jax.jvp`, `jax.linearize`, `jax.vjp` and the gradient of a `jax.jvp` go
-through the tuned ones too; for derivatives of a gradient, or `jax.vmap` of one, take the plain forms. Of
+An `Execution` (execution.py) says which of them networks take; hardware is never asked here. A tuned form gives the
+same numbers but for rounding. Plain forms have all derivatives. `jax.jvp`, `jax.linearize`, `jax.vjp` and the gradient
+of a `jax.jvp` go through tuned ones too; for derivatives of a gradient, or `jax.vmap` of one, take plain ones. Of
 `cudnn_attention` there is a gradient alone.
 
 Axis letters: B batch, N tokens, K heads, E head width, I and O features in and out.
@@ -28,23 +26,15 @@ def precision_of(dtype) -> jax.lax.Precision | None:
 
 
 def with_transpose(push: Callable, pull: Callable) -> Callable:
-    """Return `push`, a function of (kept, x) that is linear in x, with a transpose of its own.
-
-    Args:
-      push: (kept, x) -> y.
-      pull: (kept, gradient by y) -> gradient by x.
-    """
+    """Return `push`, (kept, x) -> y and linear in x, with the transpose `pull`, (kept, gradient by y) -> by x."""
 
     @jax.custom_jvp
     def call(kept, x):
         return linear_call(push, pull, kept, x)
 
-    # `linear_call` knows no derivative by `kept`.
+    # `linear_call` has no derivative by `kept`.
     call.defjvp(lambda primals, tangents: (call(*primals), jax.jvp(push, primals, tangents)[1]))
     return call
-
-
-# --- The product of a Linear layer --------------------------------------------------------------------------------
 
 
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -78,9 +68,6 @@ def _pull_kernel(x, gradient):
 
 
 _by_kernel = with_transpose(product, _pull_kernel)
-
-
-# --- Attention ----------------------------------------------------------------------------------------------------
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -142,10 +129,9 @@ def _push_attention(kept, tangents):
     (query, key, value, weights, out), (d_query, d_key, d_value) = kept, tangents
     d_logits = _einsum("bkne,bkme->bknm", d_query, key) + _einsum("bkne,bkme->bknm", query, d_key)
     d_weights = weights * d_logits * query.shape[-1] ** -0.5  # but for what keeps the sum of a row 1
-    d_out = _einsum("bknm,bkme->bkne", d_weights.astype(out.dtype), value) + _einsum(
-        "bknm,bkme->bkne", weights, d_value
-    )
-    return (d_out - jnp.sum(d_weights, axis=-1, keepdims=True) * out).astype(out.dtype)
+    values = _einsum("bknm,bkme->bkne", d_weights.astype(out.dtype), value)
+    values += _einsum("bknm,bkme->bkne", weights, d_value)
+    return (values - jnp.sum(d_weights, axis=-1, keepdims=True) * out).astype(out.dtype)
 
 
 def _pull_attention(kept, d_out):
@@ -166,17 +152,10 @@ def _einsum(axes, x, y):
     return jnp.einsum(axes, x, y, precision=precision_of(x.dtype), preferred_element_type=jnp.float32)
 
 
-# --- Weights that lie in pieces on several devices ----------------------------------------------------------------
-
-
 def gather(x: jax.Array, whole: Sharding, pieces: Sharding) -> jax.Array:
     """Bring an array whole to every device; its gradient goes back to the devices' pieces.
 
     Differentiated by JAX the gradient would be asked whole of every device, and be cut only then. The plain form is x.
     """
-    return linear_call(
-        lambda _, x: jax.lax.with_sharding_constraint(x, whole),
-        lambda _, gradient: jax.lax.with_sharding_constraint(gradient, pieces),
-        (),
-        x,
-    )
+    constrain = jax.lax.with_sharding_constraint
+    return linear_call(lambda _, x: constrain(x, whole), lambda _, gradient: constrain(gradient, pieces), (), x)

@@ -167,17 +167,10 @@ class Decoder(nnx.Module):
         widths = [*c.widths, c.widths[-1]]
         self.conv_in = conv(c.z_channels, widths[-1], 3, rngs=rngs, dtype=dtype)
         self.mid = Middle(c, widths[-1], rngs=rngs)
+        ldm = c.variant == "ldm"
         up = [
-            Level(
-                c,
-                level,
-                widths[level + 1],
-                c.num_res_blocks + 1,
-                c.has_attention(level) and c.variant == "ldm",
-                "upsample",
-                rngs=rngs,
-            )
-            for level in reversed(range(len(c.widths)))
+            Level(c, i, widths[i + 1], c.num_res_blocks + 1, ldm and c.has_attention(i), "upsample", rngs=rngs)
+            for i in reversed(range(len(c.widths)))
         ]
         # Stored finest first, as in the published files; run coarsest first.
         self.up = nnx.List(reversed(up))
@@ -272,15 +265,8 @@ class Downsample(nnx.Module):
     """Halve the grid by a stride-2 convolution, padded at the bottom and right alone."""
 
     def __init__(self, config, channels, *, rngs):
-        self.conv = conv(
-            channels,
-            channels,
-            3,
-            strides=2,
-            padding=((0, 1), (0, 1)),
-            rngs=rngs,
-            dtype=jnp.dtype(config.compute_dtype),
-        )
+        padding, dtype = ((0, 1), (0, 1)), jnp.dtype(config.compute_dtype)
+        self.conv = conv(channels, channels, 3, strides=2, padding=padding, rngs=rngs, dtype=dtype)
 
     def __call__(self, x):
         return self.conv(x)
