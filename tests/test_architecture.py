@@ -20,12 +20,13 @@ MAY_IMPORT = {
     "settings": set(),
     "trees": set(),
     "latents": set(),
-    "models": {"distributed"},
-    "distributed": {"models"},
+    "models": set(),
+    "distributed": set(),
+    "execution": {"models", "distributed"},
     "diffusion": {"latents"},
     "data": {"latents", "distributed"},
-    "training": {"latents", "models", "diffusion", "data", "distributed"},
-    "generation": {"latents", "models", "diffusion", "data", "distributed", "training"},
+    "training": {"latents", "models", "diffusion", "data", "distributed", "execution"},
+    "generation": {"latents", "models", "diffusion", "data", "distributed", "execution", "training"},
     "evaluation": {"models", "distributed", "data"},
     "convert": {"latents", "models"},
     "parity": {"latents", "models", "diffusion", "distributed", "training", "generation", "evaluation", "convert"},
@@ -115,3 +116,27 @@ def test_benchmarks_and_the_notebook_use_no_command_as_a_library(root):
     files = [file for kind in ("*.py", "*.ipynb") for file in (root / "scripts").rglob(kind)]
     used = {name for file in files for name in re.findall(r"sfd_jax\.cli[.\w]*", file.read_text())}
     assert len(files) > 10 and used <= {"sfd_jax.cli.main"}, used
+
+
+# What tells of hardware. A mesh is known to `latent_encoder` alone, whose `jit_encoder` is a program and no network.
+HARDWARE = {
+    "default_backend",
+    "devices",
+    "local_devices",
+    "device_count",
+    "device_kind",
+    "platform",
+    "platform_dependent",
+}
+MESHES = {"Mesh", "AbstractMesh", "get_abstract_mesh", "get_mesh", "set_mesh", "shard_map"}
+
+
+def test_networks_know_no_hardware(root):
+    faults = []
+    for file in sorted((root / "sfd_jax" / "models").rglob("*.py")):
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+        names |= {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+        forbidden = HARDWARE | (set() if file.name == "latent_encoder.py" else MESHES)
+        faults += [f"{file.name} asks for {name}" for name in sorted(names & forbidden)]
+    assert not faults, faults

@@ -26,7 +26,9 @@ def commands() -> list[str]:
     found = {}
     for page in PAGES:
         text = page.read_text()
-        blocks = re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, re.S | re.M) + re.findall(r"`((?:sfd|bash) [^`]+)`", text)
+        blocks = re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, re.S | re.M) + re.findall(
+            r"`((?:sfd|bash) [^`]+)`", text
+        )
         for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
             # The part of a line that calls one of ours: `cd x && ./create.sh`, `for ...; do sfd fetch ...; done`.
             for part in re.split(r"&&|;|\bdo\b", line.split(" #")[0]):

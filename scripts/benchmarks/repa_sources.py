@@ -91,20 +91,18 @@ def report_flops() -> None:
     import jax.numpy as jnp
 
     from sfd_jax.models import Network, dit_config
+    from sfd_jax.models.execution import Execution, executing
 
     def flops(function, *shapes) -> float:
-        return jax.jit(function).lower(*shapes).cost_analysis()["flops"]
+        # Unrolled and without remat: a loop's body would be counted once, recomputation twice.
+        with executing(Execution(scan=False)):
+            return jax.jit(function).lower(*shapes).cost_analysis()["flops"]
 
     def shape(*sizes, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(sizes, dtype)
 
-    # Unrolled and without remat: a loop's body would be counted once, recomputation twice.
-    dit = Network(
-        "lightning_dit",
-        dit_config(
-            "XL", input_size=16, in_channels=48, repa_features=768, repa_width=2048, scan_blocks=False, remat="none"
-        ),
-    )
+    config = dit_config("XL", input_size=16, in_channels=48, repa_features=768, repa_width=2048)
+    dit = Network("lightning_dit", config)
 
     def loss(params, latents, t, labels):
         velocity, projected = dit.apply(params, latents, t, t, labels, return_repa=True)
@@ -112,7 +110,7 @@ def report_flops() -> None:
 
     inputs = shape(1, 16, 16, 48), shape(1), shape(1, dtype=jnp.int32)
     step = flops(jax.grad(loss), dit.abstract_params(), *inputs)
-    sizes = dict(image_size=518, patch_size=14, width=768, depth=12, num_heads=12, num_registers=4, scan_blocks=False)
+    sizes = dict(image_size=518, patch_size=14, width=768, depth=12, num_heads=12, num_registers=4)
     encoder = Network("dinov2", sizes)
     online = flops(encoder.apply, encoder.abstract_params(), shape(1, 224, 224, 3))
     vae = Network(

@@ -13,6 +13,8 @@ Model FLOPs are those of the matmuls alone, three times the forward pass's for a
 and utilisation refers to the rate of a large matmul of this dtype that is measured first.
 """
 
+import dataclasses
+
 import numpy as np
 from _common import (
     draw_params,
@@ -43,8 +45,8 @@ def main() -> None:
     flag("--width", type=int, help="another width")
     flag("--repa", action="store_true", help="with REPA's projector and loss")
     flag("--remat", help="none, dots, full, or auto: what fits; none on a CPU, auto elsewhere; ours alone")
-    flag("--blocks", choices=["loop", "unrolled"], help="instead of what models/stack.py chooses; ours alone")
-    flag("--attention", choices=["plain", "cudnn"], help="instead of what models/attention.py chooses; ours alone")
+    flag("--blocks", choices=["loop", "unrolled"], help="instead of what execution.py chooses; ours alone")
+    flag("--attention", choices=["plain", "cudnn"], help="instead of what execution.py chooses; ours alone")
     flag("--no_compile", action="store_true", help="PyTorch without torch.compile")
     args = parser.parse_args()
     if args.versus:
@@ -52,27 +54,36 @@ def main() -> None:
     share_memory()
     import jax
 
-    from sfd_jax.models import Network, attention, dit_config
+    from sfd_jax.distributed import make_mesh
+    from sfd_jax.execution import choose_execution
+    from sfd_jax.models import Network, dit_config, kernels
 
     cpu = jax.default_backend() == "cpu"
     args.size = args.size or ("B" if cpu else "XL")
     args.batch = args.batch or (4 if cpu else 64)
     args.dtype = args.dtype or ("float32" if cpu else "bfloat16")
     args.remat = args.remat or ("none" if cpu else "auto")
-    if args.attention:
-        attention.implementation_for = lambda *_: args.attention
     overrides = {name: value for name in ("depth", "width") if (value := getattr(args, name))}
     config = dit_config(
         args.size,
         compute_dtype=args.dtype,
-        remat=args.remat,
-        scan_blocks=args.blocks and args.blocks == "loop",
         repa_features=768 if args.repa else 0,
         **overrides,
     )
     network = Network("lightning_dit", config)
     data = draw_data(config, args.batch)
-    ours = Ours(network, data)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    execution = choose_execution(
+        mesh,
+        scan=args.blocks and args.blocks == "loop",
+        remat=args.remat,
+        rows=args.batch,
+        kept_by_dots=config.kept_by_dots,
+    )
+    if args.attention:
+        attention = {"plain": kernels.tuned_attention, "cudnn": kernels.cudnn_attention}[args.attention]
+        execution = dataclasses.replace(execution, attention=attention)
+    ours = Ours(network, data, mesh, execution)
     contenders, notes, first = {"sfd_jax": ours}, [], {}
     if args.versus:
         theirs = Theirs(network, data)
@@ -109,13 +120,13 @@ def draw_data(config, batch: int) -> dict[str, np.ndarray]:
 class Ours:
     """Forward pass and training step of this project, each as a call that blocks."""
 
-    def __init__(self, network, data):
+    def __init__(self, network, data, mesh, execution):
         import jax
 
         from sfd_jax.diffusion.clocks import FixedOffset
         from sfd_jax.diffusion.losses import Draws, LossConfig, velocity_loss
-        from sfd_jax.distributed import make_mesh
         from sfd_jax.latents import LatentLayout
+        from sfd_jax.models.execution import executing
         from sfd_jax.training import OptimizerConfig, TrainConfig, make_optimizer, make_train_step
         from sfd_jax.training.diffusion import diffusion_task
         from sfd_jax.training.state import state_from_params
@@ -126,26 +137,30 @@ class Ours:
         loss_config = LossConfig(repa_weight=1.0 if repa else 0.0)
         self.batch = {name: data[name] for name in ("latents", "labels", "repa_features") if name in data}
         self.batch = jax.device_put(self.batch)
-        mesh = make_mesh(devices=jax.devices()[:1])
         config = TrainConfig(OptimizerConfig(), global_batch_size=len(data["labels"]))
         optimizer = make_optimizer(config.optimizer, config.steps)
         task = diffusion_task(network, layout, clocks, loss_config)
         # Drawn once more where they are needed: the step's state gives its own away.
         self.state = state_from_params(draw_params(network), optimizer, mesh)
-        self._step = make_train_step(task, optimizer, config, mesh)
+        self._step = make_train_step(task, optimizer, config, mesh, execution)
         self._key = jax.random.key(0)
 
         t_semantic, t_texture = clocks.training_times(data["t"])
         self._inputs = (data["noise"], t_semantic, t_texture, data["labels"])
         self._inputs = jax.device_put(self._inputs)
-        self._apply = jax.jit(network.apply)
+
+        def apply(params, *inputs, **options):
+            with executing(execution):
+                return network.apply(params, *inputs, **options)
+
+        self._apply = jax.jit(apply)
 
         few = {name: array[:COMPARED] for name, array in data.items()}
 
         def loss(params):
             draws = Draws(few["noise"], few["t"], few["labels"])
             terms = velocity_loss(
-                lambda *inputs: network.apply(params, *inputs, return_repa=repa),
+                lambda *inputs: apply(params, *inputs, return_repa=repa),
                 few["latents"],
                 draws,
                 layout=layout,
@@ -335,8 +350,8 @@ def report(contenders, earlier, config, args, notes) -> None:
             ratios[name] = each["median"] / times[f"sfd_jax: {call}"]["median"]
     head = ["what", "seconds", "spread", "images/s", "FLOP utilisation", "first call, s"]
     tables = [
-        f"{args.size}/{config.patch_size}, depth {config.depth}, width {config.width}, batch {args.batch}, {args.dtype}, "
-        f"{args.rounds} rounds in turns; large matmul {rate / 1e12:.2f} TFLOP/s",
+        f"{args.size}/{config.patch_size}, depth {config.depth}, width {config.width}, batch {args.batch}, "
+        f"{args.dtype}, {args.rounds} rounds in turns; large matmul {rate / 1e12:.2f} TFLOP/s",
         table(head, rows),
     ]
     if ratios:

@@ -8,33 +8,27 @@ from sfd_jax.distributed.hosts import barrier, is_host0, say, start
 from sfd_jax.distributed.mesh import make_mesh
 from sfd_jax.distributed.sharding import (
     batch_sharding,
-    gather_params,
     host_rows,
-    mesh_context,
     param_shardings,
     put_batch,
     put_same,
     replicated,
     shard_rule,
-    split_batch,
     with_shardings,
 )
 
 __all__ = [
     "barrier",
     "batch_sharding",
-    "gather_params",
     "host_rows",
     "is_host0",
     "make_mesh",
-    "mesh_context",
     "param_shardings",
     "put_batch",
     "put_same",
     "replicated",
     "say",
     "shard_rule",
-    "split_batch",
     "start",
     "with_shardings",
 ]

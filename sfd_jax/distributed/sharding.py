@@ -1,6 +1,5 @@
 """One rule from shapes to shardings, for parameters, optimizer moments and EMA alike."""
 
-import functools
 import math
 
 import jax
@@ -53,61 +52,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Return the sharding of a value that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
-
-
-def mesh_context(mesh: Mesh):
-    """Return the context in which `gather_params` and `split_batch`, in a function being traced, know the mesh."""
-    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
-
-
-def gather_params(params):
-    """Bring the parameters of one layer whole to every device; their gradients go back to the devices' pieces.
-
-    To be said inside the loop over the layers, so that only one of them is whole at a time. Without it the
-    compiler may leave the weights split and send every device's activations to all others instead, which are
-    many times larger. Outside of `mesh_context` nothing happens.
-    """
-    mesh = _mesh()
-    if mesh is None or mesh.shape["fsdp"] == 1:
-        return params
-    return jax.tree.map(lambda x: _gather(x, shard_rule(x.shape, mesh)), params)
-
-
-def split_batch(x: jax.Array) -> jax.Array:
-    """Keep (B, ...) split over all devices by its first axis where they divide B. Needs `mesh_context` as well."""
-    mesh = _mesh()
-    if mesh is None or x.shape[0] % mesh.size:
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(AXES))
-
-
-def share_of_device(rows: int) -> tuple[float, str]:
-    """Return how many of a batch's rows each device holds, and what JAX calls its kind.
-
-    Outside of `mesh_context` these are all rows, and "".
-    """
-    mesh = _mesh()
-    if mesh is None or mesh.abstract_device is None:
-        return rows, ""
-    return rows / mesh.size, mesh.abstract_device.device_kind
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather(x, spec: PartitionSpec):
-    del spec
-    return jax.lax.with_sharding_constraint(x, PartitionSpec())
-
-
-# Differentiated by JAX the gradient would be asked whole of every device, and be cut only then.
-_gather.defvjp(
-    lambda x, spec: (_gather(x, spec), None),
-    lambda spec, _, gradient: (jax.lax.with_sharding_constraint(gradient, spec),),
-)
-
-
-def _mesh():
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh if mesh.axis_names == AXES and not mesh.manual_axes else None
 
 
 def host_rows(mesh: Mesh, global_batch_size: int) -> np.ndarray:

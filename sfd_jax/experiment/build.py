@@ -21,6 +21,9 @@ from sfd_jax.training import OptimizerConfig, Task, TrainConfig
 from sfd_jax.training.diffusion import diffusion_task
 from sfd_jax.training.frozen_features import FrozenFeatures
 
+# Settings of `config.model` that say how the network is computed in training, and are no part of it.
+EXECUTION = ("scan_blocks", "remat")
+
 
 def task_from_config(config: ConfigDict, targets: FrozenFeatures | None = None) -> Task:
     """Return the diffusion task of a config; `targets` as `diffusion_task` has them.
@@ -34,7 +37,7 @@ def task_from_config(config: ConfigDict, targets: FrozenFeatures | None = None) 
 
 def network_from_config(config: ConfigDict) -> Network:
     """Return the LightningDiT of `config.model`, its channels from `latents`, its null label from `loss`."""
-    fields = {name: value for name, value in config.model.items() if name != "size"}
+    fields = {name: value for name, value in config.model.items() if name not in ("size", *EXECUTION)}
     derived = {
         "in_channels": layout_from_config(config).channels,
         "null_label": config.loss.label_dropout > 0,
@@ -65,12 +68,14 @@ def registered_in(config: Mapping[str, Any]) -> dict[str, str | None]:
 
 
 def train_config(config: ConfigDict) -> TrainConfig:
-    """Return how a run proceeds, from the groups `train` and `optimizer`."""
+    """Return how a run proceeds, from the groups `train` and `optimizer`, and EXECUTION of `model`."""
     found, optimizer = Faults(), OptimizerConfig()
+    execution = {name: value for name, value in config.model.items() if name in EXECUTION}
     with found:
         optimizer = from_group(OptimizerConfig, config.optimizer, "config group 'optimizer'")
     with found:
-        train = from_group(TrainConfig, {**config.train, "optimizer": optimizer}, "config group 'train'")
+        group = {**config.train, **execution, "optimizer": optimizer}
+        train = from_group(TrainConfig, group, "config group 'train'")
     found.stop()
     return train
 

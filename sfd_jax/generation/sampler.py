@@ -19,11 +19,13 @@ from sfd_jax.diffusion import guidance
 from sfd_jax.diffusion.clocks import Clocks, clocks_config, split_params
 from sfd_jax.diffusion.sample_config import SampleConfig
 from sfd_jax.diffusion.sampling import sample, trajectory
-from sfd_jax.distributed import batch_sharding, make_mesh, mesh_context, param_shardings, put_same, replicated
+from sfd_jax.distributed import batch_sharding, make_mesh, param_shardings, put_same, replicated
 from sfd_jax.errors import SfdError
+from sfd_jax.execution import choose_execution
 from sfd_jax.generation.parts import Checkpoint, check_parts, clocks_of, trained_labels
 from sfd_jax.latents import LatentLayout, LatentStatistics
 from sfd_jax.models import Network, network_of
+from sfd_jax.models.execution import executing
 from sfd_jax.models.fingerprint import params_hash
 from sfd_jax.models.network import checkpoint_name
 from sfd_jax.models.texture_vae import to_bytes
@@ -62,6 +64,7 @@ class Sampler:
         class_names: list[str] | None = None,
         labels: np.ndarray | None = None,
         recipe: dict | None = None,
+        scan_blocks: bool | None = None,
         mesh: Mesh | None = None,
     ):
         """Place parameters on the mesh.
@@ -75,6 +78,7 @@ class Sampler:
           class_names: what the classes are called.
           labels: those that were trained, sorted; all of them by default.
           recipe: entries for `self.recipe`.
+          scan_blocks: run the models' blocks as one compiled loop, or unrolled; None: the best for the devices.
           mesh: the devices; all of them by default.
 
         Raises:
@@ -82,6 +86,7 @@ class Sampler:
         """
         check(seed=seed)
         self.mesh = make_mesh() if mesh is None else mesh
+        self._execution = choose_execution(self.mesh, scan=scan_blocks)
         network, vae = model[0], texture_vae[0]
         _check_fit(network, vae, weak and weak[0], layout, statistics, config)
         self.num_classes, self.class_names = network.config.num_classes, class_names
@@ -244,7 +249,7 @@ class Sampler:
     def _velocity_fn(self, params, labels):
         def network(name):
             def velocity(*args):
-                with mesh_context(self.mesh):
+                with executing(self._execution):
                     return self._networks[name].apply(params[name], *args)
 
             return velocity
@@ -346,7 +351,8 @@ def make_sampler(
             f"{checkpoint_name(metadata)} holds no latent statistics, without which its latents cannot be decoded; "
             "give those of its training latents with --latent_store (they are never computed anew)"
         )
-    dropout = ((metadata.get("config") or {}).get("loss") or {}).get("label_dropout")
+    trained = metadata.get("config") or {}
+    dropout = (trained.get("loss") or {}).get("label_dropout")
     if config.guidance == "cfg" and dropout == 0:
         raise SfdError(f"guidance 'cfg' needs label dropout in training; that of {checkpoint_name(metadata)} was 0")
     layout = LatentLayout(len(statistics.texture_mean), len(statistics.semantic_mean))
@@ -382,6 +388,7 @@ def make_sampler(
         class_names=metadata.get("class_names"),
         labels=trained_labels(metadata, networks["model"].config.num_classes),
         recipe=recipe,
+        scan_blocks=(trained.get("model") or {}).get("scan_blocks"),
         mesh=mesh,
     )
 

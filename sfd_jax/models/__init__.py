@@ -1,9 +1,9 @@
 """Networks in Flax NNX: arrays in, arrays out, channels last.
 
-A network knows no loss, guidance, solver or random state. Each has a frozen config dataclass of
-JSON-able fields and a module class `Cls(config, *, rngs)`, registered here by name; `Network` turns the
-pair into `init` and `apply` on plain dict trees. To add one: write its file, register it below (visual
-encoders: in `encoders`).
+A network knows no loss, guidance, solver, random state or hardware (how it is computed is handed in: execution.py), and
+can be differentiated forwards and backwards. Each has a frozen config dataclass of JSON-able fields and a module class
+`Cls(config, *, rngs)`, registered here by name; `Network` turns the pair into `init` and `apply` on plain dict trees. To
+add one: write its file, register it below (visual encoders: in `encoders`).
 """
 
 from sfd_jax.models.encoders import ENCODERS, register_encoder

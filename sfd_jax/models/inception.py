@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sfd_jax.models.layers import FAN_IN, dense, precision_of
+from sfd_jax.models.kernels import precision_of
+from sfd_jax.models.layers import FAN_IN, dense
 from sfd_jax.models.resize import resize_bilinear_tf1
 
 IMAGE_SIZE = 299
@@ -48,17 +49,20 @@ class Inception(nnx.Module):
         self.Conv2d_2b_3x3 = conv(32, 64, 3, padding=1)
         self.Conv2d_3b_1x1 = conv(64, 80, 1)
         self.Conv2d_4a_3x3 = conv(80, 192, 3)
-        self.Mixed_5b = BlockA(192, 32, rngs=rngs)
-        self.Mixed_5c = BlockA(256, 64, rngs=rngs)
-        self.Mixed_5d = BlockA(288, 64, rngs=rngs)
-        self.Mixed_6a = BlockB(288, rngs=rngs)
-        self.Mixed_6b = BlockC(768, 128, rngs=rngs)
-        self.Mixed_6c = BlockC(768, 160, rngs=rngs)
-        self.Mixed_6d = BlockC(768, 160, rngs=rngs)
-        self.Mixed_6e = BlockC(768, 192, rngs=rngs)
-        self.Mixed_7a = BlockD(768, rngs=rngs)
-        self.Mixed_7b = BlockE(1280, average_pool, rngs=rngs)
-        self.Mixed_7c = BlockE(2048, max_pool_same, rngs=rngs)
+        for name, channels, plan in (
+            ("5b", 192, block_a(32)),
+            ("5c", 256, block_a(64)),
+            ("5d", 288, block_a(64)),
+            ("6a", 288, BLOCK_B),
+            ("6b", 768, block_c(128)),
+            ("6c", 768, block_c(160)),
+            ("6d", 768, block_c(160)),
+            ("6e", 768, block_c(192)),
+            ("7a", 768, BLOCK_D),
+            ("7b", 1280, block_e(average_pool)),
+            ("7c", 2048, block_e(max_pool_same)),
+        ):
+            setattr(self, f"Mixed_{name}", Mixed(channels, plan, rngs=rngs))
         self.fc = dense(2048, 1008, rngs=rngs)
 
     def __call__(self, images):
@@ -141,125 +145,43 @@ class StoredNorm(nnx.Module):
 
 
 class Mixed(nnx.Module):
-    """A block of parallel branches, joined along the channels."""
+    """A block of parallel branches, joined along the channels.
+
+    Args:
+      channels: of its input.
+      plan: the branches. Each is a chain of layers (name, channels, size[, stride]), of pools, and of forks: tuples of
+        layers that read the same and are joined. Without a stride the grid stays as it is.
+    """
+
+    def __init__(self, channels, plan, *, rngs):
+        self.plan = plan
+        for chain in plan:
+            width = channels
+            for step in filter(lambda step: not callable(step), chain):
+                for name, out, size, *stride in _layers(step):
+                    padding = 0 if stride else (size // 2 if isinstance(size, int) else tuple(s // 2 for s in size))
+                    layer = ConvNorm(width, out, size, stride=stride[0] if stride else 1, padding=padding, rngs=rngs)
+                    setattr(self, name, layer)
+                width = out  # nothing follows a fork
 
     def __call__(self, x):
         return jnp.concatenate(self.branches(x), axis=-1)
 
-
-class BlockA(Mixed):
-    """35 x 35: 1x1, 5x5, double 3x3, pool."""
-
-    def __init__(self, channels, pool_channels, *, rngs):
-        self.branch1x1 = ConvNorm(channels, 64, 1, rngs=rngs)
-        self.branch5x5_1 = ConvNorm(channels, 48, 1, rngs=rngs)
-        self.branch5x5_2 = ConvNorm(48, 64, 5, padding=2, rngs=rngs)
-        self.branch3x3dbl_1 = ConvNorm(channels, 64, 1, rngs=rngs)
-        self.branch3x3dbl_2 = ConvNorm(64, 96, 3, padding=1, rngs=rngs)
-        self.branch3x3dbl_3 = ConvNorm(96, 96, 3, padding=1, rngs=rngs)
-        self.branch_pool = ConvNorm(channels, pool_channels, 1, rngs=rngs)
-
     def branches(self, x):
-        return [
-            self.branch1x1(x),
-            self.branch5x5_2(self.branch5x5_1(x)),
-            self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
-            self.branch_pool(average_pool(x)),
-        ]
+        """Return the answers of the branches, those of a fork one by one."""
+        answers = []
+        for chain in self.plan:
+            ends = [x]
+            for step in chain:
+                ends = (
+                    [step(ends[0])] if callable(step) else [getattr(self, name)(ends[0]) for name, *_ in _layers(step)]
+                )
+            answers += ends
+        return answers
 
 
-class BlockB(Mixed):
-    """35 x 35 to 17 x 17."""
-
-    def __init__(self, channels, *, rngs):
-        self.branch3x3 = ConvNorm(channels, 384, 3, stride=2, rngs=rngs)
-        self.branch3x3dbl_1 = ConvNorm(channels, 64, 1, rngs=rngs)
-        self.branch3x3dbl_2 = ConvNorm(64, 96, 3, padding=1, rngs=rngs)
-        self.branch3x3dbl_3 = ConvNorm(96, 96, 3, stride=2, rngs=rngs)
-
-    def branches(self, x):
-        return [
-            self.branch3x3(x),
-            self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
-            max_pool_valid(x),
-        ]
-
-
-class BlockC(Mixed):
-    """17 x 17: 1x1, 7x7 as 1x7 and 7x1, the same twice, pool."""
-
-    def __init__(self, channels, c7, *, rngs):
-        across = dict(size=(1, 7), padding=(0, 3), rngs=rngs)
-        down = dict(size=(7, 1), padding=(3, 0), rngs=rngs)
-        self.branch1x1 = ConvNorm(channels, 192, 1, rngs=rngs)
-        self.branch7x7_1 = ConvNorm(channels, c7, 1, rngs=rngs)
-        self.branch7x7_2 = ConvNorm(c7, c7, **across)
-        self.branch7x7_3 = ConvNorm(c7, 192, **down)
-        self.branch7x7dbl_1 = ConvNorm(channels, c7, 1, rngs=rngs)
-        self.branch7x7dbl_2 = ConvNorm(c7, c7, **down)
-        self.branch7x7dbl_3 = ConvNorm(c7, c7, **across)
-        self.branch7x7dbl_4 = ConvNorm(c7, c7, **down)
-        self.branch7x7dbl_5 = ConvNorm(c7, 192, **across)
-        self.branch_pool = ConvNorm(channels, 192, 1, rngs=rngs)
-
-    def branches(self, x):
-        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        return [
-            self.branch1x1(x),
-            self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x))),
-            self.branch7x7dbl_5(self.branch7x7dbl_4(double)),
-            self.branch_pool(average_pool(x)),
-        ]
-
-
-class BlockD(Mixed):
-    """17 x 17 to 8 x 8."""
-
-    def __init__(self, channels, *, rngs):
-        self.branch3x3_1 = ConvNorm(channels, 192, 1, rngs=rngs)
-        self.branch3x3_2 = ConvNorm(192, 320, 3, stride=2, rngs=rngs)
-        self.branch7x7x3_1 = ConvNorm(channels, 192, 1, rngs=rngs)
-        self.branch7x7x3_2 = ConvNorm(192, 192, (1, 7), padding=(0, 3), rngs=rngs)
-        self.branch7x7x3_3 = ConvNorm(192, 192, (7, 1), padding=(3, 0), rngs=rngs)
-        self.branch7x7x3_4 = ConvNorm(192, 192, 3, stride=2, rngs=rngs)
-
-    def branches(self, x):
-        seven = self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x)))
-        return [
-            self.branch3x3_2(self.branch3x3_1(x)),
-            self.branch7x7x3_4(seven),
-            max_pool_valid(x),
-        ]
-
-
-class BlockE(Mixed):
-    """8 x 8: 1x1, 3x3 forked into 1x3 and 3x1, double 3x3 forked alike, pool."""
-
-    def __init__(self, channels, pool, *, rngs):
-        across = dict(size=(1, 3), padding=(0, 1), rngs=rngs)
-        down = dict(size=(3, 1), padding=(1, 0), rngs=rngs)
-        self.branch1x1 = ConvNorm(channels, 320, 1, rngs=rngs)
-        self.branch3x3_1 = ConvNorm(channels, 384, 1, rngs=rngs)
-        self.branch3x3_2a = ConvNorm(384, 384, **across)
-        self.branch3x3_2b = ConvNorm(384, 384, **down)
-        self.branch3x3dbl_1 = ConvNorm(channels, 448, 1, rngs=rngs)
-        self.branch3x3dbl_2 = ConvNorm(448, 384, 3, padding=1, rngs=rngs)
-        self.branch3x3dbl_3a = ConvNorm(384, 384, **across)
-        self.branch3x3dbl_3b = ConvNorm(384, 384, **down)
-        self.branch_pool = ConvNorm(channels, 192, 1, rngs=rngs)
-        self.pool = pool
-
-    def branches(self, x):
-        single = self.branch3x3_1(x)
-        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        return [
-            self.branch1x1(x),
-            self.branch3x3_2a(single),
-            self.branch3x3_2b(single),
-            self.branch3x3dbl_3a(double),
-            self.branch3x3dbl_3b(double),
-            self.branch_pool(self.pool(x)),
-        ]
+def _layers(step) -> tuple:
+    return (step,) if isinstance(step[0], str) else step
 
 
 def average_pool(x):
@@ -275,3 +197,57 @@ def max_pool_same(x):
 def max_pool_valid(x):
     """3x3 maximum with stride 2, without padding."""
     return nnx.max_pool(x, (3, 3), strides=(2, 2), padding="VALID")
+
+
+def block_a(pool_channels):
+    """35 x 35: 1x1, 5x5, double 3x3, pool."""
+    return (
+        (("branch1x1", 64, 1),),
+        (("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)),
+        (("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)),
+        (average_pool, ("branch_pool", pool_channels, 1)),
+    )
+
+
+# 35 x 35 to 17 x 17
+BLOCK_B = (
+    (("branch3x3", 384, 3, 2),),
+    (("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3, 2)),
+    (max_pool_valid,),
+)
+
+
+def block_c(c7):
+    """17 x 17: 1x1, 7x7 as 1x7 and 7x1, the same twice, pool."""
+    across, down = (1, 7), (7, 1)
+    double = ((c7, 1), (c7, down), (c7, across), (c7, down), (192, across))
+    return (
+        (("branch1x1", 192, 1),),
+        (("branch7x7_1", c7, 1), ("branch7x7_2", c7, across), ("branch7x7_3", 192, down)),
+        tuple((f"branch7x7dbl_{i}", *layer) for i, layer in enumerate(double, start=1)),
+        (average_pool, ("branch_pool", 192, 1)),
+    )
+
+
+# 17 x 17 to 8 x 8
+BLOCK_D = (
+    (("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2)),
+    (
+        ("branch7x7x3_1", 192, 1),
+        ("branch7x7x3_2", 192, (1, 7)),
+        ("branch7x7x3_3", 192, (7, 1)),
+        ("branch7x7x3_4", 192, 3, 2),
+    ),
+    (max_pool_valid,),
+)
+
+
+def block_e(pool):
+    """8 x 8: 1x1, 3x3 forked into 1x3 and 3x1, double 3x3 forked alike, pool."""
+    fork = lambda name: ((f"{name}a", 384, (1, 3)), (f"{name}b", 384, (3, 1)))
+    return (
+        (("branch1x1", 320, 1),),
+        (("branch3x3_1", 384, 1), fork("branch3x3_2")),
+        (("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3), fork("branch3x3dbl_3")),
+        (pool, ("branch_pool", 192, 1)),
+    )

@@ -2,16 +2,17 @@
 
 Parameters are float32. `dtype` is the dtype of the matmul alone; normalisation is always computed
 and returned in float32. Products of float32 arrays are float32 on every backend, in networks that
-otherwise compute in bfloat16 too: see `precision_of`. Axis letters: B batch, H W grid, C channels, N tokens, D width, P patch.
+otherwise compute in bfloat16 too: see `kernels.precision_of`. Axis letters: B batch, H W grid, C channels, N tokens,
+D width, P patch.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from sfd_jax.errors import SfdError
+from sfd_jax.models.execution import PLAIN
+from sfd_jax.models.kernels import precision_of
 
 XAVIER = jax.nn.initializers.xavier_uniform()
 ZEROS = jax.nn.initializers.zeros
@@ -25,65 +26,34 @@ def normal(stddev: float):
     return jax.nn.initializers.normal(stddev)
 
 
-def dense(features_in, features_out, *, rngs, init=XAVIER, dtype=jnp.float32) -> nnx.Linear:
+class Linear(nnx.Linear):
+    """nnx.Linear by the product of the `execution`."""
+
+    execution = PLAIN
+
+    def __call__(self, x):
+        """Map (..., I) to (..., O) in `dtype`."""
+        x, kernel, bias = self._in_dtype(x)
+        return self.execution.product(x, kernel) + bias
+
+    def halves(self, x: jax.Array) -> list[jax.Array]:
+        """Return both halves of the answer, each by a product of its own.
+
+        Cut out of one product, their gradients would have to be written side by side again before the backward pass
+        can multiply them: 4 % of XL's step on a GPU.
+        """
+        x, kernel, bias = self._in_dtype(x)
+        parts = zip(jnp.split(kernel, 2, axis=-1), jnp.split(bias, 2, axis=-1), strict=True)
+        return [self.execution.product(x, kernel) + bias for kernel, bias in parts]
+
+    def _in_dtype(self, x):
+        x, kernel, bias = (a.astype(self.dtype) for a in (x, self.kernel[...], self.bias[...]))
+        return x, kernel, bias.reshape(*(1,) * (x.ndim - 1), -1)
+
+
+def dense(features_in, features_out, *, rngs, init=XAVIER, dtype=jnp.float32) -> Linear:
     """Build a Linear with zero bias: (..., features_in) -> (..., features_out) in `dtype`."""
-    return nnx.Linear(features_in, features_out, kernel_init=init, dtype=dtype, dot_general=_dot_general, rngs=rngs)
-
-
-def precision_of(dtype) -> jax.lax.Precision | None:
-    """Return the precision at which arrays of a dtype are multiplied: float32 means float32.
-
-    By default a TPU multiplies float32 arrays in bfloat16 and a GPU in TF32, and results would not be those of the
-    published networks. An argument of each product, since a context (`jax.default_matmul_precision`) is left before
-    a gradient of our own is traced.
-    """
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-
-
-def _dot_general(x, kernel, dimension_numbers, **options):
-    """Stand in for `jax.lax.dot_general` in nnx.Linear."""
-    assert dimension_numbers == (((x.ndim - 1,), (0,)), ((), ())), dimension_numbers
-    assert not any(options.values()), options
-    return product(x, kernel)
-
-
-@jax.custom_vjp
-def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Multiply (..., I) with (I, O) to (..., O); on CPUs with a faster gradient of the kernel.
-
-    That gradient contracts both of its factors over their rows. XLA's library of CPU matmuls takes no such
-    product, and a slower one is taken that copies first; with `x` transposed in memory beforehand it does. The
-    training step of B/1 takes a sixth less (docs/performance.md). Other platforms, and bfloat16, get JAX's gradient.
-    """
-    return _plain_product(x, kernel)
-
-
-def _plain_product(x, kernel):
-    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=precision_of(x.dtype))
-
-
-def _product_forward(x, kernel):
-    # Not `product`: inside of it, remat policies would not see the matmul that they are to keep.
-    return _plain_product(x, kernel), (x, kernel)
-
-
-def _product_backward(kept, gradient):
-    def as_jax_does(x, kernel, gradient):
-        return jax.vjp(_plain_product, x, kernel)[1](gradient)
-
-    def for_cpu(x, kernel, gradient):
-        matmul = functools.partial(jnp.matmul, precision=precision_of(gradient.dtype))
-        # The barrier keeps XLA from folding the transposition back into the product.
-        columns = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
-        return matmul(gradient, kernel.T), matmul(columns, gradient.reshape(-1, gradient.shape[-1]))
-
-    if gradient.dtype != jnp.float32:
-        return as_jax_does(*kept, gradient)
-    # Chosen where the program is lowered: a CPU also compiles for TPUs that it does not have.
-    return jax.lax.platform_dependent(*kept, gradient, cpu=for_cpu, default=as_jax_does)
-
-
-product.defvjp(_product_forward, _product_backward)
+    return Linear(features_in, features_out, kernel_init=init, dtype=dtype, rngs=rngs)
 
 
 def rms_norm(width, *, rngs, epsilon=1e-6) -> nnx.RMSNorm:
@@ -137,6 +107,8 @@ class PatchEmbed(nnx.Module):
     Parameters: kernel (P, P, C, D), bias (D,).
     """
 
+    execution = PLAIN
+
     def __init__(self, patch_size, channels, width, *, rngs, init=XAVIER):
         flat = init(rngs.params(), (patch_size * patch_size * channels, width), jnp.float32)
         self.kernel = nnx.Param(flat.reshape(patch_size, patch_size, channels, width))
@@ -148,7 +120,7 @@ class PatchEmbed(nnx.Module):
         b, h, w, _ = images.shape
         patches = images.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
         patches = patches.reshape(b, (h // p) * (w // p), p * p * c)
-        return product(patches, self.kernel[...].reshape(p * p * c, d)) + self.bias[...][None, None]
+        return self.execution.product(patches, self.kernel[...].reshape(p * p * c, d)) + self.bias[...][None, None]
 
 
 def unpatchify(tokens, grid_size, patch_size):
@@ -180,20 +152,8 @@ class SwiGlu(nnx.Module):
         self.w3 = dense(hidden, width, rngs=rngs, init=init, dtype=dtype)
 
     def __call__(self, x):
-        gate, value = _halves(self.w12, x)
+        gate, value = self.w12.halves(x)
         return self.w3(jax.nn.silu(gate) * value)
-
-
-def _halves(layer: nnx.Linear, x: jax.Array) -> list[jax.Array]:
-    """Return both halves of what a Linear gives, each by a product of its own.
-
-    Cut out of one product, their gradients would have to be written side by side again before the backward pass can
-    multiply them: 4 % of XL's step on a GPU.
-    """
-    x, kernel, bias = (a.astype(layer.dtype) for a in (x, layer.kernel[...], layer.bias[...]))
-    bias = bias.reshape(*(1,) * (x.ndim - 1), -1)
-    parts = zip(jnp.split(kernel, 2, axis=-1), jnp.split(bias, 2, axis=-1), strict=True)
-    return [product(x, kernel) + bias for kernel, bias in parts]
 
 
 def gelu_exact(x):

@@ -43,6 +43,7 @@ from flax import nnx
 
 from sfd_jax.errors import SfdError, nearest
 from sfd_jax.models.attention import SelfAttention
+from sfd_jax.models.execution import PLAIN
 from sfd_jax.models.layers import (
     ZEROS,
     Mlp,
@@ -58,7 +59,7 @@ from sfd_jax.models.layers import (
     unpatchify,
 )
 from sfd_jax.models.positions import rotary_2d, sincos_2d, time_features
-from sfd_jax.models.stack import REMAT, choose_remat, choose_scan, run_stack, stack
+from sfd_jax.models.stack import run_stack, stack
 from sfd_jax.ranges import check_fields
 
 # The released code's table. Its "1p0B" is the paper's XXL, which the paper gives as 32 x 1280 x 16.
@@ -93,9 +94,6 @@ class DiTConfig:
       repa_features: F, width of the projected features; 0 for no projector.
       repa_depth: the projector reads the hidden states after this many blocks.
       repa_width: hidden width of the projector.
-      scan_blocks: run the blocks as one compiled loop; off, unrolled (slower to compile); None: `stack.choose_scan`.
-      remat: what a block keeps for the backward pass: "none" recomputes nothing, "full" everything,
-        "dots" everything but the matmuls with weights, "auto" is one of these by `stack.choose_remat`.
       compute_dtype: "float32" or "bfloat16".
     """
 
@@ -118,8 +116,6 @@ class DiTConfig:
     repa_features: int = 0
     repa_depth: int = 2
     repa_width: int = 2048
-    scan_blocks: bool | None = None
-    remat: str = "none"
     compute_dtype: str = "float32"
 
     def __post_init__(self):
@@ -139,9 +135,16 @@ class DiTConfig:
             not self.repa_features or self.repa_depth <= self.depth,
             f"repa_depth {self.repa_depth} must lie in 1..depth ({self.depth})",
         )
-        policies = (*REMAT, "auto")
-        check(self.remat in policies, f"no remat policy '{self.remat}': {nearest(self.remat, policies)}")
         check_dtype(self.compute_dtype)
+
+    @property
+    def kept_by_dots(self) -> int:
+        """Return the bytes of one row that the blocks keep with remat "dots": what the matmuls with weights give."""
+        hidden = int(self.width * self.mlp_ratio)
+        wide = 2 * int(2 / 3 * hidden) if self.use_swiglu else hidden
+        tokens = (self.input_size // self.patch_size) ** 2
+        features = 5 * self.width + wide  # qkv, proj, w12, w3
+        return self.depth * tokens * features * jnp.dtype(self.compute_dtype).itemsize
 
 
 def dit_config(size: str, **overrides) -> DiTConfig:
@@ -160,6 +163,8 @@ def dit_config(size: str, **overrides) -> DiTConfig:
 
 class LightningDiT(nnx.Module):
     """Predict the velocity of a latent; a fresh network answers zero."""
+
+    execution = PLAIN
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         c = self.config = config
@@ -208,9 +213,7 @@ class LightningDiT(nnx.Module):
         condition = jax.nn.silu(condition)
         rotary = rotary_2d(c.width // c.num_heads, grid) if c.use_rope else None
 
-        scan = choose_scan() if c.scan_blocks is None else c.scan_blocks
-        remat = choose_remat(_kept_by_dots(c), len(latents), scan) if c.remat == "auto" else c.remat
-        run = functools.partial(run_stack, self.blocks, extras=(condition, rotary), scan=scan, remat=remat)
+        run = functools.partial(run_stack, self.blocks, self.execution, extras=(condition, rotary))
         if return_repa:
             # Two loops around the depth that REPA reads: carrying a copy through one loop instead
             # would double what the backward pass keeps.
@@ -229,15 +232,6 @@ class LightningDiT(nnx.Module):
             return self.time_embed(t_texture)
         halves = [self.time_embed_semantic(t_semantic), self.time_embed_texture(t_texture)]
         return jnp.concatenate(halves, axis=-1)
-
-
-def _kept_by_dots(config: DiTConfig) -> int:
-    """Return the bytes of one row that the blocks keep with remat "dots": what the matmuls with weights give."""
-    c = config
-    hidden = int(c.width * c.mlp_ratio)
-    wide = 2 * int(2 / 3 * hidden) if c.use_swiglu else hidden
-    tokens = (c.input_size // c.patch_size) ** 2
-    return c.depth * tokens * (5 * c.width + wide) * jnp.dtype(c.compute_dtype).itemsize  # qkv, proj, w12, w3
 
 
 class TimeEmbed(nnx.Module):

@@ -15,9 +15,13 @@ import numpy as np
 from flax import nnx
 
 from sfd_jax.errors import SfdError
+from sfd_jax.models.execution import current
 from sfd_jax.registry import Registry
 from sfd_jax.settings import from_group
 from sfd_jax.trees import shape_faults, shapes_by_name
+
+# Fields of configs written before an `Execution` took their place: read and passed over.
+FORMER_FIELDS = {"scan_blocks", "remat"}
 
 Params = dict[str, Any]
 
@@ -46,7 +50,9 @@ class Network:
     def __post_init__(self):
         config_cls, _ = NETWORKS[self.name]
         if not isinstance(self.config, config_cls):
-            object.__setattr__(self, "config", from_group(config_cls, dict(self.config)))
+            former = FORMER_FIELDS - {field.name for field in dataclasses.fields(config_cls)}
+            fields = {name: value for name, value in dict(self.config).items() if name not in former}
+            object.__setattr__(self, "config", from_group(config_cls, fields))
 
     def init(self, key: jax.Array) -> Params:
         """Return freshly initialised parameters, float32; a function of `key` alone, jit-able."""
@@ -59,12 +65,15 @@ class Network:
     def apply(self, params: Params, *args, method: str = "__call__", **kwargs):
         """Call the network (or another of its methods) with `params`; pure and jit-able.
 
+        How it is computed is what the surrounding `execution.executing` says.
+
         Raises:
           SfdError: `params` is not the tree of `abstract_params` (each differing path is named).
         """
         graphdef, _ = self._blueprint
         self.check(params)
         module = nnx.merge(graphdef, nnx.restore_int_paths(params))
+        module.set_attributes(execution=current(), raise_if_not_found=False)
         return getattr(module, method)(*args, **kwargs)
 
     def check(self, params: Params) -> None:

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sfd_jax.models.attention import attend
+from sfd_jax.models.execution import PLAIN
 from sfd_jax.models.layers import check, check_divides, check_dtype, conv, group_norm
 from sfd_jax.models.posterior import sample_posterior, split_moments
 from sfd_jax.ranges import check_fields
@@ -67,11 +67,11 @@ class TextureVAEConfig:
             f"no texture VAE variant '{self.variant}': choose ldm or mar",
         )
         check(len(self.ch_mult) > 0, "ch_mult is empty: give one multiple a level")
-        for mult in self.ch_mult:
+        for width in self.widths:
             check(
-                self.ch * mult % self.norm_groups == 0,
-                f"norm_groups {self.norm_groups} does not divide the {self.ch * mult} channels of "
-                f"a level (ch {self.ch} x {mult}): choose fewer groups",
+                width % self.norm_groups == 0,
+                f"norm_groups {self.norm_groups} does not divide the {width} channels of a level (ch {self.ch} x "
+                f"{width // self.ch}): choose fewer groups",
             )
         levels = len(self.ch_mult)
         for level in self.attention_levels:
@@ -85,6 +85,11 @@ class TextureVAEConfig:
     def downsampling(self) -> int:
         """Return H / h, the factor between pixels and latents."""
         return 2 ** (len(self.ch_mult) - 1)
+
+    @property
+    def widths(self) -> list[int]:
+        """Return the channels of each level, finest first."""
+        return [self.ch * mult for mult in self.ch_mult]
 
     def has_attention(self, level: int) -> bool:
         """Tell whether the blocks of this level (0 is the finest) are followed by attention."""
@@ -137,23 +142,12 @@ class Encoder(nnx.Module):
     def __init__(self, config: TextureVAEConfig, *, rngs):
         c, dtype = config, jnp.dtype(config.compute_dtype)
         self.conv_in = conv(3, c.ch, 3, rngs=rngs, dtype=dtype)
-        channels = c.ch
-        down = []
-        for level, mult in enumerate(c.ch_mult):
-            last = level == len(c.ch_mult) - 1
-            down.append(
-                Level(
-                    c,
-                    channels,
-                    c.ch * mult,
-                    c.num_res_blocks,
-                    attention=c.has_attention(level),
-                    downsample=not last,
-                    rngs=rngs,
-                )
-            )
-            channels = c.ch * mult
-        self.down = nnx.List(down)
+        widths = [c.ch, *c.widths]
+        self.down = nnx.List(
+            Level(c, level, before, c.num_res_blocks, c.has_attention(level), "downsample", rngs=rngs)
+            for level, before in enumerate(widths[:-1])
+        )
+        channels = widths[-1]
         self.mid = Middle(c, channels, rngs=rngs)
         self.norm_out = group_norm(channels, c.norm_groups, rngs=rngs)
         self.conv_out = conv(channels, 2 * c.z_channels, 3, rngs=rngs, dtype=dtype)
@@ -170,25 +164,17 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: TextureVAEConfig, *, rngs):
         c, dtype = config, jnp.dtype(config.compute_dtype)
-        channels = c.ch * c.ch_mult[-1]
-        self.conv_in = conv(c.z_channels, channels, 3, rngs=rngs, dtype=dtype)
-        self.mid = Middle(c, channels, rngs=rngs)
-        up = []
-        for level, mult in reversed(list(enumerate(c.ch_mult))):
-            up.append(
-                Level(
-                    c,
-                    channels,
-                    c.ch * mult,
-                    c.num_res_blocks + 1,
-                    attention=c.has_attention(level) and c.variant == "ldm",
-                    upsample=level > 0,
-                    rngs=rngs,
-                )
-            )
-            channels = c.ch * mult
+        widths = [*c.widths, c.widths[-1]]
+        self.conv_in = conv(c.z_channels, widths[-1], 3, rngs=rngs, dtype=dtype)
+        self.mid = Middle(c, widths[-1], rngs=rngs)
+        ldm = c.variant == "ldm"
+        up = [
+            Level(c, i, widths[i + 1], c.num_res_blocks + 1, ldm and c.has_attention(i), "upsample", rngs=rngs)
+            for i in reversed(range(len(c.widths)))
+        ]
         # Stored finest first, as in the published files; run coarsest first.
         self.up = nnx.List(reversed(up))
+        channels = widths[0]
         self.norm_out = group_norm(channels, c.norm_groups, rngs=rngs)
         self.conv_out = conv(channels, 3, 3, rngs=rngs, dtype=dtype)
 
@@ -200,38 +186,26 @@ class Decoder(nnx.Module):
 
 
 class Level(nnx.Module):
-    """Residual blocks at one grid size, each with attention or none, then a change of grid."""
+    """Residual blocks at one grid size, each with attention or none, then a `change` of grid to the next level."""
 
-    def __init__(
-        self,
-        config,
-        channels_in,
-        channels,
-        num_blocks,
-        *,
-        attention,
-        downsample=False,
-        upsample=False,
-        rngs,
-    ):
-        c = config
+    def __init__(self, config, level, channels_in, num_blocks, attention, change, *, rngs):
+        c, channels = config, config.widths[level]
         widths = [channels_in] + [channels] * (num_blocks - 1)
         self.block = nnx.List([ResBlock(c, width, channels, rngs=rngs) for width in widths])
         self.attn = nnx.List([Attention(c, channels, rngs=rngs) for _ in widths if attention])
-        if downsample:
+        if change == "downsample" and level < len(c.widths) - 1:
             self.downsample = Downsample(c, channels, rngs=rngs)
-        if upsample:
+        if change == "upsample" and level > 0:
             self.upsample = Upsample(c, channels, rngs=rngs)
-        self.changes_down, self.changes_up = downsample, upsample
 
     def __call__(self, x):
         for i, block in enumerate(self.block):
             x = block(x)
             if len(self.attn):
                 x = self.attn[i](x)
-        if self.changes_down:
+        if hasattr(self, "downsample"):
             x = self.downsample(x)
-        if self.changes_up:
+        if hasattr(self, "upsample"):
             x = self.upsample(x)
         return x
 
@@ -270,6 +244,8 @@ class ResBlock(nnx.Module):
 class Attention(nnx.Module):
     """Single-head attention over all positions of the grid, beside a shortcut."""
 
+    execution = PLAIN
+
     def __init__(self, config, channels, *, rngs):
         dtype = jnp.dtype(config.compute_dtype)
         self.norm = group_norm(channels, config.norm_groups, rngs=rngs)
@@ -282,22 +258,15 @@ class Attention(nnx.Module):
         b, h, w, c = x.shape
         normed = self.norm(x)
         q, k, v = (f(normed).reshape(b, h * w, 1, c) for f in (self.q, self.k, self.v))
-        return x + self.proj_out(attend(q, k, v).reshape(b, h, w, c))
+        return x + self.proj_out(self.execution.attention(q, k, v).reshape(b, h, w, c))
 
 
 class Downsample(nnx.Module):
     """Halve the grid by a stride-2 convolution, padded at the bottom and right alone."""
 
     def __init__(self, config, channels, *, rngs):
-        self.conv = conv(
-            channels,
-            channels,
-            3,
-            strides=2,
-            padding=((0, 1), (0, 1)),
-            rngs=rngs,
-            dtype=jnp.dtype(config.compute_dtype),
-        )
+        padding, dtype = ((0, 1), (0, 1)), jnp.dtype(config.compute_dtype)
+        self.conv = conv(channels, channels, 3, strides=2, padding=padding, rngs=rngs, dtype=dtype)
 
     def __call__(self, x):
         return self.conv(x)

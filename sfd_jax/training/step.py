@@ -12,12 +12,16 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sfd_jax.distributed import batch_sharding, mesh_context, param_shardings, put_same, replicated
+from sfd_jax.distributed import batch_sharding, param_shardings, put_same, replicated
 from sfd_jax.distributed.mesh import AXES
-from sfd_jax.errors import SfdError
+from sfd_jax.errors import SfdError, nearest
+from sfd_jax.execution import choose_execution
+from sfd_jax.models.execution import Execution, executing
+from sfd_jax.models.stack import REMAT
 from sfd_jax.ranges import check_fields
 from sfd_jax.training.optimizer import OptimizerConfig, make_schedule
 from sfd_jax.training.state import TrainState, abstract_state
+from sfd_jax.training.task import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +38,10 @@ class TrainConfig:
       keep_last: newest checkpoints kept.
       keep_every: checkpoints at multiples of it are kept for good; 0 keeps none.
       max_bad_steps: non-finite steps in a row before the run stops.
+      scan_blocks: run a network's blocks as one compiled loop; off, unrolled (slower to compile); None: the best for
+        the devices. This and `remat` are config.model's.
+      remat: what blocks keep for the backward pass: "none" recomputes nothing, "full" everything, "dots" everything but
+        the matmuls with weights, "auto" is what fits the devices.
     """
 
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -46,9 +54,13 @@ class TrainConfig:
     keep_last: int = 2
     keep_every: int = 0
     max_bad_steps: int = 20
+    scan_blocks: bool | None = None
+    remat: str = "none"
 
     def __post_init__(self):
         check_fields("train", self)
+        if self.remat not in (policies := (*REMAT, "auto")):
+            raise SfdError(f"no remat policy '{self.remat}': {nearest(self.remat, policies)}")
         if self.global_batch_size % self.accumulation:
             raise SfdError(
                 f"train.global_batch_size={self.global_batch_size} does not divide by "
@@ -58,15 +70,20 @@ class TrainConfig:
 
 
 def make_train_step(
-    task, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    config: TrainConfig,
+    mesh: Mesh,
+    execution: Execution | None = None,
 ) -> Callable[[TrainState, dict, jax.Array], tuple[TrainState, dict]]:
     """Make the training step for a mesh; its first call compiles it.
 
     Args:
       task: Task with `init` and `loss`.
       optimizer: from `make_optimizer`.
-      config: `accumulation`, `ema_decay`, `max_bad_steps` and the schedule are used here.
+      config: `accumulation`, `ema_decay`, `max_bad_steps`, `scan_blocks`, `remat` and the schedule are used here.
       mesh: the mesh whose shardings the state has.
+      execution: how the task's networks are computed, instead of what is chosen for the mesh.
 
     Returns:
       step(state, batch, key) -> (state, metrics): `batch` from `put_batch`, `key` the run's stream key (the
@@ -77,12 +94,12 @@ def make_train_step(
     Raises:
       SfdError: the batch does not divide over the mesh and the accumulation.
     """
-    step, frozen = _jit_step(task, optimizer, config, mesh), put_frozen(task, mesh)
+    step, frozen = _jit_step(task, optimizer, config, mesh, execution), put_frozen(task, mesh)
     return lambda state, batch, key: step(state, batch, key, frozen)
 
 
 def trace_train_step(
-    task, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh, batch: dict
+    task: Task, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh, batch: dict
 ) -> jax.stages.Traced:
     """Trace the step of `make_train_step` from shapes alone, to be compiled for devices that need not be there.
 
@@ -98,20 +115,25 @@ def trace_train_step(
     return step.trace(abstract_state(task, optimizer, mesh), batch, key, frozen)
 
 
-def _jit_step(task, optimizer, config: TrainConfig, mesh: Mesh):
+def _jit_step(task: Task, optimizer, config: TrainConfig, mesh: Mesh, execution: Execution | None = None):
     parts, size = config.accumulation, config.global_batch_size
     if size % (parts * mesh.size):
         raise SfdError(
             f"train.global_batch_size={size} does not divide over {mesh.size} devices times train.accumulation={parts}"
         )
     schedule = make_schedule(config.optimizer, config.steps)
+    if execution is None:
+        kept = getattr(task.network and task.network.config, "kept_by_dots", 0)
+        execution = choose_execution(
+            mesh, scan=config.scan_blocks, remat=config.remat, rows=size // parts, kept_by_dots=kept
+        )
 
     def step(state: TrainState, batch: dict, key: jax.Array, frozen: tuple) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(key, state.step)
         batch = {**batch, "positions": jnp.arange(size, dtype=jnp.int32)}
 
         def loss_fn(params, rows, key):
-            with mesh_context(mesh):
+            with executing(execution):
                 return task.loss(params, rows, key, *frozen)
 
         loss, metrics, grads = _loss_and_grads(loss_fn, state.params, batch, key, parts, mesh)
@@ -156,7 +178,7 @@ def _jit_step(task, optimizer, config: TrainConfig, mesh: Mesh):
     )
 
 
-def put_frozen(task, mesh: Mesh) -> tuple:
+def put_frozen(task: Task, mesh: Mesh) -> tuple:
     """Put a task's frozen parameters on the mesh, split as trained ones are: the loss's arguments after the key."""
     return () if task.frozen is None else (put_same(task.frozen, param_shardings(task.frozen, mesh)),)
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from sfd_jax.models.layers import product
+from sfd_jax.models.kernels import product
 
 
 def gaussian_kl(mean: jax.Array, logvar: jax.Array) -> jax.Array:

@@ -1,17 +1,13 @@
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
 from model_testing import call, random_params
 
-from sfd_jax.distributed.mesh import AXES
 from sfd_jax.errors import SfdError
-from sfd_jax.models import DiTConfig, Network, dit_config, lightning_dit
+from sfd_jax.models import DiTConfig, Network, dit_config
+from sfd_jax.models.execution import PLAIN, Execution, executing
 from sfd_jax.models.positions import rotary_2d, rotate, sincos_2d
-from sfd_jax.models.stack import choose_remat
 
 TINY = dict(
     width=24,
@@ -91,17 +87,19 @@ def test_initial_distributions():
 def test_scan_and_remat_change_nothing(inputs):
     shallow = dict(depth=2, repa_depth=1)
 
-    def answer(network):
+    def answer(execution):
         def loss(params):
-            velocity, repa = network.apply(params, *inputs, return_repa=True)
+            with executing(execution):
+                velocity, repa = network.apply(params, *inputs, return_repa=True)
             return jnp.mean(velocity**2) + jnp.mean(repa**2), velocity
 
         return jax.jit(jax.grad(loss, has_aux=True))(random_params(network))
 
-    wanted, velocity = answer(build(**shallow))
+    network = build(**shallow)
+    wanted, velocity = answer(PLAIN)
     assert all(np.any(leaf) for leaf in jax.tree.leaves(wanted))  # every parameter is used
-    for change in (dict(remat="full"), dict(remat="auto"), dict(remat="dots", scan_blocks=False)):
-        found, same = answer(build(**shallow, **change))
+    for change in (dict(remat="full"), dict(remat="dots", scan=False)):
+        found, same = answer(Execution(**change))
         # The same arithmetic in another order of fusion: a few float32 roundings.
         close(same, velocity, 2e-6)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
@@ -110,44 +108,25 @@ def test_scan_and_remat_change_nothing(inputs):
 
 def test_remat_recomputes_what_it_says(inputs):
     """Matmuls in the gradient's program: "full" repeats all of a block, "dots" those of attention alone."""
-    counts = {}
+    counts, network = {}, build(depth=1, repa_features=0)
+    loss = lambda params: jnp.sum(network.apply(params, *inputs))
     for remat in ("none", "dots", "full"):
-        network = build(depth=1, repa_features=0, remat=remat)
-        loss = lambda params, network=network: jnp.sum(network.apply(params, *inputs))
-        program = jax.jit(jax.grad(loss)).lower(network.abstract_params())
+        with executing(Execution(remat=remat)):
+            program = jax.jit(jax.grad(loss)).lower(network.abstract_params())
         counts[remat] = program.as_text().count("dot_general")
-    # Logits and values; and qkv, proj, both halves of w12, w3 and the modulation, but for the last: nothing needs w3's answer.
+    # Logits and values; and qkv, proj, both halves of w12 and the modulation, and w3, whose answer nothing needs.
     assert counts["dots"] - counts["none"] == 2
     assert counts["full"] - counts["dots"] in (5, 6)
 
 
-def test_remat_auto_keeps_what_fits_the_device(monkeypatch):
-    kept = lightning_dit._kept_by_dots(dit_config("XL", compute_dtype="bfloat16"))
+def test_blocks_are_one_loop_or_unrolled(inputs):
+    def loops(scan):
+        network = build(repa_features=0)
+        with executing(Execution(scan=scan)):
+            program = jax.jit(network.apply).lower(network.abstract_params(), *inputs)
+        return program.as_text().count("stablehlo.while")
 
-    def choice(chips, rows, kind="TPU v5 lite", platform="tpu", **more):
-        device = AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
-        with jax.sharding.use_abstract_mesh(AbstractMesh((1, chips), AXES, abstract_device=device)):
-            return choose_remat(kept, rows, **more)
-
-    assert choice(16, 256) == "dots" and choice(4, 256) == "full"
-    assert choose_remat(kept, 16) == "dots" and choose_remat(kept, 64) == "full"  # a device nobody knows
-    assert choice(16, 16, scan=False) == "dots"  # what "none" keeps of unrolled blocks is known of GPUs alone
-
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    h100 = functools.partial(choice, kind="NVIDIA H100 80GB HBM3", platform="gpu")
-    assert [h100(1, rows, scan=False) for rows in (64, 128, 256)] == ["none", "dots", "full"]
-    assert h100(1, 64, scan=True) == "dots"
-    assert choice(1, 64, kind="NVIDIA A100-SXM4-40GB", platform="gpu", scan=False) == "dots"
-
-
-def test_blocks_are_one_loop_but_on_a_gpu(monkeypatch, inputs):
-    def loops(**changes):
-        network = build(repa_features=0, **changes)
-        return jax.jit(network.apply).lower(network.abstract_params(), *inputs).as_text().count("stablehlo.while")
-
-    assert loops() == 1 and loops(scan_blocks=False) == 0
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert loops() == 0 and loops(scan_blocks=True) == 1
+    assert loops(True) == 1 and loops(False) == 0
 
 
 def test_bfloat16_is_near_float32(params, inputs, velocity):
@@ -282,7 +261,6 @@ def test_other_parameter_counts(size):
         (dict(num_heads=5), "num_heads"),
         (dict(patch_size=4), "patch_size"),
         (dict(repa_depth=4), "repa_depth"),
-        (dict(remat="ful"), "full"),
         (dict(compute_dtype="float16"), "bfloat16"),
         (dict(width=20, num_heads=2), "head width 10"),
     ],

@@ -38,6 +38,14 @@ def test_config_survives_json(name):
     assert again == network and hash(again) == hash(network)
 
 
+def test_fields_that_moved_out_of_configs_are_passed_over():
+    """As checkpoints have them that were written when scan and remat were fields of the network's config."""
+    for name in ("lightning_dit", "dinov2"):
+        network = Network(name, SMALL[name])
+        old = {**network.config_dict(), "remat": "dots", "scan_blocks": None}
+        assert Network(name, old) == network
+
+
 def test_init_is_a_function_of_the_key_alone():
     network = Network("semantic_vae", SMALL["semantic_vae"])
     init = jax.jit(network.init)

@@ -1,4 +1,4 @@
-"""float32 means float32 on a TPU: the precision of every product in the networks, the step and the sampler, as lowered."""
+"""float32 means float32 on a TPU: the precision of every product in networks, step and sampler, as lowered."""
 
 import re
 
@@ -65,8 +65,8 @@ def dit_args(rows=2):
     return shape(rows, 4, 4, 5), shape(rows), shape(rows), shape(rows, dtype=jnp.int32)
 
 
-def step(task, batch):
-    config = TrainConfig(OptimizerConfig(clip_norm=1.0), global_batch_size=16, accumulation=2)
+def step(task, batch, **changes):
+    config = TrainConfig(OptimizerConfig(clip_norm=1.0), global_batch_size=16, accumulation=2, **changes)
     mesh, optimizer = make_mesh(4, 2), make_optimizer(config.optimizer, config.steps)
     key = jax.eval_shape(lambda: jax.random.key(0))
     arguments = abstract_state(task, optimizer, mesh), batch, key, ()
@@ -75,7 +75,7 @@ def step(task, batch):
 
 def dit_step(dtype, **changes):
     task = diffusion_task(
-        Network("lightning_dit", {**DIT, "compute_dtype": dtype, **changes}),
+        Network("lightning_dit", {**DIT, "compute_dtype": dtype}),
         LatentLayout(3, 2),
         FixedOffset(0.3),
         LossConfig(),
@@ -85,7 +85,7 @@ def dit_step(dtype, **changes):
         "labels": shape(16, dtype=jnp.int32),
         "repa_features": shape(16, 16, 7, dtype=jnp.float16),
     }
-    return step(task, batch)
+    return step(task, batch, **changes)
 
 
 def sampler(dtype):

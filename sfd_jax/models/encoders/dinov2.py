@@ -21,6 +21,7 @@ from flax import nnx
 
 from sfd_jax.errors import SfdError, nearest
 from sfd_jax.models.attention import SelfAttention
+from sfd_jax.models.execution import PLAIN
 from sfd_jax.models.layers import (
     Mlp,
     PatchEmbed,
@@ -32,7 +33,7 @@ from sfd_jax.models.layers import (
     layer_norm,
 )
 from sfd_jax.models.resize import resize_bicubic
-from sfd_jax.models.stack import REMAT, run_stack, stack
+from sfd_jax.models.stack import run_stack, stack
 from sfd_jax.ranges import check_fields
 
 DINOV2_SIZES = {
@@ -60,8 +61,6 @@ class DinoV2Config:
       ffn: "mlp" (hidden width 4D), or "swiglu" (8/3 D, rounded up to a multiple of 8).
       layer_scale_init: LayerScale's start. 1 suits short training from scratch; DINOv2's own
         pre-training started at 1e-5.
-      scan_blocks: run the blocks as one compiled loop.
-      remat: as in DiTConfig.
       compute_dtype: "float32" or "bfloat16", dtype of the matmuls in the blocks.
     """
 
@@ -73,8 +72,6 @@ class DinoV2Config:
     num_registers: int = 4
     ffn: str = "mlp"
     layer_scale_init: float = 1.0
-    scan_blocks: bool = True
-    remat: str = "none"
     compute_dtype: str = "float32"
 
     def __post_init__(self):
@@ -88,7 +85,6 @@ class DinoV2Config:
             f"image_size {self.image_size} does not divide by patch_size {self.patch_size}",
         )
         check(self.ffn in ("mlp", "swiglu"), f"no DINOv2 ffn '{self.ffn}': choose mlp or swiglu")
-        check(self.remat in REMAT, f"no remat policy '{self.remat}': {nearest(self.remat, REMAT)}")
         check_dtype(self.compute_dtype)
 
     @property
@@ -146,6 +142,8 @@ def _standardise(pixels: jax.Array) -> jax.Array:
 class DinoV2(nnx.Module):
     """Encode images into patch, class and register tokens."""
 
+    execution = PLAIN
+
     def __init__(self, config: DinoV2Config, *, rngs: nnx.Rngs):
         c = self.config = config
         d = c.width
@@ -187,7 +185,7 @@ class DinoV2(nnx.Module):
             shape = (b, c.num_registers, c.width)
             tokens.append(jnp.broadcast_to(self.register_tokens[...], shape))
         tokens = jnp.concatenate([*tokens, patches], axis=1)
-        tokens = run_stack(self.blocks, tokens, scan=c.scan_blocks, remat=c.remat)
+        tokens = run_stack(self.blocks, self.execution, tokens)
         tokens = self.norm(tokens)
         first_patch = 1 + c.num_registers
         return {

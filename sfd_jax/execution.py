@@ -1,0 +1,90 @@
+"""How networks are computed on the devices of a mesh: decided here, where a step or sampler is built, and handed in.
+
+The one place where hardware is asked for it; `models` has the operations and knows no device. A file of its own, since
+training, generation, evaluation and `pod` all build on `models` and `distributed`, which do not know each other. What
+decides nothing here (encoders and VAEs without gradients) is computed plainly. Numbers: docs/performance.md.
+"""
+
+import functools
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from sfd_jax.distributed import batch_sharding, replicated, shard_rule
+from sfd_jax.models import kernels
+from sfd_jax.models.execution import PLAIN, Execution
+
+# GiB a device that "auto" lets blocks keep, by the beginning of the device's kind: about a third of its memory, since
+# parameters, optimizer and a block's own values need the rest.
+KEPT_AT_MOST = {
+    "TPU v5 lite": 5,
+    "TPU v5": 30,
+    "TPU v4": 10,
+    "TPU v6": 10,
+    "NVIDIA A100-SXM4-40GB": 12,
+    "NVIDIA A100": 25,
+    "NVIDIA H200": 45,
+    "NVIDIA H": 25,
+}
+_KEPT_ELSEWHERE = 5
+
+
+def choose_execution(
+    mesh: Mesh, *, scan: bool | None = None, remat: str = "none", rows: int = 0, kept_by_dots: int = 0
+) -> Execution:
+    """Choose how networks are computed on a mesh.
+
+    Args:
+      mesh: its devices need not be there.
+      scan: run blocks as one loop; None: everywhere but on a GPU.
+      remat: a key of `stack.REMAT`, or "auto": what fits the devices.
+      rows: of the batch, over all devices; read by "auto".
+      kept_by_dots: bytes that the blocks keep of one row with "dots"; read by "auto".
+    """
+    device = mesh.devices.flat[0]
+    platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
+    # On a GPU a loop copies all that the backward pass needs into one array for all blocks and out again, a tenth of
+    # XL's step. On a TPU it keeps the gathering of weights in order; on both it is what compiles fast.
+    scan = platform != "gpu" if scan is None else scan
+    if remat == "auto":
+        remat = _what_fits(platform, device.device_kind, rows / mesh.size * kept_by_dots, scan)
+    return Execution(
+        # CPUs and TPUs take no fused kernel: with 256 tokens the weights are small, and a head width of 72 does not
+        # fill the lanes of the TPU's.
+        attention=kernels.cudnn_attention if platform == "gpu" else kernels.tuned_attention,
+        product=kernels.cpu_product if platform == "cpu" else kernels.product,
+        scan=scan,
+        remat=remat,
+        gather=functools.partial(_gather, mesh) if mesh.shape["fsdp"] > 1 else PLAIN.gather,
+        split=functools.partial(_split, mesh) if mesh.size > 1 else PLAIN.split,
+    )
+
+
+def _what_fits(platform: str, kind: str, kept: float, scan: bool) -> str:
+    """Return what blocks keep for the backward pass, where `kept` bytes a device are what they keep with "dots".
+
+    On SFD-XL "dots" saves a quarter of a training step's FLOPs beside "full". "none" saves next to no FLOPs more, and
+    in a loop keeps six times as much; but of unrolled blocks XLA for GPUs keeps but twice as much, and reads and
+    writes a tenth less than with "dots".
+    """
+    known = (gib for name, gib in KEPT_AT_MOST.items() if kind.startswith(name))
+    most = next(known, _KEPT_ELSEWHERE) * 2**30
+    if platform == "gpu" and not scan and 2 * kept <= most:
+        return "none"
+    return "dots" if kept <= most else "full"
+
+
+def _gather(mesh: Mesh, params: Any) -> Any:
+    """Bring the parameters of one block whole to every device; their gradients go back to the devices' pieces.
+
+    Without it the compiler may leave the weights split and send every device's activations to all others instead,
+    which are many times larger.
+    """
+    pieces = lambda x: NamedSharding(mesh, shard_rule(x.shape, mesh))
+    return jax.tree.map(lambda x: kernels.gather(x, replicated(mesh), pieces(x)), params)
+
+
+def _split(mesh: Mesh, x: jax.Array) -> jax.Array:
+    """Keep (B, ...) split over all devices by its first axis where they divide B."""
+    return x if x.shape[0] % mesh.size else jax.lax.with_sharding_constraint(x, batch_sharding(mesh))

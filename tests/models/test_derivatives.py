@@ -1,0 +1,122 @@
+"""Every network can be differentiated forwards and backwards: of one linear map, u (J v) = (J^T u) v."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from model_testing import random_params
+
+from sfd_jax.models import NETWORKS, Network, kernels
+from sfd_jax.models.execution import PLAIN, Execution, executing
+
+DIT = dict(width=16, depth=2, num_heads=2, input_size=4, patch_size=2, in_channels=3, num_classes=2, repa_features=5)
+DIT |= dict(repa_depth=1, repa_width=6)
+BARE = dict(use_qknorm=False, use_swiglu=False, use_rope=False, use_rmsnorm=False, use_shift=False, two_clocks=False)
+SEMANTIC = dict(input_dim=6, bottleneck_dim=2, hidden_dim=8, transformer_heads=2, transformer_blocks=1, num_layers=1)
+SEMANTIC |= dict(num_res_blocks=1)
+TEXTURE = dict(z_channels=2, ch=2, ch_mult=(1,), num_res_blocks=1, norm_groups=2)
+DINO = dict(width=8, depth=2, num_heads=2, image_size=6, patch_size=2)
+TUNED = Execution(attention=kernels.tuned_attention, product=kernels.cpu_product)
+
+
+def draw(*shapes):
+    keys = jax.random.split(jax.random.key(1), len(shapes))
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def dit(network, params, latents, t_semantic, t_texture):
+    return network.apply(params, latents, t_semantic, t_texture, jnp.array([0, 2]), return_repa=True)
+
+
+def method(name):
+    return lambda network, params, *args: network.apply(params, *args, method=name)
+
+
+def whole(network, params, *args):
+    return network.apply(params, *args)
+
+
+# name -> network, its config, the function of (network, params, *inputs), shapes of the inputs
+CASES = {
+    "lightning_dit": ("lightning_dit", DIT, dit, [(2, 4, 4, 3), (2,), (2,)]),
+    "lightning_dit, bare": ("lightning_dit", DIT | BARE, dit, [(2, 4, 4, 3), (2,), (2,)]),
+    "texture_vae": ("texture_vae", TEXTURE, whole, [(1, 4, 4, 3)]),
+    "texture_vae, decoder": ("texture_vae", TEXTURE | {"variant": "mar"}, method("decode"), [(1, 4, 4, 2)]),
+    **{
+        f"semantic_vae, {arch}": (
+            "semantic_vae",
+            SEMANTIC | {"arch": arch, "num_layers": 2 if arch == "mlp" else 1},
+            whole,
+            [(1, 4, 6), (1, 4, 2)],
+        )
+        for arch in ("transformer", "mlp", "resnet")
+    },
+    "dinov2": ("dinov2", DINO, whole, [(1, 4, 6, 3)]),
+    "dinov2, swiglu": ("dinov2", DINO | {"ffn": "swiglu", "num_registers": 0}, whole, [(1, 4, 6, 3)]),
+    # So many channels that none of the pixels is zero in all of them, where the distance has no derivative.
+    "lpips": ("lpips", dict(channels=(16, 24), depths=(1, 1)), whole, [(1, 8, 8, 3)] * 2),
+    "inception": ("inception", {}, whole, [(1, 16, 16, 3)]),
+}
+
+
+def dot(a, b):
+    return sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def like(tree, seed):
+    """Draw a tree of the shapes of another one, each leaf about as large as that one."""
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    scale = lambda leaf: jnp.sqrt(jnp.mean(leaf**2)) + 0.01
+    return structure.unflatten([scale(x) * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+
+
+def numbers(name, execution, differentiate):
+    kind, config, function, shapes = CASES[name]
+    network = Network(kind, config)
+    at = (random_params(network), *draw(*shapes))
+    with executing(execution):
+        return np.asarray(jax.jit(lambda *at: differentiate(lambda *args: function(network, *args), at))(*at))
+
+
+@pytest.mark.parametrize(
+    "name, execution",
+    [
+        *(pytest.param(name, PLAIN, marks=[pytest.mark.slow] if name == "inception" else []) for name in CASES),
+        *((name, TUNED) for name in ("lightning_dit", "texture_vae, decoder")),
+    ],
+)
+def test_tangents_and_gradients_are_of_one_linear_map(name, execution):
+    def three(f, at):
+        v = like(at, 2)
+        out, tangent = jax.jvp(f, at, v)
+        u = like(out, 3)
+        linear = jax.linearize(f, *at)[1]
+        gradient = jax.linear_transpose(linear, *at)(u)
+        length = jnp.sqrt(dot(u, u) * dot(tangent, tangent))
+        return jnp.stack([dot(u, tangent), dot(u, linear(*v)), dot(gradient, v)]) / length
+
+    forward, linearized, backward = numbers(name, execution, three)
+    assert abs(backward) > 1e-4  # of two unrelated vectors, not of zeros
+    np.testing.assert_allclose([forward, linearized], backward, atol=1e-5)
+
+
+@pytest.mark.parametrize("execution", [PLAIN, TUNED], ids=["plain", "tuned"])
+def test_the_gradient_of_a_tangent(execution):
+    """What a loss that holds a tangent needs: the derivative of u (J v) along w, also by another tangent."""
+
+    def two(f, at):
+        v, w = like(at, 2), like(at, 4)
+        tangent = lambda *args: jax.jvp(f, args, v)[1]
+        along, second = jax.jvp(tangent, at, w)
+        u = like(along, 3)
+        gradient = jax.grad(lambda args: dot(u, tangent(*args)))(at)
+        return jnp.stack([dot(u, second), dot(gradient, w)]) / jnp.sqrt(dot(u, u) * dot(second, second))
+
+    forward, backward = numbers("semantic_vae, transformer", execution, two)
+    assert abs(backward) > 1e-4
+    np.testing.assert_allclose(forward, backward, atol=1e-4)
+
+
+def test_every_network_is_here():
+    assert {case[0] for case in CASES.values()} == set(NETWORKS)
