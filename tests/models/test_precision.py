@@ -11,10 +11,12 @@ from sfd_jax.diffusion.clocks import FixedOffset
 from sfd_jax.diffusion.losses import LossConfig
 from sfd_jax.distributed import make_mesh
 from sfd_jax.evaluation.metrics import _merge_smallest, _unbiased_mmd
+from sfd_jax.execution import choose_execution
 from sfd_jax.generation.sampler import SampleConfig, Sampler
 from sfd_jax.latents import LatentLayout, LatentStatistics
 from sfd_jax.models import Network
 from sfd_jax.models.encoders import Tiling, VisualEncoder
+from sfd_jax.models.execution import executing
 from sfd_jax.models.latent_encoder import LatentEncoder
 from sfd_jax.training import OptimizerConfig, TrainConfig, make_optimizer
 from sfd_jax.training.diffusion import diffusion_task
@@ -49,7 +51,8 @@ def gradients(network, *args, method="__call__"):
     """Lower the network with the gradient of all that it gives, by parameters and inputs."""
 
     def loss(params, *args):
-        leaves = jax.tree.leaves(network.apply(params, *args, method=method))
+        with executing(choose_execution(make_mesh())):  # as every step has it
+            leaves = jax.tree.leaves(network.apply(params, *args, method=method))
         return sum(jnp.sum(leaf**2) for leaf in leaves if leaf.dtype == jnp.float32)
 
     return lower(jax.value_and_grad(loss, argnums=(0, 1)), network.abstract_params(), *args)
