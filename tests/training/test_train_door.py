@@ -27,7 +27,9 @@ TINY = "--config=configs/sfd.py:xl,tiny"
 def make_store(folder, seed=0, config=MappingProxyType({}), weights=MappingProxyType({})):
     """Twenty images of the tiny recipe's shapes."""
     fields = latent_fields((4, 4, 8), (4, 4, 4), dtype="float32", flips=True, repa_shape=(16, 24))
-    writer = LatentStoreWriter(folder, Plan(20, 16, fields, dict(config), dict(weights), [f"class {i}" for i in range(10)]))
+    writer = LatentStoreWriter(
+        folder, Plan(20, 16, fields, dict(config), dict(weights), [f"class {i}" for i in range(10)])
+    )
     rng = np.random.default_rng(seed)
     for shard in range(2):
         with writer.open_shard(shard) as records:
