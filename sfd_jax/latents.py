@@ -150,7 +150,10 @@ class LatentStatistics:
         ours, theirs = ([s.texture_mean, s.texture_std, s.semantic_mean, s.semantic_std] for s in (self, other))
         if [a.shape for a in ours] != [a.shape for a in theirs] or self.multiplier != other.multiplier:
             return False
-        return all((np.abs(a - b) <= 0.01 * ours[1 + i // 2 * 2]).all() for i, (a, b) in enumerate(zip(ours, theirs)))
+        return all(
+            (np.abs(a - b) <= 0.01 * ours[1 + i // 2 * 2]).all()
+            for i, (a, b) in enumerate(zip(ours, theirs, strict=True))
+        )
 
     def hash(self) -> str:
         """Return a hex digest that names these statistics in reports."""
@@ -198,7 +201,7 @@ def normalised_composite(
         (mean, (statistics.texture_mean, statistics.semantic_mean)),
         (std, (statistics.texture_std, statistics.semantic_std)),
     ):
-        for group, values in zip(layout.split(spread), group_values):
+        for group, values in zip(layout.split(spread), group_values, strict=True):
             group[...] = values
     texture_latents, semantic_latents = layout.split(latents)
     for row, image in enumerate(latents):

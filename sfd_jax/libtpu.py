@@ -26,7 +26,7 @@ def expect_no_machine() -> None:
 
 
 def hush() -> None:
-    """Do so where libtpu is installed and the machine has no TPU: JAX tries it at every start, and it would complain."""
+    """Do so where libtpu is installed without a TPU: JAX tries it at every start, and it would complain."""
     if installed() and not any(_is_googles(device) for device in Path("/sys/bus/pci/devices").glob("*/vendor")):
         expect_no_machine()
 

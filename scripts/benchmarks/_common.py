@@ -5,6 +5,7 @@ their medians within one run.
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import importlib.util
@@ -49,10 +50,8 @@ def machine() -> dict:
     device = jax.devices()[0]
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
     return {
         "date": datetime.date.today().isoformat(),
         "backend": jax.default_backend(),

@@ -178,8 +178,8 @@ def plot(rows: list[dict], path: Path) -> None:
         ("read_as_label", "read as their label, %", 100),
     )
     curves = {(row["solver"], row["mode"]) for row in rows if row["solver"] != "real"}
-    colours = dict(zip(("euler", "heun", "midpoint", "rk4", "ab2", "dopri5"), plt.cm.tab10.colors))
-    for axis, (name, title, factor) in zip(axes, panels):
+    colours = dict(zip(("euler", "heun", "midpoint", "rk4", "ab2", "dopri5"), plt.cm.tab10.colors, strict=False))
+    for axis, (name, title, factor) in zip(axes, panels, strict=True):
         for solver, mode in sorted(curves, key=lambda c: (c[1] != "staged", c[0])):
             own = sorted(
                 (r for r in rows if (r["solver"], r["mode"]) == (solver, mode)), key=lambda r: r["network_calls"]

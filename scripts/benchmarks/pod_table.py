@@ -1,4 +1,4 @@
-"""Compile every program of README's table "The pod, compiled", each in its own process, and print the table.
+"""Compile every program of the table in docs/pods.md, each in its own process, and print the table.
 
   python scripts/benchmarks/pod_table.py --out=DIR [--rows=train_xl_v5e_4x4,...]
 
@@ -75,7 +75,8 @@ def line(row: dict, most: float) -> str:
     slices = f"{topology['slices']} x " if topology["slices"] > 1 else ""
     data, fsdp = row["mesh"]["data"], row["mesh"]["fsdp"]
     if not memory:
-        return f"| {row['program']} | | {slices}{topology['name']} | | | at least {row['needed'] / GIB:.2f} | {most} | | | |"
+        least = f"at least {row['needed'] / GIB:.2f}"
+        return f"| {row['program']} | | {slices}{topology['name']} | | | {least} | {most} | | | |"
     sent = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in sorted(traffic["sent"].items()) if size > 0.005 * GIB)
     name = row["program"].replace("configs/sfd.py:", "")
     return (

@@ -201,7 +201,8 @@ def describe(row: dict) -> str:
     calls = [f"{row[w]['calls']} = {'+'.join(map(str, row[w]['by_stage']))}" for w in ("released", "staged")]
     share = row["share_of_error"]
     return (
-        f"{row['system']:<15}{row['guidance']:<13}{row['seed']:>4}  {calls[0]:<22}{row['released']['error']['rms']:>8.1e}"
+        f"{row['system']:<15}{row['guidance']:<13}{row['seed']:>4}  "
+        f"{calls[0]:<22}{row['released']['error']['rms']:>8.1e}"
         f"  {calls[1]:<20}{row['staged']['mean']:>6.1f}{row['staged']['error']['rms']:>9.1e}  "
         f"{row['share_of_calls']:>6.0%}{share['rms']:>10.2f}{share['max']:>6.2f}"
     )

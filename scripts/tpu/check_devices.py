@@ -12,7 +12,8 @@ import sys
 ASK = """
 import jax
 devices = jax.local_devices()
-print(f"{len(devices)} local devices of {jax.device_count()}: {devices[0].device_kind} ({devices[0].platform}), jax {jax.__version__}")
+kind = f"{devices[0].device_kind} ({devices[0].platform})"
+print(f"{len(devices)} local devices of {jax.device_count()}: {kind}, jax {jax.__version__}")
 raise SystemExit(0 if devices[0].platform == "tpu" else 3)
 """
 CHIPS = ("/dev/accel*", "/dev/vfio/[0-9]*")
@@ -42,9 +43,9 @@ def check(seconds: float, chips: list[str]) -> str:
         done = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
         return (
-            f"everything is installed, but the chips did not answer within {seconds:.0f} s. Those of a slice answer once "
-            "all of its workers ask: run this on all of them at the same time (scripts/tpu/setup.sh), or leave the "
-            "look out (TPU_CHECK_TIMEOUT=0)"
+            f"everything is installed, but the chips did not answer within {seconds:.0f} s. Those of a slice answer "
+            "once all of its workers ask: run this on all of them at the same time (scripts/tpu/setup.sh), or leave "
+            "the look out (TPU_CHECK_TIMEOUT=0)"
         )
     print(done.stdout, end="")
     if done.returncode == 0:

@@ -39,7 +39,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def door_parser(door: str, doc: str) -> argparse.ArgumentParser:
-    """Return the argument parser of `sfd <door>`, its help text taken from the door's docstring."""
+    """Return the argument parser of a command, its help text taken from the command's docstring."""
     return _Parser(
         prog=f"sfd {door}",
         description=doc,

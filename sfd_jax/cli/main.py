@@ -53,7 +53,8 @@ def usage() -> str:
     """Return the overview that `sfd --help` prints."""
     width = max(map(len, DOORS))
     doors = "\n".join(f"  {name:<{width}}  {line}" for name, line in DOORS.items())
-    return f"usage: sfd <door> [flags]\n\n{doors}\n\n`sfd <door> --help` explains its flags; --plugin=MODULE goes with all."
+    more = "`sfd <command> --help` explains its flags; --plugin=MODULE goes with all."
+    return f"usage: sfd <command> [flags]\n\n{doors}\n\n{more}"
 
 
 def main(argv: list[str]) -> int:

@@ -80,11 +80,8 @@ def parse_classes(spec: str, num_classes: int, class_names: list[str] | None = N
       SfdError: a number outside [0, num_classes), or a name that is not in the list.
     """
     names = {name.strip().lower(): label for label, name in reversed(list(enumerate(class_names or [])))}
-    if ";" in spec or spec.strip().lower() in names:
-        parts = spec.split(";")
-    else:
-        parts = spec.split(",")
-    parts = [part.strip() for part in parts if part.strip()]
+    comma = ";" if ";" in spec or spec.strip().lower() in names else ","
+    parts = [part.strip() for part in spec.split(comma) if part.strip()]
     if not parts:
         raise SfdError(f"labels '{spec}' name no class; give 'balanced', 'random', or numbers or names of classes")
     return [_find_class(part, num_classes, names) for part in parts]

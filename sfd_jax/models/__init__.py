@@ -2,8 +2,8 @@
 
 A network knows no loss, guidance, solver, random state or hardware (how it is computed is handed in: execution.py), and
 can be differentiated forwards and backwards. Each has a frozen config dataclass of JSON-able fields and a module class
-`Cls(config, *, rngs)`, registered here by name; `Network` turns the pair into `init` and `apply` on plain dict trees. To
-add one: write its file, register it below (visual encoders: in `encoders`).
+`Cls(config, *, rngs)`, registered here by name; `Network` turns the pair into `init` and `apply` on plain dict trees.
+To add one: write its file, register it below (visual encoders: in `encoders`).
 """
 
 from sfd_jax.models.encoders import ENCODERS, register_encoder

@@ -24,8 +24,8 @@ Measure = Callable[..., dict[str, jax.Array]]
 def check_held_out(source: Any, held_out: Any, *, compared: int = 16, searched: int = 2000) -> None:
     """Raise SfdError where held-out rows are training rows: the numbers would not be what their names say.
 
-    Image files of one folder are compared by their names. A few rows are compared by their content: with all training rows of a
-    small set, and of a large one with the row of the same number where both have as many.
+    Image files of one folder are compared by their names. A few rows are compared by their content: with all training
+    rows of a small set, and of a large one with the row of the same number where both have as many.
 
     Args:
       source, held_out: random access to records.

@@ -198,7 +198,10 @@ def test_bombs_are_broken_both_ways(tmp_path, filters):
 def test_what_pillow_warns_of_is_not_printed(tmp_path):
     """In a process of its own: pytest has its own filters of warnings."""
     path = image_file(tmp_path, "bomb.png", Image.new("1", (10_000, 10_000)))
-    code = f"from sfd_jax.data.images import open_images\ntry: open_images('folder', {str(path.parents[1])!r}, '', 8)[0]\nexcept Exception as e: print(e)"
+    code = (
+        f"from sfd_jax.data.images import open_images\ntry: open_images('folder', {str(path.parents[1])!r}, '', 8)[0]\n"
+        "except Exception as e: print(e)"
+    )
     run = subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True)
     assert "larger than the 89,478,485 pixels" in run.stdout and run.stderr == ""
 

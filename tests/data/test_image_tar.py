@@ -63,7 +63,7 @@ def damaged_header() -> bytes:
 
 
 def inner_cut(where) -> bytes:
-    """The first class's tar cut short, then another class: reading on would read the second's headers as the first's."""
+    """The first class's tar cut short, then another class, whose headers must not be read as the first's."""
     return tar_of({"n1.tar": inner("n1")[:where], "n2.tar": inner("n2")})
 
 

@@ -1,6 +1,7 @@
 """The integrators on equations with known answers."""
 
 import functools
+import itertools
 import math
 
 import jax
@@ -27,7 +28,7 @@ def field(slope):
 
 def grid(*edges, steps=8):
     """Even points in each segment."""
-    return [np.linspace(a, b, steps + 1, dtype=np.float32) for a, b in zip(edges[:-1], edges[1:])]
+    return [np.linspace(a, b, steps + 1, dtype=np.float32) for a, b in itertools.pairwise(edges)]
 
 
 DECAY = field(lambda y, tau: -y)

@@ -46,7 +46,7 @@ def test_ssim_by_its_definition():
     window = np.outer(gauss, gauss)
     window = (window / window.sum())[..., None]
     values = []
-    for x, y in zip(a.astype(np.float64), b.astype(np.float64)):
+    for x, y in zip(a.astype(np.float64), b.astype(np.float64), strict=True):
         here = []
         for i in range(13 - 10):
             for j in range(17 - 10):
@@ -88,7 +88,7 @@ def lpips_in_numpy(params, pixels, others):
 
     return sum(
         ((u - v) ** 2 @ params["weights"][str(i)][0, 0]).mean()
-        for i, (u, v) in enumerate(zip(features(pixels), features(others)))
+        for i, (u, v) in enumerate(zip(features(pixels), features(others), strict=True))
     )
 
 
@@ -97,7 +97,7 @@ def test_lpips_by_its_definition():
     network = Network("lpips", metadata["network_config"])
     a, b = GENERATOR.uniform(-1, 1, (2, 3, 11, 14, 3)).astype(np.float32)
     ours = np.asarray(network.apply(params, a, b))
-    np.testing.assert_allclose(ours, [lpips_in_numpy(params, x, y) for x, y in zip(a, b)], rtol=1e-5)
+    np.testing.assert_allclose(ours, [lpips_in_numpy(params, x, y) for x, y in zip(a, b, strict=True)], rtol=1e-5)
     np.testing.assert_array_equal(network.apply(params, a, a), np.zeros(3))
 
 

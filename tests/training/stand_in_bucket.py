@@ -1,8 +1,8 @@
 """A stand-in for Google Cloud Storage on this machine: the part of its JSON API that the three clients here use.
 
-`gs://` paths pass through gcsfs (etils: small files, listings), TensorStore (arrays) and google-cloud-storage (Orbax asks
-for the bucket's kind); all of them are the real ones and speak HTTP with this server. Objects appear whole, writes can
-demand a generation, there are no folders and no appending, as in the real thing. Credentials, gRPC, buckets with a
+`gs://` paths pass through gcsfs (etils: small files, listings), TensorStore (arrays) and google-cloud-storage (Orbax
+asks for the bucket's kind); all of them are the real ones and speak HTTP with this server. Objects appear whole, writes
+can demand a generation, there are no folders and no appending, as in the real thing. Credentials, gRPC, buckets with a
 hierarchical namespace, retries after failures and speed are not imitated.
 """
 

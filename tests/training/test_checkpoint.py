@@ -126,7 +126,7 @@ def test_absent_and_damaged_checkpoints(tmp_path, state):
 
 @pytest.fixture
 def saved(tmp_path, mesh):
-    """A checkpoint of a run, large enough that arrays lie outside of TensorStore's index: (folder, target, its contents)."""
+    """A checkpoint of a run whose arrays are too large for TensorStore's index: (folder, target, its contents)."""
     task = Task("large", None, lambda key: {"kernel": jax.random.normal(key, (64, 32)), "bias": jnp.ones(3)}, None)
     checkpointer = Checkpointer(tmp_path / "checkpoints")
     checkpointer.save(3, init_state(task, OPTIMIZER, mesh, 0), {"task": "large", "latent_statistics": {"mean": [0.5]}})

@@ -6,7 +6,8 @@ The module class `Cls(config, *, rngs)` of an encoder owns its preprocessing:
   class_token(images, size)     images (B,H,W,3) float32, 0..255 -> (B,F) float32, as it sees them at size x size pixels
                                 in published metrics; left out where there is none
 
-Its config has `patch_size`, `feature_width` (F) and, beside a class token, `metric_size` and `metric_name(trained_here)`.
+Its config has `patch_size`, `feature_width` (F) and, beside a class token, `metric_size` and
+`metric_name(trained_here)`.
 `tiles.py` knows at which grid an image is seen, and in how many tiles. docs/extend.md tells how to add one.
 """
 
