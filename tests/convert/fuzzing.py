@@ -33,6 +33,8 @@ from random import Random
 import numpy as np
 import safetensors.numpy
 from conftest import TorchFile
+from hypothesis import Phase, given, seed, settings
+from hypothesis import strategies as st
 
 from sfd_jax.budget import Budget
 from sfd_jax.convert.lazy_array import LazyArray
@@ -43,6 +45,7 @@ from sfd_jax.evaluation.image_sets import open_image_set
 from sfd_jax.evaluation.reference import open_reference
 
 SECONDS = 5
+BATCH = 20  # files in an example of hypothesis, which takes longer to draw one than a file to read
 COUNT = itertools.count()  # of the files so far
 FOLDER = pathlib.Path(tempfile.mkdtemp(prefix="sfd_fuzz_", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
 A = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -343,13 +346,23 @@ def main(files: int, start: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30,) * 2)  # jax maps some of it
     for test, share in SHARES.items():
         before, count = time.time(), files * share // 20
-        for number in range(start * count, (start + 1) * count):
+        fuzz(test, count, start)
+        print(f"{test.__name__}: {count} files, {time.time() - before:.0f} s", flush=True)
+
+
+def fuzz(test, count: int, start: int) -> None:
+    @seed(start)
+    @settings(max_examples=count // BATCH, deadline=None, database=None, phases=[Phase.generate])
+    @given(st.integers(0, 2**32))
+    def batch(first):
+        for number in range(BATCH * first, BATCH * (first + 1)):
             try:
                 test(Random(number))
             except BaseException:
                 print(f"to repeat: {test.__name__}(Random({number}))", flush=True)
                 raise
-        print(f"{test.__name__}: {count} files, {time.time() - before:.0f} s", flush=True)
+
+    batch()
 
 
 if __name__ == "__main__":
