@@ -97,7 +97,7 @@ def write_json(path: str | os.PathLike, value: Any, *, shared: bool = False) -> 
     write_text(path, json.dumps(value, indent=1) + "\n", shared=shared)
 
 
-def write_anywhere(path: Any, text: str) -> None:
+def write_anywhere(path: str | os.PathLike, text: str) -> None:
     """Write a text file that is whole or not there, on a local disk or in a bucket (gs://).
 
     Args:

@@ -16,7 +16,7 @@ import importlib
 import importlib.metadata
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,7 +37,7 @@ class Registry(dict[str, Part]):
         self.kind = kind
         self._modules: dict[str, str] = {}
 
-    def register(self, name: str, part: Part | None = None, module: str | None = None):
+    def register(self, name: str, part: Part | None = None, module: str | None = None) -> Callable[[Part], Part] | None:
         """Add a part under a name; without `part` return a decorator that does.
 
         Args:

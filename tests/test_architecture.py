@@ -140,3 +140,32 @@ def test_networks_know_no_hardware(root):
         forbidden = HARDWARE | (set() if file.name == "latent_encoder.py" else MESHES)
         faults += [f"{file.name} asks for {name}" for name in sorted(names & forbidden)]
     assert not faults, faults
+
+
+def untyped(source: str) -> list[str]:
+    """Return what lacks a type in the public functions and methods of a module: "line name parameter"."""
+    faults, bodies = [], [("", ast.parse(source).body)]
+    for prefix, body in bodies:
+        for node in body:
+            public = not node.name.startswith("_") if hasattr(node, "name") else False
+            if isinstance(node, ast.ClassDef) and public:
+                bodies.append((f"{node.name}.", node.body))
+            elif isinstance(node, ast.FunctionDef) and (public or node.name in ("__init__", "__call__")):
+                parameters = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                wanted = {a.arg: a.annotation for a in parameters if a.arg not in ("self", "cls")}
+                wanted |= {} if node.name == "__init__" else {"return": node.returns}
+                faults += [f"{node.lineno} {prefix}{node.name} {name}" for name, type_ in wanted.items() if not type_]
+    return faults
+
+
+def test_untyped_sees_parameters_and_returns():
+    source = (
+        "class A:\n  def __init__(self, a, *, b: int): ...\n  def f(self): ...\ndef _g(a): ...\ndef h(c) -> int: ..."
+    )
+    assert untyped(source) == ["5 h c", "2 A.__init__ a", "3 A.f return"]
+
+
+def test_public_functions_have_types(root):
+    files = sorted((root / "sfd_jax").rglob("*.py"))
+    faults = [f"{file.relative_to(root)}:{fault}" for file in files for fault in untyped(file.read_text())]
+    assert not faults, faults

@@ -8,7 +8,7 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sfd_jax import libtpu
@@ -79,7 +79,7 @@ class Terminated(KeyboardInterrupt):
     status = TryAgain.status
 
 
-def open_door(door_main, name: str, arguments: list[str]) -> int:
+def open_door(door_main: Callable[[list[str]], object], name: str, arguments: list[str]) -> int:
     """Run one command and return its exit status.
 
     An SfdError becomes one message on stderr and its own status (2: fix it, 75: start again), a full disk one that

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -42,7 +42,7 @@ class LazyArray:
         return np.asarray(self.load(), dtype=dtype)
 
 
-def is_float(dtype: Any) -> bool:
+def is_float(dtype: np.dtype) -> bool:
     """Say whether weights may be of a dtype: real floats of two bytes and more."""
     return np.dtype(dtype).name in ("float16", "bfloat16", "float32", "float64")
 
@@ -67,7 +67,7 @@ class Unchanged:
     def __init__(self, path: Path):
         self.path, self._stamp = path, _stamp(os.stat(path))
 
-    def check(self, stream) -> None:
+    def check(self, stream: BinaryIO) -> None:
         """Raise SfdError where an open file is another one, or was written to."""
         if _stamp(os.fstat(stream.fileno())) != self._stamp:
             raise SfdError(f"'{self.path}' changed while it was being read; start again once it is complete")

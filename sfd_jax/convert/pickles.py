@@ -20,7 +20,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -59,7 +59,7 @@ class _Set(list):
 
 
 def unpickle(
-    stream,
+    stream: BinaryIO,
     budget: Budget,
     builders: Mapping[str, Callable] = {},
     persistent: Callable[[Any], Any] | None = None,

@@ -7,12 +7,11 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from sfd_jax.data.images import BrokenImage
-from sfd_jax.data.latent_store import LatentStore
+from sfd_jax.data.images import BrokenImage, ImageSource
+from sfd_jax.data.latent_store import LatentSource, LatentStore
 from sfd_jax.data.published import PublishedLatents
 from sfd_jax.errors import SfdError
 
@@ -20,7 +19,9 @@ from sfd_jax.errors import SfdError
 IMAGENET_COUNTS = {"train": 1_281_167, "val": 50_000, "validation": 50_000}
 
 
-def check_images(source: Any, *, split: str = "", expected_count: int | None = None, max_broken: int = 0) -> list[str]:
+def check_images(
+    source: ImageSource, *, split: str = "", expected_count: int | None = None, max_broken: int = 0
+) -> list[str]:
     """Check an image source, of which 64 images are decoded, spread evenly.
 
     Args:
@@ -121,7 +122,7 @@ def check_published(source: PublishedLatents, *, num_classes: int, flips: bool =
     return faults
 
 
-def check_labels(source: Any, num_classes: int, setting: str = "model.num_classes") -> list[str]:
+def check_labels(source: ImageSource | LatentSource, num_classes: int, setting: str = "model.num_classes") -> list[str]:
     """Check the label of every record, as far as they are known without reading the records.
 
     Args:

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sfd_jax.data.checks import check_writable
-from sfd_jax.data.images import BrokenImage, BrokenImages, Tolerant
+from sfd_jax.data.images import BrokenImage, BrokenImages, ImageSource, Tolerant
 from sfd_jax.data.latent_store import (
     LatentStore,
     LatentStoreWriter,
@@ -84,7 +84,7 @@ class Share:
 
 
 def extract(
-    source: Any,
+    source: ImageSource,
     encode: Encode,
     out_dir: str | os.PathLike,
     config: ExtractConfig,
@@ -122,7 +122,7 @@ def extract(
 
 
 def extract_plan(
-    source: Any, encode: Encode, config: ExtractConfig, about: Mapping[str, Any], weights: dict[str, str]
+    source: ImageSource, encode: Encode, config: ExtractConfig, about: Mapping[str, Any], weights: dict[str, str]
 ) -> Plan:
     """Return the plan of the store that `extract` would write; nothing is encoded."""
     if len(source) == 0:

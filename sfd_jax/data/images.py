@@ -163,7 +163,7 @@ class Tolerant:
       source: an `ImageSource`.
     """
 
-    def __init__(self, source: Any):
+    def __init__(self, source: ImageSource):
         self.source = source
 
     def __len__(self) -> int:

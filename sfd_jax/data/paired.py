@@ -1,9 +1,9 @@
 """Latents together with the pixels they were made from, for what is computed from pixels in the step."""
 
-from typing import Any
-
 import numpy as np
 
+from sfd_jax.data.images import ImageSource
+from sfd_jax.data.latent_store import LatentSource
 from sfd_jax.data.pipeline import mirrored, read_records
 from sfd_jax.errors import SfdError
 
@@ -20,7 +20,7 @@ class WithPixels:
         latents: then these are not the images that the latents were made from.
     """
 
-    def __init__(self, latents: Any, images: Any):
+    def __init__(self, latents: LatentSource, images: ImageSource):
         self.latents, self.images = latents, images
         self.statistics, self.class_names = latents.statistics, latents.class_names
         self.notes = [*getattr(latents, "notes", ()), *getattr(images, "notes", ())]

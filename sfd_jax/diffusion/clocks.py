@@ -197,7 +197,7 @@ class FixedOffset(Clocks):
     def breakpoints(self) -> tuple[float, ...]:
         return tuple(sorted({kink for kink in (self.delta_t, 1.0) if 0 < kink < self.tau_end}))
 
-    def times(self, tau):
+    def times(self, tau: jax.Array) -> tuple[jax.Array, jax.Array]:
         # Texture is not capped at 1: the released dopri5 steps past tau_end and interpolates back.
         return jnp.minimum(tau, 1.0), jnp.maximum(tau - self.delta_t, 0.0)
 
@@ -210,7 +210,7 @@ class Sequential(Clocks):
     tau_end = 2.0
     breakpoints = (1.0,)
 
-    def times(self, tau):
+    def times(self, tau: jax.Array) -> tuple[jax.Array, jax.Array]:
         return FixedOffset(1.0).times(tau)
 
 
@@ -222,5 +222,5 @@ class Synchronous(Clocks):
     tau_end = 1.0
     breakpoints = ()
 
-    def times(self, tau):
+    def times(self, tau: jax.Array) -> tuple[jax.Array, jax.Array]:
         return tau, tau

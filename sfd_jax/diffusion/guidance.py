@@ -186,7 +186,7 @@ def jumps(clocks: Clocks, *, interval_start: float = 0.0, interval_groups: str =
     return {"sem": (semantic,), "tex": (texture,), "both": (semantic, texture)}[interval_groups]
 
 
-def check_groups(interval_groups: str):
+def check_groups(interval_groups: str) -> None:
     if interval_groups not in INTERVAL_GROUPS:
         raise SfdError(
             f"unknown guidance interval groups {interval_groups!r}: {nearest(interval_groups, INTERVAL_GROUPS)}"

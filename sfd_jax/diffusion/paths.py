@@ -27,9 +27,9 @@ class LinearPath:
     Source: released `transport/path.py`, ICPlan.
     """
 
-    def interpolate(self, data, noise, t):
+    def interpolate(self, data: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
         return t * data + (1.0 - t) * noise
 
-    def velocity(self, data, noise, t):
+    def velocity(self, data: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
         del t  # the same all along the way
         return data - noise

@@ -26,7 +26,7 @@ class Heartbeat:
     Failing to is not the job's failure, unless the disk is full: then the next `at` says so.
     """
 
-    def __init__(self, folder, phase: str):
+    def __init__(self, folder: epath.PathLike | None, phase: str):
         """Prepare the file of this process.
 
         Args:

@@ -1,6 +1,7 @@
 """One rule from shapes to shardings, for parameters, optimizer moments and EMA alike."""
 
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,12 +33,12 @@ def shard_rule(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*(None,) * largest, "fsdp")
 
 
-def param_shardings(abstract_tree, mesh: Mesh):
+def param_shardings(abstract_tree: Any, mesh: Mesh) -> Any:
     """Return the tree of NamedShardings that `shard_rule` gives for a tree of arrays or their shapes."""
     return jax.tree.map(lambda x: NamedSharding(mesh, shard_rule(x.shape, mesh)), abstract_tree)
 
 
-def with_shardings(abstract_tree, shardings):
+def with_shardings(abstract_tree: Any, shardings: Any) -> Any:
     """Return the tree of ShapeDtypeStructs with their shardings attached, e.g. as a restore target."""
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract_tree, shardings
@@ -107,7 +108,7 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     return {name: put(np.asarray(array)) for name, array in batch.items()}
 
 
-def put_same(tree, shardings):
+def put_same(tree: Any, shardings: Any) -> Any:
     """Make global arrays from arrays that every host holds whole and alike, e.g. parameters read from disk.
 
     `jax.device_put` would do, but first sends everything between the hosts to check that they agree. Shapes

@@ -6,6 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sfd_jax.data.images import open_images
+from sfd_jax.data.latent_store import LatentSource
 from sfd_jax.data.paired import WithPixels
 from sfd_jax.distributed import say, start
 from sfd_jax.errors import SfdError, nearest
@@ -41,7 +42,7 @@ def check_repa_source(config: ConfigDict) -> str:
     return data.repa_source
 
 
-def open_targets(config: ConfigDict, layout: LatentLayout, latents: Any) -> tuple[Any, FrozenFeatures | None]:
+def open_targets(config: ConfigDict, layout: LatentLayout, latents: LatentSource) -> tuple[Any, FrozenFeatures | None]:
     """Open what the targets are made from.
 
     Args:

@@ -1,13 +1,13 @@
 """The latents that a run trains on, and whether they are those that its config and --init say."""
 
 import contextlib
-from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from sfd_jax.convert.weight_files import read_statistics
-from sfd_jax.data.latent_store import LatentStore
+from sfd_jax.data.latent_store import LatentSource, LatentStore
+from sfd_jax.data.paired import WithPixels
 from sfd_jax.data.published import PublishedLatents, open_latents
 from sfd_jax.diffusion.clocks import Clocks, join_params, split_params
 from sfd_jax.distributed import start
@@ -97,7 +97,7 @@ def load_init(path: str, network: Network, clocks: Clocks, seed: int) -> dict:
     return join_params(params, trained if theirs == clocks else clocks.init(jax.random.key(seed)))
 
 
-def check_init(path: str, network: Network, clocks: Clocks, source: Any) -> list[str]:
+def check_init(path: str, network: Network, clocks: Clocks, source: LatentSource | WithPixels) -> list[str]:
     """Return sentences on what sets the checkpoint of --init apart from this run; the latents it was trained on.
 
     Raises:

@@ -6,6 +6,7 @@
 Sample i is a function of (seed, i) and its label alone. Images are uint8 (N, H, W, 3).
 """
 
+from sfd_jax.diffusion.clocks import Clocks
 from sfd_jax.diffusion.sample_config import SampleConfig, SampleJob
 from sfd_jax.generation.job import make_images
 from sfd_jax.generation.labels import balanced_labels, make_labels, parse_classes, random_labels
@@ -13,6 +14,7 @@ from sfd_jax.generation.outputs import draw_grid, write_grid, write_pngs, write_
 from sfd_jax.generation.sampler import Sampler, make_sampler, sample_noise
 
 __all__ = [
+    "Clocks",
     "SampleConfig",
     "SampleJob",
     "Sampler",

@@ -1,11 +1,14 @@
 """Multi-head self-attention. Axis letters: B batch, N tokens, K heads, E head width, D width."""
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from sfd_jax.models.execution import PLAIN
 from sfd_jax.models.layers import XAVIER, dense
-from sfd_jax.models.positions import rotate
+from sfd_jax.models.positions import Rotary, rotate
 
 
 class SelfAttention(nnx.Module):
@@ -23,7 +26,16 @@ class SelfAttention(nnx.Module):
 
     execution = PLAIN
 
-    def __init__(self, width, num_heads, *, rngs, make_norm=None, init=XAVIER, dtype=jnp.float32):
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        rngs: nnx.Rngs,
+        make_norm: Callable[[int, nnx.Rngs], nnx.Module] | None = None,
+        init: jax.nn.initializers.Initializer = XAVIER,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+    ):
         self.num_heads = num_heads
         self.dtype = dtype
         self.normalise = make_norm is not None
@@ -33,7 +45,7 @@ class SelfAttention(nnx.Module):
             self.k_norm = make_norm(width // num_heads, rngs)
         self.proj = dense(width, width, rngs=rngs, init=init, dtype=dtype)
 
-    def __call__(self, x, rotary=None):
+    def __call__(self, x: jax.Array, rotary: Rotary | None = None) -> jax.Array:
         """Map tokens (B, N, D) to (B, N, D) in `dtype`; `rotary` is of `positions.rotary_2d`."""
         b, n, d = x.shape
         qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, d // self.num_heads)

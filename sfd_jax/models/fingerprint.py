@@ -5,10 +5,11 @@ import hashlib
 import jax
 import numpy as np
 
+from sfd_jax.models.network import Params
 from sfd_jax.trees import named_leaves
 
 
-def params_hash(params) -> str:
+def params_hash(params: Params) -> str:
     """Return a hex digest of all paths, shapes and values of a tree of arrays.
 
     The same for numpy and jax arrays, for whatever order the dicts were filled in, and for floats of any width that

@@ -17,6 +17,7 @@ guided-diffusion, evaluations/evaluator.py, for the features that are read.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +66,7 @@ class Inception(nnx.Module):
             setattr(self, f"Mixed_{name}", Mixed(channels, plan, rngs=rngs))
         self.fc = dense(2048, 1008, rngs=rngs)
 
-    def __call__(self, images):
+    def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
         """Compute the features of images.
 
         Args:
@@ -77,7 +78,7 @@ class Inception(nnx.Module):
         """
         return self._features(self.resize(images))
 
-    def resize(self, images):
+    def resize(self, images: jax.Array) -> jax.Array:
         """Resize images (B, H, W, 3) of 0..255 to 299 x 299 as TensorFlow 1 did, values kept."""
         return resize_bilinear_tf1(images, IMAGE_SIZE, IMAGE_SIZE)
 
@@ -105,7 +106,16 @@ class Inception(nnx.Module):
 class ConvNorm(nnx.Module):
     """Convolution without bias, batch normalisation with stored statistics, ReLU."""
 
-    def __init__(self, channels_in, channels, size, *, stride=1, padding=0, rngs):
+    def __init__(
+        self,
+        channels_in: int,
+        channels: int,
+        size: int | tuple[int, int],
+        *,
+        stride: int = 1,
+        padding: int | tuple[int, int] = 0,
+        rngs: nnx.Rngs,
+    ):
         height, width = (size, size) if isinstance(size, int) else size
         pad_h, pad_w = (padding, padding) if isinstance(padding, int) else padding
         # XLA's CPU convolution takes three times as long where nothing is padded: pad, and cut what that adds.
@@ -124,7 +134,7 @@ class ConvNorm(nnx.Module):
         )
         self.bn = StoredNorm(channels)
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         x = self.conv(x)
         return jax.nn.relu(self.bn(x[:, :, 1:-1] if self.cut else x))
 
@@ -132,13 +142,13 @@ class ConvNorm(nnx.Module):
 class StoredNorm(nnx.Module):
     """Batch normalisation that only ever reads its stored mean and variance."""
 
-    def __init__(self, channels):
+    def __init__(self, channels: int):
         self.weight = nnx.Param(jnp.ones((channels,), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((channels,), jnp.float32))
         self.running_mean = nnx.Param(jnp.zeros((channels,), jnp.float32))
         self.running_var = nnx.Param(jnp.ones((channels,), jnp.float32))
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         factor = self.weight[...] * jax.lax.rsqrt(self.running_var[...] + 1e-3)
         offset = self.bias[...] - self.running_mean[...] * factor
         return x * factor[None, None, None] + offset[None, None, None]
@@ -153,7 +163,7 @@ class Mixed(nnx.Module):
         layers that read the same and are joined. Without a stride the grid stays as it is.
     """
 
-    def __init__(self, channels, plan, *, rngs):
+    def __init__(self, channels: int, plan: tuple, *, rngs: nnx.Rngs):
         self.plan = plan
         for chain in plan:
             width = channels
@@ -164,10 +174,10 @@ class Mixed(nnx.Module):
                     setattr(self, name, layer)
                 width = out  # nothing follows a fork
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         return jnp.concatenate(self.branches(x), axis=-1)
 
-    def branches(self, x):
+    def branches(self, x: jax.Array) -> list[jax.Array]:
         """Return the answers of the branches, those of a fork one by one."""
         answers = []
         for chain in self.plan:
@@ -184,22 +194,22 @@ def _layers(step) -> tuple:
     return (step,) if isinstance(step[0], str) else step
 
 
-def average_pool(x):
+def average_pool(x: jax.Array) -> jax.Array:
     """3x3 mean that keeps the grid; at the border the mean is over the pixels that exist."""
     return nnx.avg_pool(x, (3, 3), strides=(1, 1), padding="SAME", count_include_pad=False)
 
 
-def max_pool_same(x):
+def max_pool_same(x: jax.Array) -> jax.Array:
     """3x3 maximum that keeps the grid."""
     return nnx.max_pool(x, (3, 3), strides=(1, 1), padding="SAME")
 
 
-def max_pool_valid(x):
+def max_pool_valid(x: jax.Array) -> jax.Array:
     """3x3 maximum with stride 2, without padding."""
     return nnx.max_pool(x, (3, 3), strides=(2, 2), padding="VALID")
 
 
-def block_a(pool_channels):
+def block_a(pool_channels: int) -> tuple:
     """35 x 35: 1x1, 5x5, double 3x3, pool."""
     return (
         (("branch1x1", 64, 1),),
@@ -217,7 +227,7 @@ BLOCK_B = (
 )
 
 
-def block_c(c7):
+def block_c(c7: int) -> tuple:
     """17 x 17: 1x1, 7x7 as 1x7 and 7x1, the same twice, pool."""
     across, down = (1, 7), (7, 1)
     double = ((c7, 1), (c7, down), (c7, across), (c7, down), (192, across))
@@ -242,7 +252,7 @@ BLOCK_D = (
 )
 
 
-def block_e(pool):
+def block_e(pool: Callable[[jax.Array], jax.Array]) -> tuple:
     """8 x 8: 1x1, 3x3 forked into 1x3 and 3x1, double 3x3 forked alike, pool."""
     fork = lambda name: ((f"{name}a", 384, (1, 3)), (f"{name}b", 384, (3, 1)))
     return (

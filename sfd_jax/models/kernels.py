@@ -16,7 +16,7 @@ from jax.custom_derivatives import linear_call
 from jax.sharding import Sharding
 
 
-def precision_of(dtype) -> jax.lax.Precision | None:
+def precision_of(dtype: jax.typing.DTypeLike) -> jax.lax.Precision | None:
     """Return the precision at which arrays of a dtype are multiplied: float32 means float32.
 
     By default a TPU multiplies float32 arrays in bfloat16 and a GPU in TF32, and results would not be those of the

@@ -10,7 +10,6 @@ Whatever is drawn for an image is a function of (seed, index of the image, which
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from sfd_jax.errors import SfdError
 from sfd_jax.models.encoders.tiles import VisualEncoder, join_tokens, split_tiles, tiles_of_grid, to_float
-from sfd_jax.models.network import Network
+from sfd_jax.models.network import Network, Params
 from sfd_jax.models.posterior import sample_posterior
 from sfd_jax.randomness import keys_by_row
 from sfd_jax.ranges import check
@@ -137,7 +136,7 @@ class LatentEncoder:
 ENCODE_AT_ONCE = 8
 
 
-def jit_encoder(encoder: LatentEncoder, mesh: Mesh):
+def jit_encoder(encoder: LatentEncoder, mesh: Mesh) -> jax.stages.Wrapped:
     """Return the jitted `encoder` for batches that are split over a mesh, each device working through its images.
 
     Args:
@@ -159,7 +158,7 @@ def jit_encoder(encoder: LatentEncoder, mesh: Mesh):
     return jax.jit(jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=rows, check_vma=False))
 
 
-def decode_features(network: Network, params: Any, semantic_latents: jax.Array, tile_grid: int) -> jax.Array:
+def decode_features(network: Network, params: Params, semantic_latents: jax.Array, tile_grid: int) -> jax.Array:
     """Return the features that raw semantic latents stand for.
 
     Args:

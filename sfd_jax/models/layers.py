@@ -6,6 +6,8 @@ otherwise compute in bfloat16 too: see `kernels.precision_of`. Axis letters: B b
 D width, P patch.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -21,7 +23,7 @@ ZEROS = jax.nn.initializers.zeros
 FAN_IN = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-def normal(stddev: float):
+def normal(stddev: float) -> jax.nn.initializers.Initializer:
     """Return the initialiser of a normal distribution with this standard deviation."""
     return jax.nn.initializers.normal(stddev)
 
@@ -31,7 +33,7 @@ class Linear(nnx.Linear):
 
     execution = PLAIN
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         """Map (..., I) to (..., O) in `dtype`."""
         x, kernel, bias = self._in_dtype(x)
         return self.execution.product(x, kernel) + bias
@@ -51,17 +53,24 @@ class Linear(nnx.Linear):
         return x, kernel, bias.reshape(*(1,) * (x.ndim - 1), -1)
 
 
-def dense(features_in, features_out, *, rngs, init=XAVIER, dtype=jnp.float32) -> Linear:
+def dense(
+    features_in: int,
+    features_out: int,
+    *,
+    rngs: nnx.Rngs,
+    init: jax.nn.initializers.Initializer = XAVIER,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> Linear:
     """Build a Linear with zero bias: (..., features_in) -> (..., features_out) in `dtype`."""
     return Linear(features_in, features_out, kernel_init=init, dtype=dtype, rngs=rngs)
 
 
-def rms_norm(width, *, rngs, epsilon=1e-6) -> nnx.RMSNorm:
+def rms_norm(width: int, *, rngs: nnx.Rngs, epsilon: float = 1e-6) -> nnx.RMSNorm:
     """Build an RMSNorm over the last axis with a learned scale, float32."""
     return nnx.RMSNorm(width, epsilon=epsilon, dtype=jnp.float32, rngs=rngs)
 
 
-def layer_norm(width, *, rngs, epsilon=1e-6, affine=True) -> nnx.LayerNorm:
+def layer_norm(width: int, *, rngs: nnx.Rngs, epsilon: float = 1e-6, affine: bool = True) -> nnx.LayerNorm:
     """Build a LayerNorm over the last axis, float32; without `affine` it has no parameters."""
     return nnx.LayerNorm(
         width,
@@ -75,7 +84,7 @@ def layer_norm(width, *, rngs, epsilon=1e-6, affine=True) -> nnx.LayerNorm:
     )
 
 
-def group_norm(channels, groups, *, rngs) -> nnx.GroupNorm:
+def group_norm(channels: int, groups: int, *, rngs: nnx.Rngs) -> nnx.GroupNorm:
     """Build a GroupNorm (epsilon 1e-6) over (B, H, W, C), float32."""
     return nnx.GroupNorm(
         channels,
@@ -87,7 +96,15 @@ def group_norm(channels, groups, *, rngs) -> nnx.GroupNorm:
     )
 
 
-def conv(channels_in, channels_out, kernel_size, *, rngs, dtype=jnp.float32, **options) -> nnx.Conv:
+def conv(
+    channels_in: int,
+    channels_out: int,
+    kernel_size: int,
+    *,
+    rngs: nnx.Rngs,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    **options,
+) -> nnx.Conv:
     """Build a square 2D convolution that keeps the grid, unless `options` (of nnx.Conv) say more."""
     return nnx.Conv(
         channels_in,
@@ -109,12 +126,20 @@ class PatchEmbed(nnx.Module):
 
     execution = PLAIN
 
-    def __init__(self, patch_size, channels, width, *, rngs, init=XAVIER):
+    def __init__(
+        self,
+        patch_size: int,
+        channels: int,
+        width: int,
+        *,
+        rngs: nnx.Rngs,
+        init: jax.nn.initializers.Initializer = XAVIER,
+    ):
         flat = init(rngs.params(), (patch_size * patch_size * channels, width), jnp.float32)
         self.kernel = nnx.Param(flat.reshape(patch_size, patch_size, channels, width))
         self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
 
-    def __call__(self, images):
+    def __call__(self, images: jax.Array) -> jax.Array:
         """Map (B, H, W, C) to tokens (B, N, D) in row order."""
         p, _, c, d = self.kernel.shape
         b, h, w, _ = images.shape
@@ -123,7 +148,7 @@ class PatchEmbed(nnx.Module):
         return self.execution.product(patches, self.kernel[...].reshape(p * p * c, d)) + self.bias[...][None, None]
 
 
-def unpatchify(tokens, grid_size, patch_size):
+def unpatchify(tokens: jax.Array, grid_size: int, patch_size: int) -> jax.Array:
     """Put tokens (B, N, P*P*C), in row order, back to an image (B, H, W, C)."""
     b, _, features = tokens.shape
     g, p = grid_size, patch_size
@@ -135,38 +160,55 @@ def unpatchify(tokens, grid_size, patch_size):
 class Mlp(nnx.Module):
     """Linear, activation, Linear."""
 
-    def __init__(self, width, hidden, activation, *, rngs, init=XAVIER, dtype=jnp.float32):
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        activation: Callable[[jax.Array], jax.Array],
+        *,
+        rngs: nnx.Rngs,
+        init: jax.nn.initializers.Initializer = XAVIER,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+    ):
         self.fc1 = dense(width, hidden, rngs=rngs, init=init, dtype=dtype)
         self.fc2 = dense(hidden, width, rngs=rngs, init=init, dtype=dtype)
         self.activation = activation
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc2(self.activation(self.fc1(x)))
 
 
 class SwiGlu(nnx.Module):
     """silu(x W1) * (x W2), then W3; W1 and W2 are one fused matrix, W1's columns first."""
 
-    def __init__(self, width, hidden, *, rngs, init=XAVIER, dtype=jnp.float32):
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        *,
+        rngs: nnx.Rngs,
+        init: jax.nn.initializers.Initializer = XAVIER,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+    ):
         self.w12 = dense(width, 2 * hidden, rngs=rngs, init=init, dtype=dtype)
         self.w3 = dense(hidden, width, rngs=rngs, init=init, dtype=dtype)
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         gate, value = self.w12.halves(x)
         return self.w3(jax.nn.silu(gate) * value)
 
 
-def gelu_exact(x):
+def gelu_exact(x: jax.Array) -> jax.Array:
     """The Gaussian error linear unit by erf."""
     return jax.nn.gelu(x, approximate=False)
 
 
-def gelu_tanh(x):
+def gelu_tanh(x: jax.Array) -> jax.Array:
     """The tanh approximation of the Gaussian error linear unit."""
     return jax.nn.gelu(x, approximate=True)
 
 
-def check_dtype(compute_dtype: str):
+def check_dtype(compute_dtype: str) -> None:
     """Raise SfdError unless the name is that of a dtype to compute in."""
     check(
         compute_dtype in ("float32", "bfloat16"),
@@ -174,13 +216,13 @@ def check_dtype(compute_dtype: str):
     )
 
 
-def check(condition: bool, message: str):
+def check(condition: bool, message: str) -> None:
     """Raise SfdError(message) unless `condition`; for configs that cannot be built."""
     if not condition:
         raise SfdError(message)
 
 
-def check_divides(size: int, part: int, what: str):
+def check_divides(size: int, part: int, what: str) -> None:
     """Raise SfdError unless a side of `size` divides by `part`, with the nearest sides that do."""
     low = size // part * part
     near = f"{low} or {low + part}" if low else str(part)

@@ -58,7 +58,7 @@ from sfd_jax.models.layers import (
     rms_norm,
     unpatchify,
 )
-from sfd_jax.models.positions import rotary_2d, sincos_2d, time_features
+from sfd_jax.models.positions import Rotary, rotary_2d, sincos_2d, time_features
 from sfd_jax.models.stack import run_stack, stack
 from sfd_jax.ranges import check_fields
 
@@ -181,7 +181,15 @@ class LightningDiT(nnx.Module):
         if c.repa_features:
             self.repa_projector = RepaProjector(c, rngs=rngs)
 
-    def __call__(self, latents, t_semantic, t_texture, labels, *, return_repa=False):
+    def __call__(
+        self,
+        latents: jax.Array,
+        t_semantic: jax.Array,
+        t_texture: jax.Array,
+        labels: jax.Array,
+        *,
+        return_repa: bool = False,
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """Predict the velocity.
 
         Args:
@@ -237,18 +245,18 @@ class LightningDiT(nnx.Module):
 class TimeEmbed(nnx.Module):
     """Embed a clock: 256 sinusoidal features, Linear, SiLU, Linear; float32."""
 
-    def __init__(self, width, *, rngs):
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.linear1 = dense(256, width, rngs=rngs, init=normal(0.02))
         self.linear2 = dense(width, width, rngs=rngs, init=normal(0.02))
 
-    def __call__(self, t):
+    def __call__(self, t: jax.Array) -> jax.Array:
         return self.linear2(jax.nn.silu(self.linear1(time_features(t, 256))))
 
 
 class Block(nnx.Module):
     """Attention and MLP, each normalised, modulated by the condition and gated (adaLN-zero)."""
 
-    def __init__(self, config: DiTConfig, *, rngs):
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         c = config
         dtype = jnp.dtype(c.compute_dtype)
         hidden = int(c.width * c.mlp_ratio)
@@ -269,7 +277,7 @@ class Block(nnx.Module):
         parts = 6 if c.use_shift else 4
         self.modulation = dense(c.width, parts * c.width, rngs=rngs, init=ZEROS)
 
-    def __call__(self, tokens, condition, rotary):
+    def __call__(self, tokens: jax.Array, condition: jax.Array, rotary: Rotary | None) -> jax.Array:
         """Map tokens (B, N, D) float32 under the condition (B, D), already through SiLU."""
         modulation = self.modulation(condition)[:, None, :]
         if self.use_shift:
@@ -286,14 +294,14 @@ class Block(nnx.Module):
 class FinalLayer(nnx.Module):
     """Normalise, modulate and project tokens (B, N, D) to patches (B, N, P*P*C), float32."""
 
-    def __init__(self, config: DiTConfig, *, rngs):
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         c = config
         channels = c.in_channels * (2 if c.learn_sigma else 1)
         self.norm = block_norm(c, rngs)
         self.modulation = dense(c.width, 2 * c.width, rngs=rngs, init=ZEROS)
         self.linear = dense(c.width, c.patch_size**2 * channels, rngs=rngs, init=ZEROS)
 
-    def __call__(self, tokens, condition):
+    def __call__(self, tokens: jax.Array, condition: jax.Array) -> jax.Array:
         shift, scale = jnp.split(self.modulation(condition)[:, None, :], 2, axis=-1)
         return self.linear(self.norm(tokens) * (1 + scale) + shift)
 
@@ -301,26 +309,26 @@ class FinalLayer(nnx.Module):
 class RepaProjector(nnx.Module):
     """Project hidden states (B, N, D) to the visual encoder's features (B, N, F); training only."""
 
-    def __init__(self, config: DiTConfig, *, rngs):
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         c = config
         dtype = jnp.dtype(c.compute_dtype)
         self.linear1 = dense(c.width, c.repa_width, rngs=rngs, dtype=dtype)
         self.linear2 = dense(c.repa_width, c.repa_width, rngs=rngs, dtype=dtype)
         self.linear3 = dense(c.repa_width, c.repa_features, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         x = jax.nn.silu(self.linear2(jax.nn.silu(self.linear1(x))))
         return self.linear3(x).astype(jnp.float32)
 
 
-def head_norm(config: DiTConfig, head_width, rngs):
+def head_norm(config: DiTConfig, head_width: int, rngs: nnx.Rngs) -> nnx.RMSNorm | nnx.LayerNorm:
     """Build the norm of queries or keys; LayerNorm here has parameters and PyTorch's epsilon."""
     if config.use_rmsnorm:
         return rms_norm(head_width, rngs=rngs)
     return layer_norm(head_width, rngs=rngs, epsilon=1e-5)
 
 
-def block_norm(config: DiTConfig, rngs):
+def block_norm(config: DiTConfig, rngs: nnx.Rngs) -> nnx.RMSNorm | nnx.LayerNorm:
     """Build the norm before a modulation: RMSNorm with scale, or LayerNorm without parameters."""
     if config.use_rmsnorm:
         return rms_norm(config.width, rngs=rngs)

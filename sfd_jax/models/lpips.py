@@ -60,7 +60,7 @@ class Lpips(nnx.Module):
         )
         self.weights = nnx.List(nnx.Param(jnp.full((1, 1, c, 1), 1.0 / c)) for c in config.channels)
 
-    def __call__(self, pixels, others):
+    def __call__(self, pixels: jax.Array, others: jax.Array) -> jax.Array:
         """Return the distance of each pair, (B,) float32.
 
         Args:
@@ -72,7 +72,7 @@ class Lpips(nnx.Module):
             distance += jnp.matmul(squares, weights[0, 0], precision="highest").mean(axis=(1, 2, 3))
         return distance
 
-    def features(self, pixels):
+    def features(self, pixels: jax.Array) -> list[jax.Array]:
         """Return the features (B, h, w, C) at the end of each slice."""
         x = (pixels - SHIFT) / SCALE
         features = []

@@ -62,7 +62,7 @@ class Network:
         """Return the tree of `init` with a ShapeDtypeStruct at each leaf; allocates nothing."""
         return self._blueprint[1]
 
-    def apply(self, params: Params, *args, method: str = "__call__", **kwargs):
+    def apply(self, params: Params, *args, method: str = "__call__", **kwargs) -> Any:
         """Call the network (or another of its methods) with `params`; pure and jit-able.
 
         How it is computed is what the surrounding `execution.executing` says.

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+Rotary = tuple[np.ndarray, np.ndarray, np.ndarray]  # what `rotary_2d` returns
+
 
 @functools.cache
 def sincos_2d(width: int, grid_size: int) -> np.ndarray:
@@ -36,7 +38,7 @@ def sincos_2d(width: int, grid_size: int) -> np.ndarray:
 
 
 @functools.cache
-def rotary_2d(head_width: int, grid_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def rotary_2d(head_width: int, grid_size: int) -> Rotary:
     """Return the tables of the 2D rotary embedding for `rotate`.
 
     The head width is split in two halves, rows first and columns second; in each, neighbouring
@@ -65,7 +67,7 @@ def rotary_2d(head_width: int, grid_size: int) -> tuple[np.ndarray, np.ndarray, 
     return tuple(table.astype(np.float32) for table in tables)
 
 
-def rotate(x: jax.Array, tables) -> jax.Array:
+def rotate(x: jax.Array, tables: Rotary) -> jax.Array:
     """Turn queries or keys (B, N, K, E) by their positions, in float32; tables of `rotary_2d`.
 
     Neighbours are fetched by rolling the last axis: a reshape to (..., E/2, 2) would say the same

@@ -76,7 +76,7 @@ class SemanticVAE(nnx.Module):
         self.encoder = nnx.Sequential(*build_encoder(c, c.input_dim, outputs, rngs))
         self.decoder = nnx.Sequential(*build_decoder(c, c.bottleneck_dim, c.input_dim, rngs))
 
-    def encode(self, features):
+    def encode(self, features: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """Return (mean, logvar), (B, N, Z) float32 each, of features (B, N, F).
 
         The plain autoencoder's logvar is None and its mean is the latent.
@@ -84,27 +84,31 @@ class SemanticVAE(nnx.Module):
         moments = self.encoder(features).astype(jnp.float32)
         return split_moments(moments) if self.config.variational else (moments, None)
 
-    def decode(self, latents):
+    def decode(self, latents: jax.Array) -> jax.Array:
         """Return features (B, N, F) float32 of semantic latents (B, N, Z), not normalised."""
         return self.decoder(latents).astype(jnp.float32)
 
-    def __call__(self, features, noise=None):
+    def __call__(
+        self, features: jax.Array, noise: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """Return (reconstruction (B, N, F), mean, logvar); noise (B, N, Z) samples the posterior."""
         mean, logvar = self.encode(features)
         return self.decode(sample_posterior(mean, logvar, noise)), mean, logvar
 
 
-def linear_layers(c, features_in, features_out, rngs):
+def linear_layers(c: SemanticVAEConfig, features_in: int, features_out: int, rngs: nnx.Rngs) -> list[nnx.Module]:
     return [_linear(c, features_in, features_out, rngs)]
 
 
-def mlp_layers(c, features_in, features_out, rngs):
+def mlp_layers(c: SemanticVAEConfig, features_in: int, features_out: int, rngs: nnx.Rngs) -> list[nnx.Module]:
     widths = [features_in] + [c.hidden_dim] * (c.num_layers - 1)
     gated = [Gated(c, a, b, rngs=rngs) for a, b in zip(widths[:-1], widths[1:], strict=True)]
     return [*gated, _linear(c, widths[-1], features_out, rngs)]
 
 
-def resnet_encoder_layers(c, features_in, features_out, rngs):
+def resnet_encoder_layers(
+    c: SemanticVAEConfig, features_in: int, features_out: int, rngs: nnx.Rngs
+) -> list[nnx.Module]:
     d = c.hidden_dim
     return [
         _linear(c, features_in, d, rngs),
@@ -114,7 +118,9 @@ def resnet_encoder_layers(c, features_in, features_out, rngs):
     ]
 
 
-def resnet_decoder_layers(c, features_in, features_out, rngs):
+def resnet_decoder_layers(
+    c: SemanticVAEConfig, features_in: int, features_out: int, rngs: nnx.Rngs
+) -> list[nnx.Module]:
     # Not quite the encoder's mirror: here the first layer, too, is gated.
     d = c.hidden_dim
     return [
@@ -125,7 +131,7 @@ def resnet_decoder_layers(c, features_in, features_out, rngs):
     ]
 
 
-def transformer_layers(c, features_in, features_out, rngs):
+def transformer_layers(c: SemanticVAEConfig, features_in: int, features_out: int, rngs: nnx.Rngs) -> list[nnx.Module]:
     return [
         _linear(c, features_in, c.hidden_dim, rngs),
         *[TransformerBlock(c, rngs=rngs) for _ in range(c.transformer_blocks)],
@@ -146,36 +152,36 @@ STACKS = {
 class Gated(nnx.Module):
     """silu(gate(x)) * up(x)."""
 
-    def __init__(self, config, features_in, features_out, *, rngs):
+    def __init__(self, config: SemanticVAEConfig, features_in: int, features_out: int, *, rngs: nnx.Rngs):
         self.gate = _linear(config, features_in, features_out, rngs)
         self.up = _linear(config, features_in, features_out, rngs)
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         return jax.nn.silu(self.gate(x)) * self.up(x)
 
 
 class ResBlock(nnx.Module):
     """x + MLP(LayerNorm(x))."""
 
-    def __init__(self, config, *, rngs):
+    def __init__(self, config: SemanticVAEConfig, *, rngs: nnx.Rngs):
         self.norm = layer_norm(config.hidden_dim, rngs=rngs, epsilon=1e-5)
         self.mlp = _mlp(config, rngs)
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         return x + self.mlp(self.norm(x))
 
 
 class TransformerBlock(nnx.Module):
     """Pre-LayerNorm attention and MLP."""
 
-    def __init__(self, config, *, rngs):
+    def __init__(self, config: SemanticVAEConfig, *, rngs: nnx.Rngs):
         d = config.hidden_dim
         self.norm1 = layer_norm(d, rngs=rngs, epsilon=1e-5)
         self.attention = SelfAttention(d, config.transformer_heads, rngs=rngs, dtype=jnp.dtype(config.compute_dtype))
         self.norm2 = layer_norm(d, rngs=rngs, epsilon=1e-5)
         self.mlp = _mlp(config, rngs)
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         x = x + self.attention(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 

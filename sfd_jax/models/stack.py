@@ -4,6 +4,8 @@ One loop body instead of L copies keeps compilation short, and stacked parameter
 arrays, which shard and checkpoint well.
 """
 
+from collections.abc import Callable
+
 import jax
 from flax import nnx
 
@@ -17,7 +19,7 @@ REMAT = {
 }
 
 
-def stack(make_block, depth: int, rngs: nnx.Rngs) -> nnx.Module:
+def stack(make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
     """Build `depth` blocks as one module with stacked parameters, each drawn with its own key.
 
     Args:
@@ -29,7 +31,15 @@ def stack(make_block, depth: int, rngs: nnx.Rngs) -> nnx.Module:
     return make(jax.random.split(rngs.params(), depth))
 
 
-def run_stack(blocks: nnx.Module, execution: Execution, x: jax.Array, *, extras=(), start=0, stop=None) -> jax.Array:
+def run_stack(
+    blocks: nnx.Module,
+    execution: Execution,
+    x: jax.Array,
+    *,
+    extras: tuple = (),
+    start: int = 0,
+    stop: int | None = None,
+) -> jax.Array:
     """Pass `x` through the blocks `start` to `stop` of a stack.
 
     Weights are gathered inside the loop, so that those of one block alone are whole at a time.

@@ -115,7 +115,7 @@ class TextureVAE(nnx.Module):
         self.quant_conv = conv(2 * z, 2 * z, 1, rngs=rngs, dtype=dtype)
         self.post_quant_conv = conv(z, z, 1, rngs=rngs, dtype=dtype)
 
-    def encode(self, pixels):
+    def encode(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return (mean, logvar), (B, h, w, Z) float32 each, of pixels (B, H, W, 3) in [-1, 1].
 
         Raises:
@@ -126,11 +126,11 @@ class TextureVAE(nnx.Module):
         moments = self.quant_conv(self.encoder(pixels))
         return split_moments(moments.astype(jnp.float32))
 
-    def decode(self, raw_latents):
+    def decode(self, raw_latents: jax.Array) -> jax.Array:
         """Return pixels (B, H, W, 3) float32, about [-1, 1], of raw latents (B, h, w, Z)."""
         return self.decoder(self.post_quant_conv(raw_latents)).astype(jnp.float32)
 
-    def __call__(self, pixels, noise=None):
+    def __call__(self, pixels: jax.Array, noise: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return (reconstruction, mean, logvar); noise (B, h, w, Z) samples the posterior."""
         mean, logvar = self.encode(pixels)
         return self.decode(sample_posterior(mean, logvar, noise)), mean, logvar
@@ -139,7 +139,7 @@ class TextureVAE(nnx.Module):
 class Encoder(nnx.Module):
     """Pixels (B, H, W, 3) to moments (B, h, w, 2Z)."""
 
-    def __init__(self, config: TextureVAEConfig, *, rngs):
+    def __init__(self, config: TextureVAEConfig, *, rngs: nnx.Rngs):
         c, dtype = config, jnp.dtype(config.compute_dtype)
         self.conv_in = conv(3, c.ch, 3, rngs=rngs, dtype=dtype)
         widths = [c.ch, *c.widths]
@@ -152,7 +152,7 @@ class Encoder(nnx.Module):
         self.norm_out = group_norm(channels, c.norm_groups, rngs=rngs)
         self.conv_out = conv(channels, 2 * c.z_channels, 3, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
@@ -162,7 +162,7 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """Latents (B, h, w, Z) to pixels (B, H, W, 3)."""
 
-    def __init__(self, config: TextureVAEConfig, *, rngs):
+    def __init__(self, config: TextureVAEConfig, *, rngs: nnx.Rngs):
         c, dtype = config, jnp.dtype(config.compute_dtype)
         widths = [*c.widths, c.widths[-1]]
         self.conv_in = conv(c.z_channels, widths[-1], 3, rngs=rngs, dtype=dtype)
@@ -178,7 +178,7 @@ class Decoder(nnx.Module):
         self.norm_out = group_norm(channels, c.norm_groups, rngs=rngs)
         self.conv_out = conv(channels, 3, 3, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         x = self.mid(self.conv_in(x))
         for level in reversed(list(self.up)):
             x = level(x)
@@ -188,7 +188,17 @@ class Decoder(nnx.Module):
 class Level(nnx.Module):
     """Residual blocks at one grid size, each with attention or none, then a `change` of grid to the next level."""
 
-    def __init__(self, config, level, channels_in, num_blocks, attention, change, *, rngs):
+    def __init__(
+        self,
+        config: TextureVAEConfig,
+        level: int,
+        channels_in: int,
+        num_blocks: int,
+        attention: bool,
+        change: str,
+        *,
+        rngs: nnx.Rngs,
+    ):
         c, channels = config, config.widths[level]
         widths = [channels_in] + [channels] * (num_blocks - 1)
         self.block = nnx.List([ResBlock(c, width, channels, rngs=rngs) for width in widths])
@@ -198,7 +208,7 @@ class Level(nnx.Module):
         if change == "upsample" and level > 0:
             self.upsample = Upsample(c, channels, rngs=rngs)
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         for i, block in enumerate(self.block):
             x = block(x)
             if len(self.attn):
@@ -213,19 +223,19 @@ class Level(nnx.Module):
 class Middle(nnx.Module):
     """Block, attention, block at the coarsest grid."""
 
-    def __init__(self, config, channels, *, rngs):
+    def __init__(self, config: TextureVAEConfig, channels: int, *, rngs: nnx.Rngs):
         self.block_1 = ResBlock(config, channels, channels, rngs=rngs)
         self.attn_1 = Attention(config, channels, rngs=rngs)
         self.block_2 = ResBlock(config, channels, channels, rngs=rngs)
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
 class ResBlock(nnx.Module):
     """Two convolutions, each after GroupNorm and SiLU, beside a shortcut."""
 
-    def __init__(self, config, channels_in, channels, *, rngs):
+    def __init__(self, config: TextureVAEConfig, channels_in: int, channels: int, *, rngs: nnx.Rngs):
         groups, dtype = config.norm_groups, jnp.dtype(config.compute_dtype)
         self.norm1 = group_norm(channels_in, groups, rngs=rngs)
         self.conv1 = conv(channels_in, channels, 3, rngs=rngs, dtype=dtype)
@@ -235,7 +245,7 @@ class ResBlock(nnx.Module):
         if self.projects:
             self.nin_shortcut = conv(channels_in, channels, 1, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         h = self.conv1(jax.nn.silu(self.norm1(x)))
         h = self.conv2(jax.nn.silu(self.norm2(h)))
         return (self.nin_shortcut(x) if self.projects else x) + h
@@ -246,7 +256,7 @@ class Attention(nnx.Module):
 
     execution = PLAIN
 
-    def __init__(self, config, channels, *, rngs):
+    def __init__(self, config: TextureVAEConfig, channels: int, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.compute_dtype)
         self.norm = group_norm(channels, config.norm_groups, rngs=rngs)
         self.q = conv(channels, channels, 1, rngs=rngs, dtype=dtype)
@@ -254,7 +264,7 @@ class Attention(nnx.Module):
         self.v = conv(channels, channels, 1, rngs=rngs, dtype=dtype)
         self.proj_out = conv(channels, channels, 1, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         b, h, w, c = x.shape
         normed = self.norm(x)
         q, k, v = (f(normed).reshape(b, h * w, 1, c) for f in (self.q, self.k, self.v))
@@ -264,19 +274,19 @@ class Attention(nnx.Module):
 class Downsample(nnx.Module):
     """Halve the grid by a stride-2 convolution, padded at the bottom and right alone."""
 
-    def __init__(self, config, channels, *, rngs):
+    def __init__(self, config: TextureVAEConfig, channels: int, *, rngs: nnx.Rngs):
         padding, dtype = ((0, 1), (0, 1)), jnp.dtype(config.compute_dtype)
         self.conv = conv(channels, channels, 3, strides=2, padding=padding, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         return self.conv(x)
 
 
 class Upsample(nnx.Module):
     """Double the grid by repeating each pixel, then convolve."""
 
-    def __init__(self, config, channels, *, rngs):
+    def __init__(self, config: TextureVAEConfig, channels: int, *, rngs: nnx.Rngs):
         self.conv = conv(channels, channels, 3, rngs=rngs, dtype=jnp.dtype(config.compute_dtype))
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))

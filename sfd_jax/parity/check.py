@@ -39,7 +39,7 @@ class Check:
 HEADER = f"{'case':<18} {'quantity':<34} {'error':>9} {'at most':>9}"
 
 
-def relative_error(ours: Any, published: Any) -> float:
+def relative_error(ours: jax.typing.ArrayLike, published: jax.typing.ArrayLike) -> float:
     """Return max|ours - published| / max|published|; infinity where shapes differ."""
     ours, published = np.asarray(ours, np.float64), np.asarray(published, np.float64)
     if ours.shape != published.shape:

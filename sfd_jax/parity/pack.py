@@ -11,6 +11,7 @@ import json
 import os
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ class Case:
             raise SfdError(f"parity case {self.name}: '{self._arrays_path}' cannot be read ({error})") from error
 
 
-def drawn_weight(key: str, shape, seed: int, gain: float = 1.0) -> LazyArray:
+def drawn_weight(key: str, shape: Sequence[int], seed: int, gain: float = 1.0) -> LazyArray:
     """Return the weight that the pack's rule draws for a key, shape and seed."""
     shape = tuple(shape)
     load = functools.partial(_draw, key, shape, seed, np.float32(gain))

@@ -173,7 +173,7 @@ def _callers_first(computations, entry: str) -> list[str]:
     return order[::-1]
 
 
-def trip_count(loop: Instruction, computations, home: str) -> int | None:
+def trip_count(loop: Instruction, computations: dict[str, list[Instruction]], home: str) -> int | None:
     """Return how often a `while` runs its body, or None where its text does not tell.
 
     XLA writes it down where it knows; else it is read off a condition `counter < constant` whose counter

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from sfd_jax.distributed import batch_sharding, replicated
 from sfd_jax.distributed.sharding import put_same
 from sfd_jax.evaluation.features import inception_extractor, trace_features
-from sfd_jax.generation import SampleConfig
+from sfd_jax.generation import Clocks, SampleConfig
 from sfd_jax.generation.sampler import Sampler
 from sfd_jax.latents import LatentLayout, LatentStatistics
 from sfd_jax.models import Network
@@ -67,7 +67,7 @@ def trace_sampling(
     model: Network,
     weak: Network | None,
     layout: LatentLayout,
-    clocks,
+    clocks: Clocks,
     config: SampleConfig,
     mesh: Mesh,
     rows: int,

@@ -7,6 +7,8 @@ element always changes the sum; other changes go unnoticed with a probability of
 any order, so every mesh gives the same one.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,7 @@ from sfd_jax.trees import named_leaves
 _CHUNK = 2**18  # elements mixed at once on the host, so that the intermediate values stay in its caches
 
 
-def checksums(tree) -> dict[str, str]:
+def checksums(tree: Any) -> dict[str, str]:
     """Return the checksum of each array of a tree.
 
     Args:

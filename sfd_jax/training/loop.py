@@ -45,7 +45,7 @@ def fit(
     task: Task,
     batches: Callable[[int], Iterator[dict[str, np.ndarray]]],
     config: TrainConfig,
-    workdir,
+    workdir: epath.PathLike,
     *,
     mesh: Mesh,
     seed: int = 0,
@@ -170,7 +170,13 @@ def _fit(lock, task, batches, config, workdir, mesh, seed, metadata, params, eva
 
 
 def check_workdir(
-    task: Task, config: TrainConfig, workdir, *, seed: int = 0, metadata: dict | None = None, params: dict | None = None
+    task: Task,
+    config: TrainConfig,
+    workdir: epath.PathLike,
+    *,
+    seed: int = 0,
+    metadata: dict | None = None,
+    params: dict | None = None,
 ) -> None:
     """Raise SfdError where `fit` with these arguments would refuse the folder as another run's; nothing is written."""
     _claim(workdir, _complete(metadata or {}, task, seed, params), config, write=False)

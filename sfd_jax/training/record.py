@@ -30,7 +30,7 @@ PLACES = ("path", "held_out_path", "semantic_vae", "visual_encoder", "lpips")
 FREE_GROUPS = ("mesh", "sample", "evaluate", "demo")
 
 
-def claim_workdir(workdir, record: dict, may_extend: bool, *, write: bool = True) -> dict:
+def claim_workdir(workdir: epath.PathLike, record: dict, may_extend: bool, *, write: bool = True) -> dict:
     """Write the run's record into its folder, or check that the folder holds this very run.
 
     Args:

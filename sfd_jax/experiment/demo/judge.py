@@ -1,8 +1,11 @@
 """A judge outside the project's own networks: a support vector classifier on the original 8x8 digits."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from sklearn.svm import SVC
 
 
 def shrink_to_8x8(images: np.ndarray) -> np.ndarray:
@@ -20,7 +23,7 @@ def shrink_to_8x8(images: np.ndarray) -> np.ndarray:
     return blocks.mean(axis=(2, 4)).reshape(batch, 64)
 
 
-def train_judge(images_8x8: np.ndarray, labels: np.ndarray) -> Any:
+def train_judge(images_8x8: np.ndarray, labels: np.ndarray) -> "SVC":
     """Fit the classifier.
 
     Args:
@@ -37,6 +40,6 @@ def train_judge(images_8x8: np.ndarray, labels: np.ndarray) -> Any:
     return SVC(gamma=0.001, C=10.0).fit(images_8x8.reshape(len(images_8x8), 64), labels)
 
 
-def accuracy(judge: Any, images: np.ndarray, labels: np.ndarray) -> float:
+def accuracy(judge: "SVC", images: np.ndarray, labels: np.ndarray) -> float:
     """Return the fraction of images, (B, H, W, 3) uint8, that the judge reads as their label."""
     return float(np.mean(judge.predict(shrink_to_8x8(images)) == labels))

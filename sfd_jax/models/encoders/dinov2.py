@@ -159,7 +159,7 @@ class DinoV2(nnx.Module):
         self.blocks = stack(lambda rngs: Block(c, rngs=rngs), c.depth, rngs)
         self.norm = layer_norm(d, rngs=rngs)
 
-    def __call__(self, pixels):
+    def __call__(self, pixels: jax.Array) -> dict[str, jax.Array]:
         """Encode images.
 
         Args:
@@ -214,7 +214,7 @@ class DinoV2(nnx.Module):
             images = jnp.round(jnp.clip(images, 0.0, 255.0))
         return self(_standardise(images / 255.0))["cls_token"]
 
-    def positions(self, rows: int, columns: int):
+    def positions(self, rows: int, columns: int) -> jax.Array:
         """Return the position table of the patches, (1, rows * columns, D), resized where needed.
 
         Bicubic: with antialias in models with registers; in those without, no antialias and the
@@ -235,7 +235,7 @@ class DinoV2(nnx.Module):
 class Block(nnx.Module):
     """Pre-LayerNorm attention and MLP, each scaled per channel before it is added."""
 
-    def __init__(self, config: DinoV2Config, *, rngs):
+    def __init__(self, config: DinoV2Config, *, rngs: nnx.Rngs):
         c, d, dtype = config, config.width, jnp.dtype(config.compute_dtype)
         self.norm1 = layer_norm(d, rngs=rngs)
         self.attention = SelfAttention(d, c.num_heads, rngs=rngs, init=INIT, dtype=dtype)
@@ -249,7 +249,7 @@ class Block(nnx.Module):
             self.mlp = Mlp(d, 4 * d, gelu_exact, rngs=rngs, init=INIT, dtype=dtype)
         self.scale2 = LayerScale(d, c.layer_scale_init)
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         x = x + self.scale1(self.attention(self.norm1(x)))
         return x + self.scale2(self.mlp(self.norm2(x)))
 
@@ -257,8 +257,8 @@ class Block(nnx.Module):
 class LayerScale(nnx.Module):
     """A learned factor a channel, float32."""
 
-    def __init__(self, width, init):
+    def __init__(self, width: int, init: float):
         self.gamma = nnx.Param(jnp.full((width,), init, jnp.float32))
 
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         return x * self.gamma[...][None, None]

@@ -7,14 +7,13 @@ pixels (256 px: 16 x 16), which decides the size at which the encoder sees it (D
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from sfd_jax.errors import SfdError
 from sfd_jax.models.layers import check_divides
-from sfd_jax.models.network import Network
+from sfd_jax.models.network import Network, Params
 
 
 def to_float(pixels: jax.Array) -> jax.Array:
@@ -93,7 +92,7 @@ class VisualEncoder:
     network: Network
     tiling: Tiling = Tiling()
 
-    def tile_features(self, params: Any, pixels: jax.Array) -> jax.Array:
+    def tile_features(self, params: Params, pixels: jax.Array) -> jax.Array:
         """Return the features of each tile.
 
         Args:
@@ -112,7 +111,7 @@ class VisualEncoder:
             raise SfdError(f"'{self.network.name}' gives patch features {features.shape}, expected {wanted}")
         return features
 
-    def features(self, params: Any, pixels: jax.Array) -> jax.Array:
+    def features(self, params: Params, pixels: jax.Array) -> jax.Array:
         """Return the features of the whole image (B,N,F), row by row: the targets of REPA."""
         grid = join_tokens(self.tile_features(params, pixels), self.tiling.tiles_a_side(pixels.shape[1]))
         return grid.reshape(grid.shape[0], -1, grid.shape[-1])
