@@ -5,9 +5,9 @@ import sys
 import pytest
 
 from sfd_jax.cli import demo
-from sfd_jax.cli.demo import pictures
 from sfd_jax.data.digits import digits_8x8
 from sfd_jax.errors import SfdError
+from sfd_jax.experiment.demo import pictures
 
 
 @pytest.mark.parametrize(

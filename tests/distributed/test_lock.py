@@ -22,10 +22,10 @@ lock.PERIOD = 0.2
 if sys.argv[2] == "lease":
     lock.FolderLock._flock = lambda self: False
 with lock.FolderLock(sys.argv[1]):
-    if os.fork() == 0:  # as a loader's process
+    if os.fork() == 0:  # as a loader's process, which has let go of the lock by now
+        print("held", flush=True)
         time.sleep(5)
         os._exit(0)
-    print("held", flush=True)
     time.sleep(60)
 """
 
