@@ -6,6 +6,7 @@ tables, so that a number outside its range or a setting without effect is refuse
 
 import dataclasses
 import numbers
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -166,8 +167,9 @@ def faults(
     Args:
       values: settings by name; what is no number is passed over, None is "not given".
       prefix: put before each name in the sentences.
-      group: of the names at the top.
-      own: ranges of names that go before the table's, as their dataclass or flag tells them.
+      group: of the names at the top, with those around it ("a.b").
+      own: ranges by name ("a.b" below a group) that go before the table's, as their dataclass or flag tells them.
+        Of exchangeable parts (`of_a_part`) these alone count.
 
     Returns:
       A sentence for each number outside its range.
@@ -175,15 +177,23 @@ def faults(
     found = []
     for name, value in values.items():
         if isinstance(value, Mapping):
-            found += faults(value, f"{prefix}{name}.", name, own)
+            inside = {key.removeprefix(f"{name}."): row for key, row in own.items() if key.startswith(f"{name}.")}
+            found += faults(value, f"{prefix}{name}.", f"{group}.{name}", inside)
             continue
-        row = own.get(name) or RANGES.get(f"{group}.{name}", RANGES.get(name))
+        row = own.get(name)
+        if row is None and not of_a_part(f"{group}.{name}"):
+            row = RANGES.get(f"{group.rpartition('.')[2]}.{name}", RANGES.get(name))
         for item in value if isinstance(value, (tuple, list)) else (value,):
             is_number = isinstance(item, numbers.Number) and not (isinstance(item, bool) and row is None)
             if is_number and item not in (row or _ANY):
                 found.append(f"{prefix}{name}={value}: give {row or 'a finite number'}")
                 break
     return found
+
+
+def of_a_part(path: str) -> bool:
+    """Whether a setting, "a.b.c", is a field of clocks or of a loss term: the names are its class's, not ours."""
+    return re.search(r"\b(clocks|loss\.terms)\.", path) is not None
 
 
 def check(group: str = "", /, **values: Any) -> None:
