@@ -7,6 +7,7 @@ tables, so that a number outside its range or a setting without effect is refuse
 import dataclasses
 import numbers
 import re
+import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -213,13 +214,14 @@ def check_fields(group: str, settings: Any) -> None:
 
     A field may tell its range and choices itself (`settings.setting`).
     """
-    wrong = []
+    wrong, kinds = [], typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
         choices, own = field.metadata.get("choices"), {field.name: field.metadata.get("range")}
-        value, is_number = getattr(settings, field.name), field.type in (int, float, int | None, float | None)
-        if field.type in (bool, bool | None) and not isinstance(value, field.type):
+        value, kind = getattr(settings, field.name), kinds[field.name]
+        is_number = kind in (int, float, int | None, float | None)
+        if kind in (bool, bool | None) and not isinstance(value, kind):
             wrong.append(f"{group}.{field.name}={value!r}: give True or False")
-        elif (value is None and field.type in (int, float)) or (is_number and isinstance(value, str)):
+        elif (value is None and kind in (int, float)) or (is_number and isinstance(value, str)):
             wrong.append(f"{group}.{field.name}={value!r}: give a number")
         elif choices and value is not None and value not in choices:
             wrong.append(f"unknown {group}.{field.name} {value!r}: {nearest(str(value), choices)}")
