@@ -82,7 +82,7 @@ def split_params(params: dict) -> tuple[dict, dict]:
 
 def _params(tree: Any) -> dict:
     if not isinstance(tree, dict):
-        raise SfdError(f"Clocks.init gives a {type(tree).__name__}, but has to give a dict of arrays, {{}} for none")
+        raise SfdError("Clocks.init gives something else than a dict of arrays; {} stands for none")
     return tree
 
 

@@ -195,7 +195,7 @@ def test_parameters_that_are_no_dict_are_named():
             return jnp.zeros(3)
 
     for use in (lambda: join_params({}, Leaf().init(None)), lambda: Leaf().bind({})):
-        with pytest.raises(SfdError, match="Clocks.init gives a .*, but has to give a dict of arrays"):
+        with pytest.raises(SfdError, match="Clocks.init gives something else than a dict of arrays"):
             use()
 
 
