@@ -28,6 +28,7 @@ FREE_KEYS = (
 )
 # Where data and frozen networks lie, where the record tells by hashes which they are.
 PLACES = ("path", "held_out_path", "semantic_vae", "visual_encoder", "lpips")
+# Groups of the config.
 FREE_GROUPS = ("mesh", "sample", "evaluate", "demo")
 
 
@@ -78,7 +79,7 @@ def _compare(path: epath.Path, old: dict, new: dict, may_extend: bool) -> None:
     differing = [
         line
         for key, line in differences(upgraded(old), upgraded(new)).items()
-        if of_a_part(".".join(key)) or (key[-1] not in free and not set(key) & set(FREE_GROUPS))
+        if of_a_part(".".join(key)) or (key[-1] not in free and not set(key[:2]) & set(FREE_GROUPS))
     ]
     if differing:
         raise SfdError(
