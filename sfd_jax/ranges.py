@@ -6,6 +6,8 @@ tables, so that a number outside its range or a setting without effect is refuse
 
 import dataclasses
 import numbers
+import re
+import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -166,8 +168,9 @@ def faults(
     Args:
       values: settings by name; what is no number is passed over, None is "not given".
       prefix: put before each name in the sentences.
-      group: of the names at the top.
-      own: ranges of names that go before the table's, as their dataclass or flag tells them.
+      group: of the names at the top, with those around it ("a.b").
+      own: ranges by name ("a.b" below a group) that go before the table's, as their dataclass or flag tells them.
+        Of exchangeable parts (`of_a_part`) these alone count.
 
     Returns:
       A sentence for each number outside its range.
@@ -175,15 +178,23 @@ def faults(
     found = []
     for name, value in values.items():
         if isinstance(value, Mapping):
-            found += faults(value, f"{prefix}{name}.", name, own)
+            inside = {key.removeprefix(f"{name}."): row for key, row in own.items() if key.startswith(f"{name}.")}
+            found += faults(value, f"{prefix}{name}.", f"{group}.{name}", inside)
             continue
-        row = own.get(name) or RANGES.get(f"{group}.{name}", RANGES.get(name))
+        row = own.get(name)
+        if row is None and not of_a_part(f"{group}.{name}"):
+            row = RANGES.get(f"{group.rpartition('.')[2]}.{name}", RANGES.get(name))
         for item in value if isinstance(value, (tuple, list)) else (value,):
             is_number = isinstance(item, numbers.Number) and not (isinstance(item, bool) and row is None)
             if is_number and item not in (row or _ANY):
                 found.append(f"{prefix}{name}={value}: give {row or 'a finite number'}")
                 break
     return found
+
+
+def of_a_part(path: str) -> bool:
+    """Whether a setting, "a.b.c", is a field of clocks or of a loss term: the names are its class's, not ours."""
+    return re.search(r"\b(clocks|loss\.terms)\.", path) is not None
 
 
 def check(group: str = "", /, **values: Any) -> None:
@@ -203,13 +214,14 @@ def check_fields(group: str, settings: Any) -> None:
 
     A field may tell its range and choices itself (`settings.setting`).
     """
-    wrong = []
+    wrong, kinds = [], typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
         choices, own = field.metadata.get("choices"), {field.name: field.metadata.get("range")}
-        value, is_number = getattr(settings, field.name), field.type in (int, float, int | None, float | None)
-        if field.type in (bool, bool | None) and not isinstance(value, field.type):
+        value, kind = getattr(settings, field.name), kinds[field.name]
+        is_number = kind in (int, float, int | None, float | None)
+        if kind in (bool, bool | None) and not isinstance(value, kind):
             wrong.append(f"{group}.{field.name}={value!r}: give True or False")
-        elif (value is None and field.type in (int, float)) or (is_number and isinstance(value, str)):
+        elif (value is None and kind in (int, float)) or (is_number and isinstance(value, str)):
             wrong.append(f"{group}.{field.name}={value!r}: give a number")
         elif choices and value is not None and value not in choices:
             wrong.append(f"unknown {group}.{field.name} {value!r}: {nearest(str(value), choices)}")

@@ -14,6 +14,7 @@ Nothing that a checkpoint names is ever imported: it keeps where its parts were 
 import argparse
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -73,7 +74,9 @@ class Registry(dict[str, Part]):
         return self[name]
 
     def __missing__(self, name: str) -> Part:
-        raise SfdError(f"no {self.kind} '{name}': {nearest(str(name), self)}")
+        raise SfdError(
+            f"no {self.kind} '{name}': {nearest(str(name), self)} (one of your own comes with --plugin=MODULE)"
+        )
 
 
 # What `sfd convert` reads and writes, in the order in which it is asked; filled by `convert` and by visual encoders.
@@ -84,24 +87,48 @@ def load_plugins(names: Iterable[str] = ()) -> None:
     """Import the modules that register parts: installed ones, those of SFD_PLUGINS, and those given.
 
     Args:
-      names: modules, or files that end in .py. The working folder is searched too.
+      names: modules, or files that end in .py. The working folder is searched too, or that of the file.
 
     Raises:
-      SfdError: one of them is not there. Whatever goes wrong inside of one is raised as it is.
+      SfdError: one of them is not there, or a file is called as another module is. Whatever goes wrong inside of one
+        is raised as it is.
     """
     for entry in importlib.metadata.entry_points(group="sfd_jax.plugins"):
         entry.load()
-    for name in (*filter(None, os.environ.get("SFD_PLUGINS", "").split(",")), *names):
-        file = Path(name).expanduser()
-        module, folder = (file.stem, file.parent) if file.suffix == ".py" else (name, Path())
-        if (folder := str(folder.resolve())) not in sys.path:
+    of_environment = filter(None, map(str.strip, os.environ.get("SFD_PLUGINS", "").split(",")))
+    for name in (*of_environment, *map(str.strip, names)):
+        if not name:
+            raise SfdError("an empty --plugin: give a module or a file that ends in .py")
+        file = Path(name).expanduser().resolve()
+        is_file = file.suffix == ".py"
+        if (folder := str(file.parent if is_file else Path.cwd())) not in sys.path:
             sys.path.append(folder)
         try:
-            importlib.import_module(module)
+            _load_file(file) if is_file else importlib.import_module(name)
         except ModuleNotFoundError as error:
-            if error.name != module and not module.startswith(f"{error.name}."):
+            if is_file or (error.name != name and not name.startswith(f"{error.name}.")):
                 raise
             raise SfdError(f"plugin '{name}': no such module on the Python path or in {folder}") from error
+
+
+def _load_file(file: Path) -> None:
+    """Import this very file, as a module of its name."""
+    if not file.is_file():
+        raise SfdError(f"plugin '{file}': no such file")
+    if file.stem in sys.modules:
+        there = getattr(sys.modules[file.stem], "__file__", None)
+        if there and Path(there).resolve() == file:
+            return
+        raise SfdError(
+            f"plugin '{file}': another module is called {file.stem} ({there or 'a part of Python'}); rename the file"
+        )
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    sys.modules[file.stem] = module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[file.stem]
+        raise
 
 
 def take_plugins(arguments: list[str]) -> list[str]:

@@ -161,6 +161,7 @@ def describe(registry: Registry, part: Any) -> dict[str, Any]:
     """
     for name, cls in registry.items():
         if type(part) is cls:
+            _check_class(cls)
             return {"name": name, **to_dict(part)}
     raise SfdError(
         f"{type(part).__name__} are {registry.kind} that no name stands for: register the class, a frozen dataclass, "
@@ -184,7 +185,12 @@ def make(registry: Registry, config: Mapping[str, Any], registered_in: str | Non
 
 
 def defaults_of(cls: type) -> dict[str, Any]:
-    """Return the defaults of a dataclass by field, `...` where there is none."""
+    """Return the defaults of a dataclass by field, `...` where there is none.
+
+    Raises:
+      SfdError: it is no frozen dataclass itself, or has a field called `name`, which configs call the class by.
+    """
+    _check_class(cls)
     defaults = {}
     for field in dataclasses.fields(cls):
         made = field.default_factory() if field.default_factory is not dataclasses.MISSING else ...
@@ -192,9 +198,17 @@ def defaults_of(cls: type) -> dict[str, Any]:
     return defaults
 
 
+def _check_class(cls: type) -> None:
+    told, called = vars(cls).get("__dataclass_params__"), f"{cls.__module__}.{cls.__qualname__}"
+    if told is None or not told.frozen:  # a subclass without the decorator has its parent's fields alone
+        raise SfdError(f"{called} is no frozen dataclass: decorate it with @dataclasses.dataclass(frozen=True)")
+    if "name" in cls.__dataclass_fields__:
+        raise SfdError(f"{called} has a field called 'name', which is the class's own in configs: call it otherwise")
+
+
 def kind_of(cls: type, name: str) -> type:
     """Return the type of a dataclass's field, without None."""
     hint = typing.get_type_hints(cls)[name]
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         [hint] = [part for part in typing.get_args(hint) if part is not types.NoneType]
     return hint

@@ -23,7 +23,7 @@ def test_parts_are_found_by_name_and_names_are_not_taken_twice():
     assert parts["other"] == 2
     with pytest.raises(SfdError, match="but sfd_jax.models has one of that name"):
         parts.register("own", 3, module=__name__)
-    with pytest.raises(SfdError, match="no part 'owm': did you mean 'own'"):
+    with pytest.raises(SfdError, match="no part 'owm': did you mean 'own'.*--plugin=MODULE"):
         parts["owm"]
     with pytest.raises(SfdError, match="--plugin=theirs "):
         parts.find("third", "theirs")
@@ -59,3 +59,26 @@ def test_a_plugin_that_is_not_there_is_named(tmp_path, capsys):
     with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
         load_plugins([str(tmp_path / "broken_sfd_part.py")])
     sys.path.remove(str(tmp_path))
+
+
+def test_a_plugin_file_is_that_very_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    files = [tmp_path / folder / name for folder in "ab" for name in ("sfd_one.py", "sfd.dotted one.py")]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"HERE = {str(file)!r}\n")
+    load_plugins([f" {files[0]} ", str(files[0]), str(files[1])])
+    assert [sys.modules[name].HERE for name in ("sfd_one", "sfd.dotted one")] == list(map(str, files[:2]))
+    with pytest.raises(SfdError, match=r"b/sfd_one.py': another module is called sfd_one \(.*a/sfd_one.py\)"):
+        load_plugins([str(files[2])])
+    (tmp_path / "random.py").write_text("")
+    with pytest.raises(SfdError, match="another module is called random"):
+        load_plugins([str(tmp_path / "random.py")])
+    with pytest.raises(SfdError, match="no such file"):
+        load_plugins([str(tmp_path / "nowhere.py")])
+    with pytest.raises(SfdError, match="an empty --plugin"):
+        load_plugins([" "])
+    monkeypatch.setenv("SFD_PLUGINS", f" , {files[0]} ,")
+    load_plugins()
+    for name in ("sfd_one", "sfd.dotted one"):
+        del sys.modules[name]

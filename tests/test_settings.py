@@ -1,6 +1,7 @@
 """Flags, config groups and checks are made from one dataclass, and what is not given is None."""
 
 import dataclasses
+from typing import Optional
 
 import pytest
 
@@ -73,6 +74,29 @@ def test_flags_are_checked_by_the_fields(flag, says):
 def test_values_are_checked_by_the_fields(values, says):
     with pytest.raises(SfdError, match=says):
         Job(**values)
+
+
+def test_types_may_be_told_as_text_or_as_optional():
+    @dataclasses.dataclass(frozen=True)
+    class Late:
+        power: "float" = 2.0  # as `from __future__ import annotations` makes of all
+        on: "bool | None" = True
+        maybe: Optional[float] = None  # noqa: UP045
+
+        def __post_init__(self):
+            check_fields("late", self)
+
+    group = config_group(Late())
+    group.maybe = 2.0
+    assert Late(**group) == Late(maybe=2.0)
+    for values, says in (
+        ({"power": "3"}, "late.power='3': give a number"),
+        ({"power": None}, "late.power=None: give a number"),
+        ({"on": "yes"}, "late.on='yes': give True or False"),
+        ({"maybe": "3"}, "late.maybe='3': give a number"),
+    ):
+        with pytest.raises(SfdError, match=says):
+            Late(**values)
 
 
 def test_a_config_group_takes_a_value_of_its_type_where_none_is_given():

@@ -68,13 +68,22 @@ def join_params(network: dict, clocks: dict) -> dict:
 
     Returns:
       `network` itself, or {"network": network, "clocks": clocks}.
+
+    Raises:
+      SfdError: `Clocks.init` gave something else than a dict.
     """
-    return {"network": network, "clocks": clocks} if clocks else network
+    return {"network": network, "clocks": clocks} if _params(clocks) else network
 
 
 def split_params(params: dict) -> tuple[dict, dict]:
     """Return (the network's parameters, the clocks' trained ones, {} for none): the reverse of `join_params`."""
     return (params["network"], params["clocks"]) if params.keys() == {"network", "clocks"} else (params, {})
+
+
+def _params(tree: Any) -> dict:
+    if not isinstance(tree, dict):
+        raise SfdError("Clocks.init gives something else than a dict of arrays; {} stands for none")
+    return tree
 
 
 class Clocks(abc.ABC):
@@ -110,7 +119,7 @@ class Clocks(abc.ABC):
         Raises:
           SfdError: the parameters are not those of `init`.
         """
-        shapes = jax.eval_shape(lambda: self.init(jax.random.key(0)))
+        shapes = _params(jax.eval_shape(lambda: self.init(jax.random.key(0))))
         found, wanted = jax.tree.map(jnp.shape, params), jax.tree.map(jnp.shape, shapes)
         if found != wanted:
             raise SfdError(

@@ -38,6 +38,7 @@ Predict = Callable[..., jax.Array | tuple[jax.Array, jax.Array]]
 
 REPA_KINDS = ("cos", "mse", "cos_mse")
 TIMES = ("logit_normal", "uniform")
+_BUILT_IN = ("total", "velocity", "cosine", "repa")  # parts of the loss that are logged
 
 
 class Draws(NamedTuple):
@@ -134,6 +135,8 @@ class LossConfig:
 
     def __post_init__(self):
         check_fields("loss", self)
+        if taken := self.terms.keys() & set(_BUILT_IN):
+            raise SfdError(f"the loss has a part called '{min(taken)}' already: register the term under another name")
 
     @property
     def reads_hidden(self) -> bool:
@@ -343,7 +346,7 @@ def loss_metrics(terms: LossTerms) -> dict[str, tuple[jax.Array, jax.Array]]:
     clock ("error_texture_q1" for t_texture in [0, 1/4) to "q4" for [3/4, 1]).
     """
     count = jnp.float32(len(terms.total))
-    named = {name: getattr(terms, name) for name in ("total", "velocity", "cosine", "repa")} | terms.terms
+    named = {name: getattr(terms, name) for name in _BUILT_IN} | terms.terms
     metrics = {f"loss_{name}": (jnp.sum(value), count) for name, value in named.items()}
     for group in ("semantic", "texture"):
         error, clock = getattr(terms, f"error_{group}"), getattr(terms, f"t_{group}")

@@ -55,7 +55,7 @@ def load_config(
     """
     path, _, argument = name.partition(":")
     file = str(find_config(path)) + (f":{argument}" if argument else "")
-    base, found, values, nones, own = _parse(file, []), Faults(), {}, [], ranges_of(SampleJob)
+    base, found, values, nones, own = _parse(file, []), Faults(), {}, [], _ranges(SampleJob, "sample.")
     if like is not None:
         _check_kind(base, name, like)
     with found, base.unlocked():
@@ -98,7 +98,7 @@ def _choose_parts(config: ml_collections.ConfigDict, overrides: list[str], path:
     adds a registered term.
 
     Returns:
-      The ranges that the parts' fields tell, by name.
+      The ranges that the parts' fields tell, by their full names.
     """
     own = {}
     for key, group in list(config.items()):
@@ -113,14 +113,19 @@ def _choose_parts(config: ml_collections.ConfigDict, overrides: list[str], path:
             cls, told = CLOCKS[name], group if name == group.name else {"name": name}
             # Once all clocks had a delta_t, and few a use for it.
             config[key] = part_group(cls, **{k: x for k, x in told.items() if k != "delta_t" or k in defaults_of(cls)})
-            own |= ranges_of(cls)
+            own |= _ranges(cls, here)
         elif here.endswith("loss.terms."):
-            for name in dict.fromkeys((*group, *(text.partition(".")[0] for text in given))):
+            for name in dict.fromkeys((*group, *(text.partition("=")[0].partition(".")[0] for text in given))):
                 group[name] = part_group(TERMS[name], **group.get(name, {}))
-                own |= ranges_of(TERMS[name])
+                own |= _ranges(TERMS[name], f"{here}{name}.")
         else:
             own |= _choose_parts(group, overrides, here)
     return own
+
+
+def _ranges(cls: type, path: str) -> dict[str, ranges.Range]:
+    """Return the ranges that a dataclass's fields tell, by their full names."""
+    return {f"{path}{name}": row for name, row in ranges_of(cls).items()}
 
 
 def _check_kind(config: ml_collections.ConfigDict, name: str, like: str) -> None:
@@ -137,7 +142,7 @@ def _check_kind(config: ml_collections.ConfigDict, name: str, like: str) -> None
 
 def _check_rules(config: ml_collections.ConfigDict, given: set[str], found: Faults) -> None:
     """Add the overrides that have no effect."""
-    for group in sorted({key.rpartition(".")[0] for key in given}):
+    for group in sorted({key.rpartition(".")[0] for key in given if not ranges.of_a_part(key)}):
         node, path = config, "--config."
         groups = {name: value for name, value in config.items() if isinstance(value, ml_collections.ConfigDict)}
         values = {f"{name}.{key}": value for name, node_ in groups.items() for key, value in node_.items()}
@@ -157,7 +162,7 @@ def _read_paths(config: ml_collections.ConfigDict, prefix: str, found: Faults) -
     for name, value in config.items():
         if isinstance(value, ml_collections.ConfigDict):
             _read_paths(value, f"{prefix}{name}.", found)
-        elif name in PATHS and isinstance(value, str) and value:
+        elif name in PATHS and isinstance(value, str) and value and not ranges.of_a_part(prefix):
             try:
                 config[name] = user_path(value, local=name.endswith("path"))
             except SfdError as error:
@@ -204,7 +209,7 @@ def _check_value(config: ml_collections.ConfigDict, key: str, value: str, name: 
         walked.append(part)
     if isinstance(node, ml_collections.ConfigDict):
         raise SfdError(f"config {name}: '{key}' is a group; set one of its keys: {', '.join(node)}")
-    if value == "None" and (node in (None, "") or field in MAY_BE_NONE):
+    if value == "None" and (node in (None, "") or (field in MAY_BE_NONE and not ranges.of_a_part(key))):
         return True
     if type(node) in (int, float):
         try:

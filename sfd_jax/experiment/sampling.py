@@ -52,12 +52,18 @@ def sample_job(args: argparse.Namespace, saved: Mapping[str, Any]) -> tuple[Samp
             "samples are without guidance"
         )
     if base["guidance"] not in ("none", guidance):
-        base |= {name: defaults[name] for name in base if name.startswith("guidance")}
+        of_other = {name: defaults[name] for name in base if name.startswith("guidance")}
+        left = [f"{name}={base[name]}" for name in of_other if base[name] != defaults[name] and name not in given]
+        if guidance == "autoguidance" and "guidance" not in given:
+            notes.append(f"--weak brings autoguidance; the checkpoint's settings of another kind go: {' '.join(left)}")
+        base |= of_other
     if "num_steps" in given:
         base["calls"] = None
     values = base | given | {"guidance": guidance}
     rules = (*RULES["sample"], Only("weak", "guidance", ("autoguidance",)))
     faults = useless(rules, values | {"weak": args.weak}, args.given, "--{}".format)
+    if {"guidance_scale", *(both := ("guidance_scale_semantic", "guidance_scale_texture"))} <= given.keys():
+        faults.setdefault("guidance_scale", f"--guidance_scale has no effect beside --{both[0]} and --{both[1]}")
     Faults(faults.values()).stop()
     return SampleJob.effective(values), notes
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sfd_jax.diffusion.clocks import Clocks, FixedOffset, Synchronous, make_clocks
+from sfd_jax.diffusion.clocks import Clocks, FixedOffset, Synchronous, make_clocks, split_params
 from sfd_jax.errors import SfdError
 from sfd_jax.latents import LatentStatistics, other_makers
 from sfd_jax.models.network import checkpoint_name
@@ -57,15 +57,15 @@ def check_parts(
 
 
 def clocks_of(metadata: Mapping[str, Any]) -> Clocks:
-    """Return the clocks that a diffusion model's metadata tell of, the released ones where they tell of none.
+    """Return the clocks that a diffusion model's metadata tell of, the released ones where they tell of none: one
+    clock for a network that reads one.
 
     Raises:
       SfdError: they are of a module that is not imported here.
     """
-    if not metadata["network_config"].get("two_clocks", True):
-        return Synchronous()
-    told = (metadata.get("config") or {}).get("clocks")
-    return make_clocks(told, (metadata.get("registered_in") or {}).get("clocks")) if told else FixedOffset()
+    if told := (metadata.get("config") or {}).get("clocks"):
+        return make_clocks(told, (metadata.get("registered_in") or {}).get("clocks"))
+    return FixedOffset() if metadata["network_config"].get("two_clocks", True) else Synchronous()
 
 
 def trained_labels(metadata: Mapping[str, Any], num_classes: int) -> np.ndarray:
@@ -118,9 +118,12 @@ def _check_weak(model: Checkpoint, weak: Checkpoint, hashes: Mapping, statistics
     clocks = [clocks_of(each) for each in (theirs, ours) if (each.get("config") or {}).get("clocks")]
     if len(clocks) == 2 and clocks[0] != clocks[1]:
         raise SfdError(f"{names} were trained with other clocks: {clocks[0]} and {clocks[1]}")
+    notes, trained = [], [split_params(params)[1] for params, _ in (weak, model)]
+    if not jax.tree.all(jax.tree.map(np.array_equal, *trained)):
+        notes.append(f"{names} trained their clocks to other ends: the weak model is asked at the times of the model's")
     sizes = [sum(np.size(leaf) for leaf in jax.tree.leaves(params)) for params, _ in (weak, model)]
     steps = [each.get("step") or 0 for each in (theirs, ours)]
     if sizes[0] > sizes[1] or (sizes[0] == sizes[1] and steps[0] > steps[1]):
         size = f"{sizes[0]:,} and {sizes[1]:,} parameters, {steps[0]:,} and {steps[1]:,} steps"
-        return [f"{names} have {size}: the weak model is the stronger one; were they given the wrong way round?"]
-    return []
+        notes.append(f"{names} have {size}: the weak model is the stronger one; were they given the wrong way round?")
+    return notes

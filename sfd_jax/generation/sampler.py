@@ -351,8 +351,8 @@ def make_sampler(
             f"{checkpoint_name(metadata)} holds no latent statistics, without which its latents cannot be decoded; "
             "give those of its training latents with --latent_store (they are never computed anew)"
         )
-    trained = metadata.get("config") or {}
-    dropout = (trained.get("loss") or {}).get("label_dropout")
+    told = metadata.get("config") or {}
+    dropout = (told.get("loss") or {}).get("label_dropout")
     if config.guidance == "cfg" and dropout == 0:
         raise SfdError(f"guidance 'cfg' needs label dropout in training; that of {checkpoint_name(metadata)} was 0")
     layout = LatentLayout(len(statistics.texture_mean), len(statistics.semantic_mean))
@@ -388,7 +388,7 @@ def make_sampler(
         class_names=metadata.get("class_names"),
         labels=trained_labels(metadata, networks["model"].config.num_classes),
         recipe=recipe,
-        scan_blocks=(trained.get("model") or {}).get("scan_blocks"),
+        scan_blocks=(told.get("model") or {}).get("scan_blocks"),
         mesh=mesh,
     )
 

@@ -10,6 +10,7 @@ from sfd_jax.diffusion.sample_config import SampleJob
 from sfd_jax.distributed import is_host0
 from sfd_jax.errors import SfdError
 from sfd_jax.files import differences, write_anywhere
+from sfd_jax.ranges import of_a_part
 from sfd_jax.settings import to_dict
 
 # What may differ when a run goes on: how often it speaks and saves, where it runs and how it saves memory (both change
@@ -27,6 +28,7 @@ FREE_KEYS = (
 )
 # Where data and frozen networks lie, where the record tells by hashes which they are.
 PLACES = ("path", "held_out_path", "semantic_vae", "visual_encoder", "lpips")
+# Groups of the config.
 FREE_GROUPS = ("mesh", "sample", "evaluate", "demo")
 
 
@@ -77,7 +79,7 @@ def _compare(path: epath.Path, old: dict, new: dict, may_extend: bool) -> None:
     differing = [
         line
         for key, line in differences(upgraded(old), upgraded(new)).items()
-        if key[-1] not in free and not set(key) & set(FREE_GROUPS)
+        if of_a_part(".".join(key)) or (key[-1] not in free and not set(key[:2]) & set(FREE_GROUPS))
     ]
     if differing:
         raise SfdError(
@@ -98,7 +100,7 @@ def upgraded(config: dict[str, Any]) -> dict[str, Any]:
             value = clocks_config(make_clocks(value))
         elif name == "sample" and isinstance(value, dict):
             value = to_dict(SampleJob.from_group(value))
-        elif isinstance(value, dict):
+        elif isinstance(value, dict) and name != "terms":  # which have names of their own
             value = upgraded(value)
         told[name] = value
     return told

@@ -1,6 +1,7 @@
 """Flags of the doors: overrides apply, and each kind of mistake names the nearest valid thing."""
 
 import argparse
+import dataclasses
 import os
 import subprocess
 import sys
@@ -9,8 +10,12 @@ import pytest
 
 from sfd_jax.cli.flags import door_parser, parse_door
 from sfd_jax.cli.main import DOORS, SMALLER, main, open_door
+from sfd_jax.diffusion.clocks import CLOCKS, Clocks, make_clocks
+from sfd_jax.diffusion.losses import TERMS, LossTerm
 from sfd_jax.errors import SfdError
 from sfd_jax.experiment.config_files import load_config
+from sfd_jax.ranges import Range
+from sfd_jax.settings import setting
 
 CONFIG = "configs/sfd.py:xl,tiny"
 
@@ -49,6 +54,47 @@ def test_each_mistake_is_named(flag, says):
     with pytest.raises(SfdError) as error:
         parse(flag)
     assert says in str(error.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Odd(Clocks):
+    """Its fields are called as settings of other groups."""
+
+    depth: float = 0.5
+    calls: float = 0.5
+    path: str = " a"
+    tau_end = 1.0
+    breakpoints = ()
+
+    def times(self, tau):
+        return tau, tau
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample(LossTerm):
+    num_steps: float = setting(0.5, "of the term", range=Range(float, 0, 1))
+
+    def __call__(self, at):
+        return at.t_semantic
+
+
+def test_fields_of_parts_are_their_own_whatever_they_are_called(monkeypatch):
+    monkeypatch.setitem(CLOCKS, "odd", Odd)
+    monkeypatch.setitem(TERMS, "sample", Sample)
+    flags = ("--config.clocks.name=odd", "--config.loss.terms.sample.weight=1")
+    odd = ("--config.clocks.depth=0.25", "--config.clocks.calls=0.25", "--config.loss.terms.sample.num_steps=0.25")
+    config = parse(*flags, *odd).config
+    assert make_clocks(config.clocks) == Odd(0.25, 0.25)
+    assert config.loss.terms.sample.num_steps == 0.25 and config.sample.num_steps > 2
+    for flag, says in (
+        ("--config.loss.terms.sample.num_steps=2", "loss.terms.sample.num_steps=2.0: give a number from 0 to 1"),
+        ("--config.sample.num_steps=1", "sample.num_steps=1: give an integer from 2"),
+        ("--config.clocks.calls=None", "'clocks.calls' takes a number"),
+        ("--config.loss.terms.sample=0.5", "'loss.terms.sample' is a group"),
+    ):
+        with pytest.raises(SfdError) as error:
+            parse(*flags, "--config.sample.solver=euler", flag)
+        assert says in str(error.value)
 
 
 def test_config_is_locked():

@@ -166,6 +166,39 @@ def test_trained_parameters_are_bound_and_differentiated():
             clocks.bind(wrong)
 
 
+def test_what_is_no_class_of_settings_is_named(monkeypatch):
+    class Bare(Clocks):
+        tau_end, breakpoints, times = 1.0, (), Synchronous.times
+
+    class Inherits(FixedOffset):
+        more: float = 1.0
+
+    @dataclasses.dataclass
+    class Thawed(Bare):
+        pass
+
+    @dataclasses.dataclass(frozen=True)
+    class Named(Bare):
+        name: str = "x"
+
+    frozen = r"is no frozen dataclass: decorate it with @dataclasses.dataclass\(frozen=True\)"
+    for cls, says in ((Bare, frozen), (Inherits, frozen), (Thawed, frozen), (Named, "has a field called 'name'")):
+        monkeypatch.setitem(CLOCKS, "odd", cls)
+        for use in (lambda: make_clocks({"name": "odd"}), lambda cls=cls: clocks_config(cls())):
+            with pytest.raises(SfdError, match=rf"test_clocks\..*\.{cls.__name__} {says}"):
+                use()
+
+
+def test_parameters_that_are_no_dict_are_named():
+    class Leaf(Smooth):
+        def init(self, key):
+            return jnp.zeros(3)
+
+    for use in (lambda: join_params({}, Leaf().init(None)), lambda: Leaf().bind({})):
+        with pytest.raises(SfdError, match="Clocks.init gives something else than a dict of arrays"):
+            use()
+
+
 def test_parameters_of_the_network_stand_alone_or_beside_those_of_the_clocks():
     network, clocks = {"blocks": 1}, {"bend": 2}
     assert join_params(network, {}) is network and split_params(network) == (network, {})

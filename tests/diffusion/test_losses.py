@@ -260,3 +260,6 @@ def test_terms_of_weight_0_are_left_out_and_wrong_ones_named(monkeypatch):
         make_terms({"energy": {"weight": -1.0}})
     with pytest.raises(SfdError, match="no loss terms 'enrgy': did you mean 'energy'"):
         make_terms({"enrgy": {}})
+    monkeypatch.setitem(TERMS, "velocity", Energy)
+    with pytest.raises(SfdError, match="the loss has a part called 'velocity' already"):
+        LossConfig(terms=make_terms({"velocity": {}}))

@@ -1,13 +1,16 @@
 """Checkpoints that do not belong together are refused by what their metadata tell; what is not told is said."""
 
+import dataclasses
 import functools
 
 import numpy as np
 import pytest
 from test_sampler import CLASSES, EULER, dit, statistics, vae
 
+from sfd_jax.diffusion.clocks import CLOCKS, FixedOffset, Synchronous, join_params
 from sfd_jax.errors import SfdError
-from sfd_jax.generation import SampleConfig, make_labels, make_sampler
+from sfd_jax.generation import SampleConfig, make_labels, make_sampler, sampler
+from sfd_jax.generation.parts import clocks_of
 from sfd_jax.latents import LatentStatistics
 from sfd_jax.models.fingerprint import params_hash
 
@@ -84,6 +87,46 @@ def test_a_weak_model_of_the_same_system_is_taken():
     assert "the weak model is the stronger one" in note
     [note] = notes(model(), vae(), GUIDED, weak=model(5, step=4))
     assert "3 steps" in note
+
+
+@dataclasses.dataclass(frozen=True)
+class Warp(Synchronous):
+    """One clock of one's own, which trains."""
+
+    power: float = 2.0
+
+    def init(self, key):
+        return {"bend": np.float32(0)}
+
+    def times(self, tau):
+        return tau**self.power, tau**self.power
+
+
+def test_clocks_are_those_that_the_checkpoint_tells_of(monkeypatch):
+    monkeypatch.setitem(CLOCKS, "warp", Warp)
+    for two_clocks, silent in ((True, FixedOffset()), (False, Synchronous())):
+        network = {"network_config": {"two_clocks": two_clocks}}
+        assert clocks_of(network) == silent
+        assert clocks_of({**network, "config": {"clocks": {"name": "warp", "power": 3.0}}}) == Warp(3.0)
+
+
+def test_how_the_blocks_run_is_as_in_training(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sampler, "Sampler", lambda *args, **kwargs: seen.append(kwargs["scan_blocks"]))
+    make_sampler(model(config={"model": {"scan_blocks": False}}), vae(), EULER)
+    assert seen == [False]
+
+
+def test_a_weak_model_whose_clocks_learned_something_else_is_said(monkeypatch):
+    monkeypatch.setitem(CLOCKS, "warp", Warp)
+
+    def trained(bend, *args):
+        params, told = model(*args, config={"clocks": {"name": "warp"}})
+        return join_params(params, {"bend": np.float32(bend)}), told
+
+    assert notes(trained(1), vae(), GUIDED, weak=trained(1, 5, 8)) == []
+    [note] = notes(trained(1), vae(), GUIDED, weak=trained(2, 5, 8))
+    assert "trained their clocks to other ends" in note
 
 
 def test_guidance_without_a_label_needs_one_that_was_trained():

@@ -54,6 +54,14 @@ def test_guidance_by_a_weaker_model_that_is_not_given_is_left_out_and_said():
         job(SHIPPED, "--guidance_scale=2")
 
 
+def test_saved_settings_that_give_way_to_a_weaker_model_are_said():
+    saved = dict(guidance="cfg", guidance_scale=3.0, guidance_interval_start=0.2)
+    found, [note] = job(saved, WEAK, "--guidance_scale=1.5")
+    assert found == SampleJob(**AUTO)
+    assert note.endswith("go: guidance=cfg guidance_interval_start=0.2")
+    assert job(saved, WEAK, "--guidance_scale=1.5", "--guidance=autoguidance") == (found, [])
+
+
 @pytest.mark.parametrize(
     "saved, flags, says",
     [
@@ -63,6 +71,11 @@ def test_guidance_by_a_weaker_model_that_is_not_given_is_left_out_and_said():
         ({}, [WEAK], "guidance 'autoguidance' with guidance_scale=1 is no guidance"),
         (AUTO, ["--guidance=cfg"], "guidance 'cfg' with guidance_scale=1 is no guidance"),  # a scale of another kind
         (AUTO, ["--guidance=cfg", WEAK], "--weak=weak has no effect without --guidance=autoguidance"),
+        (
+            {},
+            [WEAK, *(f"--guidance_scale{of}=3" for of in ("", "_semantic", "_texture"))],
+            "--guidance_scale has no effect beside --guidance_scale_semantic and --guidance_scale_texture",
+        ),
         (dict(rtol=2.0), [], "sample.rtol=2.0: give a number above 0 to 1"),
     ],
 )

@@ -27,3 +27,19 @@ def test_groups_at_any_depth_are_told_as_they_would_be_now():
         "sample": {"solver": "dopri5", "num_steps": 50, "calls": 0, "timestep_shift": 1.0, "rtol": 0.01, "num": 9},
     }
     assert upgraded(once) == once | {"sample": to_dict(SampleJob(rtol=0.01, num=9))}
+
+
+def test_settings_of_parts_may_not_change_whatever_they_are_called(tmp_path):
+    def own(**changed):
+        values = {"path": "a", "workers": 1, "remat": False, "sample": 1.0} | changed
+        clocks, term = {"name": "mine", **values}, {"weight": 1.0, **values}
+        return {"config": {"clocks": clocks, "loss": {"terms": {"sample": term, "mesh": term}}}, "data_hash": "0"}
+
+    claim_workdir(tmp_path, own(), may_extend=True)
+    assert upgraded(own()) == own()  # a term called `sample` does not say how to sample
+    for changed in ({"path": "b"}, {"workers": 2}, {"remat": True}, {"sample": 2.0}):
+        [name] = changed
+        with pytest.raises(SfdError) as error:
+            claim_workdir(tmp_path, own(**changed), may_extend=True)
+        for group in ("clocks", "loss.terms.sample", "loss.terms.mesh"):
+            assert f"config.{group}.{name}: there" in str(error.value)
