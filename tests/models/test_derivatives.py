@@ -76,7 +76,9 @@ def numbers(name, execution, differentiate):
     network = Network(kind, config)
     at = (random_params(network), *draw(*shapes))
     with executing(execution):
-        return np.asarray(jax.jit(lambda *at: differentiate(lambda *args: function(network, *args), at))(*at))
+        quick = {"xla_backend_optimization_level": 0}  # most of the time is spent compiling
+        program = jax.jit(lambda *at: differentiate(lambda *args: function(network, *args), at), compiler_options=quick)
+        return np.asarray(program(*at))
 
 
 def three(f, at):
