@@ -1,0 +1,5 @@
+"""Where `experiment/build.py` was before; kept for scripts that were written then."""
+
+from sfd_jax.experiment.build import layout_from_config, network_from_config, task_from_config, train_config
+
+__all__ = ["layout_from_config", "network_from_config", "task_from_config", "train_config"]
