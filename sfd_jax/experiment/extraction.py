@@ -172,7 +172,7 @@ def planned_latents(source: ImageSource, opened: OpenEncoder, config: ExtractCon
 
 def job_share() -> Share:
     """Return which part of the shards is this host's, and whose bar is shown."""
-    # The lookout knows whether the others live.
+    # JAX knows whether the others live.
     barrier: Callable[[str], None] = functools.partial(hosts.barrier, timeout=24 * 3600.0)
     return Share(jax.process_index(), jax.process_count(), barrier, None if hosts.is_host0() else False)
 

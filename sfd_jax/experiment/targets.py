@@ -76,11 +76,7 @@ def open_targets(config: ConfigDict, layout: LatentLayout, latents: LatentSource
         if made_from not in (None, size):
             raise SfdError(f"the latents were made from images of {made_from} px, but data.images.image_size={size}")
         encoder = VisualEncoder(network, Tiling.of_latents(size, config.model.input_size, data.tile_grid))
-        images = open_images(**data.images)
-        total = getattr(latents, "manifest", {}).get("total")
-        if latents.origin["weights"] and total != len(images):
-            raise SfdError(f"the latents were made from {total:,} images, but data.images names {len(images):,}")
-        return WithPixels(latents, images), online_features(encoder, params)
+        return WithPixels(latents, open_images(**data.images)), online_features(encoder, params)
     return latents, None
 
 

@@ -219,7 +219,7 @@ def test_targets_are_made_by_what_made_the_latents(tmp_path, capsys):
         unknown, *online, "--config.data.images.image_size=30"
     )
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "more.png")
-    assert "made from 20 images, but data.images names 21" in answer(own, *online)
+    assert "made from 20 images, but there are 21: data.images names other ones" in answer(own, *online)
 
 
 def test_all_faults_are_named_at_once_with_the_flags_that_fix_them(tmp_path, capsys):
