@@ -1,7 +1,7 @@
 """The Semantic VAE of SFD: DINOv2 ViT-B/14 patch features (256 x 768) to 16 channels a token.
 
 Paper:    arXiv 2512.04926, section 3; optimisation as released.
-Hardware: published on GPUs.
+Hardware: released on GPUs.
 Expected: the paper gives no reconstruction score; on the digits a held-out cosine similarity above 0.9.
 Command:  sfd train_semvae --workdir=runs/semvae --config.data.path=latents/train
 

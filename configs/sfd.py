@@ -1,9 +1,9 @@
 """Semantic-First Diffusion on ImageNet 256x256: the released recipe.
 
 Paper:    arXiv 2512.04926 (CVPR 2026), final runs: 80 epochs = 400k steps, 800 epochs = 4M steps.
-Hardware: published on GPUs; here a TPU slice from v5e:2x2 up, or GPUs. `sfd plan` says what a slice takes; memory a
+Hardware: released on GPUs; here a TPU slice from v5e:2x2 up, or GPUs. `sfd plan` says what a slice takes; memory a
           chip as compiled for ten slices is in README.md.
-Expected: FID-50k, balanced labels, published numbers (not ours), without guidance / with AutoGuidance
+Expected: FID-50k, balanced labels, released numbers (not ours), without guidance / with AutoGuidance
           xl    80 epochs 3.43 / 1.30 (weak model b at  70k steps, scale 1.6)
           xl   800 epochs 2.54 / 1.06 (weak model b at  70k steps, scale 1.5)
           1p0b  80 epochs 2.84 / 1.19 (weak model b at  60k steps, scale 1.5)
@@ -120,7 +120,7 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
     # --- Sampling ------------------------------------------------------------------------------------
     # What `sfd sample` does with this model where its flags say nothing else; `sfd sample --help` explains each.
     # On the digits staged dopri5 has converged at 31 calls, where Euler with 100 nearly has; and on XL Euler-100
-    # scores as well as the released dopri5: README.md, "Fewer network calls".
+    # scores as well as the released dopri5: README.md, "Fewer network evaluations".
     config.sample = config_group(SampleJob(batch_size=64, guidance="autoguidance", guidance_scale=1.5))
 
     if "lr2e4" in variants:

@@ -1,6 +1,6 @@
-"""A texture VAE of the published shape (f16d32), trained by reconstruction and KL alone.
+"""A texture VAE of the released shape (f16d32), trained by reconstruction and KL alone.
 
-Paper:    SD-VAE f16d32 as in LightningDiT (arXiv 2501.01423); published weights need LPIPS and a discriminator
+Paper:    SD-VAE f16d32 as in LightningDiT (arXiv 2501.01423); released weights need LPIPS and a discriminator
           and score rFID 0.26. This recipe is for data of one's own, and its images are softer.
 Hardware: any; the argument "digits" runs on a laptop.
 Expected: digits: held-out PSNR of about 32 dB (the demo trains this recipe and measured 31.7 over all pixels).

@@ -17,7 +17,7 @@ PART = ".part"  # what a file is called while it is being written
 
 
 @contextlib.contextmanager
-def appearing(path: str | os.PathLike, *, shared: bool = False) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike, *, shared: bool = False) -> Iterator[Path]:
     """Give a name to write under; the file takes its own when the block ends, and is on the disk by then.
 
     A block that fails leaves nothing behind, and the file that was there before as it was. A killed
@@ -66,7 +66,7 @@ def write_new(path: str | os.PathLike, text: str) -> None:
     Raises:
       OSError: as the disk raises it; FileExistsError where the name is taken.
     """
-    with appearing(path, shared=True) as part:
+    with atomic_write(path, shared=True) as part:
         part.write_text(text)
         open(path, "x").close()
 
@@ -87,13 +87,13 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str, *, shared: bool = False) -> None:
-    """Write a text file that is whole or not there; see `appearing`."""
-    with appearing(path, shared=shared) as part:
+    """Write a text file that is whole or not there; see `atomic_write`."""
+    with atomic_write(path, shared=shared) as part:
         part.write_text(text)
 
 
 def write_json(path: str | os.PathLike, value: Any, *, shared: bool = False) -> None:
-    """Write a JSON file, its keys in their order, that is whole or not there; see `appearing`."""
+    """Write a JSON file, its keys in their order, that is whole or not there; see `atomic_write`."""
     write_text(path, json.dumps(value, indent=1) + "\n", shared=shared)
 
 

@@ -113,9 +113,9 @@ class Only(NamedTuple):
 # By config group; "sample" is for the flags of the same names as well.
 RULES = {
     "sample": (
-        Only("num_steps calls timestep_shift", "solver", ("dopri5",), never=True, hint="dopri5 follows its tolerances"),
-        Only("atol rtol max_calls", "solver", ("dopri5",)),
-        Only("num_steps", "calls", never=True),
+        Only("num_steps nfe timestep_shift", "solver", ("dopri5",), never=True, hint="dopri5 follows its tolerances"),
+        Only("atol rtol max_nfe", "solver", ("dopri5",)),
+        Only("num_steps", "nfe", never=True),
         Only(
             "guidance_scale guidance_interval_start guidance_interval_groups",
             "guidance",

@@ -38,7 +38,8 @@ def setting(
     choices: tuple[str, ...] = (),
     read: Callable[[str], Any] | None = None,
     metavar: str | None = None,
-    was: Any = None,
+    was: Mapping[Any, Any] = types.MappingProxyType({}),
+    was_called: str | None = None,
 ) -> Any:
     """Declare a field of a settings dataclass.
 
@@ -49,10 +50,11 @@ def setting(
       choices: the words it takes.
       read: reads the flag's text, instead of the field's type.
       metavar: what the flag's help calls its value.
-      was: the value that meant None in configs and recipes written before.
+      was: values as older configs and recipes wrote them -> as they are now.
+      was_called: the field's name in older configs and recipes.
     """
-    told = {"help": help, "range": range, "choices": choices, "read": read, "metavar": metavar, "was": was}
-    return dataclasses.field(default=default, metadata=told)
+    told = {"help": help, "range": range, "choices": choices, "read": read, "metavar": metavar}
+    return dataclasses.field(default=default, metadata=told | {"was": was, "was_called": was_called})
 
 
 def flags_from(
@@ -79,7 +81,7 @@ def flags_from(
             options |= {"type": told.get("read") or kind, "choices": told.get("choices") or None}
             options["metavar"] = told.get("metavar")
         action = parser.add_argument(f"--{field.name}", **options)
-        action.range = told.get("range")  # `parse_door` checks it
+        action.range = told.get("range")  # `parse_command` checks it
 
 
 def from_args(cls: type[Settings], args: argparse.Namespace, base: Settings | None = None) -> Settings:
@@ -106,11 +108,14 @@ def to_dict(settings: Any) -> dict[str, Any]:
 def over_defaults(cls: type, group: Mapping[str, Any]) -> dict[str, Any]:
     """Return a dataclass's defaults, and over them what a config group or a recipe says of its fields.
 
-    None is read where an older version wrote another word for it.
+    Names and values that an older version wrote are read as those of today.
     """
-    values = {name: group.get(name, default) for name, default in defaults_of(cls).items()}
-    was = {field.name: field.metadata.get("was") for field in dataclasses.fields(cls)}
-    return {name: None if was[name] is not None and value == was[name] else value for name, value in values.items()}
+    values = {}
+    for field in dataclasses.fields(cls):
+        names = filter(None, (field.name, field.metadata.get("was_called")))
+        value = next((group[name] for name in names if name in group), defaults_of(cls)[field.name])
+        values[field.name] = next((now for old, now in field.metadata.get("was", {}).items() if old == value), value)
+    return values
 
 
 def config_group(settings: Any) -> ml_collections.ConfigDict:

@@ -42,7 +42,7 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def parity_dir() -> Path:
-    """The folder of published answers: `SFD_PARITY_DIR`, by default ../shared/parity."""
+    """The folder of released answers: `SFD_PARITY_DIR`, by default ../shared/parity."""
     folder = Path(os.environ.get("SFD_PARITY_DIR", ROOT.parent / "shared" / "parity"))
     if not (folder / "README.md").exists() and not list(folder.glob("*.npz")):
         pytest.skip(f"no parity pack in {folder}; set SFD_PARITY_DIR to a folder that holds one")

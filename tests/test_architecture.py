@@ -61,9 +61,9 @@ MAY_IMPORT = {
 HEAVY = ("torch", "tensorflow", "matplotlib", "sklearn", "tensorflow_datasets", "clu.metric_writers")
 
 
-def imported_rooms(source: str) -> set[str]:
-    """Return the rooms of sfd_jax that a module's source imports, at any depth of the code."""
-    rooms = set()
+def imported_packages(source: str) -> set[str]:
+    """Return the packages of sfd_jax that a module's source imports, at any depth of the code."""
+    packages = set()
     for node in ast.walk(ast.parse(source)):
         names = []
         if isinstance(node, ast.Import):
@@ -74,36 +74,36 @@ def imported_rooms(source: str) -> set[str]:
         for name in names:
             parts = name.split(".")
             if parts[0] == "sfd_jax" and len(parts) > 1:
-                rooms.add(parts[1])
-    return rooms - {"__version__"}
+                packages.add(parts[1])
+    return packages - {"__version__"}
 
 
-def test_imported_rooms_sees_every_form():
+def test_imported_packages_sees_every_form():
     source = "import sfd_jax.data.images\ndef f():\n  from sfd_jax import training\n  from sfd_jax.cli import x"
-    assert imported_rooms(source) == {"data", "training", "cli"}
+    assert imported_packages(source) == {"data", "training", "cli"}
 
 
-def test_rooms_import_only_what_they_may(root):
+def test_packages_import_only_what_they_may(root):
     faults, seen = [], set()
     for file in sorted((root / "sfd_jax").rglob("*.py")):
         relative = file.relative_to(root / "sfd_jax")
-        room = relative.parts[0].removesuffix(".py")
-        if room in ("__init__", "__main__"):
+        package = relative.parts[0].removesuffix(".py")
+        if package in ("__init__", "__main__"):
             continue
-        seen.add(room)
-        allowed = MAY_IMPORT[room] | EVERYONE | {room}
-        for other in sorted(imported_rooms(file.read_text()) - allowed):
+        seen.add(package)
+        allowed = MAY_IMPORT[package] | EVERYONE | {package}
+        for other in sorted(imported_packages(file.read_text()) - allowed):
             faults.append(f"{relative} imports {other}")
     assert not faults, faults
     assert seen == set(MAY_IMPORT)
 
 
-@pytest.mark.parametrize("room", sorted(set(MAY_IMPORT) - {"cli"}))
-def test_import_brings_nothing_heavy(room):
+@pytest.mark.parametrize("package", sorted(set(MAY_IMPORT) - {"cli"}))
+def test_import_brings_nothing_heavy(package):
     code = (
-        f"import sys, pkgutil, importlib; m = importlib.import_module('sfd_jax.{room}')\n"
+        f"import sys, pkgutil, importlib; m = importlib.import_module('sfd_jax.{package}')\n"
         "for p in pkgutil.iter_modules(getattr(m, '__path__', [])):\n"
-        f"    importlib.import_module('sfd_jax.{room}.' + p.name)\n"
+        f"    importlib.import_module('sfd_jax.{package}.' + p.name)\n"
         f"print([h for h in {HEAVY!r} if h in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -5,14 +5,14 @@ import re
 import pytest
 
 from sfd_jax.errors import SfdError
-from sfd_jax.files import PART, appearing, differences, must_be_local, user_path, write_json
+from sfd_jax.files import PART, atomic_write, differences, must_be_local, user_path, write_json
 from sfd_jax.training.checkpoint import find_checkpoint
 
 
 def test_a_file_keeps_its_old_content_until_the_block_ends(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with appearing(path) as part:
+    with atomic_write(path) as part:
         part.write_text("new")
         assert path.read_text() == "old" and part.name.endswith(PART)
     assert path.read_text() == "new"
@@ -23,7 +23,7 @@ def test_a_file_keeps_its_old_content_until_the_block_ends(tmp_path):
 def test_a_block_that_fails_leaves_nothing(tmp_path, fault):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(fault), appearing(path, shared=True) as part:
+    with pytest.raises(fault), atomic_write(path, shared=True) as part:
         part.write_text("ne")
         raise fault
     assert path.read_text() == "old"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sfd_jax.cli.main import open_door
+from sfd_jax.cli.main import run_command
 from sfd_jax.data.latent_store import LatentStoreWriter, Plan, latent_fields
 from sfd_jax.data.pca import save_pca
 from sfd_jax.distributed.heartbeat import Heartbeat
@@ -120,7 +120,7 @@ WRITERS = {
 @pytest.mark.parametrize("name", WRITERS)
 def test_whoever_notices_it_first(name, full, tmp_path, capsys):
     write = WRITERS[name](tmp_path)
-    status = full(lambda: open_door(lambda _: bool(write()) and None, "sample", []))
+    status = full(lambda: run_command(lambda _: bool(write()) and None, "sample", []))
     told = capsys.readouterr().err
     assert status == 2 and told.startswith("sfd sample: ") and "Traceback" not in told
     assert "File too large" in told and (str(tmp_path) in told or name == "picture"), told
@@ -139,7 +139,7 @@ def test_standard_output_on_a_full_disk():
 
 
 def test_only_a_closed_standard_output_has_seen_enough():
-    script = "import sys; from sfd_jax.cli.main import open_door; sys.exit(open_door(lambda _: {}, 'convert', []))"
+    script = "import sys; from sfd_jax.cli.main import run_command; sys.exit(run_command(lambda _: {}, 'convert', []))"
     printing = "[print('x' * 70) for _ in range(9999)] and 0"
     other = "__import__('os').write(PIPE, b'x')"  # a socket, or a loader's pipe
     closed = "r, PIPE = __import__('os').pipe(); __import__('os').close(r);"

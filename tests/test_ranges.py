@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from sfd_jax.cli import flags as cli_flags
-from sfd_jax.cli.main import DOORS, main
+from sfd_jax.cli.main import COMMANDS, main
 from sfd_jax.diffusion.clocks import FixedOffset
 from sfd_jax.diffusion.losses import LossConfig
 from sfd_jax.diffusion.sample_config import SampleConfig, SampleJob, SolverConfig
@@ -143,7 +143,7 @@ def parser_of(command, monkeypatch):
     return stopped.value.args[0]
 
 
-@pytest.mark.parametrize("command", DOORS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_each_number_of_each_flag_is_checked(command, monkeypatch):
     parser = parser_of(command, monkeypatch)
     for action in parser._actions:
@@ -230,12 +230,12 @@ def test_what_has_no_effect_is_named():
         dict(guidance_interval_start=0.5),
         dict(guidance="cfg", guidance_scale=2.0, guidance_interval_start=1.0),
         dict(num_steps=50),
-        dict(calls=50),
+        dict(nfe=50),
         dict(timestep_shift=2.0),
-        dict(mode="published", timestep_shift=2.0),
+        dict(mode="released", timestep_shift=2.0),
         dict(solver="euler", atol=1e-4),
         dict(solver="euler", rtol=1e-4),
-        dict(solver="euler", calls=12, num_steps=20),
+        dict(solver="euler", nfe=12, num_steps=20),
     ],
 )
 def test_a_sampler_setting_without_effect_is_refused(fields):
@@ -247,7 +247,7 @@ def test_a_sampler_setting_without_effect_is_refused(fields):
     "fields",
     [
         {},
-        dict(solver="euler", calls=12, timestep_shift=2.0),
+        dict(solver="euler", nfe=12, timestep_shift=2.0),
         dict(rtol=1e-2, atol=1e-4),
         dict(guidance="cfg", guidance_scale=2.0, guidance_interval_start=0.2, guidance_interval_groups="tex"),
         dict(guidance="autoguidance", guidance_scale_semantic=1.5),
@@ -262,5 +262,5 @@ def test_a_group_of_a_config_serves_every_solver_and_guidance():
     config = load_config("configs/digits.py", ["--config.sample.solver=euler", "--config.sample.guidance=none"])
     sample = SampleConfig.from_group(config.sample)
     assert (sample.rtol, sample.guidance_scale, sample.num_steps) == (SampleConfig().rtol, 1.0, 100)
-    once = {"guidance_scale_semantic": -1.0, "calls": 0, "timestep_shift": 0.0}  # None, as it was written once
+    once = {"guidance_scale_semantic": -1.0, "nfe": 0, "timestep_shift": 0.0}  # None, as it was written once
     assert SampleConfig.from_group({**config.sample, **once}) == sample

@@ -47,13 +47,13 @@ def test_a_plugin_is_imported_before_the_command_runs(way, tmp_path, monkeypatch
     def command(arguments):
         seen.extend([arguments, sys.modules["my_sfd_part"].HERE])
 
-    assert cli.open_door(command, "verify", ["--a=1", *flags.get(way, []), "b"]) == 0
+    assert cli.run_command(command, "verify", ["--a=1", *flags.get(way, []), "b"]) == 0
     assert seen == [["--a=1", "b"], 1]
     monkeypatch.delitem(sys.modules, "my_sfd_part")
 
 
 def test_a_plugin_that_is_not_there_is_named(tmp_path, capsys):
-    assert cli.open_door(lambda _: 0, "verify", ["--plugin=nowhere_sfd"]) == 2
+    assert cli.run_command(lambda _: 0, "verify", ["--plugin=nowhere_sfd"]) == 2
     assert "plugin 'nowhere_sfd': no such module" in capsys.readouterr().err
     (tmp_path / "broken_sfd_part.py").write_text("import not_installed_anywhere\n")
     with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):

@@ -5,7 +5,7 @@ from typing import Optional
 
 import pytest
 
-from sfd_jax.cli.flags import door_parser, parse_door
+from sfd_jax.cli.flags import command_parser, parse_command
 from sfd_jax.errors import SfdError
 from sfd_jax.ranges import Range, check_fields
 from sfd_jax.settings import config_group, flags_from, from_args, over_defaults, setting
@@ -15,7 +15,7 @@ from sfd_jax.settings import config_group, flags_from, from_args, over_defaults,
 class Job:
     size: int = setting(64, "images at once", range=Range(int, 1, 100))
     word: str = setting("good", "how it is", choices=("good", "better"))
-    scale: float | None = setting(None, "of the guidance", range=Range(float, 0, 9), was=-1)
+    scale: float | None = setting(None, "of the guidance", range=Range(float, 0, 9), was={-1: None})
     mirrored: bool = setting(True, "mirrored images too")
     seed: int = setting(0, "of the draws")
 
@@ -24,9 +24,9 @@ class Job:
 
 
 def parse(*argv):
-    parser = door_parser("job", "")
+    parser = command_parser("job", "")
     flags_from(Job, parser, under="the checkpoint's")
-    return parse_door(parser, list(argv))
+    return parse_command(parser, list(argv))
 
 
 def test_what_is_given_lies_over_what_was_saved_over_the_defaults():
@@ -106,6 +106,17 @@ def test_a_config_group_takes_a_value_of_its_type_where_none_is_given():
     with pytest.raises(TypeError):
         group.scale = "much"
     assert Job(**group.to_dict()) == Job(size=7, scale=2.0)
+
+
+def test_old_names_of_fields_and_values_are_read():
+    @dataclasses.dataclass(frozen=True)
+    class Renamed:
+        nfe: int | None = setting(None, "evaluations", was={0: None}, was_called="calls")
+        mode: str = setting("staged", "how", was={"published": "released"})
+
+    assert over_defaults(Renamed, {"calls": 9, "mode": "published"}) == {"nfe": 9, "mode": "released"}
+    assert over_defaults(Renamed, {"calls": 0}) == {"nfe": None, "mode": "staged"}
+    assert over_defaults(Renamed, {"calls": 0, "nfe": 3}) == {"nfe": 3, "mode": "staged"}
 
 
 def test_old_words_for_none_are_read():

@@ -73,7 +73,7 @@ def make_data(folder: Path, count: int):
     from safetensors.numpy import save_file
 
     from sfd_jax.data.extract import Share, repack
-    from sfd_jax.data.published import PublishedLatents
+    from sfd_jax.data.released import ReleasedLatents
 
     released = folder / "released"
     released.mkdir(parents=True, exist_ok=True)
@@ -89,8 +89,8 @@ def make_data(folder: Path, count: int):
                 arrays[name + suffix] = values.astype(dtype)
         save_file(arrays, path)
     quiet = Share(progress=False)
-    lean = repack(PublishedLatents(released), folder / "lean", share=quiet)
-    full = repack(PublishedLatents(released, repa=True), folder / "full", share=quiet)
+    lean = repack(ReleasedLatents(released), folder / "lean", share=quiet)
+    full = repack(ReleasedLatents(released, repa=True), folder / "full", share=quiet)
     return released, lean, full
 
 

@@ -1,4 +1,4 @@
-"""Quality against network calls on a demo's trained digits model, for every solver.
+"""Quality against network evaluations on a demo's trained digits model, for every solver.
 
   python scripts/benchmarks/nfe_curve.py --demo=demo_out --out=nfe_curve.json [--plot=docs/nfe_curve.png]
       [--seeds=0,1,2] [--images=250] [--guidance=autoguidance] [--solvers=euler,ab2]
@@ -39,13 +39,13 @@ RELEASED = (4, 8, 16, 32, 100)  # calls of the released Euler
 def settings() -> list[dict]:
     """Return what each curve consists of, as fields of SampleConfig."""
     points = [dict(solver="dopri5", mode="staged", rtol=rtol) for rtol in RTOLS]
-    points += [dict(solver="dopri5", mode="published", rtol=1e-3)]
-    points += [dict(solver=s, mode="staged", calls=n) for s, budgets in BUDGETS.items() for n in budgets]
-    return points + [dict(solver="euler", mode="published", calls=n) for n in RELEASED]
+    points += [dict(solver="dopri5", mode="released", rtol=1e-3)]
+    points += [dict(solver=s, mode="staged", nfe=n) for s, budgets in BUDGETS.items() for n in budgets]
+    return points + [dict(solver="euler", mode="released", nfe=n) for n in RELEASED]
 
 
 def key(point: dict) -> tuple:
-    return tuple(point.get(field) for field in ("solver", "mode", "calls", "rtol", "seed"))
+    return tuple(point.get(field) for field in ("solver", "mode", "nfe", "rtol", "seed"))
 
 
 class Judge:
@@ -86,8 +86,8 @@ class Judge:
         start = time.perf_counter()
         images, calls = sampler(indices, labels)
         return {
-            "network_calls": int(calls.max()),
-            "mean_calls": float(calls.mean()),
+            "nfe": int(calls.max()),
+            "mean_nfe": float(calls.mean()),
             **self.values(images, labels),
             "seconds": round(time.perf_counter() - start, 2),
         }
@@ -147,7 +147,7 @@ def summarise(record: dict, seeds: list[int]) -> list[dict]:
     rows = []
     for (solver, mode, calls, rtol, _), points in groups.items():
         row = {"solver": solver, "mode": mode, "budget": calls, "rtol": rtol, "seeds": len(points)}
-        for name in ("network_calls", "mean_calls", "read_as_label", "frechet_distance"):
+        for name in ("nfe", "mean_nfe", "read_as_label", "frechet_distance"):
             values = [point[name] for point in points if name in point]
             if values:
                 row[name], row[name + "_spread"] = float(np.mean(values)), float(np.ptp(values) / 2)
@@ -159,14 +159,14 @@ def print_table(rows: list[dict]) -> None:
     print(f"\n{'solver':<10}{'mode':<11}{'asked':>7}{'calls':>7}{'read as label':>18}{'Frechet distance':>20}")
     for row in rows:
         asked = row["budget"] or (f"{row['rtol']:.0e}" if row["rtol"] else "")
-        calls = f"{row['network_calls']:.0f}" if "network_calls" in row else ""
+        calls = f"{row['nfe']:.0f}" if "nfe" in row else ""
         label = f"{row['read_as_label']:.1%} +- {row['read_as_label_spread']:.1%}"
         distance = f"{row['frechet_distance']:.2f} +- {row['frechet_distance_spread']:.2f}"
         print(f"{row['solver']:<10}{row['mode']:<11}{asked:>7}{calls:>7}{label:>18}{distance:>20}")
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Draw Frechet distance and accuracy against network calls, a curve a solver."""
+    """Draw Frechet distance and accuracy against network evaluations, a curve a solver."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -181,10 +181,8 @@ def plot(rows: list[dict], path: Path) -> None:
     colours = dict(zip(("euler", "heun", "midpoint", "rk4", "ab2", "dopri5"), plt.cm.tab10.colors, strict=False))
     for axis, (name, title, factor) in zip(axes, panels, strict=True):
         for solver, mode in sorted(curves, key=lambda c: (c[1] != "staged", c[0])):
-            own = sorted(
-                (r for r in rows if (r["solver"], r["mode"]) == (solver, mode)), key=lambda r: r["network_calls"]
-            )
-            x, y, spread = (np.array([r[k] for r in own]) for k in ("network_calls", name, name + "_spread"))
+            own = sorted((r for r in rows if (r["solver"], r["mode"]) == (solver, mode)), key=lambda r: r["nfe"])
+            x, y, spread = (np.array([r[k] for r in own]) for k in ("nfe", name, name + "_spread"))
             style = dict(fmt="o-", ms=4) if mode == "staged" else dict(fmt="s--", ms=5, mfc="none")
             label = solver + ("" if mode == "staged" else ", as released")
             axis.errorbar(
@@ -192,7 +190,7 @@ def plot(rows: list[dict], path: Path) -> None:
             )
         for row in (r for r in rows if r["solver"] == "real"):
             axis.axhline(factor * row[name], color="grey", lw=1, ls=":", label="real training digits")
-        axis.set(xscale="log", xlabel="network calls", title=title)
+        axis.set(xscale="log", xlabel="network evaluations", title=title)
         axis.set_xticks([4, 8, 16, 32, 64, 100], ["4", "8", "16", "32", "64", "100"])
         axis.minorticks_off()
         axis.grid(alpha=0.3)

@@ -6,7 +6,7 @@
 The first trains the demo's diffusion model (or its weaker one) anew on the demo's own latents, with each source and
 without REPA, everything else alike, and judges samples of each as the demo does: no guidance, Euler with 25 steps,
 one seed. The second compiles nothing: it counts the FLOPs of lowered programs of abstract shapes at the
-published sizes, forward and backward for SFD-XL, forward for the frozen networks.
+released sizes, forward and backward for SFD-XL, forward for the frozen networks.
 """
 
 import argparse

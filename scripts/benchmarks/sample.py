@@ -1,4 +1,4 @@
-"""Images a second and network calls of sampling with AutoGuidance, beside PyTorch with the released solver.
+"""Images a second and network evaluations of sampling with AutoGuidance, beside PyTorch with the released solver.
 
   python scripts/benchmarks/sample.py --versus=torch [--size=XL] [--weak_size=B] [--batch=64] [--dtype=bfloat16]
   python scripts/benchmarks/sample.py --versus=torch --checkpoint=demo_out/diffusion --weak=demo_out/weak
@@ -52,7 +52,7 @@ def main() -> None:
     flag("--dtype", choices=["float32", "bfloat16"], help="of the matmuls; float32 on a CPU, bfloat16 elsewhere")
     flag("--scale", type=float, default=1.5, help="guidance scale")
     flag("--solver", default="dopri5", help="ours: see `sfd sample --help`")
-    flag("--calls", type=int, help="ours: network calls, for the solvers with fixed steps")
+    flag("--nfe", type=int, help="ours: network evaluations, for the solvers with fixed steps")
     flag("--no_compile", action="store_true", help="PyTorch without torch.compile")
     args = parser.parse_args()
     if bool(args.checkpoint) != bool(args.weak):
@@ -124,18 +124,18 @@ class Ours:
         from sfd_jax.diffusion.sampling import SolverConfig
 
         self.problem = problem
-        solver = SolverConfig(args.solver, calls=args.calls)
+        solver = SolverConfig(args.solver, nfe=args.nfe)
         self._params = jax.device_put(problem.params)
         self._inputs = jax.device_put((problem.noise, problem.labels))
         self._run = jax.jit(functools.partial(self._integrate, problem.networks, solver))
-        self.calls = None
+        self.nfe = None
 
     def __call__(self):
         import jax
 
         latents, stats = jax.block_until_ready(self._run(self._params, *self._inputs))
-        self.calls = int(stats.nfe)
-        self.calls_by_stage = np.asarray(stats.nfe_by_stage).tolist()
+        self.nfe = int(stats.nfe)
+        self.nfe_by_stage = np.asarray(stats.nfe_by_stage).tolist()
         return np.asarray(latents)
 
     def tight(self) -> np.ndarray:
@@ -184,7 +184,7 @@ class Theirs:
             self.modules = [torch.compile(module) for module in share.modules]
         self.noise = torch.from_numpy(problem.noise.transpose(0, 3, 1, 2).copy()).to(self.device)
         self.labels = torch.from_numpy(problem.labels).to(self.device)
-        self.calls, self.calls_by_stage = None, None
+        self.nfe, self.nfe_by_stage = None, None
 
     def __call__(self):
         import torchdiffeq
@@ -192,10 +192,10 @@ class Theirs:
         torch, end, offset = self.torch, self.problem.clocks.tau_end, self.problem.clocks.delta_t
         moves_semantic = torch.zeros(self.noise.shape[1], device=self.device)
         moves_semantic[self.problem.layout.texture_channels :] = 1
-        self.calls = 0
+        self.nfe = 0
 
         def derivative(tau, latents):
-            self.calls += 1
+            self.nfe += 1
             moving = (tau >= offset) * (1 - moves_semantic) + (tau <= 1) * moves_semantic
             return moving[None, :, None, None] * self.velocity(latents, tau)
 
@@ -251,7 +251,7 @@ def report(problem, contenders, args, notes) -> None:
     def timed(name, contender):
         def run():
             errors[name] = error(contender())
-            calls[name] = contender.calls
+            calls[name] = contender.nfe
 
         return run
 
@@ -271,7 +271,7 @@ def report(problem, contenders, args, notes) -> None:
         ]
         for name, each in times.items()
     ]
-    head = ["what", "calls", "seconds", "spread", "images/s", "error", "first call, s"]
+    head = ["what", "nfe", "seconds", "spread", "images/s", "error", "first call, s"]
     sizes = "trained weights" if args.checkpoint else f"{args.size} and {args.weak_size}, drawn weights"
     tables = [
         f"AutoGuidance {args.scale:g}, {sizes}, batch {args.batch}, {args.dtype}, {args.rounds} rounds in turns",
@@ -282,7 +282,7 @@ def report(problem, contenders, args, notes) -> None:
         tables.append(
             table(["speed of sfd_jax over", "ratio of medians"], [[n, f"{r:.2f}"] for n, r in ratios.items()])
         )
-    by_stage = contenders["sfd_jax"].calls_by_stage
+    by_stage = contenders["sfd_jax"].nfe_by_stage
     notes.append(f"our calls by stage, of the slowest sample: {by_stage}; each is one call of both networks")
     memory = peak_memory()
     notes.append("peak GiB: " + ", ".join(f"{name} {value:.2f}" for name, value in memory.items()))
@@ -291,8 +291,8 @@ def report(problem, contenders, args, notes) -> None:
         "settings": {k: v for k, v in vars(args).items() if k != "json"},
         "seconds": times,
         "first_call": first,
-        "calls": calls,
-        "calls_by_stage": by_stage,
+        "nfe": calls,
+        "nfe_by_stage": by_stage,
         "errors": errors,
         "ratios": ratios,
         "peak_gib": memory,
@@ -305,7 +305,7 @@ def decoded(problem: Problem, args):
     from sfd_jax.experiment.checkpoints import open_checkpoint
     from sfd_jax.generation import SampleConfig, Sampler
 
-    config = SampleConfig(solver=args.solver, calls=args.calls, guidance="autoguidance", guidance_scale=args.scale)
+    config = SampleConfig(solver=args.solver, nfe=args.nfe, guidance="autoguidance", guidance_scale=args.scale)
     model, weak = zip(problem.networks, problem.params, strict=True)
     sampler = Sampler(
         model,

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stop a job on all workers: a door saves upon SIGTERM and ends with status 75, so launch.sh goes on from there.
+# Stop a job on all workers: a command saves upon SIGTERM and ends with status 75, so launch.sh goes on from there.
 #
 #   stop.sh --tpu-name=sfd --zone=us-west4-a --project=PROJECT --job=train
 #

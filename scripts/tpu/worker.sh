@@ -2,15 +2,15 @@
 # What runs on a worker, under its home folder; the other scripts copy it there and call it by ssh.
 #
 #   worker.sh install COMMIT            unpack sfd_jax-COMMIT.tar.gz to sfd_jax/, then run tpu_setup.sh
-#   worker.sh start JOB [NAME=VALUE ...] -- DOOR ARGUMENT...
-#                                       start `sfd DOOR ...` so that it outlives this connection
-#   worker.sh status JOB [COMMIT -- DOOR ARGUMENT...]
+#   worker.sh start JOB [NAME=VALUE ...] -- COMMAND ARGUMENT...
+#                                       start `sfd COMMAND ...` so that it outlives this connection
+#   worker.sh status JOB [COMMIT -- COMMAND ARGUMENT...]
 #                                       say how the job is: bare (not installed at the commit), idle (never started so),
 #                                       running, exited STATUS, lost (ended without a word, as by a reboot), or other
 #                                       (it runs another command)
-#   worker.sh stop JOB [SECONDS]        SIGTERM, upon which a door saves; SIGKILL after that long (default 300)
+#   worker.sh stop JOB [SECONDS]        SIGTERM, upon which a command saves; SIGKILL after that long (default 300)
 #
-# A job's folder sfd_jobs/JOB holds: command (with its variables), door (without), log, pid while it runs, status once it has ended. Each call that did
+# A job's folder sfd_jobs/JOB holds: command (with its variables), arguments (without), log, pid while it runs, status once it has ended. Each call that did
 # what it was asked to prints one line "sfd@HOST ..." and may come again: gcloud repeats what a lost connection cut.
 set -euo pipefail
 self=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/$(basename "${BASH_SOURCE[0]}")
@@ -81,7 +81,7 @@ start() {
     fi
     rm -f "$folder/pid" "$folder/status"
     printf '%s' "$command" >"$folder/command"
-    door "$@" >"$folder/door"
+    arguments "$@" >"$folder/arguments"
     # Its own session, away from the terminal: the end of the connection sends it nothing.
     setsid nohup bash "$self" supervise "$job" "$@" </dev/null >>"$folder/log" 2>&1 9>&- &
     for _ in $(seq 100); do
@@ -94,14 +94,14 @@ start() {
     die "job $job did not start: $(tail -n 3 "$folder/log")"
 }
 
-# door [NAME=VALUE ...] -- DOOR ARGUMENT...: the words after --, so that they can be compared.
-door() {
+# arguments [NAME=VALUE ...] -- COMMAND ARGUMENT...: the words after --, so that they can be compared.
+arguments() {
     while [ "$1" != -- ]; do shift; done
     shift
     printf '%q ' "$@"
 }
 
-# The job's process: the door's parent, which writes down how it ended. A SIGTERM goes to the door alone, not to the
+# The job's process: the command's parent, which writes down how it ended. A SIGTERM goes to the command alone, not to the
 # data workers, which it needs until it has saved.
 supervise() {
     local job=$1 folder=sfd_jobs/$1 child status signalled
@@ -119,7 +119,7 @@ supervise() {
     trap 'signalled=1; kill -TERM "$child" 2>/dev/null || true' TERM
     echo $$ >"$folder/pid.part"
     mv "$folder/pid.part" "$folder/pid"
-    # A signal ends `wait` at once, while the door still saves: then wait again.
+    # A signal ends `wait` at once, while the command still saves: then wait again.
     while :; do
         signalled="" status=0
         wait "$child" || status=$?
@@ -132,7 +132,7 @@ supervise() {
 
 status() {
     local job=$1 folder=sfd_jobs/$1 commit=${2:-} same=1
-    if [ $# -gt 2 ] && [ "$(door "$@")" != "$(cat "$folder/door" 2>/dev/null)" ]; then same=""; fi
+    if [ $# -gt 2 ] && [ "$(arguments "$@")" != "$(cat "$folder/arguments" 2>/dev/null)" ]; then same=""; fi
     if [ -z "$same" ] && alive "$job"; then
         reply "other"
     elif [ ! -f sfd_jax/.ready ] || { [ "${commit:-$(cat sfd_jax/.ready)}" != "$(cat sfd_jax/.ready)" ] && ! alive "$job"; }; then
@@ -154,7 +154,7 @@ status() {
 # seconds the longest silent one has been so. Nothing where there is no work folder or no heartbeat yet.
 heartbeats() {
     local word words=() workdir=""
-    eval "words=($(cat "$1/door"))"
+    eval "words=($(cat "$1/arguments"))"
     for word in "${words[@]}"; do
         case $word in --workdir=* | --out=*) workdir=${word#*=} ;; esac
     done

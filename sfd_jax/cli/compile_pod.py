@@ -17,7 +17,7 @@ program fits into the chip's memory, 1 where it does not, 2 where something is w
 
 Memory is what XLA has laid out for one chip. FLOPs are counted in the traced program and split evenly, traffic in
 the compiled one, both as often as they happen (a scan's body once a layer); the traffic is the result's bytes on one
-chip. A loop that ends by its data, as dopri5's does, is counted once: what is said then is of one network call.
+chip. A loop that ends by its data, as dopri5's does, is counted once: what is said then is of one network evaluation.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sfd_jax.cli.flags import door_parser, local_path, parse_door
+from sfd_jax.cli.flags import command_parser, local_path, parse_command
 from sfd_jax.errors import SfdError
 from sfd_jax.ranges import Only
 
@@ -41,7 +41,7 @@ RULES = (
 
 def main(argv: list[str]) -> int:
     """Compile, print the table, and return 0 where the program fits, else 1."""
-    parser = door_parser("compile_pod", __doc__)
+    parser = command_parser("compile_pod", __doc__)
     add_topology_flags(parser)
     flag = parser.add_argument
     flag("--what", choices=WHAT, default="train", help="which program (default: %(default)s)")
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     )
     flag("--weak", metavar="CONFIG", help="config of AutoGuidance's weaker model (default: --config in size b)")
     flag("--fsdp", type=int, default=1, help="for sample and decode: as in `sfd sample` (default: %(default)s)")
-    args = parse_door(parser, argv, config="configs/sfd.py:xl", rules=RULES)
+    args = parse_command(parser, argv, config="configs/sfd.py:xl", rules=RULES)
 
     measurement = measured(args, args.what)
 

@@ -1,4 +1,4 @@
-"""Published PyTorch checkpoints in, ours out; and back.
+"""Released PyTorch checkpoints in, ours out; and back.
 
   sfd convert --inspect FILE
       say what a file holds, without converting
@@ -20,7 +20,7 @@ renamed or left out. No code of a file is run: one that asks for it is refused b
 import json
 from pathlib import Path
 
-from sfd_jax.cli.flags import door_parser, local_path, parse_door, path
+from sfd_jax.cli.flags import command_parser, local_path, parse_command, path
 from sfd_jax.errors import SfdError
 from sfd_jax.ranges import Only
 
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     """Inspect, import or export, as the flags say."""
     from sfd_jax.budget import allow
 
-    parser = door_parser("convert", __doc__)
+    parser = command_parser("convert", __doc__)
     parser.add_argument("path", type=path, help="a released file, or with --export a folder of our checkpoints")
     parser.add_argument("--inspect", action="store_true", help="only print what the file holds")
     parser.add_argument("--out", type=path, help="folder that gets our checkpoint")
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--max_gib", type=float, help="memory that reading may take, where a file asks for more than its size explains"
     )
-    args = parse_door(parser, argv, rules=RULES)
+    args = parse_command(parser, argv, rules=RULES)
     allow(args.max_gib)
     if [bool(args.inspect), bool(args.out), bool(args.export)].count(True) != 1:
         raise SfdError("say what to do with it: --inspect, --out=DIR or --export=FILE")

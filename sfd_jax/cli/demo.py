@@ -12,18 +12,18 @@ from pathlib import Path
 
 import jax
 
-from sfd_jax.cli.flags import door_parser, local_path, parse_door
+from sfd_jax.cli.flags import command_parser, local_path, parse_command
 from sfd_jax.errors import needs_extra
 
 
 def main(argv: list[str]) -> int:
     """Run the demo's stages that are not done yet."""
-    parser = door_parser("demo", __doc__)
+    parser = command_parser("demo", __doc__)
     parser.add_argument(
         "--workdir", type=local_path, default="demo_out", help="folder of the run (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, help="of everything drawn (default: the config's, 0)")
-    args = parse_door(parser, argv, config="configs/digits.py")
+    args = parse_command(parser, argv, config="configs/digits.py")
     if args.seed is not None:
         args.config.seed = args.seed
     # Digits are small: the demo is for the processor, and gives there what README.md shows.

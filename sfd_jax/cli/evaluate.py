@@ -12,7 +12,7 @@ Statistics remember the extractor that made them, and are refused with another. 
 pt_inception-2015-12-05; --dinov2 adds the Frechet distance in DINOv2 features.
 
 The scores are printed and written to --out as JSON, together with what decides them: hashes of checkpoints,
-statistics, extractor and reference, sampler, network calls, labels, dtype, seed and N. A file that is there
+statistics, extractor and reference, sampler, network evaluations, labels, dtype, seed and N. A file that is there
 already is not overwritten. Lines that begin with "note:" say what was assumed.
 """
 
@@ -20,7 +20,7 @@ import argparse
 import json
 from pathlib import Path
 
-from sfd_jax.cli.flags import door_parser, local_path, parse_door, path
+from sfd_jax.cli.flags import command_parser, local_path, parse_command, path
 from sfd_jax.cli.sampling_flags import ONLY_SAMPLING, SAMPLING_RULES, add_sampling_flags
 from sfd_jax.errors import Faults, SfdError
 from sfd_jax.experiment.sampling import check_flags, open_sampler
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     """Read the flags and refuse, before any work, what could only fail after it."""
-    parser = door_parser("evaluate", __doc__)
+    parser = command_parser("evaluate", __doc__)
     flag = parser.add_argument
     flag("--samples", type=local_path, metavar="PATH", help="images to be judged")
     flag("--live", action="store_true", help="judge images straight from the sampler, whose flags are below")
@@ -86,7 +86,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         type=path,
         metavar="DIR",
         help="DINOv2 checkpoint: adds fd_dinov2, the Frechet distance in its class tokens; of another encoder than "
-        "the published ViT-L/14 it is called fd_ and that encoder's name",
+        "the released ViT-L/14 it is called fd_ and that encoder's name",
     )
     flag("--lpips", type=path, metavar="DIR", help="checkpoint of LPIPS; without it --reconstruction leaves lpips out")
     flag(
@@ -107,7 +107,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="images per device for features; changes nothing but speed (default: 8 on a CPU, 32 elsewhere)",
     )
     add_sampling_flags(parser, required=False)
-    args = parse_door(parser, argv, rules=RULES)
+    args = parse_command(parser, argv, rules=RULES)
 
     found = Faults()
     if sum(map(bool, (args.samples, args.live, args.reconstruction))) > 1:

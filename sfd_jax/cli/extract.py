@@ -15,7 +15,7 @@ sorted names; folders that are all numbers are labels by number. Hidden entries 
 refused. An image of more than 89,478,485 pixels is a broken one; sfd_jax/data/decoding.py tells what becomes of
 transparency, animations and grey of more than 8 bits.
 
-CKPT are folders that `sfd convert` or one of the training doors made. Without --visual only texture
+CKPT are folders that `sfd convert` or one of the training commands made. Without --visual only texture
 latents are made. 512 px images are shown to the visual encoder in quarters of 256 px.
 
 The shards, their manifest and the statistics appear in DIR. Killed and started again with the same
@@ -28,12 +28,12 @@ import dataclasses
 
 import numpy as np
 
-from sfd_jax.cli.flags import door_parser, local_path, parse_door, path
+from sfd_jax.cli.flags import command_parser, local_path, parse_command, path
 from sfd_jax.data.checks import check_images, check_writable
 from sfd_jax.data.extract import ExtractConfig, bytes_per_image, repack, repack_plan
 from sfd_jax.data.images import open_images
 from sfd_jax.data.latent_store import LatentStore, Plan
-from sfd_jax.data.published import PublishedLatents
+from sfd_jax.data.released import ReleasedLatents
 from sfd_jax.distributed import hosts
 from sfd_jax.distributed.heartbeat import Heartbeat
 from sfd_jax.distributed.lock import FolderLock
@@ -48,7 +48,7 @@ REPACKED = ("repa", "dtype", "shard_size", "workers")
 
 
 def main(argv: list[str]) -> int:
-    """Open the door: extract, repack or check, as the flags say."""
+    """Open the command: extract, repack or check, as the flags say."""
     args = _parse(argv)
     config = from_args(ExtractConfig, args)
     if args.repack:
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = door_parser("extract", __doc__)
+    parser = command_parser("extract", __doc__)
     flag = parser.add_argument
     flag("--out", type=local_path, required=True, help="folder of the latent shards")
     flag("--images", help="folder, tar, tfds or digits")
@@ -91,7 +91,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         Only("tile_size", "visual"),
         Only("expect_count", "check"),
     )
-    return parse_door(parser, argv, rules=rules)
+    return parse_command(parser, argv, rules=rules)
 
 
 def _extract(args: argparse.Namespace, config: ExtractConfig) -> int:
@@ -110,7 +110,7 @@ def _extract(args: argparse.Namespace, config: ExtractConfig) -> int:
 
 
 def _repack(args: argparse.Namespace, config: ExtractConfig) -> int:
-    source, statistics, found = PublishedLatents(args.repack, repa=config.repa), None, Faults()
+    source, statistics, found = ReleasedLatents(args.repack, repa=config.repa), None, Faults()
     with found:
         statistics = repack_statistics(source, args.statistics)
     if not args.check:

@@ -1,4 +1,4 @@
-"""Download published weights, check them, convert them.
+"""Download released weights, check them, convert them.
 
   sfd fetch NAME [--file=PART_OF_A_NAME] [--no_convert]
   sfd fetch --list
@@ -11,7 +11,7 @@ put where by hand. HF_TOKEN is sent to the hub; HF_ENDPOINT and SFD_MIRROR name 
 
 from pathlib import Path
 
-from sfd_jax.cli.flags import door_parser, parse_door
+from sfd_jax.cli.flags import command_parser, parse_command
 from sfd_jax.errors import SfdError
 from sfd_jax.ranges import Only
 
@@ -20,13 +20,13 @@ def main(argv: list[str]) -> int:
     """Fetch one entry of the catalogue and convert it."""
     from sfd_jax.convert.hub import CATALOGUE, cache_dir, fetch
 
-    parser = door_parser("fetch", __doc__)
+    parser = command_parser("fetch", __doc__)
     parser.add_argument("name", nargs="?", help="what to fetch; see --list")
     parser.add_argument("--list", action="store_true", help="print what can be fetched")
     parser.add_argument("--file", help="which file, where there are several, e.g. 0400000.pt")
     parser.add_argument("--no_convert", action="store_true", help="only download")
     rules = (Only("file no_convert", "name"), Only("name file no_convert", "list", never=True))
-    args = parse_door(parser, argv, rules=rules)
+    args = parse_command(parser, argv, rules=rules)
     if args.list or args.name is None:
         width = max(map(len, CATALOGUE))
         for name, source in CATALOGUE.items():

@@ -1,10 +1,10 @@
-"""Flags of the front doors: argparse for a door's own, ml_collections config_flags for `--config`.
+"""Flags of the commands: argparse for a command's own, ml_collections config_flags for `--config`.
 
-A door writes
+A command writes
 
-    parser = door_parser("train", __doc__)
+    parser = command_parser("train", __doc__)
     parser.add_argument("--workdir", required=True, help="...")
-    args = parse_door(parser, argv, config="configs/sfd.py:xl")
+    args = parse_command(parser, argv, config="configs/sfd.py:xl")
     args.config            # a locked ConfigDict with every --config.x.y=value applied
 
 An unknown flag, an unknown config key or a value of the wrong type stops with the nearest valid name.
@@ -38,30 +38,30 @@ class _Parser(argparse.ArgumentParser):
         raise SfdError(f"{message} (see `{self.prog} --help`)")
 
 
-def door_parser(door: str, doc: str) -> argparse.ArgumentParser:
+def command_parser(command: str, doc: str) -> argparse.ArgumentParser:
     """Return the argument parser of a command, its help text taken from the command's docstring."""
     return _Parser(
-        prog=f"sfd {door}",
+        prog=f"sfd {command}",
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
 
 
-def parse_door(
+def parse_command(
     parser: argparse.ArgumentParser,
     argv: list[str],
     config: str | None = None,
     rules: tuple[ranges.Only, ...] = (),
     pending: Faults | None = None,
 ) -> argparse.Namespace:
-    """Parse a door's arguments.
+    """Parse a command's arguments.
 
     Args:
-      parser: from `door_parser`, with the door's own flags added.
-      argv: arguments after the door's name.
+      parser: from `command_parser`, with the command's own flags added.
+      argv: arguments after the command's name.
       config: default of `--config` ("path.py" or "path.py:argument"), relative to the repository;
-        None where the door takes no config. A config of the same kind is demanded.
+        None where the command takes no config. A config of the same kind is demanded.
       rules: which flags have an effect only with which others.
       pending: gets the faults of values that could be read, so that the command can add its own and stop on all.
 
@@ -117,15 +117,15 @@ def parse_training(
       flags: further flags than --workdir and --check -> their arguments of `add_argument`.
 
     Returns:
-      (namespace as of `parse_door`, faults so far).
+      (namespace as of `parse_command`, faults so far).
     """
-    parser = door_parser(command, doc)
+    parser = command_parser(command, doc)
     parser.add_argument("--workdir", type=path, required=True, help="folder of the run")
     for flag, options in flags.items():
         parser.add_argument(flag, **options)
     parser.add_argument("--check", action="store_true", help="only look for faults")
     found = Faults()
-    return parse_door(parser, argv, config=config, pending=found), found
+    return parse_command(parser, argv, config=config, pending=found), found
 
 
 def _without_none(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:

@@ -17,7 +17,7 @@ from sfd_jax.files import disk_fault
 from sfd_jax.registry import take_plugins
 
 # One line a command, in the order in which a project uses them.
-DOORS = {
+COMMANDS = {
     "demo": "from real handwritten digits to new ones, on a laptop, with nothing downloaded",
     "extract": "images to latent shards with statistics",
     "train": "train the two-clock diffusion transformer on latent shards",
@@ -25,8 +25,8 @@ DOORS = {
     "train_texture_vae": "train the texture VAE on images",
     "sample": "make images from a checkpoint",
     "evaluate": "FID, sFID, IS, precision and recall of samples",
-    "convert": "published PyTorch checkpoints in, ours out",
-    "fetch": "download published weights, check them, convert them",
+    "convert": "released PyTorch checkpoints in, ours out",
+    "fetch": "download released weights, check them, convert them",
     "verify": "compare this machine's arithmetic with a parity pack",
     "compile_pod": "compile the real programs for a TPU slice that is not here: do they fit?",
     "plan": "memory, time and storage of a training run on a TPU slice",
@@ -51,26 +51,28 @@ SMALLER = {
 
 def usage() -> str:
     """Return the overview that `sfd --help` prints."""
-    width = max(map(len, DOORS))
-    doors = "\n".join(f"  {name:<{width}}  {line}" for name, line in DOORS.items())
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {line}" for name, line in COMMANDS.items())
     more = "`sfd <command> --help` explains its flags; --plugin=MODULE goes with all."
-    return f"usage: sfd <command> [flags]\n\n{doors}\n\n{more}"
+    return f"usage: sfd <command> [flags]\n\n{commands}\n\n{more}"
 
 
 def main(argv: list[str]) -> int:
     """Run the command named by `argv[0]` with the remaining arguments and return its exit status."""
     if not argv or argv[0] in ("-h", "--help", "help"):
-        return open_door(lambda _: print(usage()), "help", [])
+        return run_command(lambda _: print(usage()), "help", [])
     if argv[0] == "--version":
         from sfd_jax import __version__
 
-        return open_door(lambda _: print(__version__), "version", [])
-    door, *arguments = argv
-    if door not in DOORS:
-        print(f"sfd: unknown door '{door}'; {nearest(door, DOORS)}", file=sys.stderr)
+        return run_command(lambda _: print(__version__), "version", [])
+    command, *arguments = argv
+    if command not in COMMANDS:
+        print(f"sfd: unknown command '{command}'; {nearest(command, COMMANDS)}", file=sys.stderr)
         return 2
     # Imported within: Ctrl-C may come at any moment.
-    return open_door(lambda arguments: importlib.import_module(f"sfd_jax.cli.{door}").main(arguments), door, arguments)
+    return run_command(
+        lambda arguments: importlib.import_module(f"sfd_jax.cli.{command}").main(arguments), command, arguments
+    )
 
 
 class Terminated(KeyboardInterrupt):
@@ -79,7 +81,7 @@ class Terminated(KeyboardInterrupt):
     status = TryAgain.status
 
 
-def open_door(door_main: Callable[[list[str]], object], name: str, arguments: list[str]) -> int:
+def run_command(command_main: Callable[[list[str]], object], name: str, arguments: list[str]) -> int:
     """Run one command and return its exit status.
 
     An SfdError becomes one message on stderr and its own status (2: fix it, 75: start again), a full disk one that
@@ -90,13 +92,13 @@ def open_door(door_main: Callable[[list[str]], object], name: str, arguments: li
     keep_compilations()
     libtpu.hush()
     with _signals_are_heard():
-        return _leave_hosts(_status(door_main, name, arguments))
+        return _leave_hosts(_status(command_main, name, arguments))
 
 
-def _status(door_main, name: str, arguments: list[str]) -> int:
+def _status(command_main, name: str, arguments: list[str]) -> int:
     tell = lambda message: print(f"sfd {name}: {message}", file=sys.stderr, flush=True)
     try:
-        status = door_main(take_plugins(arguments)) or 0
+        status = command_main(take_plugins(arguments)) or 0
         sys.stdout.flush()
         return _leave_hosts(status)
     except SfdError as error:

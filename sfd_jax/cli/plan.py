@@ -9,12 +9,12 @@ evaluation, checkpoints and interruptions take comes on top. Exit status 1 where
 """
 
 from sfd_jax.cli.compile_pod import add_topology_flags, measured, write_json
-from sfd_jax.cli.flags import door_parser, parse_door
+from sfd_jax.cli.flags import command_parser, parse_command
 
 
 def main(argv: list[str]) -> int:
     """Compile the step, work out the run, and print it."""
-    parser = door_parser("plan", __doc__)
+    parser = command_parser("plan", __doc__)
     add_topology_flags(parser)
     flag = parser.add_argument
     flag(
@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
         help="share of the peak matrix rate that the step reaches, an assumption (default: %(default)s)",
     )
     flag("--images", type=int, default=None, help="in the data set (default: ImageNet's training set)")
-    args = parse_door(parser, argv, config="configs/sfd.py:xl")
+    args = parse_command(parser, argv, config="configs/sfd.py:xl")
 
     from sfd_jax.pod import make_plan, table
     from sfd_jax.pod.plan import IMAGENET_TRAIN, plan_table

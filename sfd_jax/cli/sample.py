@@ -10,18 +10,18 @@ The folder given by --out gets chunks as they are finished and then samples.npz 
 labels, as the ADM suite reads them), grid.png and recipe.json; with --png also images/000000.png and so
 on. Killed and started again with the same flags, it goes on with what is missing. Another recipe in the
 same folder is refused. Sample i is a function of --seed and i alone: --batch_size, the number of devices
-and of hosts change nothing but float rounding (in --mode=published dopri5 shares a step size among a
+and of hosts change nothing but float rounding (in --mode=released dopri5 shares a step size among a
 batch, as released; there batch and chunk sizes are part of the recipe).
 """
 
-from sfd_jax.cli.flags import door_parser, local_path, parse_door
+from sfd_jax.cli.flags import command_parser, local_path, parse_command
 from sfd_jax.cli.sampling_flags import SAMPLING_RULES, add_sampling_flags
 from sfd_jax.experiment.sampling import check_flags, open_sampler
 
 
 def main(argv: list[str]) -> int:
     """Run the job and write its outputs."""
-    parser = door_parser("sample", __doc__)
+    parser = command_parser("sample", __doc__)
     add_sampling_flags(parser, required=True)
     outputs = parser.add_argument_group("what to write")
     flag = outputs.add_argument
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     )
     flag("--png", action="store_true", help="also write every sample as a PNG")
     flag("--no_npz", action="store_true", help="do not join the chunks to samples.npz")
-    args = parse_door(parser, argv, rules=SAMPLING_RULES)
+    args = parse_command(parser, argv, rules=SAMPLING_RULES)
     check_flags(args)
 
     from sfd_jax import distributed

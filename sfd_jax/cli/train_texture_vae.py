@@ -6,7 +6,7 @@
       look for faults before a long job, and train nothing
 
 Reconstruction and KL loss, with --config.lpips=CKPT also LPIPS (`sfd convert` reads the `lpips` package's file),
-without discriminator: enough for small data. For ImageNet take the published one (`sfd fetch`). PSNR, L1 and MSE
+without discriminator: enough for small data. For ImageNet take the released one (`sfd fetch`). PSNR, L1 and MSE
 of the held-out split are logged at each checkpoint. Work folder, resuming and SIGTERM are as with `sfd train`.
 """
 

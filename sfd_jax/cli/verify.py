@@ -4,25 +4,25 @@
 
 Runs every case of the pack through the converter and our networks, loss, training step, samplers
 and evaluation on the backend at hand (CPU, GPU or TPU), and prints each number's distance from the
-published answer beside its bound. What runs is what the other commands run with the same dtype: samples
+released answer beside its bound. What runs is what the other commands run with the same dtype: samples
 come from the sampler of `sfd sample --dtype`, which takes the texture VAE in float32 either way. In float32
 every product is float32 on every backend, and the bounds are those that the tests hold on CPU. In bfloat16
 the bounds are a few times the errors measured on CPU: they tell a broken backend from a sound one, not how
-close samples are to the published ones. Exit status 1 if a bound is broken.
+close samples are to the released ones. Exit status 1 if a bound is broken.
 
 The largest cases (full_xl, full_1p0b) need some 6 GiB and minutes; --cases leaves out or picks.
 """
 
-from sfd_jax.cli.flags import door_parser, local_path, parse_door
+from sfd_jax.cli.flags import command_parser, local_path, parse_command
 
 
 def main(argv: list[str]) -> int:
     """Compare, print, and count the broken bounds."""
-    parser = door_parser("verify", __doc__)
+    parser = command_parser("verify", __doc__)
     parser.add_argument("--pack", type=local_path, required=True, help="folder of NAME.json and NAME.npz")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--cases", help="comma-separated patterns of case names (default: all)")
-    args = parse_door(parser, argv)
+    args = parse_command(parser, argv)
 
     import jax
 
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     device = jax.devices()[0]
     print(f"backend {device.platform} ({device.device_kind}), jax {jax.__version__}, {args.dtype}")
     if args.dtype == "bfloat16":
-        print("bounds of bfloat16 are a few times the errors measured on CPU, not the accuracy of the published code")
+        print("bounds of bfloat16 are a few times the errors measured on CPU, not the accuracy of the released code")
     print(HEADER)
     checks = []
     for check in run_pack(args.pack, args.dtype, args.cases and args.cases.split(",")):

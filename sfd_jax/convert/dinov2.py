@@ -121,11 +121,11 @@ class _Format:
         if "num_heads" not in given:
             if width % 64:
                 raise SfdError(
-                    f"the number of heads leaves no trace in the shapes, and the published 64 "
+                    f"the number of heads leaves no trace in the shapes, and the released 64 "
                     f"does not divide the width {width}: state --set num_heads=NUMBER"
                 )
             config["num_heads"] = width // 64
-            notes.append(f"num_heads {width // 64}: published heads are 64 wide")
+            notes.append(f"num_heads {width // 64}: released heads are 64 wide")
         return config | dict(given), notes
 
     def wrap(self, state: dict[str, np.ndarray], metadata: Mapping[str, Any]) -> dict[str, Any]:

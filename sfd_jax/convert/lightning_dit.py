@@ -74,7 +74,7 @@ def read_config(
     """Read DiTConfig off keys and shapes; see the package.
 
     Three things the shapes do not always tell. The number of heads: from the q/k norm, else from
-    the stored rotary table, else from the published size of that depth and width. The grid and the
+    the stored rotary table, else from the released size of that depth and width. The grid and the
     rotary embedding: from the stored fixed tables. `repa_depth` (which matters in training alone)
     and the null label: from the file's config, else as released. Where that config contradicts the
     shapes, it is the config of something else, and the shapes are right.
@@ -214,7 +214,7 @@ def _mlp_ratio(block: Mapping[str, tuple], width: int) -> float:
     if "mlp.fc1.weight" in block:
         return block["mlp.fc1.weight"][0] / width
     hidden = block.get("mlp.w12.weight", (int(2 / 3 * 4 * width) * 2,))[0] // 2
-    # hidden = int(2/3 int(ratio D)): the published ratio where it fits, else the one that does.
+    # hidden = int(2/3 int(ratio D)): the released ratio where it fits, else the one that does.
     if hidden == int(2 / 3 * (4 * width)):
         return 4.0
     return next((wide / width for wide in range(width, 32 * width) if int(2 / 3 * wide) == hidden), 4.0)
@@ -244,7 +244,7 @@ def _num_heads(state, block, width: int, depth: int, notes: list[str]) -> int:
         return width // tuple(state["feat_rope.freqs_cos"].shape)[-1]
     for name, size in SIZES.items():
         if (size["depth"], size["width"]) == (depth, width):
-            notes.append(f"num_heads {size['num_heads']}: that of the published size {name}")
+            notes.append(f"num_heads {size['num_heads']}: that of the released size {name}")
             return size["num_heads"]
     raise SfdError(
         f"shapes tell the width ({width}) but, without q/k norm and rotary table, not the number of "

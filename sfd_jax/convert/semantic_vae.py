@@ -49,7 +49,7 @@ def read_config(
 ) -> tuple[dict[str, Any], list[str]]:
     """Read SemanticVAEConfig off keys and shapes; see the package.
 
-    Attention heads leave no trace in the shapes: they come from the YAML config in the file, else from the published
+    Attention heads leave no trace in the shapes: they come from the YAML config in the file, else from the released
     width (6 heads at 768).
     """
     notes: list[str] = []
@@ -115,7 +115,7 @@ def _heads(stored: Mapping[str, Any], hidden: int, notes: list[str]) -> int:
     if isinstance(stored.get("transformer_heads"), int):
         return stored["transformer_heads"]
     if hidden == 768:
-        notes.append("transformer_heads 6: as published, the file has no config that tells")
+        notes.append("transformer_heads 6: as released, the file has no config that tells")
         return 6
     raise SfdError(
         "the number of attention heads leaves no trace in the shapes and the file has no config: "

@@ -79,7 +79,7 @@ def read_config(
         attention_levels=attention,
         variant="mar" if attention and not up_attention else "ldm",
     )
-    notes = [] if "norm_groups" in given else ["norm_groups 32: as in every published one, shapes do not tell"]
+    notes = [] if "norm_groups" in given else ["norm_groups 32: as in every released one, shapes do not tell"]
     return config | dict(given), notes
 
 

@@ -23,7 +23,7 @@ from sfd_jax.convert.pickles import Record
 from sfd_jax.convert.safetensors_files import read_safetensors
 from sfd_jax.convert.torch_files import read_torch_file, write_torch_file
 from sfd_jax.errors import SfdError, nearest
-from sfd_jax.files import appearing
+from sfd_jax.files import atomic_write
 
 # Where files keep the weights being trained, in the order of preference, and their average.
 RAW_KEYS = ("model", "model_state_dict", "state_dict", "params", "module", "net", "network", "weights")
@@ -475,7 +475,7 @@ def write_file(path: str | os.PathLike, state: dict[str, np.ndarray], tree: dict
     if path.suffix not in (".pt", ".pth", ".ckpt", ".safetensors"):
         raise SfdError(f"'{path}': export to a name that ends in .pt, .pth, .ckpt or .safetensors")
     try:
-        with appearing(path) as part:
+        with atomic_write(path) as part:
             if path.suffix == ".safetensors":
                 # transformers asks for the entry "format"; other readers ignore it.
                 save_file(state, part, metadata={"format": "pt"})

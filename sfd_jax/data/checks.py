@@ -12,7 +12,7 @@ import numpy as np
 
 from sfd_jax.data.images import BrokenImage, ImageSource
 from sfd_jax.data.latent_store import LatentSource, LatentStore
-from sfd_jax.data.published import PublishedLatents
+from sfd_jax.data.released import ReleasedLatents
 from sfd_jax.errors import SfdError
 
 # Images of ImageNet-1k by split, for sets that have its thousand classes.
@@ -100,7 +100,7 @@ def check_store(
     return faults
 
 
-def check_published(source: PublishedLatents, *, num_classes: int, flips: bool = False) -> list[str]:
+def check_released(source: ReleasedLatents, *, num_classes: int, flips: bool = False) -> list[str]:
     """Check released shards before training on them as they are; they hold no checksums.
 
     Args:

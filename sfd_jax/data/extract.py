@@ -27,7 +27,7 @@ from sfd_jax.data.latent_store import (
     record_dtype,
 )
 from sfd_jax.data.pipeline import make_eval_batches
-from sfd_jax.data.published import PublishedLatents
+from sfd_jax.data.released import ReleasedLatents
 from sfd_jax.errors import SfdError, refuse
 from sfd_jax.latents import LatentStatistics
 from sfd_jax.ranges import check_fields
@@ -147,7 +147,7 @@ def extract_plan(
 
 
 def repack(
-    source: PublishedLatents,
+    source: ReleasedLatents,
     out_dir: str | os.PathLike,
     config: ExtractConfig = ExtractConfig(),
     *,
@@ -174,7 +174,7 @@ def repack(
     return _fill(out_dir, plan, images, share, BrokenImages(0), statistics)
 
 
-def repack_plan(source: PublishedLatents, config: ExtractConfig, statistics: LatentStatistics | None) -> Plan:
+def repack_plan(source: ReleasedLatents, config: ExtractConfig, statistics: LatentStatistics | None) -> Plan:
     """Return the plan of the store that `repack` would write."""
     shapes = {name: shape for name, (_, shape) in source.fields.items()}
     fields = latent_fields(
@@ -248,7 +248,7 @@ def bytes_per_image(plan: Plan) -> int:
     return record * orientations(plan.fields)
 
 
-def _records(source: PublishedLatents, indices: np.ndarray, workers: int) -> Iterator[tuple[int, dict]]:
+def _records(source: ReleasedLatents, indices: np.ndarray, workers: int) -> Iterator[tuple[int, dict]]:
     both = _BothOrientations(source) if source.flips else source
     for batch in make_eval_batches(both, batch_size=64, indices=indices, workers=workers):
         mask = batch.pop("mask")
@@ -259,7 +259,7 @@ def _records(source: PublishedLatents, indices: np.ndarray, workers: int) -> Ite
 class _BothOrientations:
     """Read images of latents together with their mirror images, under the names that a shard is written by."""
 
-    def __init__(self, source: PublishedLatents):
+    def __init__(self, source: ReleasedLatents):
         self.source = source
 
     def __len__(self) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from sfd_jax.data.class_folders import SPLITS, find_classes, is_hidden, is_image
 from sfd_jax.data.decoding import MAX_BYTES
 from sfd_jax.errors import SfdError
-from sfd_jax.files import appearing
+from sfd_jax.files import atomic_write
 
 INDEX_FORMAT = 2  # part of the stamp: another one is made anew
 BLOCK = 512
@@ -195,5 +195,5 @@ def _load_index(path: Path, stamp: np.ndarray) -> dict[str, np.ndarray] | None:
 
 def _save_index(path: Path, index: dict[str, np.ndarray]) -> None:
     # A read-only disk is no fault: the next opening reads the headers again.
-    with contextlib.suppress(OSError), appearing(path, shared=True) as part, open(part, "wb") as file:
+    with contextlib.suppress(OSError), atomic_write(path, shared=True) as part, open(part, "wb") as file:
         np.savez(file, **index)

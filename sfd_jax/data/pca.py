@@ -7,7 +7,7 @@ import numpy as np
 
 from sfd_jax.data.moments import RunningMoments
 from sfd_jax.errors import SfdError
-from sfd_jax.files import appearing
+from sfd_jax.files import atomic_write
 
 
 def fit_pca(features: Iterable[np.ndarray], channels: int) -> dict[str, np.ndarray]:
@@ -41,7 +41,7 @@ def fit_pca(features: Iterable[np.ndarray], channels: int) -> dict[str, np.ndarr
 
 def save_pca(path: str | os.PathLike, pca: dict[str, np.ndarray]) -> None:
     """Write a fit so that it appears whole or not at all."""
-    with appearing(path) as part, open(part, "wb") as file:
+    with atomic_write(path) as part, open(part, "wb") as file:
         np.savez(file, **pca)
 
 

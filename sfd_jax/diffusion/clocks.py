@@ -153,7 +153,7 @@ class Clocks(abc.ABC):
         _, rates = jax.jvp(self.times, (inside,), (jnp.ones_like(inside),))
         return rates
 
-    def published_rates(self, tau: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def released_rates(self, tau: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return dt/dtau without knowing the stage: at a breakpoint, the larger of both sides.
 
         For the fixed offset these are the released masks: texture moves where tau >= delta_t,

@@ -53,7 +53,7 @@ MIDDLE = np.array(
 )
 _SAFETY, _SHRINK, _GROW = 0.9, 0.2, 10.0
 # Of `dopri5`, set on a trained digits model and checked on other seeds and networks
-# (scripts/benchmarks/solver_calls.py). How many times the tolerance the estimate of a step may be. With 1.5 this
+# (scripts/benchmarks/solver_nfe.py). How many times the tolerance the estimate of a step may be. With 1.5 this
 # controller crosses an oscillation in as many calls as the released one, with the same error. With 1 the digits
 # take six calls more, with 3 those with AutoGuidance six fewer at 1.6 times the error. Answers at rtol = 1e-3
 # came out 0.5 to 0.8 times rtol off, the released ones 6 to 45 times.
@@ -91,7 +91,7 @@ def dopri5(
     *,
     atol: float,
     rtol: float,
-    max_calls: int,
+    max_nfe: int,
     jumps: Sequence[bool] | None = None,
     keep_edges: bool = False,
 ) -> Solution:
@@ -114,7 +114,7 @@ def dopri5(
       edges: S+1 increasing times.
       atol, rtol: with rms the root mean square over the values of a sample that move, a step is
         accepted where rms(error) is at most `STEP_TOLERANCE` * (atol + rtol rms(y)).
-      max_calls: limit of network calls; samples not done by then are given up.
+      max_nfe: limit of network evaluations; samples not done by then are given up.
       jumps: (S+1,) whether the velocity itself jumps at an edge; then it is read again.
       keep_edges: whether to return the solution at every edge.
 
@@ -214,7 +214,7 @@ def dopri5(
         sample_nfe=jnp.zeros((batch, segments), jnp.int32),
         kept=jnp.full((segments, *y0.shape), jnp.nan, y0.dtype) if keep_edges else None,
     )
-    walk = jax.lax.while_loop(lambda walk: jnp.any(walk.segment < segments) & (walk.nfe < max_calls), one_call, walk)
+    walk = jax.lax.while_loop(lambda walk: jnp.any(walk.segment < segments) & (walk.nfe < max_nfe), one_call, walk)
     converged = (walk.segment == segments) & ~walk.broken
     return Solution(
         final=jnp.where(per_sample(converged, walk.y), walk.y, jnp.nan),
@@ -253,7 +253,7 @@ def dopri5_shared(
     *,
     atol: float,
     rtol: float,
-    max_calls: int,
+    max_nfe: int,
 ) -> Solution:
     """Integrate with Dormand-Prince 5(4) as the released sampler does through torchdiffeq.
 
@@ -267,7 +267,7 @@ def dopri5_shared(
       edges: the first and last are the interval; those between only sort the count of calls.
       atol, rtol: a step is accepted where the root mean square, over the batch, of its
         error / (atol + rtol |y|) is at most 1.
-      max_calls: limit of network calls.
+      max_nfe: limit of network evaluations.
 
     Source: torchdiffeq 0.2.5 `rk_common.py`, `misc.py`, `interp.py`.
     """
@@ -326,7 +326,7 @@ def dopri5_shared(
     first = jnp.minimum(100 * trial, (0.01 / jnp.maximum(speed, bend)) ** 0.2)
 
     march = jax.lax.while_loop(
-        lambda march: (march.tau < end) & (march.nfe.sum() < max_calls) & ~march.failed,
+        lambda march: (march.tau < end) & (march.nfe.sum() < max_nfe) & ~march.failed,
         one_step,
         _March(y0, slope, begin, first, nfe, jnp.bool_(False)),
     )

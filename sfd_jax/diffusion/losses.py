@@ -173,7 +173,7 @@ def draw(
     *,
     config: LossConfig,
     null_label: int | None,
-    positions: jax.Array | None = None,
+    row_indices: jax.Array | None = None,
 ) -> Draws:
     """Draw noise, time and dropped labels for a batch.
 
@@ -183,8 +183,8 @@ def draw(
       labels: (B,) int32.
       config: distribution of time, label dropout.
       null_label: what a dropped label becomes; None for a network without one.
-      positions: (B,) int32 place of each sample in the global batch, by which its randomness goes;
-        0..B-1 by default. A part of a batch, given its positions, draws what it would in the whole.
+      row_indices: (B,) int32 place of each sample in the global batch, by which its randomness goes;
+        0..B-1 by default. A part of a batch, given its row indices, draws what it would in the whole.
 
     Raises:
       SfdError: if labels are to be dropped but there is no null label.
@@ -194,7 +194,7 @@ def draw(
             "loss.label_dropout is positive but the network has no null label: "
             "set model.null_label=True or loss.label_dropout=0"
         )
-    positions = jnp.arange(len(data)) if positions is None else positions
+    row_indices = jnp.arange(len(data)) if row_indices is None else row_indices
 
     def draw_one(row_key):
         noise_key, time_key, label_key = jax.random.split(row_key, 3)
@@ -204,7 +204,7 @@ def draw(
             jax.random.bernoulli(label_key, config.label_dropout),
         )
 
-    noise, t, dropped = jax.vmap(draw_one)(keys_by_row(key, positions))
+    noise, t, dropped = jax.vmap(draw_one)(keys_by_row(key, row_indices))
     if null_label is not None:
         labels = jnp.where(dropped, null_label, labels)
     return Draws(noise, t, labels)

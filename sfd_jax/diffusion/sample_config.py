@@ -19,7 +19,7 @@ from sfd_jax.ranges import RULES, Range, check_fields, useless
 from sfd_jax.settings import defaults_of, over_defaults, setting, to_dict
 
 GUIDANCE = ("none", "cfg", "autoguidance")
-MODES = ("staged", "published")
+MODES = ("staged", "released")
 
 _TOLERANCE, _SCALE = Range(float, 0, 1, above=True), Range(float, 0, 1e3)
 
@@ -29,8 +29,8 @@ class SolverConfig:
     """Choose how to integrate.
 
     Tolerances: in staged mode of a sample's steps in root mean square (`dopri5.dopri5`; trained digits ended about rtol
-    from the exact flow), in published mode as torchdiffeq's. Of calls, heun and midpoint take two a step, rk4 four,
-    euler one, ab2 one and another one in each stage.
+    from the exact flow), in released mode as torchdiffeq's. Evaluations a step: heun and midpoint two, rk4 four, euler
+    one, ab2 one and one more in each stage.
 
     Raises:
       SfdError: a name is unknown or a number outside its range.
@@ -39,14 +39,19 @@ class SolverConfig:
     solver: str = setting("dopri5", "the integrator; all but dopri5 take fixed steps", choices=METHODS)
     mode: str = setting(
         "staged",
-        "staged: every stage of the clocks on its own; published: the released grid, masks and controller",
+        "staged: every stage of the clocks on its own; released: the released grid, masks and controller",
         choices=MODES,
+        was={"published": "released"},
     )
     num_steps: int = setting(
         100, "grid points, ends included, of other solvers than dopri5", range=Range(int, 2, 10**6)
     )
-    calls: int | None = setting(
-        None, "network calls that those may take, instead of num_steps", range=Range(int, 1, 10**6), was=0
+    nfe: int | None = setting(
+        None,
+        "network evaluations that those may take, instead of num_steps",
+        range=Range(int, 1, 10**6),
+        was={0: None},
+        was_called="calls",
     )
     atol: float = setting(1e-6, "dopri5's absolute tolerance", range=_TOLERANCE)
     rtol: float = setting(1e-3, "dopri5's relative tolerance", range=_TOLERANCE)
@@ -54,15 +59,17 @@ class SolverConfig:
         None,
         "s in s u / (1 + (s - 1) u) on the normalised grid: below 1 finer near the noise, above near the data",
         range=Range(float, 0, 1e3, above=True),
-        was=0,
+        was={0: None},
     )
-    max_calls: int = setting(10_000, "network calls after which dopri5 gives up", range=Range(int, 8, 10**9))
+    max_nfe: int = setting(
+        10_000, "network evaluations after which dopri5 gives up", range=Range(int, 8, 10**9), was_called="max_calls"
+    )
 
     def __post_init__(self):
         check_fields("sample", self)
-        if self.calls and self.solver == "dopri5":
+        if self.nfe and self.solver == "dopri5":
             raise SfdError(
-                f"calls = {self.calls} with solver {self.solver!r}: a budget of network calls is for the "
+                f"nfe = {self.nfe} with solver {self.solver!r}: a budget of network evaluations is for the "
                 "solvers of fixed steps; dopri5 follows its tolerances"
             )
 
@@ -70,16 +77,16 @@ class SolverConfig:
         """Return the number of points on a grid that is cut into `segments`.
 
         Raises:
-          SfdError: `calls` do not reach for a step in each segment.
+          SfdError: `nfe` does not reach for a step in each segment.
         """
-        if self.calls is None:
+        if self.nfe is None:
             return self.num_steps
         tableau = TABLEAUS.get(self.solver)
-        steps = self.calls // len(tableau.nodes) if tableau else self.calls - segments
+        steps = self.nfe // len(tableau.nodes) if tableau else self.nfe - segments
         if steps < segments:
             least = segments * (len(tableau.nodes) if tableau else 2)
             raise SfdError(
-                f"calls = {self.calls}: {self.solver} in {self.mode} mode needs at least {least} network calls, "
+                f"nfe = {self.nfe}: {self.solver} in {self.mode} mode needs at least {least} network evaluations, "
                 f"a step for each of {segments} stretches between breakpoints"
             )
         return steps + 1
@@ -97,9 +104,11 @@ class SampleConfig(SolverConfig):
     guidance: str = setting("none", "which other velocity to lead away from", choices=GUIDANCE)
     guidance_scale: float = setting(1.0, "needed with guidance; 1 would be none", range=_SCALE)
     guidance_scale_semantic: float | None = setting(
-        None, "AutoGuidance's scale of the semantic channels, where it differs", range=_SCALE, was=-1
+        None, "AutoGuidance's scale of the semantic channels, where it differs", range=_SCALE, was={-1: None}
     )
-    guidance_scale_texture: float | None = setting(None, "the same of the texture channels", range=_SCALE, was=-1)
+    guidance_scale_texture: float | None = setting(
+        None, "the same of the texture channels", range=_SCALE, was={-1: None}
+    )
     guidance_interval_start: float = setting(
         0.0, "guide a group of channels once its clock has reached this", range=Range(float, 0, 1, below=True)
     )

@@ -2,7 +2,7 @@
 
 Two modes. "staged" (the default) tells the integrator where the clocks have kinks: every stage is
 integrated on its own, and dopri5 controls the error of each sample separately, so that a sample
-does not depend on its batch. "published" does what the released sampler does: one grid or one
+does not depend on its batch. "released" does what the released sampler does: one grid or one
 step size for all, released masks (texture moves where tau >= delta_t, semantics where tau <= 1),
 whatever steps straddle the kinks.
 
@@ -35,7 +35,7 @@ _SAME = 1e-5  # global times closer than this are one
 class SamplingStats(NamedTuple):
     """Say what an integration took; S stages, of which the clocks decide.
 
-    nfe: () int32, network calls over the whole batch.
+    nfe: () int32, network evaluations over the whole batch.
     nfe_by_stage: (S,) int32, the same by stage, as the slowest sample met them; sums to nfe.
     sample_nfe: (B,S) int32, calls that each sample needed itself.
     converged: (B,) bool; the latents of a sample that did not converge are NaN or infinite.
@@ -59,7 +59,7 @@ def sample(
     """Carry noise to latents along the flow.
 
     Pure and traceable: jit the function that calls it. The whole integration is one loop, in
-    which the network is traced once (dopri5 in published mode: three times).
+    which the network is traced once (dopri5 in released mode: three times).
 
     Args:
       velocity_fn: the velocity, guidance included.
@@ -74,8 +74,8 @@ def sample(
       latents: (B,H,W,C) float32 at tau_end.
       stats: SamplingStats.
     """
-    if solver.mode == "published":
-        return _published(velocity_fn, noise, layout, clocks, solver)
+    if solver.mode == "released":
+        return _released(velocity_fn, noise, layout, clocks, solver)
     solution, stats = _staged(velocity_fn, noise, layout, clocks, solver, jumps, ())
     return solution.final, stats
 
@@ -103,7 +103,7 @@ def trajectory(
       (T,B,H,W,C) float32.
 
     Raises:
-      SfdError: in published mode, or if taus are not increasing inside [0, tau_end].
+      SfdError: in released mode, or if taus are not increasing inside [0, tau_end].
     """
     taus = [float(tau) for tau in taus]
     if solver.mode != "staged":
@@ -117,7 +117,7 @@ def trajectory(
     return states[np.asarray([np.abs(edges - tau).argmin() for tau in taus])]
 
 
-def _published(velocity_fn, noise, layout, clocks, solver):
+def _released(velocity_fn, noise, layout, clocks, solver):
     """Integrate over [0, tau_end] at once, with the released masks."""
 
     def velocity(y, tau, segment):
@@ -126,13 +126,13 @@ def _published(velocity_fn, noise, layout, clocks, solver):
 
     def rate(tau, segment):
         del segment
-        return _over_channels(layout, noise, clocks.published_rates(tau))
+        return _over_channels(layout, noise, clocks.released_rates(tau))
 
     field = solvers.Field(velocity, rate)
     if solver.solver == "dopri5":
         solution = dopri5_shared(field, noise, clocks.edges, **_tolerances(solver))
         return solution.final, _stats(solution, range(len(clocks.edges) - 1))
-    grid = published_points(clocks.tau_end, solver.points(), solver.timestep_shift)
+    grid = released_points(clocks.tau_end, solver.points(), solver.timestep_shift)
     solution = solvers.integrate_grid(field, noise, [grid], method=solver.solver)
     # Without segments the calls are not told apart by stage: count them where steps start.
     stages = len(clocks.edges) - 1
@@ -169,7 +169,7 @@ def _staged(velocity_fn, noise, layout, clocks, solver, jumps, stops):
 
 
 def _tolerances(solver):
-    return dict(atol=solver.atol, rtol=solver.rtol, max_calls=solver.max_calls)
+    return dict(atol=solver.atol, rtol=solver.rtol, max_nfe=solver.max_nfe)
 
 
 def _over_channels(layout, noise, rates):
@@ -197,7 +197,7 @@ def _stats(solution: solvers.Solution, stage_of: Sequence[int]) -> SamplingStats
     return SamplingStats(solution.nfe, sample_nfe[slowest], sample_nfe, solution.converged)
 
 
-def published_points(tau_end: float, num_steps: int, timestep_shift: float | None = None) -> np.ndarray:
+def released_points(tau_end: float, num_steps: int, timestep_shift: float | None = None) -> np.ndarray:
     """Return the released grid of `num_steps` points on [0, tau_end], float32.
 
     Computed in float32 from both ends towards the middle, as torch.linspace does: where a point

@@ -24,7 +24,7 @@ from sfd_jax.errors import SfdError, nearest
 class Field(NamedTuple):
     """The right-hand side of the equation.
 
-    velocity: (y (B,...), tau (B,), segment (B,) int32) -> (B,...); the costly network call.
+    velocity: (y (B,...), tau (B,), segment (B,) int32) -> (B,...); the costly network evaluation.
     rate: (tau (B,), segment (B,) int32) -> array that broadcasts against y; cheap.
     """
 
@@ -84,7 +84,7 @@ def integrate_grid(
 ) -> Solution:
     """Integrate on given points with a method of fixed steps.
 
-    A method is written down as one row per network call: where to read the velocity, and what to
+    A method is written down as one row per network evaluation: where to read the velocity, and what to
     add to y after it, as combinations of the newest slopes. "ab2" is Adams-Bashforth of order 2
     for uneven steps, one call a step. Its two-step formula needs a smooth field, so it starts
     anew in every segment, with one midpoint step.

@@ -82,9 +82,9 @@ def encoder_extractor(checkpoint: Checkpoint, image_size: int | None = None) -> 
     """Make the extractor of a visual encoder's class token: FD-DINOv2, where it is DINOv2's.
 
     Args:
-      checkpoint: (params, metadata) of a visual encoder; published distances use DINOv2 ViT-L/14 without registers, and
+      checkpoint: (params, metadata) of a visual encoder; released distances use DINOv2 ViT-L/14 without registers, and
         only that one's extractor is called "dinov2".
-      image_size: side of the network's input, in pixels; by default that of its published metric, and for an encoder
+      image_size: side of the network's input, in pixels; by default that of its released metric, and for an encoder
         trained here its own.
 
     Raises:

@@ -1,6 +1,6 @@
 """How well a texture VAE gives images back: rFID, PSNR, SSIM and LPIPS.
 
-Definitions are those under which the published texture VAE was measured (VA-VAE's `evaluate_tokenizer.py`):
+Definitions are those under which the released texture VAE was measured (VA-VAE's `evaluate_tokenizer.py`):
 PSNR of bytes, SSIM with an 11 x 11 Gaussian window of sigma 1.5 on pixels in [-1, 1], LPIPS on VGG16, each
 the mean over images; rFID is the Frechet distance between the images and their reconstructions. There the
 latent is a posterior sample; so it is here, the noise of image i a function of (seed, i).

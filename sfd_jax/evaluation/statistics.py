@@ -12,7 +12,7 @@ import numpy as np
 from sfd_jax.errors import SfdError
 from sfd_jax.evaluation.metrics import check_gaussian
 from sfd_jax.evaluation.npz import read_npz
-from sfd_jax.files import appearing
+from sfd_jax.files import atomic_write
 
 # Names of mean and covariance in a file, by feature: those of the ADM reference batches.
 FILE_NAMES = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
@@ -69,7 +69,7 @@ def save_statistics(path: str | Path, statistics: FeatureStatistics) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with appearing(path) as part, open(part, "wb") as file:
+        with atomic_write(path) as part, open(part, "wb") as file:
             np.savez(file, **arrays)
     except OSError as error:
         raise SfdError(f"cannot write statistics {path}: {error}") from error

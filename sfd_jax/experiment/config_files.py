@@ -47,7 +47,7 @@ def load_config(
       name: the file and its argument.
       overrides: "--config.a.b=value" each; the value None sets back what may be None or is by default empty.
       like: a config file of the kind that is wanted; None takes any.
-      pending: as in `parse_door`.
+      pending: as in `parse_command`.
 
     Raises:
       SfdError: a config of another kind, unknown key (with the nearest valid one), wrong type, a number outside its

@@ -95,7 +95,7 @@ def image_set_of_sampler(
 
     def tell() -> dict:
         calls = {"mean": float(np.mean(nfe)), "min": min(nfe), "max": max(nfe)}
-        return {"samples": "live", "sampling": recipe | {"network_calls": calls}}
+        return {"samples": "live", "sampling": recipe | {"nfe": calls}}
 
     return ImageSet("the sampler", len(labels), pieces, size=(sampler.image_size,) * 2), tell
 
@@ -120,7 +120,7 @@ def report_samples(
     notes += dict.fromkeys(note for values in results for note in values.pop("notes", ()))
     if samples.count < 10_000:
         notes.append(
-            f"scores of {samples.count:,} images are biased (FID upwards, IS downwards); published tables use 50,000"
+            f"scores of {samples.count:,} images are biased (FID upwards, IS downwards); released tables use 50,000"
         )
     for comparison, values in zip(comparisons, results, strict=True):
         name = comparison.extractor.name
@@ -128,7 +128,7 @@ def report_samples(
         if name not in ("inception", "dinov2"):
             notes.append(
                 f"fd_{name} is the Frechet distance in features of a visual encoder, at "
-                f"{comparison.extractor.settings}; published FD-DINOv2 is of DINOv2 ViT-L/14 without registers"
+                f"{comparison.extractor.settings}; released FD-DINOv2 is of DINOv2 ViT-L/14 without registers"
             )
     reference = comparisons[0].reference
     statistics = "stored" if reference.statistics else "computed"

@@ -18,7 +18,7 @@ from sfd_jax.data.images import ImageSource, Tolerant
 from sfd_jax.data.latent_store import LatentStore, Plan
 from sfd_jax.data.pca import fit_pca, load_pca, save_pca
 from sfd_jax.data.pipeline import make_eval_batches
-from sfd_jax.data.published import PublishedLatents, released_statistics
+from sfd_jax.data.released import ReleasedLatents, released_statistics
 from sfd_jax.distributed import hosts
 from sfd_jax.distributed.heartbeat import Heartbeat
 from sfd_jax.distributed.lock import FolderLock
@@ -177,7 +177,7 @@ def job_share() -> Share:
     return Share(jax.process_index(), jax.process_count(), barrier, None if hosts.is_host0() else False)
 
 
-def repack_statistics(source: PublishedLatents, kind: str) -> LatentStatistics | None:
+def repack_statistics(source: ReleasedLatents, kind: str) -> LatentStatistics | None:
     """Read `*_stats.pt` beside released shards; None where they are to be measured.
 
     Args:

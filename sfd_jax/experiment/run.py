@@ -191,7 +191,7 @@ def check_batch(task: Task, batch: Batch) -> None:
       SfdError: what the network says of a batch that does not fit it.
     """
     shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in batch.items() if name != "index"}
-    shapes["positions"] = jax.ShapeDtypeStruct((len(batch["labels"]),), np.int32)
+    shapes["row_indices"] = jax.ShapeDtypeStruct((len(batch["labels"]),), np.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     try:
         frozen = () if task.frozen is None else (task.frozen,)

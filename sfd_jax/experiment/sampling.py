@@ -58,7 +58,7 @@ def sample_job(args: argparse.Namespace, saved: Mapping[str, Any]) -> tuple[Samp
             notes.append(f"--weak brings autoguidance; the checkpoint's settings of another kind go: {' '.join(left)}")
         base |= of_other
     if "num_steps" in given:
-        base["calls"] = None
+        base["nfe"] = None
     values = base | given | {"guidance": guidance}
     rules = (*RULES["sample"], Only("weak", "guidance", ("autoguidance",)))
     faults = useless(rules, values | {"weak": args.weak}, args.given, "--{}".format)
@@ -117,7 +117,7 @@ def open_sampler(args: argparse.Namespace) -> tuple["Sampler", np.ndarray, dict[
     }
     recipe = {**sampler.recipe, **told}
     batch_size = job.batch_size * mesh.size
-    if job.mode == "published" and job.solver == "dopri5":
+    if job.mode == "released" and job.solver == "dopri5":
         recipe["batch_size"] = batch_size  # one step size for all of a batch, as released
     return sampler, labels, recipe, batch_size
 

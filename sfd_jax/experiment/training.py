@@ -8,11 +8,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sfd_jax.data.checks import check_labels, check_published, check_store
+from sfd_jax.data.checks import check_labels, check_released, check_store
 from sfd_jax.data.images import ImageSource, open_images
 from sfd_jax.data.latent_store import LatentStore
 from sfd_jax.data.pipeline import feature_transform, latent_transform, pixel_transform
-from sfd_jax.data.published import open_latents
+from sfd_jax.data.released import open_latents
 from sfd_jax.errors import Faults, SfdError
 from sfd_jax.experiment import build
 from sfd_jax.experiment.run import Run
@@ -85,7 +85,7 @@ def _check_latents(config: ConfigDict, latents: Any, repa: bool) -> list[str]:
     wanted = {"num_classes": config.model.num_classes, "flips": config.data.flips}
     if isinstance(latents, LatentStore):
         return check_store(config.data.path, repa=repa, **wanted)
-    return check_published(latents, **wanted)
+    return check_released(latents, **wanted)
 
 
 def open_semantic_vae(config: ConfigDict, found: Faults | None = None, *, features: Any = None) -> Run:

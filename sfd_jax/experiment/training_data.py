@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from sfd_jax.convert.weight_files import read_statistics
 from sfd_jax.data.latent_store import LatentSource, LatentStore
 from sfd_jax.data.paired import WithPixels
-from sfd_jax.data.published import PublishedLatents, open_latents
+from sfd_jax.data.released import ReleasedLatents, open_latents
 from sfd_jax.diffusion.clocks import Clocks, join_params, split_params
 from sfd_jax.distributed import start
 from sfd_jax.errors import Faults, SfdError
@@ -20,7 +20,7 @@ from sfd_jax.training import load_metadata, load_params
 from sfd_jax.training.optimizer import average_notes
 
 
-def open_source(path: str, *, repa: bool) -> LatentStore | PublishedLatents:
+def open_source(path: str, *, repa: bool) -> LatentStore | ReleasedLatents:
     """Open the latents to train on, with their statistics.
 
     Raises:
@@ -32,7 +32,7 @@ def open_source(path: str, *, repa: bool) -> LatentStore | PublishedLatents:
     return open_latents(path, repa=repa, read_statistics=read_statistics)
 
 
-def check_data(config: ConfigDict, source: LatentStore | PublishedLatents, found: Faults, *, repa: bool) -> None:
+def check_data(config: ConfigDict, source: LatentStore | ReleasedLatents, found: Faults, *, repa: bool) -> None:
     """Add to `found` where the latents are not those that the config says, with the flags that make them fit.
 
     Args:
@@ -74,7 +74,7 @@ def check_data(config: ConfigDict, source: LatentStore | PublishedLatents, found
         )
 
 
-def unused_classes(num_classes: int, source: LatentStore | PublishedLatents) -> list[str]:
+def unused_classes(num_classes: int, source: LatentStore | ReleasedLatents) -> list[str]:
     """Return a sentence where some of the network's classes have no data."""
     known = source.label_counts() or source.class_names or ()
     if missing := num_classes - len(known):

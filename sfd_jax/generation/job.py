@@ -26,11 +26,11 @@ from tqdm import tqdm
 from sfd_jax.diffusion.sample_config import SampleConfig
 from sfd_jax.distributed import is_host0
 from sfd_jax.errors import SfdError
-from sfd_jax.files import PART, appearing, differences, write_json
+from sfd_jax.files import PART, atomic_write, differences, write_json
 from sfd_jax.ranges import RULES, check, useless
 from sfd_jax.settings import over_defaults
 
-# make(indices (n,), labels (n,)) -> (images uint8 (n,H,W,3), network calls (n,))
+# make(indices (n,), labels (n,)) -> (images uint8 (n,H,W,3), network evaluations (n,))
 Make = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
@@ -202,14 +202,14 @@ def _runs(missing: np.ndarray, chunk_size: int) -> Iterator[tuple[int, int]]:
 
 
 def _finish_recipe(folder: Path, recipe: dict) -> None:
-    """Add what only the finished job knows: how many network calls a sample took."""
+    """Add what only the finished job knows: how many network evaluations a sample took."""
     nfe = []
     for file in chunk_files(folder):
         with np.load(file) as chunk:
             nfe.append(chunk["nfe"])
     nfe = np.concatenate(nfe)
     calls = {"mean": float(nfe.mean()), "min": int(nfe.min()), "max": int(nfe.max())}
-    _write_recipe(folder / "recipe.json", {**recipe, "network_calls": calls, "complete": True})
+    _write_recipe(folder / "recipe.json", {**recipe, "nfe": calls, "complete": True})
 
 
 def chunk_files(folder: Path) -> list[Path]:
@@ -224,7 +224,7 @@ def write_npz(path: Path, **arrays: np.ndarray) -> None:
       SfdError: it cannot be written; nothing is left behind under its name.
     """
     try:
-        with appearing(path) as part, open(part, "wb") as file:
+        with atomic_write(path) as part, open(part, "wb") as file:
             np.savez(file, **arrays)
     except OSError as error:
         raise SfdError(f"cannot write {path}: {error}; what is finished stays, run again to go on") from error

@@ -51,8 +51,8 @@ def make_labels(
 def balanced_labels(num: int, num_classes: int) -> np.ndarray:
     """Return (N,) int32 labels, N // num_classes of each class and the rest of distinct classes, shuffled.
 
-    One permutation of all N, as published: were each run of num_classes samples a permutation of its own,
-    every split of the inception score would be balanced exactly, and its score higher than the published
+    One permutation of all N, as released: were each run of num_classes samples a permutation of its own,
+    every split of the inception score would be balanced exactly, and its score higher than the released
     way of counting gives.
     """
     generator = np.random.default_rng(ORDER_SEED)

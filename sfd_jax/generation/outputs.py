@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sfd_jax.errors import SfdError
-from sfd_jax.files import appearing
+from sfd_jax.files import atomic_write
 from sfd_jax.generation.job import chunk_files
 
 
@@ -28,7 +28,7 @@ def write_samples_npz(folder: str | Path) -> Path:
         count, size = count + len(images), images.shape[1:]
         labels.append(chunk_labels)
     try:
-        with appearing(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
+        with atomic_write(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as file:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (count, *size)}
                 np.lib.format.write_array_header_2_0(file, header)
@@ -52,7 +52,7 @@ def write_pngs(folder: str | Path) -> Path:
     def write(index: int, image: np.ndarray) -> None:
         path = target / f"{index:06d}.png"
         if not path.exists():
-            with appearing(path) as part:
+            with atomic_write(path) as part:
                 Image.fromarray(image).save(part, format="PNG")
 
     try:
@@ -91,7 +91,7 @@ def write_grid(folder: str | Path, class_names: list[str] | None = None, rows: i
     path = folder / "grid.png"
     names = [class_names[label] if class_names else str(label) for label in shown]
     try:
-        with appearing(path) as part:
+        with atomic_write(path) as part:
             draw_grid(list(found.values()), names).save(part, format="PNG")
     except OSError as error:
         raise SfdError(f"cannot write {path}: {error}") from error

@@ -5,7 +5,7 @@ than one after the other (docs/performance.md), and all that passes between them
 
 Sample i starts from noise that is a function of (seed, i) alone, and staged integration controls the error
 of each sample on its own: so batch size, padding, devices and hosts change nothing but float rounding. (In
-`published` mode dopri5 shares one step size among a batch, as released: there the batch size matters.)
+`released` mode dopri5 shares one step size among a batch, as released: there the batch size matters.)
 """
 
 from collections.abc import Sequence
@@ -115,7 +115,7 @@ class Sampler:
           batch_size: samples computed at once, over all devices; by default all n of them.
 
         Returns:
-          images uint8 (n, H, W, 3), and the network calls that each sample needed, (n,) int32.
+          images uint8 (n, H, W, 3), and the network evaluations that each sample needed, (n,) int32.
 
         Raises:
           SfdError: a sample is not finite, or labels do not fit.
@@ -151,7 +151,7 @@ class Sampler:
           labels: (n,) ints.
 
         Returns:
-          latents (n, H, W, C) float32, normalised, and the network calls over the whole batch.
+          latents (n, H, W, C) float32, normalised, and the network evaluations over the whole batch.
         """
         batch = put_same((np.asarray(noise, np.float32), np.asarray(labels, np.int32)), batch_sharding(self.mesh))
         latents, calls, _ = self._run_integrate(self._params, *batch)

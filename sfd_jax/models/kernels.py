@@ -20,7 +20,7 @@ def precision_of(dtype: jax.typing.DTypeLike) -> jax.lax.Precision | None:
     """Return the precision at which arrays of a dtype are multiplied: float32 means float32.
 
     By default a TPU multiplies float32 arrays in bfloat16 and a GPU in TF32, and results would not be those of the
-    published networks.
+    released networks.
     """
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 

@@ -148,7 +148,7 @@ class DiTConfig:
 
 
 def dit_config(size: str, **overrides) -> DiTConfig:
-    """Return the config of a published size ("S", "B", "L", "XL", "1p0B", "1p6B").
+    """Return the config of a released size ("S", "B", "L", "XL", "1p0B", "1p6B").
 
     Raises:
       SfdError: no such size, or an override that is no field of DiTConfig.

@@ -1,8 +1,8 @@
-"""A network as a pure function of plain arrays: the door between NNX and the rest of the house.
+"""A network as a pure function of plain arrays: the boundary between NNX and the rest of the code.
 
 NNX builds the module once; outside of this file parameters are nested dicts with string keys, which
 is what checkpoints hold, what shardings are derived from and what the optimizer updates. Nothing
-else of NNX (graph definitions, variables, random state) leaves the room.
+else of NNX (graph definitions, variables, random state) leaves this file.
 """
 
 import dataclasses

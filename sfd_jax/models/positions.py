@@ -82,7 +82,7 @@ def time_features(t: jax.Array, features: int = 256) -> jax.Array:
     """Return sinusoidal features (B, features) float32 of times (B,) in [0, 1], cosines first.
 
     Times are NOT scaled by 1000, and the longest period is 10000: most features stay nearly
-    constant, as in the published weights.
+    constant, as in the released weights.
     """
     half = features // 2
     omega = np.exp(-np.log(10000.0) * np.arange(half) / half).astype(np.float32)

@@ -3,7 +3,7 @@
 A separable resize is rows @ image @ columns^T; the matrices depend on the sizes alone and are
 computed by NumPy when a network is traced. Positions are taken in float32, as the originals do: in
 float64 they would differ by up to 1e-5 of a pixel, more than everything after them. Evaluation and feature
-extraction need the exact resize of the published pipelines: another antialias or pixel centre moves FID by tenths.
+extraction need the exact resize of the released pipelines: another antialias or pixel centre moves FID by tenths.
 """
 
 import functools

@@ -1,6 +1,6 @@
 """Semantic VAE: compresses the features of a visual encoder, token by token or across tokens.
 
-Maps features (B, N, F) to semantic latents (B, N, Z) and back. Published: transformer, F = 768,
+Maps features (B, N, F) to semantic latents (B, N, Z) and back. Released: transformer, F = 768,
 Z = 16, on 256 DINOv2 patch tokens. No positions are added: the features carry them.
 
 Encoder and decoder are lists of layers; `convert/semantic_vae.py` lists their parameters beside the PyTorch keys.
@@ -31,7 +31,7 @@ from sfd_jax.ranges import check_fields
 
 @dataclasses.dataclass(frozen=True)
 class SemanticVAEConfig:
-    """Say which Semantic VAE; the defaults are the published one.
+    """Say which Semantic VAE; the defaults are the released one.
 
     Attributes:
       arch: "linear", "mlp", "resnet" or "transformer".

@@ -1,7 +1,7 @@
 """Texture VAE: the convolutional autoencoder between pixels and texture latents.
 
 Maps pixels (B, H, W, 3) in [-1, 1] to a posterior on raw latents (B, h, w, Z), h = H / 2^(levels-1),
-and back. "Raw" means not normalised: `latents.LatentStatistics` does that. The published one is f16d32:
+and back. "Raw" means not normalised: `latents.LatentStatistics` does that. The released one is f16d32:
 five levels, Z = 32. Two variants: LDM's, and MAR's, whose decoder has no attention in its up path.
 
 Parameters keep the names of the PyTorch keys, one for one, with `/` for `.`:
@@ -17,7 +17,7 @@ Parameters keep the names of the PyTorch keys, one for one, with `/` for `.`:
   decoder/up/{i}/upsample/conv                        all levels but the finest
   quant_conv, post_quant_conv                         (1,1,2Z,2Z) and (1,1,Z,Z)
 
-`loss.*` (LPIPS, discriminator) of the published files is no part of the network.
+`loss.*` (LPIPS, discriminator) of the released files is no part of the network.
 
 Source: latent-diffusion, ldm/modules/diffusionmodules/model.py (from taming-transformers); MAR,
 models/vae.py.
@@ -37,7 +37,7 @@ from sfd_jax.ranges import check_fields
 
 @dataclasses.dataclass(frozen=True)
 class TextureVAEConfig:
-    """Say which texture VAE; the defaults are the published f16d32.
+    """Say which texture VAE; the defaults are the released f16d32.
 
     Attributes:
       z_channels: Z.
@@ -45,7 +45,7 @@ class TextureVAEConfig:
       ch_mult: multiple of `ch` at each level, finest first; each level but one halves the grid.
       num_res_blocks: residual blocks a level in the encoder; the decoder has one more.
       attention_levels: levels whose blocks are each followed by attention; negative ones count
-        from the coarsest. (The coarsest is 16x16 for the published 256 px.)
+        from the coarsest. (The coarsest is 16x16 for the released 256 px.)
       variant: "ldm", or "mar" (no attention in the decoder's up path).
       norm_groups: groups of every GroupNorm; must divide every channel count.
       compute_dtype: "float32" or "bfloat16", dtype of the convolutions.
@@ -172,7 +172,7 @@ class Decoder(nnx.Module):
             Level(c, i, widths[i + 1], c.num_res_blocks + 1, ldm and c.has_attention(i), "upsample", rngs=rngs)
             for i in reversed(range(len(c.widths)))
         ]
-        # Stored finest first, as in the published files; run coarsest first.
+        # Stored finest first, as in the released files; run coarsest first.
         self.up = nnx.List(reversed(up))
         channels = widths[0]
         self.norm_out = group_norm(channels, c.norm_groups, rngs=rngs)

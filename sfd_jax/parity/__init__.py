@@ -1,4 +1,4 @@
-"""Parity with the published systems: the comparisons that tests and `sfd verify` both make.
+"""Parity with the released systems: the comparisons that tests and `sfd verify` both make.
 
 A package of its own because it looks at all the others: networks and their weights through the
 converter, the loss, the training step, the samplers, the evaluation. A case of a pack (`pack.py`)

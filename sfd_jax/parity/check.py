@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One comparison with the published answers.
+    """One comparison with the released answers.
 
     Args:
       case: name of the case.
@@ -39,20 +39,20 @@ class Check:
 HEADER = f"{'case':<18} {'quantity':<34} {'error':>9} {'at most':>9}"
 
 
-def relative_error(ours: jax.typing.ArrayLike, published: jax.typing.ArrayLike) -> float:
-    """Return max|ours - published| / max|published|; infinity where shapes differ."""
-    ours, published = np.asarray(ours, np.float64), np.asarray(published, np.float64)
-    if ours.shape != published.shape:
+def relative_error(ours: jax.typing.ArrayLike, released: jax.typing.ArrayLike) -> float:
+    """Return max|ours - released| / max|released|; infinity where shapes differ."""
+    ours, released = np.asarray(ours, np.float64), np.asarray(released, np.float64)
+    if ours.shape != released.shape:
         return float("inf")
-    scale = np.abs(published).max(initial=0.0)
-    return float(np.abs(ours - published).max(initial=0.0) / (scale if scale > 0 else 1.0))
+    scale = np.abs(released).max(initial=0.0)
+    return float(np.abs(ours - released).max(initial=0.0) / (scale if scale > 0 else 1.0))
 
 
-def worst_of(ours: Mapping[str, Any], published: Mapping[str, Any]) -> tuple[float, str]:
+def worst_of(ours: Mapping[str, Any], released: Mapping[str, Any]) -> tuple[float, str]:
     """Return the largest relative error over arrays by name, and that name; the names must agree."""
-    if differing := set(ours) ^ set(published):
+    if differing := set(ours) ^ set(released):
         return float("inf"), f"{len(differing)} names differ: {', '.join(sorted(differing)[:3])}"
-    errors = {name: relative_error(ours[name], published[name]) for name in ours}
+    errors = {name: relative_error(ours[name], released[name]) for name in ours}
     # NaN compares false with everything, so it is looked for by its own.
     name = max(errors, key=lambda name: np.inf if np.isnan(errors[name]) else errors[name])
     return errors[name], name

@@ -1,4 +1,4 @@
-"""LightningDiT: forward, REPA, guidance, and the published sizes in full."""
+"""LightningDiT: forward, REPA, guidance, and the released sizes in full."""
 
 import functools
 import gc
@@ -82,9 +82,9 @@ def check_small(case: Case, dtype: str) -> Iterator[Check]:
     t_texture, t_semantic = case.array(single or "in_t_tex"), case.array(single or "in_t_sem")
 
     def check(quantity: str, answer: str, ours) -> Check:
-        published = case.array(answer)
-        published = np.moveaxis(published, 1, -1) if published.ndim == 4 else published
-        return Check(case.name, quantity, relative_error(ours, published), FORWARD_BOUND[dtype])
+        released = case.array(answer)
+        released = np.moveaxis(released, 1, -1) if released.ndim == 4 else released
+        return Check(case.name, quantity, relative_error(ours, released), FORWARD_BOUND[dtype])
 
     apply = functools.partial(jax.jit(network.apply, static_argnames="return_repa"), params)
     yield check("forward", "out_forward", apply(latents, t_semantic, t_texture, labels))
@@ -127,7 +127,7 @@ AUTOGUIDANCE_SPLIT = dict(scale_semantic=2.0, scale_texture=1.2)
 
 
 def check_full(case: Case, dtype: str) -> Iterator[Check]:
-    """Compare one forward pass of a published size, its keys, and its number of parameters."""
+    """Compare one forward pass of a released size, its keys, and its number of parameters."""
     network, params = load_dit(case, dtype)
     listed = {key: tuple(shape) for key, shape in case.get("state_dict").items()}
     fixed = lightning_dit.TABLE.fixed(network.config)

@@ -49,8 +49,8 @@ def check_loss(case: Case, dtype: str) -> Iterator[Check]:
         for ours, theirs in (("velocity", "loss"), ("cosine", "cos_loss"), ("repa", "repa_loss")):
             error = relative_error(getattr(terms, ours), case.array(f"out_{name}_{theirs}"))
             yield Check(case.name, f"{name}: {ours} term", error, TERMS_BOUND[dtype])
-    published = case.arrays("grad_")
-    error, worst = worst_of(_by_their_key(network, gradients), published)
+    released = case.arrays("grad_")
+    error, worst = worst_of(_by_their_key(network, gradients), released)
     yield Check(case.name, "gradient, worst parameter", error, GRADIENT_BOUND[dtype], worst)
 
 
@@ -64,11 +64,11 @@ def check_train(case: Case, dtype: str) -> Iterator[Check]:
     """
     network, params = load_dit(case, dtype)
     train = _trainer(case, network)
-    published = {prefix: case.arrays(prefix) for prefix in ("after_", "ema_")}
+    released = {prefix: case.arrays(prefix) for prefix in ("after_", "ema_")}
     runs = []
     for state, metrics in map(train, close_by(params, RUNS)):
         trees = {"after_": state.params, "ema_": state.ema_params}
-        worst = {prefix: worst_of(_by_their_key(network, tree), published[prefix]) for prefix, tree in trees.items()}
+        worst = {prefix: worst_of(_by_their_key(network, tree), released[prefix]) for prefix, tree in trees.items()}
         runs.append((max(error for error, _ in worst.values()), metrics, worst))
         if runs[-1][0] <= TRAIN_BOUND[dtype]:
             break

@@ -80,11 +80,11 @@ def check_texture_vae(case: Case, dtype: str) -> Iterator[Check]:
     yield check("mean", mean, case.images("out_mean"))
     yield check("log-variance", logvar, case.images("out_logvar"))
     yield check("decoded pixels", decoded, case.images("out_decoded"))
-    published = case.array("out_uint8").astype(int)
+    released = case.array("out_uint8").astype(int)
     ours = np.asarray(to_bytes(decoded)).astype(int)
-    if ours.shape != published.shape:
-        raise SfdError(f"parity case {case.name}: {ours.shape} bytes, published {published.shape}")
-    off = np.abs(ours - published)
+    if ours.shape != released.shape:
+        raise SfdError(f"parity case {case.name}: {ours.shape} bytes, released {released.shape}")
+    off = np.abs(ours - released)
     yield Check(case.name, "bytes: share that differs", float(np.mean(off > 0)), BYTES_SHARE)
     largest = float(off.max())
     yield Check(case.name, "bytes: largest difference", largest, BYTES_MOST)
@@ -95,10 +95,10 @@ def check_dinov2(case: Case, dtype: str) -> Iterator[Check]:
     # The small case's heads are not 64 wide, and nothing in its weights tells.
     network, params = load_network(case, dtype, {"num_heads": case.get("config")["num_heads"]})
     check = functools.partial(_check, case, BOUND[dtype])
-    published = case.images("out_preprocessed")
-    pixels = preprocess(case.images("in_image"), published.shape[1])
-    yield check("preprocessing", pixels, published)
-    rows, columns = (side // network.config.patch_size for side in published.shape[1:3])
+    released = case.images("out_preprocessed")
+    pixels = preprocess(case.images("in_image"), released.shape[1])
+    yield check("preprocessing", pixels, released)
+    rows, columns = (side // network.config.patch_size for side in released.shape[1:3])
     positions = network.apply(params, rows, columns, method="positions")
     positions = np.concatenate([params["pos_embed"][:, :1], positions], axis=1)
     yield check("position table", positions, case.array("out_pos"))
@@ -113,11 +113,11 @@ def check_inception(case: Case, dtype: str) -> Iterator[Check]:
     network, params = load_network(case, dtype, {})
     check = functools.partial(_check, case, BOUND["float32"])
     images = case.images("in_image")
-    published = case.images("out_resized")
+    released = case.images("out_resized")
     resized = np.asarray(network.apply(params, images, method="resize"))
     # The pack keeps every n-th pixel.
-    stride = -(-resized.shape[1] // published.shape[1])
-    yield check("resize", resized[:, ::stride, ::stride], published)
+    stride = -(-resized.shape[1] // released.shape[1])
+    yield check("resize", resized[:, ::stride, ::stride], released)
     features = jax.jit(network.apply)(params, images)
     for name in ("pool", "spatial", "logits_unbiased"):
         yield check(name, features[name], case.array(f"out_{name}"))
@@ -133,5 +133,5 @@ def check_keys(case: Case, dtype: str) -> Iterator[Check]:
     yield Check(case.name, "released keys and shapes", float(ours != listed), 0.0)
 
 
-def _check(case: Case, bound: float, quantity: str, ours, published) -> Check:
-    return Check(case.name, quantity, relative_error(ours, published), bound)
+def _check(case: Case, bound: float, quantity: str, ours, released) -> Check:
+    return Check(case.name, quantity, relative_error(ours, released), bound)

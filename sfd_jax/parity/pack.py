@@ -1,4 +1,4 @@
-"""The parity pack: cases of published answers, and weights that are drawn instead of stored.
+"""The parity pack: cases of released answers, and weights that are drawn instead of stored.
 
 A case is NAME.json (configuration, keys and shapes of the weights, seed) and NAME.npz (`in_*`, and
 the answers `out_*`, `grad_*`, `after_*`, `ema_*`), in PyTorch's layout. Sizes and seeds are read

@@ -1,4 +1,4 @@
-"""Samples of the released samplers, with their number of network calls, and the exact flow.
+"""Samples of the released samplers, with their number of network evaluations, and the exact flow.
 
 The released dopri5 amplifies rounding: where its step straddles a kink of the clocks, it accepts or
 rejects at an error ratio near 1, and how far the accepted step reaches decides the last digits of
@@ -28,7 +28,7 @@ from sfd_jax.parity.pack import Case
 FIXED_BOUND = {"float32": 1e-4, "bfloat16": 5e-3}
 ADAPTIVE_BOUND = {"float32": 2e-3, "bfloat16": 1e-1}
 NFE_BOUND = {"float32": 0.1, "bfloat16": 2.0}
-# Staged mode: at most this share of the published error, and of the published network calls.
+# Staged mode: at most this share of the released error, and of the released network evaluations.
 STAGED_ERROR = 0.2
 STAGED_NFE = {"float32": 0.4, "bfloat16": 1.0}
 # An adaptive run meets the bound about every second time (see above).
@@ -42,55 +42,55 @@ CALLS_PER_STEP = {"euler": 1, "heun": 2, "midpoint": 2, "rk4": 4}
 
 
 def check_ode(case: Case, dtype: str) -> Iterator[Check]:
-    """Compare every sampler in published mode, and dopri5 in staged mode with the exact flow."""
+    """Compare every sampler in released mode, and dopri5 in staged mode with the exact flow."""
     networks = {"model": load_dit(case, dtype)}
     if "weak_config" in case.spec:
         networks["weak"] = load_dit(case, dtype, "weak_config", "weak_params", "weak_seed")
     labels, noise = case.array("in_y").astype(np.int32), case.images("in_z")
     guidances = {"cfg": CFG, "autoguidance": AUTOGUIDANCE}
 
-    for name, published_nfe in case.get("nfe").items():
+    for name, released_nfe in case.get("nfe").items():
         method, _, variant = name.partition("_")
         method = {"heun2": "heun"}.get(method, method)
         adaptive = method == "dopri5"
         config = SampleConfig(
             solver=method,
-            mode="published",
+            mode="released",
             # The JSON tells calls, not grid points.
-            **({} if adaptive else {"num_steps": published_nfe // CALLS_PER_STEP.get(method, 1) + 1}),
+            **({} if adaptive else {"num_steps": released_nfe // CALLS_PER_STEP.get(method, 1) + 1}),
             timestep_shift=TIMESTEP_SHIFT if variant == "shift" else None,
             **guidances.get(variant, {}),
         )
         sampler = _sampler(case, networks, labels, config)
         bound = (ADAPTIVE_BOUND if adaptive else FIXED_BOUND)[dtype]
-        published = case.images(f"out_{name}")
-        error, nfe, runs = _closest(sampler, noise, published, bound, RUNS if adaptive else 1)
+        released = case.images(f"out_{name}")
+        error, nfe, runs = _closest(sampler, noise, released, bound, RUNS if adaptive else 1)
         note = f"closest of {runs} runs, their noise a rounding apart" if runs > 1 else ""
         yield Check(case.name, name, error, bound, note)
-        off = abs(nfe - published_nfe) / published_nfe
-        note = f"{nfe}, published {published_nfe}"
-        yield Check(case.name, f"{name}: network calls", off, NFE_BOUND[dtype], note)
+        off = abs(nfe - released_nfe) / released_nfe
+        note = f"{nfe}, released {released_nfe}"
+        yield Check(case.name, f"{name}: network evaluations", off, NFE_BOUND[dtype], note)
 
     for variant in ("", "autoguidance"):
         suffix = f"_{variant}" if variant else ""
         if not case.has(f"out_exact{suffix}"):
             continue
-        exact, published = case.images(f"out_exact{suffix}"), case.images(f"out_dopri5{suffix}")
+        exact, released = case.images(f"out_exact{suffix}"), case.images(f"out_dopri5{suffix}")
         config = SampleConfig(solver="dopri5", mode="staged", **guidances.get(variant, {}))
         latents, nfe = _sampler(case, networks, labels, config)(noise)
-        published_error = relative_error(published, exact)
+        released_error = relative_error(released, exact)
         error = relative_error(latents, exact)
-        bound = STAGED_ERROR * published_error if dtype == "float32" else FIXED_BOUND[dtype]
-        note = f"published error {published_error:.1e}"
+        bound = STAGED_ERROR * released_error if dtype == "float32" else FIXED_BOUND[dtype]
+        note = f"released error {released_error:.1e}"
         yield Check(case.name, f"dopri5{suffix} staged, to the flow", error, bound, note)
-        published_nfe = case.get("nfe")[f"dopri5{suffix}"]
-        note = f"{nfe}, published {published_nfe}"
-        share = nfe / published_nfe
+        released_nfe = case.get("nfe")[f"dopri5{suffix}"]
+        note = f"{nfe}, released {released_nfe}"
+        share = nfe / released_nfe
         yield Check(case.name, f"dopri5{suffix} staged: share of calls", share, STAGED_NFE[dtype], note)
 
 
 def _sampler(case: Case, networks: dict, labels: np.ndarray, config: SampleConfig) -> Callable:
-    """Return a function from noise to (latents, network calls): what `sfd sample` runs, up to the decoder."""
+    """Return a function from noise to (latents, network evaluations): what `sfd sample` runs, up to the decoder."""
     layout = layout_of(case)
     # A sampler has a decoder; nothing asks it here.
     vae = Network("texture_vae", {"ch": 1, "ch_mult": (1,), "norm_groups": 1, "z_channels": layout.texture_channels})
@@ -112,16 +112,16 @@ def _sampler(case: Case, networks: dict, labels: np.ndarray, config: SampleConfi
 
 
 def _closest(
-    sampler: Callable, noise: np.ndarray, published: np.ndarray, bound: float, runs: int
+    sampler: Callable, noise: np.ndarray, released: np.ndarray, bound: float, runs: int
 ) -> tuple[float, int, int]:
-    """Return the least error, its network calls, and how many runs were made to meet the bound."""
+    """Return the least error, its network evaluations, and how many runs were made to meet the bound."""
     best, count = (float("inf"), 0), 0
     for start in close_by(noise, runs):
         count += 1
         latents, nfe = sampler(start)
         # With guidance the released sampler carries every row twice.
-        latents = np.tile(latents, (len(published) // len(latents), 1, 1, 1))
-        best = min(best, (relative_error(latents, published), nfe))
+        latents = np.tile(latents, (len(released) // len(latents), 1, 1, 1))
+        best = min(best, (relative_error(latents, released), nfe))
         if best[0] <= bound:
             break
     return *best, count

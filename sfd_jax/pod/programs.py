@@ -13,7 +13,7 @@ from sfd_jax.generation import Clocks, SampleConfig
 from sfd_jax.generation.sampler import Sampler
 from sfd_jax.latents import LatentLayout, LatentStatistics
 from sfd_jax.models import Network
-from sfd_jax.models.encoders import Tiling, VisualEncoder, published_encoder
+from sfd_jax.models.encoders import Tiling, VisualEncoder, released_encoder
 from sfd_jax.models.latent_encoder import LatentEncoder, jit_encoder
 from sfd_jax.training import Task, TrainConfig, make_optimizer
 from sfd_jax.training.frozen_features import FrozenFeatures, online_features, semvae_features
@@ -58,7 +58,7 @@ def training_targets(
         return semvae_features(vae, vae.abstract_params(), layout, blank_statistics(layout), tile_grid)
     if repa_source == "online":
         tiling = Tiling.of_latents(image_size, dit.input_size, tile_grid)
-        visual = VisualEncoder(published_encoder(compute_dtype=dtype), tiling)
+        visual = VisualEncoder(released_encoder(compute_dtype=dtype), tiling)
         return online_features(visual, visual.network.abstract_params())
     return None
 
@@ -104,12 +104,12 @@ def trace_inception(mesh: Mesh, rows: int, image_size: int) -> jax.stages.Traced
     return trace_features([extractor], image_size, batch_size=rows, mesh=mesh)
 
 
-# --- The networks beside the diffusion model, as published ------------------------------------------------------
+# --- The networks beside the diffusion model, as released ------------------------------------------------------
 
 
 def extraction_networks(layout: LatentLayout) -> dict[str, Network]:
     """Return the networks of an extraction, by the names that `sfd extract` has for them."""
-    visual = published_encoder()
+    visual = released_encoder()
     semantic = semantic_vae(layout, input_dim=visual.config.feature_width)
     return {"texture_vae": texture_vae(layout), "visual": visual, "semantic_vae": semantic}
 

@@ -1,4 +1,4 @@
-"""Checkpoints: everything needed to go on, and the parameters that every other door reads.
+"""Checkpoints: everything needed to go on, and the parameters that every other command reads.
 
 A folder of checkpoints holds one folder a step, visible only once complete:
 

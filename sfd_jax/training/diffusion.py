@@ -61,7 +61,7 @@ def diffusion_task(
             batch["labels"],
             config=config,
             null_label=null_label,
-            positions=batch["positions"],
+            row_indices=batch["row_indices"],
         )
         terms = velocity_loss(
             lambda *inputs: network.apply(params, *inputs, return_repa=config.reads_hidden),

@@ -87,7 +87,7 @@ def semantic_vae_task(network: Network, weights: SemanticVAELoss, source: Frozen
         network_params = params["network"] if classifies else params
         features = _features(source, batch, frozen)
         mean, logvar = network.apply(network_params, features, method="encode")
-        latents = sample_posterior(mean, logvar, normal_by_row(key, batch["positions"], mean.shape[1:]))
+        latents = sample_posterior(mean, logvar, normal_by_row(key, batch["row_indices"], mean.shape[1:]))
         reconstruction = network.apply(network_params, latents, method="decode")
 
         error = reconstruction - features

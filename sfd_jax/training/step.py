@@ -130,7 +130,7 @@ def _jit_step(task: Task, optimizer, config: TrainConfig, mesh: Mesh, execution:
 
     def step(state: TrainState, batch: dict, key: jax.Array, frozen: tuple) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(key, state.step)
-        batch = {**batch, "positions": jnp.arange(size, dtype=jnp.int32)}
+        batch = {**batch, "row_indices": jnp.arange(size, dtype=jnp.int32)}
 
         def loss_fn(params, rows, key):
             with executing(execution):

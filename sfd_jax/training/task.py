@@ -21,7 +21,7 @@ class Task:
         {"network": the network's, "heads": what is trained beside it and used by no one later}, or
         {"network": the network's, "clocks": those of clocks that are trained}.
       loss: (params, batch, key) -> (scalar loss, metrics). To the arrays of the data's batch the step adds
-        `positions` (B,) int32, each row's place in the global batch: what a row draws is a function of it and
+        `row_indices` (B,) int32, each row's place in the global batch: what a row draws is a function of it and
         of the key (randomness.py). The loss is a mean over rows, so that accumulated small batches equal a
         big one; a metric is a scalar, or a pair (sum, count).
       frozen: parameters that the loss reads and nobody trains, e.g. of a network that makes targets. They lie on

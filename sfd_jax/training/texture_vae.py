@@ -1,6 +1,6 @@
 """Train a texture VAE: reconstruct pixels through a posterior on a small grid.
 
-Batches: `pixels` (B, H, W, 3) in [-1, 1]. The published texture VAE was trained with LPIPS and a
+Batches: `pixels` (B, H, W, 3) in [-1, 1]. The released texture VAE was trained with LPIPS and a
 discriminator and is not trained again here; this trains small ones, such as the digits'. A perceptual
 distance may be handed in.
 """
@@ -66,7 +66,7 @@ def texture_vae_task(
     def loss(params: dict, batch: dict, key: jax.Array, *frozen: dict):
         pixels = batch["pixels"]
         mean, logvar = network.apply(params, pixels, method="encode")
-        raw_latents = sample_posterior(mean, logvar, normal_by_row(key, batch["positions"], mean.shape[1:]))
+        raw_latents = sample_posterior(mean, logvar, normal_by_row(key, batch["row_indices"], mean.shape[1:]))
         reconstruction = network.apply(params, raw_latents, method="decode")
 
         error = reconstruction - pixels

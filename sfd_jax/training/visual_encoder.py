@@ -1,4 +1,4 @@
-"""Train a small DINOv2-shaped encoder on labels, for data where no published one is at hand (the digits).
+"""Train a small DINOv2-shaped encoder on labels, for data where no released one is at hand (the digits).
 
 Class token and mean patch token each pass a linear classifier: the first makes a feature of the image, the
 second makes the patch tokens, which SFD compresses, carry what the image shows.
@@ -63,7 +63,7 @@ def visual_encoder_task(network: Network, settings: VisualEncoderLoss) -> Task:
     def loss(params: dict, batch: dict, key: jax.Array):
         pixels, labels = batch["pixels"], batch["labels"]
         if settings.shift or settings.scale:
-            pixels = shift_and_scale(keys_by_row(key, batch["positions"]), pixels, settings.shift, settings.scale)
+            pixels = shift_and_scale(keys_by_row(key, batch["row_indices"]), pixels, settings.shift, settings.scale)
         grid = network.config.image_size // network.config.patch_size
         output = network.apply(params["network"], pixels, grid, method="tokens")
         total, metrics = jnp.zeros(()), {}

@@ -10,7 +10,7 @@ import pytest
 # The rest of scripts/benchmarks is run by the tests of what it measures.
 TINY = {
     "train_step": ["--size=S", "--depth=2", "--width=96", "--batch=2", "--rounds=1", "--repa", "--no_compile"],
-    "sample": ["--depth=1", "--batch=1", "--rounds=1", "--solver=euler", "--calls=6"],
+    "sample": ["--depth=1", "--batch=1", "--rounds=1", "--solver=euler", "--nfe=6"],
     "loader": ["--images=40", "--batch=8", "--rounds=1", "--seconds=0.1"],
     "features": ["--manifolds", "--reference=20", "--samples=30", "--features=8"],
 }
@@ -44,7 +44,7 @@ def test_tiny_run(root, quick, tmp_path, name):
         assert len(seconds) == (4 if versus else 2) and bool(record["ratios"]) == bool(versus)
         assert record["bytes_per_image"]["sfd_jax, latents alone"] > 2 * 2 * 48 * 256  # two flips in bfloat16
     if name == "sample":
-        assert record["calls"]["sfd_jax"] == sum(record["calls_by_stage"]) == 6
+        assert record["nfe"]["sfd_jax"] == sum(record["nfe_by_stage"]) == 6
         assert 0 < record["errors"]["sfd_jax"] < 1
     assert "| " in done.stdout  # the table
 

@@ -1,4 +1,4 @@
-"""What a door compiles is kept, and the next start finds it; here with processes, since a process keeps its own too."""
+"""The next start of a command finds what the last one compiled; in processes, since each keeps its own too."""
 
 import os
 import subprocess
@@ -7,16 +7,16 @@ import sys
 SCRIPT = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from sfd_jax.cli.main import open_door
+from sfd_jax.cli.main import run_command
 
-def door(arguments):
+def command(arguments):
     import jax
     events = []
     jax.monitoring.register_event_listener(lambda name, **_: events.append(name.rsplit("/", 1)[1]))
     jax.jit(lambda x: (x @ x).sum())(jax.numpy.ones((9, 9)))
     print(events.count("cache_hits"), events.count("cache_misses"))
 
-sys.exit(open_door(door, "train", []))
+sys.exit(run_command(command, "train", []))
 """
 
 

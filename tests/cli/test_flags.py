@@ -1,4 +1,4 @@
-"""Flags of the doors: overrides apply, and each kind of mistake names the nearest valid thing."""
+"""Flags of the commands: overrides apply, and each kind of mistake names the nearest valid thing."""
 
 import argparse
 import dataclasses
@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from sfd_jax.cli.flags import door_parser, parse_door
-from sfd_jax.cli.main import DOORS, SMALLER, main, open_door
+from sfd_jax.cli.flags import command_parser, parse_command
+from sfd_jax.cli.main import COMMANDS, SMALLER, main, run_command
 from sfd_jax.diffusion.clocks import CLOCKS, Clocks, make_clocks
 from sfd_jax.diffusion.losses import TERMS, LossTerm
 from sfd_jax.errors import SfdError
@@ -21,9 +21,9 @@ CONFIG = "configs/sfd.py:xl,tiny"
 
 
 def parse(*argv):
-    parser = door_parser("train", "a door")
+    parser = command_parser("train", "a command")
     parser.add_argument("--workdir")
-    return parse_door(parser, list(argv), CONFIG)
+    return parse_command(parser, list(argv), CONFIG)
 
 
 def test_overrides_apply_and_keep_types():
@@ -61,7 +61,7 @@ class Odd(Clocks):
     """Its fields are called as settings of other groups."""
 
     depth: float = 0.5
-    calls: float = 0.5
+    nfe: float = 0.5
     path: str = " a"
     tau_end = 1.0
     breakpoints = ()
@@ -82,14 +82,14 @@ def test_fields_of_parts_are_their_own_whatever_they_are_called(monkeypatch):
     monkeypatch.setitem(CLOCKS, "odd", Odd)
     monkeypatch.setitem(TERMS, "sample", Sample)
     flags = ("--config.clocks.name=odd", "--config.loss.terms.sample.weight=1")
-    odd = ("--config.clocks.depth=0.25", "--config.clocks.calls=0.25", "--config.loss.terms.sample.num_steps=0.25")
+    odd = ("--config.clocks.depth=0.25", "--config.clocks.nfe=0.25", "--config.loss.terms.sample.num_steps=0.25")
     config = parse(*flags, *odd).config
     assert make_clocks(config.clocks) == Odd(0.25, 0.25)
     assert config.loss.terms.sample.num_steps == 0.25 and config.sample.num_steps > 2
     for flag, says in (
         ("--config.loss.terms.sample.num_steps=2", "loss.terms.sample.num_steps=2.0: give a number from 0 to 1"),
         ("--config.sample.num_steps=1", "sample.num_steps=1: give an integer from 2"),
-        ("--config.clocks.calls=None", "'clocks.calls' takes a number"),
+        ("--config.clocks.nfe=None", "'clocks.nfe' takes a number"),
         ("--config.loss.terms.sample=0.5", "'loss.terms.sample' is a group"),
     ):
         with pytest.raises(SfdError) as error:
@@ -102,31 +102,31 @@ def test_config_is_locked():
         load_config(CONFIG).train.stepz = 3
 
 
-def test_unknown_door(capsys):
+def test_unknown_command(capsys):
     assert main(["trian"]) == 2
     assert "did you mean 'train'?" in capsys.readouterr().err
 
 
-def test_overview_names_every_door(capsys):
+def test_overview_names_every_command(capsys):
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
-    assert all(f"  {door} " in printed for door in DOORS)
+    assert all(f"  {command} " in printed for command in COMMANDS)
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_every_door_explains_itself(door, capsys):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        main([door, "--help"])
+        main([command, "--help"])
     assert stop.value.code == 0
-    assert f"usage: sfd {door}" in capsys.readouterr().out
+    assert f"usage: sfd {command}" in capsys.readouterr().out
 
 
 def test_dashes_and_underscores_are_one():
-    parser = door_parser("train", "a door")
+    parser = command_parser("train", "a command")
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--flips", action=argparse.BooleanOptionalAction, default=True)
     for batch, flips in ("--batch-size=3", "--no-flips"), ("--batch_size=3", "--no_flips"):
-        args = parse_door(parser, [batch, flips])
+        args = parse_command(parser, [batch, flips])
         assert args.batch_size == 3 and args.flips is False
 
 
@@ -144,21 +144,21 @@ def test_a_reader_that_has_seen_enough_is_no_fault(root):
     assert done.returncode == 0 and done.stderr == ""
 
 
-@pytest.mark.parametrize("door", SMALLER)
-def test_too_little_memory_says_what_to_make_smaller(capfd, door):
+@pytest.mark.parametrize("command", SMALLER)
+def test_too_little_memory_says_what_to_make_smaller(capfd, command):
     def greedy(arguments):
         import jax.numpy as jnp
 
         jnp.zeros(2**50).block_until_ready()  # no machine has 4 PiB
 
-    assert open_door(greedy, door, []) == 2
+    assert run_command(greedy, command, []) == 2
     told = capfd.readouterr().err
-    assert f"sfd {door}: a device's memory does not suffice: " in told and SMALLER[door] in told
+    assert f"sfd {command}: a device's memory does not suffice: " in told and SMALLER[command] in told
     assert "RESOURCE_EXHAUSTED" in told and "Traceback" not in told
-    if door == "train":  # the hint's flags exist
+    if command == "train":  # the hint's flags exist
         assert (
             parse(
-                *(word.rstrip(",") for word in SMALLER[door].split() if word.startswith("--"))
+                *(word.rstrip(",") for word in SMALLER[command].split() if word.startswith("--"))
             ).config.train.accumulation
             == 2
         )
@@ -191,7 +191,7 @@ def test_all_faults_are_named_at_once():
 @pytest.mark.parametrize(
     "flag, says",
     [
-        ("--config.sample.calls=9", "--config.sample.calls=9 has no effect beside --config.sample.solver=dopri5"),
+        ("--config.sample.nfe=9", "--config.sample.nfe=9 has no effect beside --config.sample.solver=dopri5"),
         ("--config.sample.solver=eulr", "unknown sample.solver 'eulr': did you mean 'euler'"),
         ("--config.data.visual_encoder=x", "has no effect without --config.data.repa_source=online"),
         (
@@ -237,9 +237,9 @@ def test_scales_of_old_configs_are_read(tmp_path):
     file = tmp_path / "old.py"
     file.write_text(
         "import ml_collections\ndef get_config():\n"
-        "  return ml_collections.ConfigDict(dict(sample=dict(guidance_scale_semantic=-1.0, calls=0)))\n"
+        "  return ml_collections.ConfigDict(dict(sample=dict(guidance_scale_semantic=-1.0, nfe=0)))\n"
     )
-    assert load_config(str(file)).sample.to_dict() == {"guidance_scale_semantic": None, "calls": None}
+    assert load_config(str(file)).sample.to_dict() == {"guidance_scale_semantic": None, "nfe": None}
     with pytest.raises(SfdError, match="guidance_scale_semantic=-1.0"):
         load_config(str(file), ["--config.sample.guidance_scale_semantic=-1.0"])
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from sfd_jax.cli.main import open_door
+from sfd_jax.cli.main import run_command
 
 COMMAND = """
 import functools, sys, time
-from sfd_jax.cli.main import open_door
+from sfd_jax.cli.main import run_command
 
 def main(_):
     import numpy as np
@@ -31,7 +31,7 @@ def main(_):
             time.sleep(0.01)
 
 if __name__ == "__main__":
-    sys.exit(open_door(main, "train", []))
+    sys.exit(run_command(main, "train", []))
 """
 
 
@@ -76,7 +76,7 @@ def test_ctrl_c_in_a_finalizer_is_not_lost(monkeypatch, capsys):
         Finalized()
         time.sleep(10)
 
-    assert open_door(command, "sample", []) == 130
+    assert run_command(command, "sample", []) == 130
     assert capsys.readouterr().err == "sfd sample: interrupted; run the same command again to go on\n"
 
 

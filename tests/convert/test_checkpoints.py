@@ -69,7 +69,7 @@ def test_the_prefix_of_a_wrapper_is_removed(tmp_path, torch_file):
         import_checkpoint(path, Stated(which="ema"))
 
 
-def test_through_the_door_and_back(released, tmp_path, capsys):
+def test_through_the_command_and_back(released, tmp_path, capsys):
     path, _, ema = released
     out, exported = tmp_path / "ours", tmp_path / "back.safetensors"
     for name, channels in (("tex", 3), ("sem", 2)):

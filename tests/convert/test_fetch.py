@@ -251,7 +251,7 @@ def test_unknown_names_and_files(server):
         hub.fetch("sfd_xl", "9")
 
 
-def test_the_door_fetches_converts_and_caches(server, torch_file, capsys):
+def test_the_command_fetches_converts_and_caches(server, torch_file, capsys):
     """From the hub to a checkpoint with its statistics, twice: the second time from the cache."""
     config = dict(width=16, depth=1, num_heads=2, input_size=2, in_channels=5, num_classes=3)
     network = Network("lightning_dit", config)

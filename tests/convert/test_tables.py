@@ -100,7 +100,7 @@ def test_hugging_face_names_hold_the_same_network():
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_published_sizes_are_read_off_without_memory(size):
+def test_released_sizes_are_read_off_without_memory(size):
     network = Network("lightning_dit", SIZES[size] | dict(repa_features=768))
     table = FORMATS["lightning_dit"].TABLE
     shapes = key_shapes(table, network) | {key: array.shape for key, array in table.fixed(network.config).items()}
@@ -109,7 +109,7 @@ def test_published_sizes_are_read_off_without_memory(size):
     assert Network("lightning_dit", fields).config == network.config
 
 
-def test_heads_without_trace_come_from_the_published_size_or_are_asked_for():
+def test_heads_without_trace_come_from_the_released_size_or_are_asked_for():
     plain = dict(use_qknorm=False, use_rope=False, use_rmsnorm=False)
     module = FORMATS["lightning_dit"]
 
@@ -230,5 +230,5 @@ def test_half_precision_and_foreign_tables_come_back_bit_for_bit():
     assert all(back[key].tobytes() == state[key].tobytes() for key in state)
 
 
-def test_published_dinov2_sizes_have_heads_of_64():
+def test_released_dinov2_sizes_have_heads_of_64():
     assert all(size["width"] == 64 * size["num_heads"] for size in DINOV2_SIZES.values())

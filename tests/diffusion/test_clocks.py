@@ -58,11 +58,11 @@ def test_rates_look_from_inside_the_stage():
     np.testing.assert_array_equal(texture, [0, 0, 1, 1, 1, 1])
 
 
-def test_published_rates_are_the_released_masks():
+def test_released_rates_are_the_released_masks():
     # Texture where tau >= delta_t, semantics where tau <= 1: both ends belong to stage II.
     below, above = np.nextafter(np.float32(0.3), 0), np.nextafter(np.float32(1), 2)
     tau = jnp.float32([0, below, 0.3, 1, above, 1.3, 1.4])
-    semantic, texture = FixedOffset(0.3).published_rates(tau)
+    semantic, texture = FixedOffset(0.3).released_rates(tau)
     np.testing.assert_array_equal(semantic, [1, 1, 1, 1, 0, 0, 0])
     np.testing.assert_array_equal(texture, [0, 0, 1, 1, 1, 1, 1])
 

@@ -140,7 +140,7 @@ def test_a_part_of_the_batch_draws_what_the_whole_does():
     make = lambda part, **kwargs: draw(
         jax.random.key(3), data[part], labels[part], config=LossConfig(label_dropout=0.5), null_label=9, **kwargs
     )
-    whole, part = make(slice(None)), make(slice(4, 6), positions=jnp.arange(4, 6))
+    whole, part = make(slice(None)), make(slice(4, 6), row_indices=jnp.arange(4, 6))
     for a, b in zip(whole, part, strict=True):
         np.testing.assert_array_equal(a[4:], b)
     assert len(np.unique(whole.noise)) == whole.noise.size  # no two samples share their noise

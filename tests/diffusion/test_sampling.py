@@ -12,7 +12,7 @@ from sfd_jax.diffusion import guidance
 from sfd_jax.diffusion.clocks import Clocks, FixedOffset, Sequential, Synchronous
 from sfd_jax.diffusion.sampling import (
     SolverConfig,
-    published_points,
+    released_points,
     sample,
     staged_points,
     trajectory,
@@ -110,13 +110,13 @@ def test_a_trajectory_of_a_fixed_grid_lands_on_the_given_times():
     with pytest.raises(SfdError, match="must increase"):
         trajectory(coupled, noise(), [0.5, 0.2], layout=LAYOUT, clocks=SFD)
     with pytest.raises(SfdError, match="staged"):
-        trajectory(coupled, noise(), [0.5], layout=LAYOUT, clocks=SFD, solver=SolverConfig(mode="published"))
+        trajectory(coupled, noise(), [0.5], layout=LAYOUT, clocks=SFD, solver=SolverConfig(mode="released"))
 
 
-def test_published_euler_by_hand():
+def test_released_euler_by_hand():
     """The released masks on the released grid, written out with a loop."""
-    config = SolverConfig(solver="euler", mode="published", num_steps=14)
-    grid = published_points(1.3, 14)
+    config = SolverConfig(solver="euler", mode="released", num_steps=14)
+    grid = released_points(1.3, 14)
     expected = np.asarray(noise())
     for tau, following in zip(grid[:-1], grid[1:], strict=True):
         step = following - tau
@@ -130,16 +130,16 @@ def test_published_euler_by_hand():
 
 
 def test_the_released_grid_is_that_of_torch():
-    assert (np.diff(published_points(1.3, 100)) > 0).all()
-    np.testing.assert_array_equal(published_points(1.3, 11, timestep_shift=1.0), published_points(1.3, 11))
-    shifted = published_points(1.3, 11, timestep_shift=0.3)
+    assert (np.diff(released_points(1.3, 100)) > 0).all()
+    np.testing.assert_array_equal(released_points(1.3, 11, timestep_shift=1.0), released_points(1.3, 11))
+    shifted = released_points(1.3, 11, timestep_shift=0.3)
     u = np.linspace(0, 1, 11)
     np.testing.assert_allclose(shifted, 1.3 * 0.3 * u / (1 - 0.7 * u), atol=1e-6)
     assert shifted[0] == 0 and shifted[-1] == np.float32(1.3)
     assert shifted[1] < 1.3 - shifted[-2]  # a shift below 1 is finer near the noise
     torch = pytest.importorskip("torch", reason="needs the extra `torch`")
     for points in range(2, 200):
-        ours, theirs = published_points(1.3, points), torch.linspace(0, 1.3, points).numpy()
+        ours, theirs = released_points(1.3, points), torch.linspace(0, 1.3, points).numpy()
         np.testing.assert_allclose(ours, theirs, rtol=2e-7)  # a fused multiply-add apart
         # Where a point falls on a kink its last bit decides: 14, 27, 40, ... points.
         np.testing.assert_array_equal(ours >= np.float32(0.3), theirs >= np.float32(0.3))
@@ -155,7 +155,7 @@ def test_staged_needs_a_fraction_of_the_calls_and_errs_less():
         rows = jnp.concatenate([rows, t_semantic[:, None], t_texture[:, None]], axis=1)
         return (jnp.tanh(rows @ weights[0] / 4) @ weights[1] / 4).reshape(latents.shape)
 
-    released, stats_released = run(network, SolverConfig(mode="published"))
+    released, stats_released = run(network, SolverConfig(mode="released"))
     staged, stats_staged = run(network, SolverConfig())
     answer, _ = run(network, SolverConfig(rtol=1e-5))
     error = lambda latents: np.abs(latents - answer).max()
@@ -177,8 +177,8 @@ def test_staged_points_are_near_the_released_ones():
     np.testing.assert_allclose(
         np.concatenate([p[:-1] for p in staged_points(SFD.edges, 14)]), np.arange(13) / 10, atol=1e-7
     )
-    for released in (staged_points([0.0, 1.3], 30, 0.3), [published_points(1.3, 30, 0.3)]):
-        np.testing.assert_allclose(released[0], published_points(1.3, 30, 0.3), atol=1e-6)
+    for released in (staged_points([0.0, 1.3], 30, 0.3), [released_points(1.3, 30, 0.3)]):
+        np.testing.assert_allclose(released[0], released_points(1.3, 30, 0.3), atol=1e-6)
     with pytest.raises(SfdError, match="at least 4"):
         staged_points(SFD.edges, 3)
 
@@ -212,8 +212,8 @@ def test_sharding_the_batch_changes_nothing():
 def test_impossible_settings_are_refused():
     with pytest.raises(SfdError, match="did you mean 'dopri5'"):
         SolverConfig(solver="dopri")
-    with pytest.raises(SfdError, match="did you mean 'published'"):
-        SolverConfig(mode="publish")
+    with pytest.raises(SfdError, match="did you mean 'released'"):
+        SolverConfig(mode="release")
     with pytest.raises(SfdError, match="num_steps=1"):
         SolverConfig(num_steps=1)
     with pytest.raises(SfdError, match="rtol"):
@@ -221,15 +221,15 @@ def test_impossible_settings_are_refused():
     with pytest.raises(SfdError, match="timestep_shift"):
         SolverConfig(timestep_shift=-1.0)
     with pytest.raises(SfdError, match="follows its tolerances"):
-        SolverConfig(calls=30)
-    with pytest.raises(SfdError, match="rk4 in staged mode needs at least 12 network calls"):
-        run(coupled, SolverConfig(solver="rk4", calls=11))
-    with pytest.raises(SfdError, match="ab2 in published mode needs at least 2 network calls"):
-        run(coupled, SolverConfig(solver="ab2", mode="published", calls=1))
+        SolverConfig(nfe=30)
+    with pytest.raises(SfdError, match="rk4 in staged mode needs at least 12 network evaluations"):
+        run(coupled, SolverConfig(solver="rk4", nfe=11))
+    with pytest.raises(SfdError, match="ab2 in released mode needs at least 2 network evaluations"):
+        run(coupled, SolverConfig(solver="ab2", mode="released", nfe=1))
 
 
 def counted(velocity_fn, seen):
-    """Note the number of rows of each network call that really happens."""
+    """Note the number of rows of each network evaluation that really happens."""
 
     def apply(latents, t_semantic, t_texture, labels):
         jax.debug.callback(lambda x: seen.append(len(x)), t_semantic)
@@ -238,12 +238,12 @@ def counted(velocity_fn, seen):
     return apply
 
 
-@pytest.mark.parametrize("mode", ["staged", "published"])
+@pytest.mark.parametrize("mode", ["staged", "released"])
 @pytest.mark.parametrize(("name", "budget", "spent"), [("euler", 7, 7), ("heun", 9, 8), ("rk4", 15, 12), ("ab2", 9, 9)])
 def test_a_budget_of_calls_is_kept(name, budget, spent, mode):
     seen = []
     velocity_fn = guidance.conditional(counted(coupled, seen), jnp.zeros(3, jnp.int32))
-    _, stats = run(velocity_fn, SolverConfig(solver=name, mode=mode, calls=budget))
+    _, stats = run(velocity_fn, SolverConfig(solver=name, mode=mode, nfe=budget))
     jax.effects_barrier()
     assert len(seen) == spent == int(stats.nfe) == int(stats.nfe_by_stage.sum())
 
@@ -262,6 +262,6 @@ def test_before_the_guidance_interval_no_null_rows_are_computed():
     velocity_fn = guidance.classifier_free(
         counted(coupled, seen), jnp.zeros(3, jnp.int32), null_label=1, scale=2.0, layout=LAYOUT, interval_start=0.45
     )
-    run(velocity_fn, SolverConfig(solver="euler", calls=13))
+    run(velocity_fn, SolverConfig(solver="euler", nfe=13))
     jax.effects_barrier()
     assert seen == 5 * [3] + 8 * [6]

@@ -14,7 +14,7 @@ from sfd_jax.diffusion.dopri5 import dopri5, dopri5_shared
 from sfd_jax.diffusion.solvers import METHODS, TABLEAUS, Field, Tableau, integrate_grid
 from sfd_jax.errors import SfdError
 
-TIGHT = dict(atol=1e-6, rtol=1e-3, max_calls=2000)
+TIGHT = dict(atol=1e-6, rtol=1e-3, max_nfe=2000)
 ADAPTIVE = {"dopri5": dopri5, "dopri5_shared": dopri5_shared}
 
 
@@ -63,9 +63,9 @@ def test_the_tableau_of_dopri5_is_of_order_5(monkeypatch):
 def test_adaptive_decay_stays_within_the_tolerance(name):
     solution = ADAPTIVE[name](DECAY, ONES, [0, 1], **TIGHT)
     assert solution.converged.all()
-    # `dopri5` bounds the answer, the published controller each step.
+    # `dopri5` bounds the answer, the released controller each step.
     np.testing.assert_allclose(solution.final, math.exp(-1), rtol=1e-4 if name == "dopri5" else 1e-3)
-    # Six calls a step, one at the start; the published controller has one more for its first step.
+    # Six calls a step, one at the start; the released controller has one more for its first step.
     assert int(solution.nfe) % 6 == (1 if name == "dopri5" else 2) and int(solution.nfe) < 40
 
 
@@ -158,8 +158,8 @@ def test_samples_that_cannot_converge_say_so_and_leave_the_others_alone():
     solution = dopri5(field(lambda y, tau: y**2), start, [0, 1], **TIGHT)
     np.testing.assert_array_equal(solution.converged, [True, False, False])
     np.testing.assert_allclose(solution.final[0], 1 / 9, rtol=1e-3)
-    assert jnp.isnan(solution.final[1:]).all() and int(solution.nfe) < TIGHT["max_calls"]
-    limited = dopri5(oscillator(STIFFNESS), jnp.ones((3, 2)), [0, 9], **TIGHT | dict(max_calls=50))
+    assert jnp.isnan(solution.final[1:]).all() and int(solution.nfe) < TIGHT["max_nfe"]
+    limited = dopri5(oscillator(STIFFNESS), jnp.ones((3, 2)), [0, 9], **TIGHT | dict(max_nfe=50))
     assert int(limited.nfe) == 50 and not limited.converged[2]
     assert not dopri5_shared(DECAY, start, [0, 1], **TIGHT).converged.any()
 

@@ -45,7 +45,7 @@ def drawing(task):
         value, metrics = task.loss(params, batch, key)
         config = LossConfig(repa_weight=0.0, label_dropout=0.5)
         draws = draw(
-            key, batch["latents"], batch["labels"], config=config, null_label=RECORDS, positions=batch["positions"]
+            key, batch["latents"], batch["labels"], config=config, null_label=RECORDS, row_indices=batch["row_indices"]
         )
         for name, values in (("noise", draws.noise[:, 0, 0, 0]), ("t", draws.t), ("dropped", draws.labels == RECORDS)):
             for record in range(RECORDS):

@@ -14,7 +14,7 @@ import jax
 import pytest
 import toy_job
 
-from sfd_jax.cli.main import open_door
+from sfd_jax.cli.main import run_command
 from sfd_jax.distributed import hosts, make_mesh, preflight
 from sfd_jax.distributed.preflight import Job
 from sfd_jax.errors import SfdError, TryAgain
@@ -143,7 +143,7 @@ def test_sigterm_ends_work_that_has_nothing_to_save(capsys):
             time.sleep(10)
         return 1
 
-    assert open_door(command, "sample", []) == TryAgain.status == 75
+    assert run_command(command, "sample", []) == TryAgain.status == 75
     assert "sfd sample: told to leave by SIGTERM; run the same command again" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -152,5 +152,5 @@ def test_sigterm_before_the_first_step(tmp_path, monkeypatch):
     """While parameters are made, which is when programs begin to be compiled."""
     monkeypatch.setattr(toy_job, "trouble", lambda phase: phase == "compile" and os.kill(os.getpid(), signal.SIGTERM))
     mesh = make_mesh(devices=jax.devices()[:1])
-    assert open_door(lambda _: toy_job.fit_toy(tmp_path, mesh, 4) and 0, "train", []) == 75
+    assert run_command(lambda _: toy_job.fit_toy(tmp_path, mesh, 4) and 0, "train", []) == 75
     assert not (tmp_path / "checkpoints" / "2").exists()

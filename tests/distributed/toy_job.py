@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1] / "training")]
 
-from sfd_jax.cli.main import open_door  # noqa: E402
+from sfd_jax.cli.main import run_command  # noqa: E402
 from sfd_jax.errors import SfdError  # noqa: E402
 
 PHASE, _, WHAT = os.environ.get("TROUBLE", "").partition(":")
@@ -95,4 +95,4 @@ if __name__ == "__main__":
 
     sharding.MIN_ELEMENTS = 1  # else nothing of this size would be split
     sys.modules["torch"] = None  # tensorboardX would import it, for seconds
-    sys.exit(open_door({"count": count_together, "train": train}[sys.argv[1]], sys.argv[1], []))
+    sys.exit(run_command({"count": count_together, "train": train}[sys.argv[1]], sys.argv[1], []))

@@ -26,14 +26,14 @@ from sfd_jax.generation import balanced_labels, make_sampler
 from sfd_jax.training import load_params
 
 sampler = make_sampler(load_params("weights/sfd_xl"), load_params("weights/texture_vae"))
-images, network_calls = sampler(np.arange(1000), balanced_labels(1000, 1000), batch_size=64)
+images, nfe = sampler(np.arange(1000), balanced_labels(1000, 1000), batch_size=64)
 reference, inception = open_reference("VIRTUAL_imagenet256_labeled.npz"), load_params("weights/inception")
 print(evaluate(image_set_of("ours", images), reference, inception_extractor(inception)))
 """
 
 
 def draw_inception():
-    """Return a state dict in the published form whose features differ well between images."""
+    """Return a state dict in the released form whose features differ well between images."""
     table, network = FORMATS["inception"].TABLE, Network("inception", {})
     generator = np.random.default_rng(0)
     state = {}

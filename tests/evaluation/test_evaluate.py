@@ -244,7 +244,7 @@ def test_other_dtypes_are_refused():
 @pytest.mark.parametrize(
     ("config", "more", "name"),
     [
-        (dinov2_config("L", num_registers=0), {}, "dinov2"),  # the published FD-DINOv2
+        (dinov2_config("L", num_registers=0), {}, "dinov2"),  # the released FD-DINOv2
         (dinov2_config("L"), {}, "dinov2_vitl14_reg4"),
         (dinov2_config("B"), {}, "dinov2_vitb14_reg4"),
         (dinov2_config("g", num_registers=0), {}, "dinov2_vitg14"),

@@ -1,4 +1,4 @@
-"""Metrics against answers known by hand, definitions written out again, and the published evaluator."""
+"""Metrics against answers known by hand, definitions written out again, and the released evaluator."""
 
 import warnings
 
@@ -21,23 +21,23 @@ def gaussian_of(rows):
 
 
 @pytest.fixture
-def published(parity_dir):
+def released(parity_dir):
     with np.load(parity_dir / "metrics.npz") as file:
         return dict(file)
 
 
 @pytest.mark.parametrize("case", ["", "_low_rank"])
-def test_frechet_distance_of_the_published_evaluator(published, case):
+def test_frechet_distance_of_the_released_evaluator(released, case):
     prefix = "in_low_" if case else "in_"
-    ours = frechet_distance(*gaussian_of(published[f"{prefix}reference"]), *gaussian_of(published[f"{prefix}sample"]))
-    assert ours == pytest.approx(float(published[f"out_fid{case}"]), rel=1e-6)  # issue 3's bound
+    ours = frechet_distance(*gaussian_of(released[f"{prefix}reference"]), *gaussian_of(released[f"{prefix}sample"]))
+    assert ours == pytest.approx(float(released[f"out_fid{case}"]), rel=1e-6)  # issue 3's bound
 
 
 @pytest.mark.parametrize("block", [128, 4096])
-def test_precision_and_recall_of_the_published_evaluator(published, block):
+def test_precision_and_recall_of_the_released_evaluator(released, block):
     # Counts of points, so equal or wrong; the block size must not matter, nor that 128 divides neither set.
-    ours = precision_recall(published["in_reference"], published["in_sample"], block=block)
-    assert ours == (published["out_precision"], published["out_recall"])
+    ours = precision_recall(released["in_reference"], released["in_sample"], block=block)
+    assert ours == (released["out_precision"], released["out_recall"])
 
 
 def test_precision_and_recall_of_the_suites_tensorflow():
@@ -53,9 +53,9 @@ def test_precision_and_recall_of_the_suites_tensorflow():
     assert precision_recall(reference, samples, distances="float32") == (339 / 600, 398 / 700)
 
 
-def test_inception_score_of_the_published_evaluator(published):
-    probabilities = published["in_probs"]
-    expected = float(published["out_inception_score"])
+def test_inception_score_of_the_released_evaluator(released):
+    probabilities = released["in_probs"]
+    expected = float(released["out_inception_score"])
     assert inception_score(probabilities, split_size=500) == pytest.approx(expected, rel=1e-6)
     running = RunningInceptionScore(split_size=500)  # pieces that end neither with splits nor at their edges
     for start in range(0, len(probabilities), 77):

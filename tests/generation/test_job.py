@@ -45,7 +45,7 @@ def test_exactly_n_in_order(tmp_path):
     check_complete(tmp_path)
     recipe = json.loads((tmp_path / "recipe.json").read_text())
     assert recipe["num_images"] == 53 and recipe["model"]["step"] == 7
-    assert recipe["network_calls"] == {"mean": 9.0, "min": 9, "max": 9}
+    assert recipe["nfe"] == {"mean": 9.0, "min": 9, "max": 9}
 
 
 def test_an_interrupted_job_makes_only_what_is_missing(tmp_path):
@@ -168,7 +168,7 @@ def test_sizes_that_are_none_are_refused(tmp_path, sizes):
 
 
 def test_the_chunk_size_belongs_to_the_recipe_where_the_batch_size_does(tmp_path):
-    """As in published mode, where dopri5 shares its step over a batch, and chunks decide where batches begin."""
+    """As in released mode, where dopri5 shares its step over a batch, and chunks decide where batches begin."""
     recipe = {**RECIPE, "batch_size": 7}
     run(tmp_path, recipe=recipe, chunk_size=20)
     assert json.loads((tmp_path / "recipe.json").read_text())["chunk_size"] == 20
@@ -192,7 +192,7 @@ def test_folders_begun_before_go_on(tmp_path):
         "timestep_shift": 0.0,
         "num_steps": 50,  # dopri5 has none
     }
-    del old["sampler"]["max_calls"]
+    del old["sampler"]["max_nfe"]
     old["clocks"] = {"name": "FixedOffset", "tau_end": 1.3, "breakpoints": [0.3, 1.0]}
     (tmp_path / "recipe.json").write_text(json.dumps(old))
     run(tmp_path, recipe=recipe, chunk_size=None)

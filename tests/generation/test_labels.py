@@ -20,7 +20,7 @@ def test_balanced_labels_are_balanced_and_shuffled(num, classes):
 
 
 def test_balanced_labels_are_not_balanced_in_every_stretch():
-    # Were they, each split of the inception score would have exactly even classes, unlike published ones.
+    # Were they, each split of the inception score would have exactly even classes, unlike released ones.
     first = np.bincount(balanced_labels(1000, 10)[:100], minlength=10)
     assert len(set(first)) > 1
 

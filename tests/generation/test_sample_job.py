@@ -2,7 +2,7 @@
 
 import pytest
 
-from sfd_jax.cli.flags import door_parser, parse_door
+from sfd_jax.cli.flags import command_parser, parse_command
 from sfd_jax.cli.sampling_flags import add_sampling_flags
 from sfd_jax.diffusion.sample_config import SampleJob
 from sfd_jax.errors import SfdError
@@ -15,9 +15,9 @@ WEAK = "--weak=weak"
 
 
 def job(saved, *flags):
-    parser = door_parser("sample", "")
+    parser = command_parser("sample", "")
     add_sampling_flags(parser, required=False)
-    return sample_job(parse_door(parser, list(flags)), saved)
+    return sample_job(parse_command(parser, list(flags)), saved)
 
 
 @pytest.mark.parametrize(
@@ -29,14 +29,14 @@ def job(saved, *flags):
         (SHIPPED, [WEAK, "--guidance_scale=2"], dict(AUTO, guidance_scale=2.0, batch_size=64)),
         (SHIPPED, ["--guidance=none", "--batch_size=3"], dict(batch_size=3)),
         (AUTO, ["--guidance=cfg", "--guidance_scale=4"], dict(guidance="cfg", guidance_scale=4.0)),
-        (dict(solver="euler", calls=20), [], dict(solver="euler", calls=20)),
-        (dict(solver="euler", calls=20), ["--num_steps=9"], dict(solver="euler", num_steps=9)),
-        (dict(solver="euler", num_steps=9), ["--calls=20"], dict(solver="euler", calls=20)),
+        (dict(solver="euler", nfe=20), [], dict(solver="euler", nfe=20)),
+        (dict(solver="euler", nfe=20), ["--num_steps=9"], dict(solver="euler", num_steps=9)),
+        (dict(solver="euler", num_steps=9), ["--nfe=20"], dict(solver="euler", nfe=20)),
         (dict(solver="euler", num_steps=9, rtol=0.1), ["--solver=dopri5"], dict(rtol=0.1)),
         (dict(num=5, labels="3"), ["--labels=random"], dict(num=5, labels="random")),
         # As groups and checkpoints were written once, for every solver and kind of guidance.
         (
-            dict(SHIPPED, calls=0, timestep_shift=0.0, guidance_scale_texture=-1.0, of_then=7),
+            dict(SHIPPED, nfe=0, timestep_shift=0.0, guidance_scale_texture=-1.0, of_then=7),
             [WEAK],
             dict(AUTO, batch_size=64),
         ),
@@ -65,9 +65,9 @@ def test_saved_settings_that_give_way_to_a_weaker_model_are_said():
 @pytest.mark.parametrize(
     "saved, flags, says",
     [
-        ({}, ["--calls=9"], "--calls=9 has no effect beside --solver=dopri5"),
+        ({}, ["--nfe=9"], "--nfe=9 has no effect beside --solver=dopri5"),
         (dict(solver="euler"), ["--rtol=0.1"], "--rtol=0.1 has no effect without --solver=dopri5"),
-        (dict(solver="euler"), ["--calls=9", "--num_steps=9"], "--num_steps=9 has no effect beside --calls"),
+        (dict(solver="euler"), ["--nfe=9", "--num_steps=9"], "--num_steps=9 has no effect beside --nfe"),
         ({}, [WEAK], "guidance 'autoguidance' with guidance_scale=1 is no guidance"),
         (AUTO, ["--guidance=cfg"], "guidance 'cfg' with guidance_scale=1 is no guidance"),  # a scale of another kind
         (AUTO, ["--guidance=cfg", WEAK], "--weak=weak has no effect without --guidance=autoguidance"),
@@ -86,6 +86,6 @@ def test_flags_without_effect_beside_what_was_saved_are_named(saved, flags, says
 
 def test_what_is_used_is_told_without_what_has_no_effect():
     assert described(SampleJob(num=5)) == (
-        "solver=dopri5 mode=staged atol=1e-06 rtol=0.001 max_calls=10000 guidance=none num=5 labels=balanced "
+        "solver=dopri5 mode=staged atol=1e-06 rtol=0.001 max_nfe=10000 guidance=none num=5 labels=balanced "
         "batch_size=16"
     )

@@ -69,7 +69,7 @@ def test_samples_are_images_and_differ(whole):
 
 
 def test_given_noise_is_integrated_as_samples_are(whole):
-    """`sfd verify` compares by this with the published code what `sfd sample` makes."""
+    """`sfd verify` compares by this with the released code what `sfd sample` makes."""
     sampler, *_, latents = whole
     indices = np.arange(8)
     noise = sample_noise(11, indices.astype(np.uint32), (4, 4, 5))
@@ -109,7 +109,7 @@ def test_noise_is_a_function_of_seed_and_index():
     assert (np.asarray(many[7]) != np.asarray(sample_noise(4, np.array([7], np.uint32), (2, 2, 5))[0])).all()
 
 
-def test_decoding_is_the_published_formula(whole):
+def test_decoding_is_the_released_formula(whole):
     # Texture denormalised by the statistics, decoded, clamp(127.5 x + 128, 0, 255), truncated.
     _, images, _, latents = whole
     params, metadata = vae()

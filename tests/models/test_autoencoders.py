@@ -117,7 +117,7 @@ def test_bfloat16_is_near_float32():
     assert float(jnp.max(jnp.abs(mean - rounded))) < 0.05 * float(jnp.max(jnp.abs(mean)))
 
 
-def test_published_parameter_counts():
+def test_released_parameter_counts():
     # Totals of the released state dicts (semvae_full and vae_full in the parity pack).
     assert Network("semantic_vae", {}).num_params() == 57_924_896
     assert Network("texture_vae", {}).num_params() == 69_836_067

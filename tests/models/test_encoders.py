@@ -110,7 +110,7 @@ def test_average_pool_leaves_padding_out():
     np.testing.assert_array_equal(max_pool_same(-image)[0, 0, 0, 0], 0.0)
 
 
-def test_published_parameter_counts():
+def test_released_parameter_counts():
     # ViT-B/14 with registers and Inception: totals of the released state dicts.
     assert Network("dinov2", dinov2_config("B")).num_params() == 86_583_552
     assert Network("inception", {}).num_params() == 23_885_392

@@ -232,14 +232,14 @@ def test_position_table_by_hand():
 
 
 # The released models count their fixed position table (N x D) as parameters; here it is none.
-PUBLISHED = {"B": 137_632_304, "XL": 682_765_424, "1p0B": 1_037_191_472}
+RELEASED = {"B": 137_632_304, "XL": 682_765_424, "1p0B": 1_037_191_472}
 
 
-@pytest.mark.parametrize("size", PUBLISHED)
-def test_published_parameter_counts(size):
+@pytest.mark.parametrize("size", RELEASED)
+def test_released_parameter_counts(size):
     config = dit_config(size, repa_features=768)
     position_table = 16 * 16 * config.width
-    assert Network("lightning_dit", config).num_params() + position_table == PUBLISHED[size]
+    assert Network("lightning_dit", config).num_params() + position_table == RELEASED[size]
 
 
 @pytest.mark.parametrize("size", ["S", "L", "1p6B"])

@@ -1,4 +1,4 @@
-"""A small cloud for the scripts of scripts/tpu: a repository of their own, a stand-in for gcloud, a fake door."""
+"""A small cloud for the scripts of scripts/tpu: a repository of their own, a stand-in for gcloud, a fake command."""
 
 import json
 import os
@@ -12,23 +12,23 @@ import pytest
 
 from tests.scripts.gcloud_stand_in import kill_jobs
 
-# Stands in for tpu_setup.sh: makes the environment with a door that writes down what it was given and then does as
-# the file `door` in the worker's home says: the exit status of each start in turn, or "stay" until SIGTERM.
+# Stands in for tpu_setup.sh: makes the environment with a command that writes down what it was given and then does as
+# the file `command` in the worker's home says: the exit status of each start in turn, or "stay" until SIGTERM.
 SETUP = r"""#!/usr/bin/env bash
 set -e
 cd "$(dirname "$0")"
 [ ! -f "$HOME/setup_fails" ] || { echo "the package index did not answer" >&2; exit 3; }
 mkdir -p .venv/bin
-cat >.venv/bin/sfd <<'DOOR'
+cat >.venv/bin/sfd <<'COMMAND'
 #!/usr/bin/env bash
 printf '%s\0' "$@" >"$HOME/given"
 env >"$HOME/environment"
-plan=$(head -n 1 "$HOME/../../door")
-[ "$(wc -l <"$HOME/../../door")" -le 1 ] || sed -i 1d "$HOME/../../door"
-echo "the door does: $plan"
+plan=$(head -n 1 "$HOME/../../command")
+[ "$(wc -l <"$HOME/../../command")" -le 1 ] || sed -i 1d "$HOME/../../command"
+echo "the command does: $plan"
 if [ "$plan" = stay ]; then trap 'echo saved; exit 75' TERM; while :; do sleep 0.05; done; fi
 exit "$plan"
-DOOR
+COMMAND
 chmod +x .venv/bin/sfd
 echo prepared >>"$HOME/prepared"
 """
@@ -70,7 +70,7 @@ class Cloud:
         coming = ["PROVISIONING", "ACTIVE"]
         self.set(state="ABSENT", pending=[], coming=coming, nodes={}, names=[], fail=[])
         self.set(workers=2, type="v5litepod-8", silent=[])
-        self.door("0")
+        self.command("0")
 
     @staticmethod
     def tool(path: Path, text: str) -> None:
@@ -92,9 +92,9 @@ class Cloud:
         old = json.loads(path.read_text()) if path.exists() else {}
         path.write_text(json.dumps(old | values))
 
-    def door(self, *plan: str) -> None:
-        """What the door does at each start, on whichever worker; the last one again and again."""
-        (self.world / "door").write_text("".join(f"{line}\n" for line in plan))
+    def command(self, *plan: str) -> None:
+        """What the command does at each start, on whichever worker; the last one again and again."""
+        (self.world / "command").write_text("".join(f"{line}\n" for line in plan))
 
     def reset(self) -> None:
         """An empty cloud again, in which no call was made."""
@@ -119,7 +119,7 @@ class Cloud:
         return sorted((self.world / "homes").glob("*"))
 
     def given(self, home: Path) -> list[str]:
-        """The arguments that the door was given on a worker."""
+        """The arguments that the command was given on a worker."""
         return (home / "given").read_text().split("\0")[:-1]
 
     def run(

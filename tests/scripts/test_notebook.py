@@ -56,7 +56,7 @@ def test_it_trains_and_draws_the_digits(stored, root, quick, tmp_path, monkeypat
     assert (tiles.std(axis=(1, 3, 4)) > 2).all()
     assert not (root / "scripts/colab/demo_out").exists()
     text = "".join(output.get("text", "") for cell in stored.cells for output in cell.get("outputs", []))
-    assert "the pinned packages are installed" in text and "40 pictures, 99 network calls each" in text
+    assert "the pinned packages are installed" in text and "40 pictures, 99 network evaluations each" in text
 
 
 @pytest.fixture

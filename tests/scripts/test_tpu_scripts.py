@@ -143,7 +143,7 @@ def test_arguments_arrive_as_they_were_given(cloud):
         environment = (home / "environment").read_text().splitlines()
         assert {"NOTE=it's $5", "SFD_EXPECT_PROCESSES=2", "SFD_EXPECT_DEVICES=8", "SFD_MULTIHOST=1"} <= set(environment)
         assert f"SFD_COMMIT={cloud.commit}" in environment
-        assert "the door does: 0" in (home / "sfd_jobs/one/log").read_text()
+        assert "the command does: 0" in (home / "sfd_jobs/one/log").read_text()
 
 
 def test_slices_are_reached_together(cloud):
@@ -172,7 +172,7 @@ def test_setup_keeps_the_environment_and_leaves_a_running_job_alone(cloud):
     assert (home / "sfd_jax/.commit").read_text().strip() == first
     (cloud.repository / "new_file").touch()
     second = cloud.commit_all("second")
-    cloud.door("stay")
+    cloud.command("stay")
     assert cloud.run("launch", "--", "train").returncode == 0
     done = cloud.run("setup")
     assert done.returncode != 0 and "job train runs" in done.stderr and not (home / "sfd_jax/new_file").exists()
@@ -205,7 +205,7 @@ def test_uncommitted_changes_are_said_not_brought(cloud):
 
 def test_launch_again_fills_in_and_refuses_another_command(cloud):
     cloud.up()
-    cloud.door("stay")
+    cloud.command("stay")
     assert cloud.run("launch", "--", "train", "--a").returncode == 0
     pids = [(home / "sfd_jobs/train/pid").read_text() for home in cloud.homes()]
     done = cloud.run("launch", "--", "train", "--a")
@@ -222,12 +222,12 @@ def test_launch_again_fills_in_and_refuses_another_command(cloud):
 def test_a_job_that_does_not_save_in_time_is_killed(cloud):
     cloud.up(workers=1)
     (home,) = cloud.homes()
-    door = home / "sfd_jax/.venv/bin/sfd"
-    door.write_text("#!/usr/bin/env bash\ntrap '' TERM\nwhile :; do sleep 0.05; done\n")
+    command = home / "sfd_jax/.venv/bin/sfd"
+    command.write_text("#!/usr/bin/env bash\ntrap '' TERM\nwhile :; do sleep 0.05; done\n")
     assert cloud.run("launch", "--", "train").returncode == 0
     done = cloud.run("stop", "--grace=1")
     assert done.returncode == 0 and "exited 137" in done.stdout
-    assert subprocess.run(["pgrep", "-f", str(door)], capture_output=True).returncode == 1
+    assert subprocess.run(["pgrep", "-f", str(command)], capture_output=True).returncode == 1
 
 
 def test_logs_come_from_all_workers_and_old_ones_stay(cloud):
@@ -243,7 +243,7 @@ def test_logs_come_from_all_workers_and_old_ones_stay(cloud):
     shutil.rmtree(cloud.homes()[1] / "sfd_jobs")
     done = cloud.run("logs", "--out=got")
     assert done.returncode == 1 and "pod-1" in done.stderr and "exit status 0" in files[1].read_text()
-    assert "the door does: 0" in cloud.run("logs", "--tail=5").stdout
+    assert "the command does: 0" in cloud.run("logs", "--tail=5").stdout
 
 
 @pytest.mark.parametrize("script", ["create", "setup", "launch", "logs", "stop", "delete"])
@@ -320,7 +320,7 @@ def test_watch_makes_sets_up_launches_and_ends_with_the_job(cloud):
 
 def test_watch_starts_again_what_was_preempted_or_killed(cloud):
     cloud.set(workers=1)
-    cloud.door("75", "137", "134", "143", "75", "0")
+    cloud.command("75", "137", "134", "143", "75", "0")
     done = cloud.run("watch", "--", "train")
     assert done.returncode == 0, done.stdout + done.stderr
     assert starts(cloud) == 6
@@ -337,22 +337,22 @@ def test_watch_starts_again_what_was_preempted_or_killed(cloud):
 
 def test_watch_gives_up_at_once_on_a_fault(cloud):
     cloud.up()
-    cloud.door("2")
+    cloud.command("2")
     done = cloud.run("watch", "--", "train")
     assert done.returncode == 2 and "ended with status 2" in done.stderr
-    assert "the door does: 2" in done.stdout, "it shows the logs' ends"
+    assert "the command does: 2" in done.stdout, "it shows the logs' ends"
     assert starts(cloud) == 1 and cloud.state == "ACTIVE" and "costs" in done.stderr
     # Watched again, it tries once more; and then again, now that the user has mended it.
-    cloud.door("1")
+    cloud.command("1")
     assert cloud.run("watch", "--", "train").returncode == 1 and starts(cloud) == 2
-    cloud.door("0")
+    cloud.command("0")
     done = cloud.run("watch", "--", "train")
     assert done.returncode == 0 and starts(cloud) == 3, done.stdout + done.stderr
 
 
 def test_watch_is_patient_but_not_for_ever(cloud):
     cloud.set(workers=1)
-    cloud.door("75")
+    cloud.command("75")
     done = cloud.run("watch", "--attempts=3", "--", "train")
     assert done.returncode == 1 and "3 attempts in a row came to nothing" in done.stderr
     assert starts(cloud) == 3
@@ -368,7 +368,7 @@ def test_watch_is_patient_but_not_for_ever(cloud):
 @pytest.mark.parametrize("how", ["SUSPENDED", "PREEMPTED"])
 def test_watch_makes_a_lost_slice_anew(cloud, how):
     cloud.up(workers=1)
-    cloud.door("stay", "0")
+    cloud.command("stay", "0")
     assert cloud.run("launch", "--", "train").returncode == 0
     cloud.wait_for((cloud.homes()[0] / "given").exists)
     if how == "PREEMPTED":
@@ -408,7 +408,7 @@ def test_watch_survives_a_failing_call_and_goes_on_after_many(cloud):
 
 def test_watch_stops_the_others_when_one_worker_has_ended(cloud):
     cloud.up()
-    cloud.door("stay")
+    cloud.command("stay")
     assert cloud.run("launch", "--", "train").returncode == 0
     for home in cloud.homes():
         cloud.wait_for((home / "given").exists)
@@ -416,7 +416,7 @@ def test_watch_stops_the_others_when_one_worker_has_ended(cloud):
     subprocess.run(
         ["kill", "-KILL", "--", "-" + (cloud.homes()[0] / "sfd_jobs/train/pid").read_text().strip()], check=True
     )
-    cloud.door("0")
+    cloud.command("0")
     done = cloud.run("watch", "--", "train")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ended on 1 of 2 workers" in done.stdout and "stopping train on the others" in done.stdout
@@ -425,7 +425,7 @@ def test_watch_stops_the_others_when_one_worker_has_ended(cloud):
 
 def test_watch_refuses_a_slice_that_runs_another_command(cloud):
     cloud.up()
-    cloud.door("stay")
+    cloud.command("stay")
     assert cloud.run("launch", "--", "train", "--a").returncode == 0
     done = cloud.run("watch", "--", "train", "--b")
     assert done.returncode == 2 and "runs another command" in done.stderr
@@ -439,7 +439,7 @@ def test_watch_stops_a_job_whose_heartbeat_is_old(cloud, root):
     work = cloud.folder / "work"
     beats = work / "heartbeats"
     beats.mkdir(parents=True)
-    cloud.door("stay", "0")
+    cloud.command("stay", "0")
     command = ("--", "train", f"--workdir={work}")
     assert cloud.run("launch", *command).returncode == 0
     now = (home / "sfd_jobs/train/pid").stat().st_mtime + 5

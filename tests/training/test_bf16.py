@@ -55,7 +55,7 @@ def equations(jaxpr):
 @pytest.mark.parametrize("more", [{}, {"use_rmsnorm": False, "use_swiglu": False, "use_shift": False}])
 def test_what_is_computed_in_bfloat16(more):
     task = make_task(dataclasses.replace(BF16, **more))
-    batch = {**make_batch(), "positions": jnp.arange(16)}
+    batch = {**make_batch(), "row_indices": jnp.arange(16)}
     step = jax.value_and_grad(lambda params: task.loss(params, batch, jax.random.key(1))[0])
     jaxpr = jax.make_jaxpr(step)(jax.eval_shape(task.init, jax.random.key(0)))
     is_half = lambda x: getattr(x.aval, "dtype", None) == jnp.bfloat16

@@ -45,7 +45,7 @@ def make_batch(rows=16):
 def test_a_fresh_network_predicts_zero_so_the_loss_is_known():
     """Velocity 0: the squared error is the target's own square, and the cosine term is 1."""
     task = make_task(repa_weight=0.0)
-    batch = {**make_batch(4096), "positions": jnp.arange(4096)}
+    batch = {**make_batch(4096), "row_indices": jnp.arange(4096)}
     _, metrics = jax.jit(task.loss)(task.init(jax.random.key(0)), batch, jax.random.key(1))
     mean = {name: float(value / count) for name, (value, count) in metrics.items() if count}
     np.testing.assert_allclose(mean["loss_cosine"], 1.0, rtol=1e-6)

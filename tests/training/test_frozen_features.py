@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from toy_training import INPUTS, OUTPUTS, toy_batches, toy_config, toy_task
 
-from sfd_jax.cli.main import open_door
+from sfd_jax.cli.main import run_command
 from sfd_jax.data.paired import WithPixels
 from sfd_jax.data.pipeline import latent_transform
 from sfd_jax.distributed import make_mesh, put_batch
@@ -151,8 +151,8 @@ def test_pixels_are_those_the_latents_were_made_from():
         (["--config.data.repa_source=semva"], "did you mean 'semvae'"),
     ],
 )
-def test_what_a_source_needs_is_said_at_the_door(flags, message, tmp_path, capsys):
+def test_what_a_source_needs_is_said_at_the_command(flags, message, tmp_path, capsys):
     from sfd_jax.cli.train import main
 
-    assert open_door(main, "train", ["--config=configs/sfd.py:xl,tiny", f"--workdir={tmp_path / 'run'}", *flags]) == 2
+    assert run_command(main, "train", ["--config=configs/sfd.py:xl,tiny", f"--workdir={tmp_path / 'run'}", *flags]) == 2
     assert message in capsys.readouterr().err

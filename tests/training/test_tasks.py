@@ -1,4 +1,4 @@
-"""The tasks beside diffusion: each loss against numpy, and what their checkpoints give to the doors."""
+"""The tasks beside diffusion: each loss against numpy, and what their checkpoints give to the commands."""
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def test_semantic_vae_loss(axis):
     task = semantic_vae_task(network, weights)
     params, key = task.init(jax.random.key(1)), jax.random.key(2)
     features = np.random.default_rng(0).standard_normal((2, 5, 7)).astype(np.float32)
-    loss, metrics = task.loss(params, {"features": jnp.asarray(features), "positions": jnp.arange(2)}, key)
+    loss, metrics = task.loss(params, {"features": jnp.asarray(features), "row_indices": jnp.arange(2)}, key)
 
     mean, logvar = (np.asarray(x) for x in network.apply(params, features, method="encode"))
     latents = mean + np.exp(logvar / 2) * np.asarray(normal_by_row(key, jnp.arange(2), mean.shape[1:]))
@@ -65,7 +65,7 @@ def test_semantic_vae_without_posterior_and_with_classifier():
     task = semantic_vae_task(network, SemanticVAELoss(classification_weight=2.0, num_classes=4))
     params = task.init(jax.random.key(1))
     assert params.keys() == {"network", "heads"}
-    batch = {"features": jnp.ones((2, 5, 7)), "labels": jnp.array([0, 3]), "positions": jnp.arange(2)}
+    batch = {"features": jnp.ones((2, 5, 7)), "labels": jnp.array([0, 3]), "row_indices": jnp.arange(2)}
     loss, metrics = task.loss(params, batch, jax.random.key(0))
     assert "kl" not in metrics
     parts = metrics["mse"] + metrics["cosine_token"] + 2 * metrics["classification"]
@@ -83,7 +83,7 @@ def test_texture_vae_loss():
     task = texture_vae_task(network, weights, perceptual=lambda a, b: jnp.full(a.shape[0], 7.0))
     params, key = task.init(jax.random.key(1)), jax.random.key(2)
     pixels = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 6, 6, 3)).astype(np.float32))
-    loss, metrics = task.loss(params, {"pixels": pixels, "positions": jnp.arange(2)}, key)
+    loss, metrics = task.loss(params, {"pixels": pixels, "row_indices": jnp.arange(2)}, key)
 
     noise = normal_by_row(key, jnp.arange(2), (3, 3, 2))
     out, mean, logvar = (np.asarray(x) for x in network.apply(params, pixels, noise))
@@ -106,7 +106,7 @@ def test_lpips_alone_teaches_a_texture_vae():
     weights = TextureVAELoss(l1_weight=0.0, mse_weight=0.0, kl_weight=0.0, perceptual_weight=1.0)
     task = texture_vae_task(network, weights, lambda ours, theirs, params: lpips.apply(params, ours, theirs), frozen)
     pixels = rng.uniform(-1, 1, (4, 16, 16, 3)).astype(np.float32)
-    batch = {"pixels": jnp.asarray(pixels), "positions": jnp.arange(4)}
+    batch = {"pixels": jnp.asarray(pixels), "row_indices": jnp.arange(4)}
     optimizer = optax.adam(1e-2)
 
     @jax.jit
@@ -170,7 +170,7 @@ def test_visual_encoder_learns_and_leaves_its_network_alone_in_the_checkpoint(tm
     )
     mesh = make_mesh(1, 1, devices=jax.devices()[:1])
     state = fit(task, batches, train, tmp_path, mesh=mesh, progress=False)
-    _, metrics = task.loss(state.ema_params, {**next(batches(99)), "positions": jnp.arange(8)}, jax.random.key(0))
+    _, metrics = task.loss(state.ema_params, {**next(batches(99)), "row_indices": jnp.arange(8)}, jax.random.key(0))
     assert metrics["accuracy_cls"] == metrics["accuracy_patches"] == (8, 8)
 
     params, metadata = load_params(tmp_path)

@@ -21,7 +21,7 @@ def toy_task(noise: float = 0.1, scale: float = 1.0) -> Task:
         }
 
     def loss(params, batch, key):
-        x = batch["x"] + noise * normal_by_row(key, batch["positions"], batch["x"].shape[1:])
+        x = batch["x"] + noise * normal_by_row(key, batch["row_indices"], batch["x"].shape[1:])
         hidden = jnp.tanh(x @ params["hidden"]["kernel"] + params["hidden"]["bias"][None])
         error = jnp.square(hidden @ params["out"]["kernel"] - batch["y"]).sum(-1)
         high = batch["x"][:, 0] > 0

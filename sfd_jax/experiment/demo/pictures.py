@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from sfd_jax.errors import needs_extra
-from sfd_jax.files import appearing
+from sfd_jax.files import atomic_write
 
 
 def _pyplot():
@@ -21,7 +21,7 @@ def _pyplot():
 
 
 def _save(figure, path: Path) -> None:
-    with appearing(path) as part:
+    with atomic_write(path) as part:
         figure.savefig(part, format="png", dpi=100, facecolor="white")
     _pyplot().close(figure)
 

@@ -54,7 +54,7 @@ def make_samples(demo: Demo) -> dict:
     write_text(demo.workdir / "recipe.json", (folder / "recipe.json").read_text())
     write_samples_npz(folder).replace(demo.workdir / "samples.npz")
     recipe = json.loads((folder / "recipe.json").read_text())
-    return {"images": int(settings.num), "network calls a sample": round(recipe["network_calls"]["mean"], 1)}
+    return {"images": int(settings.num), "network evaluations a sample": round(recipe["nfe"]["mean"], 1)}
 
 
 def measure(demo: Demo) -> dict:

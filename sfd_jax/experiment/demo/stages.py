@@ -92,7 +92,7 @@ def train_texture_vae(demo: Demo) -> dict:
 
 
 def train_encoder(demo: Demo) -> dict:
-    """Train the visual encoder on the training digits, since no published weight is at hand."""
+    """Train the visual encoder on the training digits, since no released weight is at hand."""
     demo.train("encoder", training.open_visual_encoder(demo.stage_config("encoder", split="train")))
     return {"held-out accuracy": round(_probe_accuracy(demo), 4)}
 

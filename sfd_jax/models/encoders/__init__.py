@@ -4,7 +4,7 @@ The module class `Cls(config, *, rngs)` of an encoder owns its preprocessing:
 
   patch_features(pixels, grid)  pixels (B,S,S,3) float32 in [-1,1], any size S -> (B, grid*grid, F) by rows
   class_token(images, size)     images (B,H,W,3) float32, 0..255 -> (B,F) float32, as it sees them at size x size pixels
-                                in published metrics; left out where there is none
+                                in released metrics; left out where there is none
 
 Its config has `patch_size`, `feature_width` (F) and, beside a class token, `metric_size` and
 `metric_name(trained_here)`.
@@ -44,8 +44,8 @@ def register_encoder(name: str, config: type, network: type[nnx.Module], formats
         FORMATS.register(format_name, form, module)
 
 
-def published_encoder(**changes: Any) -> Network:
-    """Return the network of the encoder that the published latents were made with, with fields set otherwise."""
+def released_encoder(**changes: Any) -> Network:
+    """Return the network of the encoder that the released latents were made with, with fields set otherwise."""
     return Network("dinov2", dinov2_config("B", **changes))
 
 
@@ -59,7 +59,7 @@ __all__ = [
     "Tiling",
     "VisualEncoder",
     "dinov2_config",
-    "published_encoder",
+    "released_encoder",
     "register_encoder",
     "to_float",
 ]

@@ -2,7 +2,7 @@
 
 Maps images to one feature vector a patch, a class token and register tokens, all after the final
 LayerNorm. Works at any image size that divides by the patch size: the position table is resized.
-The published one is ViT-B/14 with 4 registers, 224 px: N = 256 patches, D = 768.
+The released one is ViT-B/14 with 4 registers, 224 px: N = 256 patches, D = 768.
 
 `convert/dinov2.py` lists the parameters beside their PyTorch keys; `blocks/` leaves are stacked along L.
 register_tokens is absent where num_registers is 0. mask_token is only read in DINOv2's own
@@ -51,11 +51,11 @@ INIT = jax.nn.initializers.truncated_normal(0.02)
 
 @dataclasses.dataclass(frozen=True)
 class DinoV2Config:
-    """Say which DINOv2; the defaults but for the size are those of the published models.
+    """Say which DINOv2; the defaults but for the size are those of the released models.
 
     Attributes:
       width, depth, num_heads: D, L, K.
-      image_size: size that the position table is made for (518 px published: a 37 x 37 table).
+      image_size: size that the position table is made for (518 px released: a 37 x 37 table).
       patch_size: P.
       num_registers: R.
       ffn: "mlp" (hidden width 4D), or "swiglu" (8/3 D, rounded up to a multiple of 8).
@@ -98,18 +98,18 @@ class DinoV2Config:
         return 224
 
     def metric_name(self, trained_here: bool) -> str:
-        """Return "dinov2" for the encoder of the published FD-DINOv2, else a name that says which encoder it is."""
+        """Return "dinov2" for the encoder of the released FD-DINOv2, else a name that says which encoder it is."""
         registers = f"_reg{self.num_registers}" if self.num_registers else ""
         same = ("width", "depth", "num_heads", "ffn")
-        published = {name: dinov2_config(name) for name in DINOV2_SIZES}
-        sizes = [name for name, known in published.items() if all(getattr(known, f) == getattr(self, f) for f in same)]
+        released = {name: dinov2_config(name) for name in DINOV2_SIZES}
+        sizes = [name for name, known in released.items() if all(getattr(known, f) == getattr(self, f) for f in same)]
         if not sizes or self.patch_size != 14 or trained_here:  # DINOv2's shape and no DINOv2
             return f"encoder_w{self.width}_d{self.depth}_p{self.patch_size}{registers}"
         return "dinov2" if sizes == ["L"] and not registers else f"dinov2_vit{sizes[0].lower()}14{registers}"
 
 
 def dinov2_config(size: str, **overrides) -> DinoV2Config:
-    """Return the config of a published size ("S", "B", "L", "g").
+    """Return the config of a released size ("S", "B", "L", "g").
 
     Raises:
       SfdError: no such size.
@@ -124,7 +124,7 @@ def preprocess(pixels: jax.Array, size: int) -> jax.Array:
 
     Args:
       pixels: (B, H, W, 3) in [-1, 1].
-      size: height and width of the result (the published pipeline: 256 px -> 224).
+      size: height and width of the result (the released pipeline: 256 px -> 224).
 
     Returns:
       (B, size, size, 3) float32.
@@ -218,7 +218,7 @@ class DinoV2(nnx.Module):
         """Return the position table of the patches, (1, rows * columns, D), resized where needed.
 
         Bicubic: with antialias in models with registers; in those without, no antialias and the
-        scale computed for 0.1 patches more, as each kind was published.
+        scale computed for 0.1 patches more, as each kind was released.
         """
         c = self.config
         grid = c.image_size // c.patch_size

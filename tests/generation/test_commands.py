@@ -1,4 +1,4 @@
-"""The doors `sample` and `evaluate` from checkpoints on disk to files, with a small network for Inception."""
+"""The commands `sample` and `evaluate` from checkpoints on disk to files, with a small network for Inception."""
 
 import argparse
 import dataclasses
@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from sfd_jax.cli import evaluate as evaluate_door
-from sfd_jax.cli import sample as sample_door
-from sfd_jax.cli.main import open_door
+from sfd_jax.cli import evaluate as evaluate_command
+from sfd_jax.cli import sample as sample_command
+from sfd_jax.cli.main import run_command
 from sfd_jax.diffusion.sample_config import SampleConfig
 from sfd_jax.distributed import make_mesh
 from sfd_jax.distributed.lock import FolderLock
@@ -77,14 +77,14 @@ def reference(tmp_path):
 def test_from_checkpoint_to_scores(flags, stand_in, tmp_path, capsys):
     out = tmp_path / "samples"
     sample = [*flags["model"], f"--out={out}", "--png", "--chunk_size=8"]
-    assert open_door(sample_door.main, "sample", sample) == 0
+    assert run_command(sample_command.main, "sample", sample) == 0
     with np.load(out / "samples.npz") as file:
         images, labels = file["arr_0"], file["arr_1"]
     assert images.shape == (21, 8, 8, 3) and images.dtype == np.uint8
     assert sorted(np.bincount(labels)) == [4, 4, 4, 4, 5]
     assert len(list((out / "images").glob("*.png"))) == 21 and (out / "grid.png").stat().st_size > 0
     recipe = json.loads((out / "recipe.json").read_text())
-    assert recipe["sampler"]["solver"] == "euler" and recipe["network_calls"]["mean"] == 3.0
+    assert recipe["sampler"]["solver"] == "euler" and recipe["nfe"]["mean"] == 3.0
     assert recipe["model"]["source"] == "drawn" and recipe["labels"]["mode"] == "balanced"
 
     # Whatever form the samples are in, and with none on disk at all, the scores are the same.
@@ -97,43 +97,43 @@ def test_from_checkpoint_to_scores(flags, stand_in, tmp_path, capsys):
         "live": ["--live", *flags["model"]],
     }.items():
         file = tmp_path / f"{name}.json"
-        assert open_door(evaluate_door.main, "evaluate", [*samples, *common, f"--out={file}"]) == 0
+        assert run_command(evaluate_command.main, "evaluate", [*samples, *common, f"--out={file}"]) == 0
         reports[name] = json.loads(file.read_text())
         assert reports[name]["scores"] == reports["npz"]["scores"]
         told = reports[name]["recipe"]["sampling"]
-        assert {key: told[key] for key in ("seed", "model", "labels", "network_calls")} == {
-            key: recipe[key] for key in ("seed", "model", "labels", "network_calls")
+        assert {key: told[key] for key in ("seed", "model", "labels", "nfe")} == {
+            key: recipe[key] for key in ("seed", "model", "labels", "nfe")
         }
         assert reports[name]["recipe"]["num_images"] == 21
     assert "precision" in capsys.readouterr().out
 
     # Nothing is overwritten, and a folder belongs to one recipe.
     again = [f"--samples={out}", *common, f"--out={tmp_path / 'npz.json'}"]
-    assert open_door(evaluate_door.main, "evaluate", again) == 2
-    assert open_door(sample_door.main, "sample", [*sample, "--seed=1"]) == 2
+    assert run_command(evaluate_command.main, "evaluate", again) == 2
+    assert run_command(sample_command.main, "sample", [*sample, "--seed=1"]) == 2
     assert "npz.json exists already" in (err := capsys.readouterr().err) and "seed: there 0, here 1" in err
 
 
 def test_a_second_start_in_a_folder_at_work_is_refused(flags, tmp_path, capsys):
     with FolderLock(tmp_path):
-        assert open_door(sample_door.main, "sample", [*flags["model"], f"--out={tmp_path}"]) == 2
+        assert run_command(sample_command.main, "sample", [*flags["model"], f"--out={tmp_path}"]) == 2
     assert "is in use by process" in capsys.readouterr().err and os.listdir(tmp_path) == [".lock"]
 
 
 def test_saved_statistics_serve_as_reference(stand_in, tmp_path):
     given = [reference(tmp_path), "--inception=stand-in"]
     statistics = tmp_path / "statistics.npz"
-    assert open_door(evaluate_door.main, "evaluate", [*given, f"--save_statistics={statistics}"]) == 0
+    assert run_command(evaluate_command.main, "evaluate", [*given, f"--save_statistics={statistics}"]) == 0
     samples = f"--samples={tmp_path / 'reference.npz'}"
     for number, source in enumerate((given[0], f"--reference={statistics}")):
         out = f"--out={tmp_path / f'{number}.json'}"
-        assert open_door(evaluate_door.main, "evaluate", [samples, source, given[1], out]) == 0
+        assert run_command(evaluate_command.main, "evaluate", [samples, source, given[1], out]) == 0
     first, second = (json.loads((tmp_path / f"{number}.json").read_text())["scores"] for number in range(2))
     assert first == second and first["precision"] == 1.0
 
 
 @pytest.mark.parametrize(
-    ("door", "arguments", "words"),
+    ("command", "arguments", "words"),
     [
         ("sample", ["bare"], "holds no latent statistics"),
         ("sample", ["model", "--labels=fife"], "no class is called 'fife'; did you mean 'five'"),
@@ -143,7 +143,7 @@ def test_saved_statistics_serve_as_reference(stand_in, tmp_path):
         ("sample", ["model", "--guidance=cfg"], "guidance 'cfg' with guidance_scale=1 is no guidance"),
         ("sample", ["model", "--guidance=cfg", "--weak=w"], "--weak=w has no effect without --guidance=autoguidance"),
         ("sample", ["model", "--rtol=1e-3"], "--rtol=0.001 has no effect without --solver=dopri5"),
-        ("sample", ["model", "--calls=9"], "--num_steps=4 has no effect beside --calls"),
+        ("sample", ["model", "--nfe=9"], "--num_steps=4 has no effect beside --nfe"),
         ("sample", ["model", "--weak_step=1"], "--weak_step=1 has no effect without --weak"),
         ("sample", ["model", "--step=7"], "is one checkpoint, so step 7 cannot be chosen|no checkpoint of step 7"),
         ("sample", ["model", "--chunk_size=-1"], "--chunk_size=-1: give an integer from 1"),
@@ -168,8 +168,8 @@ def test_saved_statistics_serve_as_reference(stand_in, tmp_path):
         ("evaluate", ["--samples={tmp}/reference.npz", "--metrics= ,"], "--metrics is empty"),
         (
             "evaluate",
-            ["--live", "--calls=3"],
-            "2 faults:\n.*needs --checkpoint and --texture_vae\n.*--calls=3 has no effect",
+            ["--live", "--nfe=3"],
+            "2 faults:\n.*needs --checkpoint and --texture_vae\n.*--nfe=3 has no effect",
         ),
         ("sample", ["model", "--solvr=euler"], "did you mean '--solver'"),
         ("evaluate", ["--samples={tmp}/reference.npz", "--num=31"], "holds 30 images, but --num=31"),
@@ -178,15 +178,15 @@ def test_saved_statistics_serve_as_reference(stand_in, tmp_path):
         ("evaluate", [], "nothing to judge"),
     ],
 )
-def test_bad_input_is_a_sentence_and_status_two(flags, stand_in, tmp_path, capsys, door, arguments, words):
+def test_bad_input_is_a_sentence_and_status_two(flags, stand_in, tmp_path, capsys, command, arguments, words):
     given = [reference(tmp_path), "--inception=stand-in", f"--out={tmp_path / 'out.json'}"]
-    if door == "sample":
+    if command == "sample":
         given, arguments = [f"--out={tmp_path / 'out'}"], [*flags[arguments[0]], *arguments[1:]]
     arguments = [argument.format(tmp=tmp_path) for argument in arguments]
-    main = {"sample": sample_door, "evaluate": evaluate_door}[door].main
-    assert open_door(main, door, [*given, *arguments]) == 2
+    main = {"sample": sample_command, "evaluate": evaluate_command}[command].main
+    assert run_command(main, command, [*given, *arguments]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"sfd {door}: ") and "Traceback" not in error
+    assert error.startswith(f"sfd {command}: ") and "Traceback" not in error
     assert re.search(words, error), error
     assert not (tmp_path / "out.json").exists() and not list(tmp_path.glob("out/chunks/*.npz"))
 
@@ -208,10 +208,10 @@ def test_another_texture_vae_is_refused_or_said(flags, stand_in, tmp_path, capsy
     }
     save_params(tmp_path / "told", params, told)
     sample = [f"--checkpoint={tmp_path / 'told'}", "--batch_size=1", f"--out={tmp_path / 'out'}"]
-    assert open_door(sample_door.main, "sample", [*sample, f"--texture_vae={other}"]) == 2
+    assert run_command(sample_command.main, "sample", [*sample, f"--texture_vae={other}"]) == 2
     assert f"--texture_vae={other}" in (error := capsys.readouterr().err) and "--other_texture_vae" in error
     assert not (tmp_path / "out" / "samples.npz").exists()
-    assert open_door(sample_door.main, "sample", [*sample, f"--texture_vae={other}", "--other_texture_vae"]) == 0
+    assert run_command(sample_command.main, "sample", [*sample, f"--texture_vae={other}", "--other_texture_vae"]) == 0
     lines = capsys.readouterr().out.splitlines()
     said = [line.removeprefix("note: ") for line in lines if line.startswith("note: ")]
     recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
@@ -229,7 +229,7 @@ def test_another_texture_vae_is_refused_or_said(flags, stand_in, tmp_path, capsy
     live = ["--live", *sample[:-1], f"--texture_vae={other}", "--other_texture_vae"]
     for number, samples in enumerate(([f"--samples={tmp_path / 'out'}"], live)):
         out = tmp_path / f"{number}.json"
-        assert open_door(evaluate_door.main, "evaluate", [*samples, *given, f"--out={out}"]) == 0
+        assert run_command(evaluate_command.main, "evaluate", [*samples, *given, f"--out={out}"]) == 0
         *notes, of_few = json.loads(out.read_text())["notes"]
         assert notes == recipe["notes"] and "scores of 21 images are biased" in of_few
         assert capsys.readouterr().out.count("note: ") == 4
@@ -252,7 +252,7 @@ def test_raw_weights_are_decoded_by_the_vae_that_made_the_latents(flags, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("door", "flag", "holds"),
+    ("command", "flag", "holds"),
     [
         ("sample", "--checkpoint", "texture_vae"),
         ("sample", "--texture_vae", "lightning_dit"),
@@ -262,7 +262,7 @@ def test_raw_weights_are_decoded_by_the_vae_that_made_the_latents(flags, tmp_pat
         ("evaluate", "--lpips", "texture_vae"),
     ],
 )
-def test_a_checkpoint_of_another_network_is_named(flags, tmp_path, capsys, monkeypatch, door, flag, holds):
+def test_a_checkpoint_of_another_network_is_named(flags, tmp_path, capsys, monkeypatch, command, flag, holds):
     model, vae = (flags["model"][i].split("=", 1)[1] for i in (0, 1))
     wrong = f"{flag}={model if holds == 'lightning_dit' else vae}"
     given = [
@@ -271,7 +271,7 @@ def test_a_checkpoint_of_another_network_is_named(flags, tmp_path, capsys, monke
         wrong,
         *(["--guidance_scale=1.5"] if flag == "--weak" else []),
     ]
-    if door == "evaluate":
+    if command == "evaluate":
         images = np.random.default_rng(3).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
         np.savez(tmp_path / "reference.npz", arr_0=images)
         given = [f"--reference={tmp_path / 'reference.npz'}", f"--samples={tmp_path / 'reference.npz'}", wrong]
@@ -279,6 +279,6 @@ def test_a_checkpoint_of_another_network_is_named(flags, tmp_path, capsys, monke
         extractor = Extractor("inception", {}, lambda params, images: {"features": images.reshape(len(images), -1)})
         monkeypatch.setattr(evaluation, "open_extractor", lambda name, directory: extractor)
         given = ["--reconstruction", "--inception=stand-in", f"--texture_vae={vae}", given[0], wrong]
-    assert open_door({"sample": sample_door, "evaluate": evaluate_door}[door].main, door, given) == 2
+    assert run_command({"sample": sample_command, "evaluate": evaluate_command}[command].main, command, given) == 2
     error, wanted = capsys.readouterr().err, {"--checkpoint": "lightning_dit", "--weak": "lightning_dit"}
     assert f"{wrong} holds '{holds}', expected '{wanted.get(flag, flag[2:])}'" in error, error

@@ -32,7 +32,7 @@ NAME = "fd_encoder_w24_d1_p14_reg1"  # of the visual encoder, which is no DINOv2
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """Three checkpoints, 20 images in ten classes, and 12 images to be judged."""
-    folder, random = tmp_path_factory.mktemp("doors"), np.random.default_rng(0)
+    folder, random = tmp_path_factory.mktemp("commands"), np.random.default_rng(0)
     for directory, (name, config) in NETWORKS.items():
         network = Network(name, config)
         draw = lambda leaf: random.normal(0, 0.3, leaf.shape).astype(np.float32)
@@ -54,7 +54,7 @@ def test_two_hosts_do_what_one_does(work, tmp_path):
         out = tmp_path / str(count)
         out.mkdir()
         expect = {"SFD_EXPECT_PROCESSES": str(count), "SFD_EXPECT_DEVICES": "4"}
-        jobs[out] = launch([Path(__file__).with_name("doors.py"), work, out], count, variables=lambda _, e=expect: e)
+        jobs[out] = launch([Path(__file__).with_name("commands.py"), work, out], count, variables=lambda _, e=expect: e)
     (one, two), processes = jobs, [process for job in jobs.values() for process in job.values()]
     ends = [process.communicate(timeout=600) for process in processes]
     assert [process.returncode for process in processes] == [0] * 3, ends

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sfd_jax.cli.main import SMALLER, open_door
+from sfd_jax.cli.main import SMALLER, run_command
 from sfd_jax.cli.train import main
 from sfd_jax.cli.train_semvae import main as train_semvae
 from sfd_jax.data.latent_store import LatentStore, LatentStoreWriter, Plan, latent_fields
@@ -46,7 +46,7 @@ def latents(tmp_path_factory):
 
 
 def train(workdir, latents, *flags):
-    return open_door(main, "train", [TINY, f"--workdir={workdir}", f"--config.data.path={latents}", *flags])
+    return run_command(main, "train", [TINY, f"--workdir={workdir}", f"--config.data.path={latents}", *flags])
 
 
 @pytest.mark.slow
@@ -314,7 +314,7 @@ def test_the_other_training_commands_check_too(module, flags, words, tmp_path, c
     import importlib
 
     main = importlib.import_module(f"sfd_jax.cli.{module}").main
-    assert open_door(main, module, [f"--workdir={tmp_path / 'run'}", "--check", *flags]) == 2
+    assert run_command(main, module, [f"--workdir={tmp_path / 'run'}", "--check", *flags]) == 2
     told = capsys.readouterr().err
     assert all(word in told for word in words), told
     assert not (tmp_path / "run").exists()
@@ -325,13 +325,15 @@ def test_check_of_a_texture_vae_and_a_semantic_vae(latents, tmp_path, capsys):
 
     run = f"--workdir={tmp_path / 'run'}"
     assert (
-        open_door(train_texture_vae.main, "train_texture_vae", ["--config=configs/texture_vae.py:tiny", run, "--check"])
+        run_command(
+            train_texture_vae.main, "train_texture_vae", ["--config=configs/texture_vae.py:tiny", run, "--check"]
+        )
         == 0
     )
     flags = ["--config=configs/semantic_vae.py:tiny", run, f"--config.data.path={latents}", "--check"]
-    assert open_door(train_semvae.main, "train_semvae", flags) == 0
+    assert run_command(train_semvae.main, "train_semvae", flags) == 0
     assert capsys.readouterr().out.count("no faults found") == 2 and not (tmp_path / "run").exists()
-    assert open_door(train_semvae.main, "train_semvae", [*flags, "--config.model.input_dim=20"]) == 2
+    assert run_command(train_semvae.main, "train_semvae", [*flags, "--config.model.input_dim=20"]) == 2
     assert "--config.model.input_dim=24" in capsys.readouterr().err
 
 
@@ -354,7 +356,9 @@ def test_the_label_of_every_record_is_checked_before_training(latents, tmp_path,
         assert train(run, store, *flags) == 2 and words in capsys.readouterr().err
     semvae = [f"--config.data.path={store}", "--config.loss.classification_weight=1.0", "--config.loss.num_classes=10"]
     assert (
-        open_door(train_semvae, "train_semvae", ["--config=configs/semantic_vae.py:tiny", f"--workdir={run}", *semvae])
+        run_command(
+            train_semvae, "train_semvae", ["--config=configs/semantic_vae.py:tiny", f"--workdir={run}", *semvae]
+        )
         == 2
     )
     assert words in capsys.readouterr().err and not run.exists()
@@ -367,11 +371,11 @@ def test_train_semvae_from_stored_features(latents, tmp_path, capsys):
     flags = ["--config=configs/semantic_vae.py:tiny", f"--workdir={tmp_path}", f"--config.data.path={latents}"]
     stores = [make_store(tmp_path / name, seed, weights={"visual": name * 8}) for seed, name in enumerate("ab")]
     paths = [f"--config.data.path={stores[0]}", f"--config.data.held_out_path={stores[1]}"]
-    assert open_door(main, "train_semvae", [*flags[:2], *paths]) == 2
+    assert run_command(main, "train_semvae", [*flags[:2], *paths]) == 2
     assert "the held-out features are of another encoder" in capsys.readouterr().err
-    assert open_door(main, "train_semvae", [*flags, f"--config.data.held_out_path={latents}"]) == 2
+    assert run_command(main, "train_semvae", [*flags, f"--config.data.held_out_path={latents}"]) == 2
     assert "the held-out data are training data" in capsys.readouterr().err
-    assert open_door(main, "train_semvae", [*flags, f"--config.data.held_out_path={others}"]) == 0
+    assert run_command(main, "train_semvae", [*flags, f"--config.data.held_out_path={others}"]) == 0
     last = read_metrics(tmp_path)[-1]
     assert {"mse", "cosine_token", "kl", "held_out_cosine", "held_out_mse"} <= last.keys()
     params, metadata = load_params(tmp_path)
@@ -397,12 +401,12 @@ def test_train_texture_vae_on_digits(tmp_path):
             lpips[f"net.slice{i + 1}.{number}.bias"] = rng.normal(0, 0.3, 3).astype(np.float32)
         lpips[f"lin{i}.model.1.weight"] = rng.random((1, 3, 1, 1), np.float32)
     save_file(lpips, tmp_path / "lpips.safetensors")
-    assert open_door(convert, "convert", [str(tmp_path / "lpips.safetensors"), f"--out={tmp_path / 'lpips'}"]) == 0
+    assert run_command(convert, "convert", [str(tmp_path / "lpips.safetensors"), f"--out={tmp_path / 'lpips'}"]) == 0
 
     run = tmp_path / "run"
     flags = ["--config=configs/texture_vae.py:tiny", f"--workdir={run}", f"--config.lpips={tmp_path / 'lpips'}"]
     flags += ["--config.model.ch_mult=(1,2)"]  # quicker to compile
-    assert open_door(main, "train_texture_vae", flags) == 0
+    assert run_command(main, "train_texture_vae", flags) == 0
     last = read_metrics(run)[-1]
     assert {"l1", "kl", "held_out_psnr"} <= last.keys() and 0 < last["held_out_psnr"] < 60
     parts = last["l1"] + last["mse"] + 1e-5 * last["kl"] + last["perceptual"]

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sfd_jax.data.checks import check_published
+from sfd_jax.data.checks import check_released
 from sfd_jax.data.extract import ExtractConfig, repack
 from sfd_jax.data.pipeline import feature_transform, latent_transform, make_batches
-from sfd_jax.data.published import PublishedLatents, open_latents
+from sfd_jax.data.released import ReleasedLatents, open_latents
 from sfd_jax.errors import SfdError
 from sfd_jax.latents import LatentLayout, LatentStatistics
 
@@ -38,7 +38,7 @@ def shards(tmp_path):
 
 def test_records_are_the_arrays_channels_last(shards):
     folder, whole = shards
-    source = PublishedLatents(folder, repa=True)
+    source = ReleasedLatents(folder, repa=True)
     assert len(source) == 10
     for flip in ([False, False, False], [True, False, True]):
         batch = source.read(np.array([9, 0, 4]), np.array(flip))
@@ -50,29 +50,27 @@ def test_records_are_the_arrays_channels_last(shards):
             np.testing.assert_array_equal(batch[ours], expected)
         np.testing.assert_array_equal(batch["label"], whole["labels"][[9, 0, 4]])
     assert source[4]["label"] == whole["labels"][4] and source[4]["index"] == 4
-    assert "repa_features" not in PublishedLatents(folder)[0]
+    assert "repa_features" not in ReleasedLatents(folder)[0]
 
 
 def test_check_names_labels_missing_shards_and_missing_flips(shards, tmp_path):
     folder, whole = shards
-    source = PublishedLatents(folder)
+    source = ReleasedLatents(folder)
     np.testing.assert_array_equal(source.labels(), whole["labels"])
-    assert check_published(source, num_classes=1000, flips=True) == []
+    assert check_released(source, num_classes=1000, flips=True) == []
     most = int(whole["labels"].max())
-    assert [f"outside 0..{most - 1}: [{most}]" in fault for fault in check_published(source, num_classes=most)] == [
-        True
-    ]
+    assert [f"outside 0..{most - 1}: [{most}]" in fault for fault in check_released(source, num_classes=most)] == [True]
 
     alone = {"labels": np.arange(1000), "latents": np.zeros((1000, 3, 1, 1)), "latents_sv": np.zeros((1000, 2, 1, 1))}
     (tmp_path / "part").mkdir()
     save_file(alone, tmp_path / "part" / "latents_rank00_shard000.safetensors")
-    faults = check_published(PublishedLatents(tmp_path / "part"), num_classes=1000, flips=True)
+    faults = check_released(ReleasedLatents(tmp_path / "part"), num_classes=1000, flips=True)
     assert len(faults) == 2 and "1,000 images, not the expected 1,281,167" in faults[0] and "no flipped" in faults[1]
 
 
 def test_training_reads_released_shards_and_ours_alike(shards, tmp_path):
     folder, _ = shards
-    repack(PublishedLatents(folder, repa=True), tmp_path / "ours", ExtractConfig(dtype="float32", shard_size=4))
+    repack(ReleasedLatents(folder, repa=True), tmp_path / "ours", ExtractConfig(dtype="float32", shard_size=4))
     ours = open_latents(tmp_path / "ours", repa=True)
     for name in ("latents_stats.pt", "latents_sv_stats.pt"):
         (folder / name).touch()
@@ -102,7 +100,7 @@ def of(statistics):
 def test_repacking_keeps_every_record(shards, tmp_path):
     folder, whole = shards
     released = LatentStatistics([2.0] * 3, [3.0] * 3, [0.0] * 2, [1.0] * 2)
-    source = PublishedLatents(folder, repa=True)
+    source = ReleasedLatents(folder, repa=True)
     store = repack(source, tmp_path / "ours", ExtractConfig(dtype="float32", shard_size=4), statistics=released)
     for flip in (np.zeros(10, bool), np.ones(10, bool)):
         found, expected = store.read(np.arange(10), flip), source.read(np.arange(10), flip)
@@ -122,18 +120,18 @@ def test_damaged_and_unlike_shards_are_named(shards, tmp_path):
     data = last.read_bytes()
     last.write_bytes(data[:-10])
     with pytest.raises(SfdError, match="rank10_shard000.safetensors is damaged"):
-        PublishedLatents(folder)
+        ReleasedLatents(folder)
     last.write_bytes(data)
     save_file({"latents": np.zeros((1, 3, 5, 3)), "labels": np.zeros(1, int)}, last)
     with pytest.raises(SfdError, match="rank10_shard000.safetensors does not hold the 'latents_sv'"):
-        PublishedLatents(folder)
+        ReleasedLatents(folder)
     with pytest.raises(SfdError, match="no latents_rankRR_shardNNN"):
-        PublishedLatents(tmp_path)
+        ReleasedLatents(tmp_path)
 
 
 def test_shards_of_the_parity_pack(parity_dir):
     folder = parity_dir / "files" / "latents"
-    source = PublishedLatents(folder)
+    source = ReleasedLatents(folder)
     parts = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
     labels = np.concatenate([part["labels"] for part in parts])
     np.testing.assert_array_equal(source.read(np.arange(len(source)))["label"], labels)
@@ -179,7 +177,7 @@ def test_a_shard_that_disagrees_is_named_when_it_is_opened(shards, changes, word
     folder, _ = shards
     rewrite(folder, **changes)
     with pytest.raises(SfdError, match=words) as caught:
-        PublishedLatents(folder)
+        ReleasedLatents(folder)
     assert "latents_rank02_shard001.safetensors" in str(caught.value)
 
 
@@ -190,7 +188,7 @@ def test_groups_of_two_grids_and_values_that_are_no_numbers(shards):
         "rank10_shard000",
         latents=np.where(np.arange(5)[:, None, None, None] == 2, np.nan, whole["latents"][5:]).astype(np.float32),
     )
-    source = PublishedLatents(folder)
+    source = ReleasedLatents(folder)
     assert source.read(np.arange(5))["texture"].shape[0] == 5
     with pytest.raises(SfdError, match="rank10_shard000.safetensors: 'latents' of row 2 is not finite"):
         source.read(np.arange(10))
@@ -202,21 +200,21 @@ def test_groups_of_two_grids_and_values_that_are_no_numbers(shards):
             latents_sv_flip=np.zeros((rows, 2, 4, 4), np.float32),
         )
     with pytest.raises(SfdError, match=r"grids of 'latents' \(5, 3\) and 'latents_sv' \(4, 4\) differ"):
-        PublishedLatents(folder)
+        ReleasedLatents(folder)
 
 
 def test_missing_shards_are_said_and_copies_refused(shards):
     folder, _ = shards
-    assert "rank 0, rank 1, rank 3" in PublishedLatents(folder).notes[0]
+    assert "rank 0, rank 1, rank 3" in ReleasedLatents(folder).notes[0]
     (folder / "latents_rank02_shard001.safetensors").rename(folder / "latents_rank02_shard004.safetensors")
-    assert "rank 2 shard 1, rank 2 shard 2, rank 2 shard 3, " in PublishedLatents(folder).notes[0]
+    assert "rank 2 shard 1, rank 2 shard 2, rank 2 shard 3, " in ReleasedLatents(folder).notes[0]
     (folder / "latents_rank10_shard001 (1).safetensors").write_bytes(b"")
-    assert "not read, named otherwise than shards are: latents_rank10_shard001 (1)" in PublishedLatents(folder).notes[1]
+    assert "not read, named otherwise than shards are: latents_rank10_shard001 (1)" in ReleasedLatents(folder).notes[1]
     (folder / "latents_rank2_shard4.safetensors").write_bytes(
         (folder / "latents_rank02_shard004.safetensors").read_bytes()
     )
     with pytest.raises(SfdError, match="two files are shard 4 of rank 2"):
-        PublishedLatents(folder)
+        ReleasedLatents(folder)
 
 
 @pytest.mark.parametrize(

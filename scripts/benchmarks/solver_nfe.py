@@ -1,12 +1,12 @@
-"""Network calls and error of dopri5: the released way beside `staged` mode, by stage.
+"""Network evaluations and error of dopri5: the released way beside `staged` mode, by stage.
 
-  python scripts/benchmarks/solver_calls.py --pack=DIR [--networks=3] [--seeds=0,1,2] [--out=FILE]
-  python scripts/benchmarks/solver_calls.py --demo=demo_out [--guidance=autoguidance] [--batch_size=64]
+  python scripts/benchmarks/solver_nfe.py --pack=DIR [--networks=3] [--seeds=0,1,2] [--out=FILE]
+  python scripts/benchmarks/solver_nfe.py --demo=demo_out [--guidance=autoguidance] [--batch_size=64]
       [--grids=25,50,100]    # also the solvers of fixed steps, in staged mode, at these budgets of calls
 
 The systems are the parity pack's small network and further ones of its kind (other seeds of its weights), and a
 demo's trained digits model with its weaker companion; each without guidance, with classifier-free guidance and
-with AutoGuidance, scale 1.5. Both ways start from the same noise. The released way is `published` mode, atol
+with AutoGuidance, scale 1.5. Both ways start from the same noise. The released way is `released` mode, atol
 1e-6 and rtol 1e-3, one step size for the batch; its calls and those of staged mode count the whole batch, so a
 staged batch counts as its slowest sample; `mean` is what its samples took on average.
 
@@ -118,10 +118,10 @@ def measure(systems: list[System], kind: str, args) -> list[dict]:
     solvers = {
         "reference": dict(solver="rk4", num_steps=steps + 1),
         "tight": dict(atol=1e-8, rtol=1e-5),
-        "released": dict(mode="published"),
+        "released": dict(mode="released"),
         "staged": tolerances,
     }
-    grids = {f"{name} {calls}": dict(solver=name, calls=calls) for name in GRIDS for calls in args.grids}
+    grids = {f"{name} {calls}": dict(solver=name, nfe=calls) for name in GRIDS for calls in args.grids}
     solvers |= grids
     runs = {name: compile_solver(systems[0], kind, **settings) for name, settings in solvers.items()}
     rows = []
@@ -138,20 +138,20 @@ def measure(systems: list[System], kind: str, args) -> list[dict]:
             own = np.asarray(stats.sample_nfe).sum(axis=1)
             row[name] = {
                 "error": errors(latents, exact),
-                "calls": int(stats.nfe),
+                "nfe": int(stats.nfe),
                 "by_stage": [int(n) for n in stats.nfe_by_stage],
                 "mean": float(own.mean()),
                 "mean_by_stage": [float(n) for n in np.asarray(stats.sample_nfe).mean(axis=0)],
             }
-        row["share_of_calls"] = row["staged"]["calls"] / row["released"]["calls"]
+        row["share_of_nfe"] = row["staged"]["nfe"] / row["released"]["nfe"]
         row["share_of_error"] = {k: row["staged"]["error"][k] / row["released"]["error"][k] for k in ("rms", "max")}
         row["grids"] = {
-            name: {"calls": int(answers[name][1].nfe), "error": errors(answers[name][0], exact)} for name in grids
+            name: {"nfe": int(answers[name][1].nfe), "error": errors(answers[name][0], exact)} for name in grids
         }
         rows.append(row)
         print(describe(row), flush=True)
         for name, grid in row["grids"].items():
-            print(f"  {name:<14}{grid['calls']:>4} calls, error {grid['error']['rms']:.1e}")
+            print(f"  {name:<14}{grid['nfe']:>4} calls, error {grid['error']['rms']:.1e}")
     return rows
 
 
@@ -168,16 +168,16 @@ def summarise(rows: list[dict]) -> dict[str, dict]:
         groups.setdefault(f"{kind}, {row['guidance']}", []).append(row)
     summary = {}
     for name, group in groups.items():
-        calls = {way: float(np.mean([row[way]["calls"] for row in group])) for way in ("released", "staged")}
+        calls = {way: float(np.mean([row[way]["nfe"] for row in group])) for way in ("released", "staged")}
         error = {
             way: float(np.sqrt(np.mean([row[way]["error"]["rms"] ** 2 for row in group])))
             for way in ("released", "staged")
         }
-        of_calls = [row["share_of_calls"] for row in group]
+        of_calls = [row["share_of_nfe"] for row in group]
         of_error = [row["share_of_error"]["rms"] for row in group]
         summary[name] = {
             "batches": len(group),
-            "calls": calls
+            "nfe": calls
             | {
                 "share": calls["staged"] / calls["released"],
                 "range": f"{min(of_calls):.0%}..{max(of_calls):.0%}",
@@ -198,13 +198,13 @@ HEADER = (
 
 
 def describe(row: dict) -> str:
-    calls = [f"{row[w]['calls']} = {'+'.join(map(str, row[w]['by_stage']))}" for w in ("released", "staged")]
+    calls = [f"{row[w]['nfe']} = {'+'.join(map(str, row[w]['by_stage']))}" for w in ("released", "staged")]
     share = row["share_of_error"]
     return (
         f"{row['system']:<15}{row['guidance']:<13}{row['seed']:>4}  "
         f"{calls[0]:<22}{row['released']['error']['rms']:>8.1e}"
         f"  {calls[1]:<20}{row['staged']['mean']:>6.1f}{row['staged']['error']['rms']:>9.1e}  "
-        f"{row['share_of_calls']:>6.0%}{share['rms']:>10.2f}{share['max']:>6.2f}"
+        f"{row['share_of_nfe']:>6.0%}{share['rms']:>10.2f}{share['max']:>6.2f}"
     )
 
 
@@ -221,7 +221,7 @@ def main() -> int:
     flag("--atol", type=float, default=1e-6, help="of staged mode (default: %(default)s)")
     flag("--rtol", type=float, default=1e-3, help="of staged mode (default: %(default)s)")
     flag("--reference", type=int, default=800, help="calls a unit of time of the exact answer (default: %(default)s)")
-    flag("--grids", type=lambda s: [int(x) for x in s.split(",")], default=[], help="budgets of network calls")
+    flag("--grids", type=lambda s: [int(x) for x in s.split(",")], default=[], help="budgets of network evaluations")
     flag("--out", type=Path, help="JSON file")
     args = parser.parse_args()
     if not (args.pack or args.demo):
@@ -238,7 +238,7 @@ def main() -> int:
         f"{'staged':>9}{'share':>7}{'(range)':>15}"
     )
     for kind, row in summary.items():
-        calls, error = row["calls"], row["error_rms"]
+        calls, error = row["nfe"], row["error_rms"]
         print(
             f"{kind:<28}{calls['released']:>16.1f}{calls['staged']:>8.1f}{calls['share']:>7.0%}{calls['range']:>15}"
             f"{error['released']:>17.1e}{error['staged']:>9.1e}{error['share']:>7.3f}{error['range']:>15}"

@@ -36,7 +36,7 @@ def open_latents(
     *,
     repa: bool = False,
     read_statistics: Callable[[Path], tuple[np.ndarray, np.ndarray]] | None = None,
-) -> "LatentStore | PublishedLatents":
+) -> "LatentStore | ReleasedLatents":
     """Open latents to train on: our store, or released shards as they are.
 
     Args:
@@ -52,13 +52,13 @@ def open_latents(
     """
     if next(Path(directory).glob("latents_rank*_shard*.safetensors"), None) is None:
         return LatentStore(directory)
-    source = PublishedLatents(directory, repa=repa)
+    source = ReleasedLatents(directory, repa=repa)
     if read_statistics is not None:
         source.statistics = released_statistics(source, read_statistics)
     return source
 
 
-class PublishedLatents(LatentSource):
+class ReleasedLatents(LatentSource):
     """Random access to a folder of released shards.
 
     Args:
@@ -190,7 +190,7 @@ class PublishedLatents(LatentSource):
 
 
 def released_statistics(
-    source: PublishedLatents, read: Callable[[Path], tuple[np.ndarray, np.ndarray]]
+    source: ReleasedLatents, read: Callable[[Path], tuple[np.ndarray, np.ndarray]]
 ) -> LatentStatistics:
     """Read the `*_stats.pt` beside released shards.
 

@@ -1,4 +1,4 @@
-"""Extract, train, sample and evaluate in one process of a job: `doors.py FOLDER OUT`, FOLDER as the test makes it."""
+"""Extract, train, sample and evaluate in one process of a job: `commands.py FOLDER OUT`, FOLDER made by the test."""
 
 import importlib
 import sys
@@ -7,14 +7,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from sfd_jax.cli.main import open_door  # noqa: E402
+from sfd_jax.cli.main import run_command  # noqa: E402
 
 
 def main(argv: list[str]) -> int:
     work, out = Path(argv[0]), Path(argv[1])
     networks = [f"--{name}={work / name}" for name in ("texture_vae", "visual", "semantic_vae")]
-    door = lambda name, *flags: importlib.import_module(f"sfd_jax.cli.{name}").main(list(flags))
-    door(
+    command = lambda name, *flags: importlib.import_module(f"sfd_jax.cli.{name}").main(list(flags))
+    command(
         "extract",
         "--images=folder",
         f"--path={work / 'images'}",
@@ -39,13 +39,13 @@ def main(argv: list[str]) -> int:
         "mesh.data": 2,
         "mesh.fsdp": 2,
     }
-    door(
+    command(
         "train",
         f"--config={ROOT / 'configs/sfd.py'}:xl,tiny",
         f"--workdir={out / 'run'}",
         *(f"--config.{name}={value}" for name, value in config.items()),
     )
-    door(
+    command(
         "sample",
         f"--checkpoint={out / 'run'}",
         f"--texture_vae={work / 'texture_vae'}",
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
         "--chunk_size=8",
         "--weights=raw",
     )
-    return door(
+    return command(
         "evaluate",
         f"--samples={work / 'judged'}",
         f"--reference={work / 'images'}",
@@ -70,4 +70,4 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     sys.modules["torch"] = None  # tensorboardX would import it, for seconds
-    sys.exit(open_door(main, "train", sys.argv[1:]))
+    sys.exit(run_command(main, "train", sys.argv[1:]))

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from sfd_jax.cli.main import main
 from sfd_jax.data.checks import check_store, check_writable
 from sfd_jax.data.latent_store import LatentStore
-from sfd_jax.data.published import PublishedLatents
+from sfd_jax.data.released import ReleasedLatents
 from sfd_jax.models import Network
 from sfd_jax.models.fingerprint import params_hash
 from sfd_jax.training.checkpoint import load_params, save_params
@@ -99,7 +99,7 @@ def test_images_to_shards(work, capsys):
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.name in before} == before
 
 
-def test_pca_is_fitted_by_the_same_door(work, capsys):
+def test_pca_is_fitted_by_the_same_command(work, capsys):
     out = work / "pca"
     assert main(flags(work, out, "--pca=2", "--no_flips", "--max_broken=1", "--dtype=float32")) == 0
     assert "2 channels keep" in capsys.readouterr().out
@@ -190,7 +190,7 @@ def test_impossible_flags_are_answered(arguments, message, capsys):
 def test_released_statistics_that_do_not_describe_the_latents_are_said(parity_dir, tmp_path, capsys, monkeypatch):
     """Of the right shapes, so that only the measured ones can tell."""
     released = parity_dir / "files" / "latents"
-    source, statistics = PublishedLatents(released), {}
+    source, statistics = ReleasedLatents(released), {}
     for group, theirs in source.names.items():
         values = source.read(np.arange(len(source)))[group].astype(np.float32)
         statistics[f"{theirs}_stats.pt"] = values.mean((0, 1, 2)), values.std((0, 1, 2))
