@@ -1,51 +1,66 @@
 #!/usr/bin/env bash
-# Make .venv with the pinned dependencies and this package in it. Safe to run again: it does nothing
-# when pins and package description are unchanged. Usage: setup.sh [extra ...] (extras of pyproject.toml)
-#   setup.sh --find-python   only print which Python it would take
+# Make .venv with the pinned dependencies and this package in it. Safe to run again: it does nothing when pins, package
+# description and Python are unchanged. Usage: setup.sh [extra ...] (extras of pyproject.toml)
+#   setup.sh --find-python [minor ...]   only print which Python it would take, of Python 3's minor versions given
+# Environment: PYTHON, which Python to use (by default the newest here that the pins are tested with, pyenv's too);
+# SFD_VENV, another folder than .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv=${SFD_VENV:-.venv}
 
-python=""
-for candidate in "${PYTHON:-}" python3 python3.14 python3.13 python3.12 python3.11; do
-    [ -n "$candidate" ] || continue
-    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-        python=$candidate
-        break
-    fi
-done
-if [ -z "$python" ]; then
-    echo "setup: Python 3.11 or newer with the venv module is needed; install it, or name it: PYTHON=/path/to/python $0" >&2
-    exit 2
-fi
+find_python() {
+    local minor candidate candidates
+    for minor in "$@"; do
+        candidates=("python3.$minor" python3 "${PYENV_ROOT:-$HOME/.pyenv}/versions/3.$minor."*/bin/python)
+        candidates+=("$(readlink -f "$venv/bin/python" || true)") # what tpu_setup.sh brought
+        [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+        for candidate in "${candidates[@]}"; do
+            if "$candidate" -c "import sys, venv, ensurepip; sys.exit(sys.version_info[:2] != (3, $minor))" 2>/dev/null; then
+                echo "$candidate"
+                return
+            fi
+        done
+    done
+    echo "setup: Python 3.11 to 3.14 with the venv module is needed; install it, or name it: PYTHON=/path/to/python $0" >&2
+    return 2
+}
+
+minors=(13 12 14 11) # the tests run on 3.13 and 3.11
 if [ "${1:-}" = --find-python ]; then
-    echo "$python"
-    exit 0
+    shift
+    find_python "${@:-${minors[@]}}"
+    exit
 fi
+python=$(find_python "${minors[@]}")
 
 extras=$(IFS=,; echo "$*")
-stamp=.venv/.installed
-wanted="$(cat constraints.txt pyproject.toml) extras=$extras"
+stamp=$venv/.installed
+version=$("$python" --version)
+wanted="$(cat constraints.txt pyproject.toml) $version extras=$extras"
 wanted=$("$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())' <<<"$wanted")
-if [ -x .venv/bin/python ] && [ -f "$stamp" ] && grep -qx "$wanted" "$stamp"; then
+if [ -x "$venv/bin/python" ] && [ -f "$stamp" ] && grep -qx "$wanted" "$stamp"; then
     exit 0
 fi
 
-# One installation at a time; the mark of one that was killed tells that .venv is half made.
-mark=.venv/.installing
+# One installation at a time; the mark of one that was killed tells that the environment is half made.
+mark=$venv/.installing
 if [ -f "$mark" ] && kill -0 "$(cat "$mark")" 2>/dev/null; then
-    echo "setup: process $(cat "$mark") installs into .venv; waiting for it (if that is none of ours, remove $mark)"
+    echo "setup: process $(cat "$mark") installs into $venv; waiting for it (if that is none of ours, remove $mark)"
     while [ -f "$mark" ] && kill -0 "$(cat "$mark")" 2>/dev/null; do sleep 1; done
     exec bash scripts/setup.sh "$@"
 fi
-if [ -d .venv ] && { [ -f "$mark" ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1; }; then
-    echo "setup: .venv was left half made; making it anew"
-    rm -rf .venv
+if [ -d "$venv" ] && { [ -f "$mark" ] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; }; then
+    echo "setup: $venv was left half made; making it anew"
+    rm -rf "$venv"
+elif [ -d "$venv" ] && [ "$("$venv/bin/python" --version)" != "$version" ]; then
+    echo "setup: $venv has $("$venv/bin/python" --version); making it anew with $version (PYTHON=... chooses another)"
+    rm -rf "$venv"
 fi
-echo "setup: installing pinned dependencies into .venv (a minute or two, once)"
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+echo "setup: installing pinned dependencies into $venv with $version (a minute or two, once)"
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 echo $$ >"$mark"
 for attempt in 1 2 3; do
-    if .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+    if "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
         --constraint constraints.txt --editable ".${extras:+[$extras]}"; then
         break
     fi

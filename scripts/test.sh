@@ -3,6 +3,7 @@
 #   --with-torch   also install the extra `torch`, so that the tests that need it run
 #   --with-pod     also install the extra `pod`, libtpu, so that a program is compiled for a TPU slice
 #   --fast         leave out the tests marked slow
+# PYTHON and SFD_VENV choose another Python and another environment, see setup.sh.
 # Two processes share the test files, in their order, since the longest one, the demo's, is among the first.
 # SFD_TEST_PROCESSES=0 runs them in one, as a debugger needs it.
 set -euo pipefail
@@ -18,5 +19,5 @@ for argument in "$@"; do
     esac
 done
 bash scripts/setup.sh "${extras[@]}"
-exec .venv/bin/python -m pytest -q --durations=25 \
+exec "${SFD_VENV:-.venv}/bin/python" -m pytest -q --durations=25 \
     -n "${SFD_TEST_PROCESSES:-2}" --dist=loadfile --no-loadscope-reorder ${arguments[@]+"${arguments[@]}"}

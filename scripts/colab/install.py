@@ -12,6 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from packaging.requirements import Requirement  # Jupyter needs it too, so it is there before anything is installed
+from packaging.specifiers import SpecifierSet
+
 ROOT = Path(__file__).resolve().parents[2]
 # What must be there at its pinned version (the extra `demo` too), and what an accelerator's extra brings.
 NEEDED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "scikit-learn", "matplotlib", "sfd_jax")
@@ -26,15 +29,19 @@ def extra() -> str:
 
 
 def missing(wanted: str) -> list[str]:
-    """Return the packages that are not installed, or not at their pins, for an extra."""
-    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
-    found = {}
+    """Return the packages that are not installed, or not at the pins for this Python, for an extra."""
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if "==" in line and ((pin := Requirement(line)).marker is None or pin.marker.evaluate()):
+            pins[pin.name] = pin.specifier
+    lacking = []
     for name in (*NEEDED, *BROUGHT[wanted]):
         try:
-            found[name] = importlib.metadata.version(name)
+            if importlib.metadata.version(name) not in pins.get(name, SpecifierSet()):
+                lacking.append(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return [name for name, version in found.items() if version is None or version != pins.get(name, version)]
+            lacking.append(name)
+    return lacking
 
 
 def main() -> None:

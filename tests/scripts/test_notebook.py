@@ -83,6 +83,7 @@ def test_what_is_installed_follows_the_accelerator(install, monkeypatch, acceler
 
 def test_other_versions_than_the_pins_are_seen(install, monkeypatch, tmp_path):
     assert install.missing("") == [] and install.missing("tpu") in ([], ["libtpu"])
-    (tmp_path / "constraints.txt").write_text("jax==0.0.1\n")
+    old = "flax==0.0.1 ; python_full_version < '3'"  # for another Python than this one
+    (tmp_path / "constraints.txt").write_text(f"# pins\njax==0.0.1 ; python_full_version >= '3'\n{old}\n")
     monkeypatch.setattr(install, "ROOT", tmp_path)
     assert install.missing("") == ["jax"]

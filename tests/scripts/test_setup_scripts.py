@@ -4,7 +4,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
-import time
+import threading
 
 import pytest
 
@@ -13,6 +13,7 @@ PYTHON = r"""#!/usr/bin/env bash
 here={folder}
 case "$*" in
     -c*) exec {python} "$@" ;;
+    --version) exec {python} --version ;;
     "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
     "-m pip --version") ;;
     "-m pip install"*)
@@ -27,8 +28,8 @@ esac
 UV = r"""#!/usr/bin/env bash
 here={folder}
 case "$*" in
-    "python find --managed-python 3.11") [ -f "$here/installed" ] && echo "$here/python" ;;
-    "python install 3.11") [ ! -f "$here/uv_fails" ] && touch "$here/installed" ;;
+    "python find --managed-python 3.13") [ -f "$here/installed" ] && echo "$here/python" ;;
+    "python install 3.13") [ ! -f "$here/uv_fails" ] && touch "$here/installed" ;;
     *) exit 99 ;;
 esac
 """
@@ -77,6 +78,58 @@ def test_setup_installs_the_pins_once(checkout):
     assert setup(checkout, "dev", "torch").returncode == 0 and len(pip_calls(checkout)) == 2
 
 
+def test_another_python_makes_the_environment_anew(checkout):
+    assert setup(checkout).returncode == 0
+    (checkout / ".venv/old").touch()
+    # The environment says that it is another Python than the one that is to be used.
+    text = (checkout / ".venv/bin/python").read_text()
+    (checkout / ".venv/bin/python").write_text(
+        text.replace("--version) exec", "--version) echo Python 3.2.1; exit; exec")
+    )
+    (checkout / ".venv/.installed").write_text("what that Python's stamp was\n")
+    done = setup(checkout)
+    assert done.returncode == 0 and ".venv has Python 3.2.1; making it anew with Python 3." in done.stdout
+    assert not (checkout / ".venv/old").exists() and len(pip_calls(checkout)) == 2
+
+
+def stand_in(path, minor):
+    """Put a Python 3.`minor` at `path`: the version that setup.sh asks for is the only thing it compares."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'#!/usr/bin/env bash\ncase "$*" in *"(3, {minor}))") exit 0 ;; *) exit 1 ;; esac\n')
+    path.chmod(0o755)
+
+
+def test_the_newest_python_is_found(checkout):
+    tools = checkout.parent / "tools"
+    for name in ("python3", "python3.11", "python3.12", "python3.13", "python3.14"):
+        stand_in(tools / name, 10)  # hides those of this machine
+    find = lambda *minors, **environment: run(checkout, "scripts/setup.sh", "--find-python", *minors, **environment)
+    done = find()
+    assert done.returncode == 2 and "Python 3.11 to 3.14 with the venv module is needed" in done.stderr
+    stand_in(tools / "python3", 11)
+    assert find().stdout == "python3\n"
+    stand_in(tools / "python3.12", 12)
+    assert find().stdout == "python3.12\n" and find("11").stdout == "python3\n" and find("13").returncode == 2
+    pyenv = checkout / ".pyenv/versions/3.13.0/bin/python"  # HOME is the checkout
+    stand_in(pyenv, 13)
+    assert find().stdout == f"{pyenv}\n" and find("12", "13").stdout == "python3.12\n"
+    assert find(PYTHON="python3").stdout == "python3\n"
+    assert find(PYTHON="/no/python").returncode == 2
+    # What .venv was made of, where nothing else leads there.
+    brought = checkout / "brought/bin/python3.13"
+    pyenv.rename(brought.parent.parent.with_name("moved"))
+    stand_in(brought, 13)
+    (checkout / ".venv/bin").mkdir(parents=True)
+    (checkout / ".venv/bin/python").symlink_to(brought)
+    assert find().stdout == f"{brought}\n"
+
+
+def test_another_folder_for_the_environment(checkout):
+    tools = checkout.parent / "tools"
+    assert run(checkout, "scripts/setup.sh", PYTHON=str(tools / "python"), SFD_VENV=".venv-other").returncode == 0
+    assert (checkout / ".venv-other/.installed").exists() and not (checkout / ".venv").exists()
+
+
 def test_the_demo_installs_what_it_needs(root, checkout):
     shutil.copy(root / "scripts/demo.sh", checkout / "scripts")
     run(checkout, "scripts/demo.sh", PYTHON=str(checkout.parent / "tools/python"))  # there is no sfd to run afterwards
@@ -115,16 +168,15 @@ def test_setup_makes_a_half_made_environment_anew(checkout, half):
 
 def test_setup_waits_for_another_one(checkout):
     (checkout / ".venv").mkdir()
-    other = subprocess.Popen(["/bin/sleep", "0.5"])
-    (checkout / ".venv/.installing").write_text(f"{other.pid}\n")
-    (checkout.parent / "tools/sleep").unlink()
-    begin = time.monotonic()
-
-    import threading
-
+    other = subprocess.Popen(["/bin/sleep", "60"])
     threading.Thread(target=other.wait).start()  # so that it does not stay as a zombie, which `kill -0` still finds
+    (checkout / ".venv/.installing").write_text(f"{other.pid}\n")
+    # It ends while it is being waited for.
+    (checkout.parent / "tools/sleep").write_text(
+        f"#!/bin/sh\nkill {other.pid}; touch {checkout}/waited; /bin/sleep 0.1\n"
+    )
     done = setup(checkout)
-    assert done.returncode == 0 and "waiting for it" in done.stdout and time.monotonic() - begin > 0.4
+    assert done.returncode == 0 and "waiting for it" in done.stdout and (checkout / "waited").exists()
 
 
 def test_tpu_setup_takes_the_python_that_is_there(checkout):
@@ -142,10 +194,14 @@ def test_tpu_setup_brings_a_python_where_the_image_has_an_old_one(checkout):
         (tools / name).chmod(0o755)
     (tools / "pip_plan").write_text("fail\n")
     done = run(checkout, "tpu_setup.sh")
-    assert done.returncode == 1 and "uv, which brings Python 3.11, could not be installed" in done.stderr
+    assert done.returncode == 1 and "uv, which brings Python 3.13, could not be installed" in done.stderr
     (tools / "uv_fails").touch()
     done = run(checkout, "tpu_setup.sh")
-    assert done.returncode == 1 and "Python 3.11 could not be fetched" in done.stderr and "apt-get" in done.stderr
+    assert (
+        done.returncode == 1
+        and "Python 3.13 could not be fetched" in done.stderr
+        and "PYTHON=python3.11" in done.stderr
+    )
     (tools / "uv_fails").unlink()
     done = run(checkout, "tpu_setup.sh")
     assert done.returncode == 0, done.stderr
