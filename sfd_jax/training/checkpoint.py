@@ -27,6 +27,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import checkpoint_managers as keeping
 
 from sfd_jax.distributed import say
 from sfd_jax.errors import SfdError
@@ -71,8 +72,9 @@ class Checkpointer:
           SfdError: the folder cannot be made or written to.
         """
         self.directory = _folder(directory)
+        kept = [keeping.LatestN(max(1, keep_last))] + ([keeping.EveryNSteps(keep_every)] if keep_every else [])
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=max(1, keep_last), keep_period=keep_every or None, cleanup_tmp_directories=True
+            preservation_policy=keeping.AnyPreservationPolicy(kept), cleanup_tmp_directories=True
         )
         with _writing(f"checkpoint folder {self.directory} cannot be opened"):
             self._manager = ocp.CheckpointManager(self.directory, options=options)
