@@ -135,7 +135,7 @@ def test_saved_statistics_serve_as_reference(stand_in, tmp_path):
 @pytest.mark.parametrize(
     ("command", "arguments", "words"),
     [
-        ("sample", ["bare"], "holds no latent statistics"),
+        ("sample", ["bare"], "has no latent statistics"),
         ("sample", ["model", "--labels=fife"], "no class is called 'fife'; did you mean 'five'"),
         ("sample", ["model", "--num=0"], "--num=0: give an integer from 1"),
         ("sample", ["model", "--guidance=autoguidance"], "needs a weaker model: add --weak=CKPT"),

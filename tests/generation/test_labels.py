@@ -54,8 +54,8 @@ def test_classes_by_number_and_name(spec, expected):
         ("goldfisch", NAMES, "did you mean 'goldfish'"),
         ("5", NAMES, r"no class 5: classes are 0\.\.4"),
         ("-1", NAMES, "no class -1"),
-        ("goldfish", None, "holds no class names"),
-        (" , ", NAMES, "name no class"),
+        ("goldfish", None, "has no class names"),
+        (" , ", NAMES, "contain no class"),
         ("balance", NAMES, "no class is called"),
     ],
 )

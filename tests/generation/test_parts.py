@@ -51,15 +51,15 @@ def test_the_texture_vae_is_the_one_that_made_the_latents():
     with pytest.raises(SfdError, match="--other_texture_vae has no effect"):
         make_sampler(model(), vae(), EULER, other_texture_vae=True)
     bigger = notes(model(latents={**OURS, "image_size": 16}), vae(), EULER)
-    assert bigger == ["images come out at 8 px; the model's latents were made from images of 16 px"]
+    assert bigger == ["the samples have 8 px; the model's latents were made from images of 16 px"]
     [note] = notes(model(latents=None), vae(), EULER)  # a converted checkpoint, or one written before this was told
-    assert "does not tell which texture VAE" in note
+    assert "does not say which texture VAE" in note
 
 
 @pytest.mark.parametrize(
     ("weak", "words"),
     [
-        (lambda: model(), "are one network"),
+        (lambda: model(), "are the same network"),
         (lambda: model(5, 8, latents=made_by(semantic_vae="6" * 64)), "semantic_vae 666666666666, not 555555555555"),
         (
             lambda: model(5, 8, latents={**OURS, "weights": {"texture_vae": OURS["weights"]["texture_vae"]}}),
@@ -126,7 +126,7 @@ def test_a_weak_model_whose_clocks_learned_something_else_is_said(monkeypatch):
 
     assert notes(trained(1), vae(), GUIDED, weak=trained(1, 5, 8)) == []
     [note] = notes(trained(1), vae(), GUIDED, weak=trained(2, 5, 8))
-    assert "trained their clocks to other ends" in note
+    assert "learned different clocks" in note
 
 
 def test_guidance_without_a_label_needs_one_that_was_trained():
@@ -140,7 +140,7 @@ def test_statistics_given_beside_the_checkpoints_own():
     own = LatentStatistics.from_dict(statistics())
     assert make_sampler(model(), vae(), EULER, statistics=own).recipe["latent_statistics"] == own.hash()
     other = LatentStatistics.from_dict(statistics() | {"texture_std": [1.0, 1.0, 1.0]})
-    with pytest.raises(SfdError, match="holds other latent statistics"):
+    with pytest.raises(SfdError, match="has other latent statistics"):
         make_sampler(model(), vae(), EULER, statistics=other)
     assert (
         make_sampler(model(latent_statistics=None), vae(), EULER, statistics=other).recipe["latent_statistics"]

@@ -194,7 +194,7 @@ def test_parts_that_do_not_fit_are_refused(build, words):
 
 def test_labels_and_values_outside_their_range_are_refused():
     sampler = make_sampler(dit(), vae(), EULER, mesh=make_mesh(devices=jax.devices()[:1]))
-    with pytest.raises(SfdError, match=r"labels must lie in 0\.\.4"):
+    with pytest.raises(SfdError, match=r"labels must be in 0\.\.4"):
         sampler(np.arange(2), np.array([0, 5]))
     params, metadata = copy.deepcopy(dit())
     params["final"]["linear"]["bias"] = np.full_like(params["final"]["linear"]["bias"], np.nan)
