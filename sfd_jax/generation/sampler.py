@@ -329,7 +329,7 @@ def make_sampler(
       other_texture_vae: allow a texture VAE that did not make the model's latents, e.g. one with a finetuned decoder.
 
     Raises:
-      SfdError: a checkpoint of another network or without latent statistics, or checkpoints that do not belong together.
+      SfdError: a checkpoint is of another network or lacks latent statistics, or they do not belong together.
     """
     networks = {
         "model": network_of(model[1], "lightning_dit", compute_dtype=compute_dtype),

@@ -209,7 +209,7 @@ def test_all_faults_are_named_at_once():
         ("--config.data.path=gs://bucket/x", "only --workdir and checkpoints may lie in a bucket"),
         ("--config.mesh.fsdp=0", "mesh.fsdp=0: give an integer from 1 to 1,048,576, or -1"),
         ("--config.train.steps=1e3", "takes an integer"),
-        ("--config=configs/digits.py", "is for `sfd demo`; this command takes one like --config=configs/sfd.py:xl"),
+        ("--config=configs/digits.py", "is for `sfd demo`; use one like --config=configs/sfd.py:xl"),
         ("--config=configs/semantic_vae.py", "is for `sfd train_semvae`"),
         ("--config=configs/texture_vae.py", "is for `sfd train_texture_vae`"),
     ],
@@ -229,7 +229,7 @@ def test_settings_of_a_semantic_vae_that_do_nothing_are_named():
 def test_a_config_of_no_kind_is_a_sentence(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("import ml_collections\ndef get_config():\n  return ml_collections.ConfigDict(dict(latents={}))\n")
-    with pytest.raises(SfdError, match="lacks clocks: take one like configs/sfd.py:xl"):
+    with pytest.raises(SfdError, match="lacks clocks: use one like configs/sfd.py:xl"):
         parse(f"--config={file}")
 
 

@@ -57,7 +57,7 @@ def flags(tmp_path_factory):
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """A random projection in the place of Inception."""
+    """A random projection instead of Inception."""
     weights = np.random.default_rng(2).standard_normal((8 * 8 * 3, 4)).astype(np.float32) / 100
 
     def apply(params, images):
@@ -87,7 +87,7 @@ def test_from_checkpoint_to_scores(flags, stand_in, tmp_path, capsys):
     assert recipe["sampler"]["solver"] == "euler" and recipe["nfe"]["mean"] == 3.0
     assert recipe["model"]["source"] == "drawn" and recipe["labels"]["mode"] == "balanced"
 
-    # Whatever form the samples are in, and with none on disk at all, the scores are the same.
+    # The scores are the same for every form of the samples, also without files.
     common = [reference(tmp_path), "--inception=stand-in", "--metrics=fid,sfid,is,precision,recall,kid"]
     reports = {}
     for name, samples in {
@@ -107,14 +107,14 @@ def test_from_checkpoint_to_scores(flags, stand_in, tmp_path, capsys):
         assert reports[name]["recipe"]["num_images"] == 21
     assert "precision" in capsys.readouterr().out
 
-    # Nothing is overwritten, and a folder belongs to one recipe.
+    # Nothing is overwritten, and a folder holds one recipe.
     again = [f"--samples={out}", *common, f"--out={tmp_path / 'npz.json'}"]
     assert run_command(evaluate_command.main, "evaluate", again) == 2
     assert run_command(sample_command.main, "sample", [*sample, "--seed=1"]) == 2
     assert "npz.json exists already" in (err := capsys.readouterr().err) and "seed: there 0, here 1" in err
 
 
-def test_a_second_start_in_a_folder_at_work_is_refused(flags, tmp_path, capsys):
+def test_a_folder_in_use_is_refused(flags, tmp_path, capsys):
     with FolderLock(tmp_path):
         assert run_command(sample_command.main, "sample", [*flags["model"], f"--out={tmp_path}"]) == 2
     assert "is in use by process" in capsys.readouterr().err and os.listdir(tmp_path) == [".lock"]
@@ -191,14 +191,14 @@ def test_bad_input_is_a_sentence_and_status_two(flags, stand_in, tmp_path, capsy
     assert not (tmp_path / "out.json").exists() and not list(tmp_path.glob("out/chunks/*.npz"))
 
 
-def test_another_texture_vae_is_refused_or_said(flags, stand_in, tmp_path, capsys):
+def test_another_texture_vae_is_refused_or_noted(flags, stand_in, tmp_path, capsys):
     model, vae = (flags["model"][i].split("=", 1)[1] for i in (0, 1))
     params, metadata = load_params(model)
     (mine, _), other = load_params(vae), save_random(tmp_path / "other", "texture_vae", VAE, 7)
     told = {
         **metadata,
         "latents": {"weights": {"texture_vae": params_hash(mine)}, "image_size": 8, "labels": [0, 1, 4]},
-        # Of these settings dopri5's and AutoGuidance's have no use here, and -1 and 0 once meant "not given".
+        # dopri5's and AutoGuidance's settings have no effect here; -1 and 0 are old values for "not given".
         "config": {
             "sample": dict(
                 solver="euler", num_steps=4, calls=0, rtol=0.1, num=21, batch_size=64, guidance="autoguidance"
@@ -219,12 +219,12 @@ def test_another_texture_vae_is_refused_or_said(flags, stand_in, tmp_path, capsy
     assert "none was given (--weak=CKPT): these samples are without guidance" in said[0]
     assert "as --other_texture_vae allows" in said[1] and "5 classes, of which 3 were trained" in said[2]
 
-    # What was saved with the checkpoint was taken, and told; a flag lay over it.
+    # The checkpoint's settings were used and printed; a flag overrides one.
     used = "solver=euler mode=staged num_steps=4 guidance=none num=21 labels=balanced batch_size=1"
     assert f"sampling with {used}" in lines and recipe["num_images"] == 21
     assert recipe["sampler"] == to_dict(SampleConfig(solver="euler", num_steps=4))
 
-    # The notes stay beside the scores, of finished samples and of those made on the way.
+    # The notes are reported with the scores, of finished and of live samples.
     given = [reference(tmp_path), "--inception=stand-in", "--metrics=fid"]
     live = ["--live", *sample[:-1], f"--texture_vae={other}", "--other_texture_vae"]
     for number, samples in enumerate(([f"--samples={tmp_path / 'out'}"], live)):
@@ -248,7 +248,7 @@ def test_raw_weights_are_decoded_by_the_vae_that_made_the_latents(flags, tmp_pat
         args = argparse.Namespace(texture_vae=str(tmp_path / "vae"), weights=asked)
         params, metadata = _load_texture_vae(args, {"latents": {"weights": {"texture_vae": made_by[which]}}})
         assert metadata["which"] == which and params_hash(params) == made_by[which]
-    assert _load_texture_vae(args, model[1])[1]["which"] == "ema"  # not told: what was asked for
+    assert _load_texture_vae(args, model[1])[1]["which"] == "ema"  # unknown: the requested weights
 
 
 @pytest.mark.parametrize(
