@@ -153,7 +153,7 @@ def test_too_little_memory_says_what_to_make_smaller(capfd, command):
 
     assert run_command(greedy, command, []) == 2
     told = capfd.readouterr().err
-    assert f"sfd {command}: a device's memory does not suffice: " in told and SMALLER[command] in told
+    assert f"sfd {command}: a device is out of memory: " in told and SMALLER[command] in told
     assert "RESOURCE_EXHAUSTED" in told and "Traceback" not in told
     if command == "train":  # the hint's flags exist
         assert (

@@ -54,7 +54,7 @@ def test_ctrl_c(to, tmp_path):
         assert len(members(command.pid)) >= 3  # the loader's processes among them
         (os.killpg if to == "group" else os.kill)(command.pid, signal.SIGINT)
         _, told = command.communicate(timeout=60)
-        assert told == "sfd train: interrupted; run the same command again to go on\n"
+        assert told == "sfd train: interrupted; run the same command again to continue\n"
         assert command.returncode == 130
         deadline = time.monotonic() + 10
         while members(command.pid) and time.monotonic() < deadline:
@@ -77,7 +77,7 @@ def test_ctrl_c_in_a_finalizer_is_not_lost(monkeypatch, capsys):
         time.sleep(10)
 
     assert run_command(command, "sample", []) == 130
-    assert capsys.readouterr().err == "sfd sample: interrupted; run the same command again to go on\n"
+    assert capsys.readouterr().err == "sfd sample: interrupted; run the same command again to continue\n"
 
 
 def members(group: int) -> list[str]:

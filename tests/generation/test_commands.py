@@ -175,7 +175,7 @@ def test_saved_statistics_serve_as_reference(stand_in, tmp_path):
         ("evaluate", ["--samples={tmp}/reference.npz", "--num=31"], "holds 30 images, but --num=31"),
         ("evaluate", ["--samples={tmp}/nowhere.npz"], "no images at"),
         ("evaluate", ["--samples={tmp}/reference.npz", "--metrics=fid,isc"], "unknown metric 'isc'"),
-        ("evaluate", [], "nothing to judge"),
+        ("evaluate", [], "nothing to evaluate"),
     ],
 )
 def test_bad_input_is_a_sentence_and_status_two(flags, stand_in, tmp_path, capsys, command, arguments, words):
