@@ -8,7 +8,7 @@ released answer beside its bound. The code is that of the other commands with th
 from the sampler of `sfd sample --dtype`, whose texture VAE is always float32. In float32 every product is
 float32 on every backend, and the bounds are those of the tests on CPU. In bfloat16 the bounds are a few times
 the errors measured on CPU: they detect a broken backend, but do not show how close samples are to the released
-ones. Exit status 1 if a bound is exceeded.
+ones. Exit status 1 if a bound is broken.
 
 The largest cases (full_xl, full_1p0b) need about 6 GiB and minutes; --cases selects cases.
 """
@@ -17,7 +17,7 @@ from sfd_jax.cli.flags import command_parser, local_path, parse_command
 
 
 def main(argv: list[str]) -> int:
-    """Compare, print, and count the exceeded bounds."""
+    """Compare, print, and count the broken bounds."""
     parser = command_parser("verify", __doc__)
     parser.add_argument("--pack", type=local_path, required=True, help="folder of NAME.json and NAME.npz")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
