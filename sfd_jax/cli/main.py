@@ -94,20 +94,20 @@ def run_command(command_main: Callable[[list[str]], object], name: str, argument
 
 
 def _status(command_main, name: str, arguments: list[str]) -> int:
-    tell = lambda message: print(f"sfd {name}: {message}", file=sys.stderr, flush=True)
+    report = lambda message: print(f"sfd {name}: {message}", file=sys.stderr, flush=True)
     try:
         status = command_main(take_plugins(arguments)) or 0
         sys.stdout.flush()
         return _leave_hosts(status)
     except SfdError as error:
-        tell(error)
+        report(error)
         return error.status
     except KeyboardInterrupt as error:
         preempted = isinstance(error, Terminated)
         with contextlib.suppress(ValueError):  # not the main thread
             # A second signal would only disturb the exit.
             signal.signal(signal.SIGTERM if preempted else signal.SIGINT, signal.SIG_IGN)
-        tell(f"{'preempted by SIGTERM' if preempted else 'interrupted'}; run the same command again to continue")
+        report(f"{'preempted by SIGTERM' if preempted else 'interrupted'}; run the same command again to continue")
         return Terminated.status if preempted else 130
     except SystemExit:  # `--help`, or a SIGTERM on which all hosts have stopped
         _leave_hosts(0)
@@ -122,7 +122,7 @@ def _status(command_main, name: str, arguments: list[str]) -> int:
             hint = SMALLER.get(name, "use a smaller model or batch")
             message = f"a device is out of memory: {hint}\n  {str(error).strip().splitlines()[0]}"
         if message:
-            tell(message)
+            report(message)
             _drop_output()
             return SfdError.status
         _leave_hosts(1, error)

@@ -132,7 +132,7 @@ class Clocks(abc.ABC):
 
     @property
     def edges(self) -> tuple[float, ...]:
-        """Return 0, the breakpoints and tau_end; stage s lies between edges s and s + 1."""
+        """Return 0, the breakpoints and tau_end; stage s is between edges s and s + 1."""
         return (0.0, *self.breakpoints, self.tau_end)
 
     def training_times(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -97,7 +97,7 @@ def integrate_grid(
       keep_edges: whether to return the solution at every edge.
 
     Returns:
-      Solution; `converged` tells whether the values are finite.
+      Solution; `converged` is whether the values are finite.
 
     Source: torchdiffeq `fixed_grid.py` for the first four.
     """

@@ -2,8 +2,8 @@
 
 A case is NAME.json (configuration, keys and shapes of the weights, seed) and NAME.npz (`in_*`, and
 the answers `out_*`, `grad_*`, `after_*`, `ema_*`), in PyTorch's layout. Sizes and seeds are read
-from the JSON, so a pack of other sizes is read alike. A case remembers which answers were looked
-at: one that nobody compares would be a hole in the proof.
+from the JSON, so packs of other sizes work too. A case records which answers were read, since an
+answer that is not compared proves nothing.
 """
 
 import functools

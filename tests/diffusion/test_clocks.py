@@ -24,7 +24,7 @@ from sfd_jax.settings import setting
 
 
 class Smooth(Clocks):
-    """A stand-in for a learned pair: semantics lead, no clock is ever constant, one breakpoint in the middle."""
+    """Like a learned pair: semantics lead, no clock is ever constant, one breakpoint in the middle."""
 
     tau_end = 2.0
     breakpoints = (1.0,)

@@ -100,8 +100,8 @@ def test_from_checkpoint_to_scores(flags, stand_in, tmp_path, capsys):
         assert run_command(evaluate_command.main, "evaluate", [*samples, *common, f"--out={file}"]) == 0
         reports[name] = json.loads(file.read_text())
         assert reports[name]["scores"] == reports["npz"]["scores"]
-        told = reports[name]["recipe"]["sampling"]
-        assert {key: told[key] for key in ("seed", "model", "labels", "nfe")} == {
+        sampling = reports[name]["recipe"]["sampling"]
+        assert {key: sampling[key] for key in ("seed", "model", "labels", "nfe")} == {
             key: recipe[key] for key in ("seed", "model", "labels", "nfe")
         }
         assert reports[name]["recipe"]["num_images"] == 21
@@ -195,7 +195,7 @@ def test_another_texture_vae_is_refused_or_noted(flags, stand_in, tmp_path, caps
     model, vae = (flags["model"][i].split("=", 1)[1] for i in (0, 1))
     params, metadata = load_params(model)
     (mine, _), other = load_params(vae), save_random(tmp_path / "other", "texture_vae", VAE, 7)
-    told = {
+    metadata = {
         **metadata,
         "latents": {"weights": {"texture_vae": params_hash(mine)}, "image_size": 8, "labels": [0, 1, 4]},
         # dopri5's and AutoGuidance's settings have no effect here; -1 and 0 are old values for "not given".
@@ -206,18 +206,18 @@ def test_another_texture_vae_is_refused_or_noted(flags, stand_in, tmp_path, caps
             | dict(guidance_scale=1.5, guidance_scale_semantic=-1.0)
         },
     }
-    save_params(tmp_path / "told", params, told)
-    sample = [f"--checkpoint={tmp_path / 'told'}", "--batch_size=1", f"--out={tmp_path / 'out'}"]
+    save_params(tmp_path / "model", params, metadata)
+    sample = [f"--checkpoint={tmp_path / 'model'}", "--batch_size=1", f"--out={tmp_path / 'out'}"]
     assert run_command(sample_command.main, "sample", [*sample, f"--texture_vae={other}"]) == 2
     assert f"--texture_vae={other}" in (error := capsys.readouterr().err) and "--other_texture_vae" in error
     assert not (tmp_path / "out" / "samples.npz").exists()
     assert run_command(sample_command.main, "sample", [*sample, f"--texture_vae={other}", "--other_texture_vae"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    said = [line.removeprefix("note: ") for line in lines if line.startswith("note: ")]
+    printed = [line.removeprefix("note: ") for line in lines if line.startswith("note: ")]
     recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
-    assert len(said) == 3 and said == recipe["notes"]
-    assert "none was given (--weak=CKPT): these samples are without guidance" in said[0]
-    assert "as --other_texture_vae allows" in said[1] and "5 classes, of which 3 were trained" in said[2]
+    assert len(printed) == 3 and printed == recipe["notes"]
+    assert "no weaker model was given (--weak=CKPT): these samples are without guidance" in printed[0]
+    assert "as --other_texture_vae allows" in printed[1] and "5 classes, of which 3 were trained" in printed[2]
 
     # The checkpoint's settings were used and printed; a flag overrides one.
     used = "solver=euler mode=staged num_steps=4 guidance=none num=21 labels=balanced batch_size=1"

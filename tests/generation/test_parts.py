@@ -23,8 +23,8 @@ GUIDED = SampleConfig(solver="euler", num_steps=5, guidance="autoguidance", guid
 
 
 def model(seed=0, width=16, **metadata):
-    params, told = dit(seed, width)
-    return params, {**told, "latents": OURS, **metadata}
+    params, own = dit(seed, width)
+    return params, {**own, "latents": OURS, **metadata}
 
 
 def made_by(**weights):
@@ -121,8 +121,8 @@ def test_a_weak_model_with_other_learned_clocks_is_noted(monkeypatch):
     monkeypatch.setitem(CLOCKS, "warp", Warp)
 
     def trained(bend, *args):
-        params, told = model(*args, config={"clocks": {"name": "warp"}})
-        return join_params(params, {"bend": np.float32(bend)}), told
+        params, metadata = model(*args, config={"clocks": {"name": "warp"}})
+        return join_params(params, {"bend": np.float32(bend)}), metadata
 
     assert notes(trained(1), vae(), GUIDED, weak=trained(1, 5, 8)) == []
     [note] = notes(trained(1), vae(), GUIDED, weak=trained(2, 5, 8))

@@ -1,4 +1,4 @@
-"""The sampler: sample i is a function of (seed, i), whatever is around it; parts that do not fit are refused."""
+"""The sampler: sample i depends on (seed, i) alone; parts that do not fit each other are refused."""
 
 import copy
 import dataclasses

@@ -1,6 +1,6 @@
-"""Every case of the parity pack, through the converter; and that a tampered pack fails.
+"""Every case of the parity pack passes, and a tampered pack fails.
 
-Bounds stand beside the comparisons, in sfd_jax/parity, because `sfd verify` holds them too.
+The bounds are in sfd_jax/parity, since `sfd verify` uses them too.
 """
 
 import json
@@ -23,7 +23,7 @@ def test_case(parity_dir, case_name):
 
 
 def test_large_case(parity_dir, case_name):
-    """A billion parameters within 12 GiB, measured in a process of its own."""
+    """A billion parameters within 12 GiB, measured in a separate process."""
     code = f"""
 import resource
 from sfd_jax.parity import run_case

@@ -29,7 +29,7 @@ def test_precision_and_recall_against_scipys_distances():
     cdist = scipy.spatial.distance.cdist
 
     def coverage(covered, by, k=3):
-        """The fraction of `covered` inside the balls around `by`, whose radius is the distance to the k-th neighbour."""
+        """The fraction of `covered` inside the k-nearest-neighbour balls around `by`."""
         radii = np.sort(cdist(by, by), axis=1)[:, k]
         return np.mean((cdist(covered, by) <= radii[None]).any(axis=1))
 

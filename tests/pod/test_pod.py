@@ -180,7 +180,7 @@ def test_a_training_step_compiles_for_a_slice(tmp_path, capsys, remat):
     assert whole / 4 < memory["arguments"] < whole / 4 + 0.2 * whole
     assert 0.9 * memory["arguments"] < memory["aliased"] <= memory["outputs"]  # the state is donated
     assert memory["peak"] < 0.1 * GIB
-    # Forward, and twice as much backward: 6 FLOPs per weight of the three blocks and token; a chip has 4 times 16 tokens.
+    # Forward and backward: 6 FLOPs per token and weight of the three blocks; a chip has 4 times 16 tokens.
     # With "full" remat 8, except for the last weights of a block, whose product is not recomputed. The rest (attention,
     # modulation, embedding, projector, final layer) is small in comparison.
     last = 3 * 128 * 341
