@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
         help="images per chip, for programs other than train (default: the config's sample.batch_size, or 64)",
     )
     flag("--weak", metavar="CONFIG", help="config of AutoGuidance's weaker model (default: --config in size b)")
-    flag("--fsdp", type=int, default=1, help="for sample and decode: as in `sfd sample` (default: %(default)s)")
+    flag("--fsdp", type=int, default=1, help="for sample and decode: see `sfd sample` (default: %(default)s)")
     args = parse_command(parser, argv, config="configs/sfd.py:xl", rules=RULES)
 
     measurement = measured(args, args.what)

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--weights",
         metavar="ema|raw|NAME",
-        help="averaged or raw weights, or a set by its name, see --inspect (default: the average, if any)",
+        help="EMA or raw weights, or the name of a set, see --inspect (default: EMA, if any)",
     )
     parser.add_argument("--allow_nonfinite", action="store_true", help="also convert weights that are NaN or infinite")
     parser.add_argument("--statistics", type=local_path, help="latents_stats.pt, mean and std of texture latents")

@@ -26,7 +26,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser, required: bool) -> None:
         help="a run's work folder, or a converted or trained checkpoint of the diffusion model",
     )
     flag(
-        "--texture_vae", type=path, required=required, metavar="DIR", help="checkpoint of the texture VAE that decodes"
+        "--texture_vae", type=path, required=required, metavar="DIR", help="checkpoint of the texture VAE, the decoder"
     )
     flag("--weak", type=path, metavar="DIR", help="checkpoint of AutoGuidance's weaker model")
     flag(
@@ -35,12 +35,12 @@ def add_sampling_flags(parser: argparse.ArgumentParser, required: bool) -> None:
         help="allow a --texture_vae that did not make the model's latents, e.g. with a finetuned decoder",
     )
     flag("--step", type=int, help="step of the checkpoint (default: the newest)")
-    flag("--weak_step", type=int, help="the same for --weak")
+    flag("--weak_step", type=int, help="step of the --weak checkpoint (default: the newest)")
     flag(
         "--weights",
         choices=("ema", "raw"),
         default="ema",
-        help="averaged or raw parameters, if a checkpoint holds both (default: %(default)s)",
+        help="EMA or raw parameters, if a checkpoint holds both (default: %(default)s)",
     )
     flag(
         "--latent_store",
@@ -49,7 +49,9 @@ def add_sampling_flags(parser: argparse.ArgumentParser, required: bool) -> None:
         help="latent shards whose statistics to use if the checkpoint has none",
     )
     flag(
-        "--dtype", choices=("float32", "bfloat16"), help="of the diffusion model's matmuls (default: the checkpoint's)"
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="dtype of the diffusion model's matmuls (default: the checkpoint's)",
     )
 
     how = set(defaults_of(SampleConfig))

@@ -57,7 +57,7 @@ class SolverConfig:
     rtol: float = setting(1e-3, "dopri5's relative tolerance", range=_TOLERANCE)
     timestep_shift: float | None = setting(
         None,
-        "s in s u / (1 + (s - 1) u) on the normalised grid: below 1 finer near the noise, above near the data",
+        "s of the grid s u / (1 + (s - 1) u), 0 <= u <= 1: below 1 it is finer near the noise, above near the data",
         range=Range(float, 0, 1e3, above=True),
         was={0: None},
     )
@@ -102,7 +102,7 @@ class SampleConfig(SolverConfig):
     """
 
     guidance: str = setting("none", "the kind of guidance", choices=GUIDANCE)
-    guidance_scale: float = setting(1.0, "required with guidance; 1 means none", range=_SCALE)
+    guidance_scale: float = setting(1.0, "scale of guidance, required with it; 1 means none", range=_SCALE)
     guidance_scale_semantic: float | None = setting(
         None, "AutoGuidance scale of the semantic channels, if it differs", range=_SCALE, was={-1: None}
     )

@@ -19,7 +19,7 @@ EULER = SampleConfig(solver="euler", num_steps=5)
 
 
 def random_checkpoint(name, config, seed, **metadata):
-    """Return a checkpoint with ALL weights random: fresh ones end in zeros and would show nothing."""
+    """Return a checkpoint with all weights random: fresh networks end with zeros, so tests would prove nothing."""
     network = Network(name, config)
     leaves, tree = jax.tree.flatten(network.abstract_params())
     generator = np.random.default_rng(seed)
@@ -63,19 +63,19 @@ def whole():
 def test_samples_are_images_and_differ(whole):
     sampler, images, nfe, _ = whole
     assert images.shape == (13, 8, 8, 3) and images.dtype == np.uint8 and sampler.image_size == 8
-    assert images.std(axis=(1, 2, 3)).min() > 1  # not saturated, so that a difference would show
+    assert images.std(axis=(1, 2, 3)).min() > 1  # not saturated, so that differences are visible
     assert len(np.unique(images.reshape(13, -1), axis=0)) == 13
     assert (nfe == 4).all()  # five points, four Euler steps
 
 
 def test_given_noise_is_integrated_as_samples_are(whole):
-    """`sfd verify` compares by this with the released code what `sfd sample` makes."""
+    """`sfd verify` compares samples with the released code through `integrate`."""
     sampler, *_, latents = whole
     indices = np.arange(8)
     noise = sample_noise(11, indices.astype(np.uint32), (4, 4, 5))
-    found, calls = sampler.integrate(noise, labels_of(indices))
+    found, nfe = sampler.integrate(noise, labels_of(indices))
     np.testing.assert_allclose(found, latents[:8], rtol=1e-5, atol=1e-5)  # a batch of another size
-    assert calls == 4
+    assert nfe == 4
 
 
 @pytest.mark.parametrize(("devices", "fsdp", "batch_size"), [(1, 1, 4), (8, 4, 7)])
