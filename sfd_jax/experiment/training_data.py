@@ -79,7 +79,7 @@ def unused_classes(num_classes: int, source: LatentStore | ReleasedLatents) -> l
     known = source.label_counts() or source.class_names or ()
     if missing := num_classes - len(known):
         return [
-            f"model.num_classes={num_classes}, but the data have {len(known)} classes: the embeddings of the "
+            f"model.num_classes={num_classes}, but the data have images of {len(known)} classes: the embeddings of the "
             f"other {missing} are never trained, and sampling refuses those labels"
         ]
     return []

@@ -148,7 +148,7 @@ def save_drawn(folder, name, config, seed=0, **metadata):
 def test_what_is_legal_and_odd_is_said_at_the_start(latents, tmp_path, capsys):
     assert train(tmp_path / "run", latents, "--check", "--config.model.num_classes=12") == 0
     out = capsys.readouterr().out
-    assert "note: model.num_classes=12, but the data have 10 classes: the embeddings of the other 2" in out
+    assert "note: model.num_classes=12, but the data have images of 10 classes: the embeddings of the other 2" in out
     assert "note: train.ema_decay=0.9999 is long for 4 steps" in out and "Set train.ema_decay=0.31 (1 % left)" in out
     assert train(tmp_path / "run", latents, "--check", "--config.train.ema_decay=0.31") == 0
     assert "note:" not in capsys.readouterr().out
