@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
 
 
 def _statistics() -> dict[str, Path]:
-    """Return the released latent statistics, which a diffusion checkpoint needs for sampling."""
+    """Return the released latent statistics, which a diffusion checkpoint needs to be sampled from."""
     from sfd_jax.convert.hub import fetch
 
     paths = {path.name: path for path in fetch("latent_stats")}
@@ -61,7 +61,7 @@ def _convert(path: Path, out: Path, statistics: dict[str, Path]) -> Path:
     target = out / str(imported.metadata["step"])
     if target.exists():
         if load_metadata(target)["source"] != imported.metadata["source"]:
-            raise SfdError(f"'{target}' holds another checkpoint; move it away and run this command again")
+            raise SfdError(f"'{target}' holds another checkpoint; move it away, then run this again")
         return target
     save_params(out, imported.params, imported.metadata)
     for note in imported.notes:

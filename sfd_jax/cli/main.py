@@ -52,7 +52,7 @@ def usage() -> str:
     """Return the overview that `sfd --help` prints."""
     width = max(map(len, COMMANDS))
     commands = "\n".join(f"  {name:<{width}}  {line}" for name, line in COMMANDS.items())
-    more = "`sfd <command> --help` explains its flags; all commands take --plugin=MODULE."
+    more = "`sfd <command> --help` explains its flags; --plugin=MODULE goes with all."
     return f"usage: sfd <command> [flags]\n\n{commands}\n\n{more}"
 
 

@@ -29,7 +29,7 @@ class Comparison:
 
     Attributes:
       reference: the reference; its stored statistics are used if it has some.
-      extractor: of the features; only Inception has "sfid" and "is".
+      extractor: the feature extractor; only Inception has "sfid" and "is".
       metrics: names from `METRICS`. "fid" is the Frechet distance in the main features of any
         extractor; "kid" comes with "kid_std".
     """
@@ -216,7 +216,7 @@ def gather(
 
     Args:
       images: the set.
-      extractors: of the features.
+      extractors: the feature extractors.
       keep_features: for each extractor, whether to keep the features of all images too.
       batch_size, split_size, mesh, progress: as for `compare`.
       label: name of the set in the progress bar and messages.

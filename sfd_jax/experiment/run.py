@@ -85,7 +85,7 @@ def train_or_check(open_run: Callable[[], Run], workdir: str, found: Faults, *, 
     """Open a run and train, or with `check` only look for faults; used by the training commands.
 
     Args:
-      open_run: opens the run. `jax.distributed` is initialised before, since it may need devices.
+      open_run: opens the run, after the processes of the job are connected, since it may need devices.
       workdir: folder of the run.
       found: faults found so far.
       check: do not train.

@@ -132,7 +132,7 @@ def described(job: SampleConfig) -> str:
 
 
 def _load_texture_vae(args: argparse.Namespace, model: dict) -> tuple[dict, dict]:
-    """Return the texture VAE, with the EMA or raw weights that made the model's latents if it has them."""
+    """Return the texture VAE; where it holds averaged and raw weights, those that made the model's latents."""
     from sfd_jax.generation.parts import made_latents
     from sfd_jax.models.fingerprint import params_hash
 
