@@ -123,8 +123,8 @@ class Clocks(abc.ABC):
         found, wanted = jax.tree.map(jnp.shape, params), jax.tree.map(jnp.shape, shapes)
         if found != wanted:
             raise SfdError(
-                f"the trained parameters of the clocks have shapes {found}, but {self} needs {wanted}: load those of "
-                "these clocks"
+                f"the trained parameters of the clocks have shapes {found}, but {self} needs {wanted}: load "
+                "parameters of these clocks"
             )
         bound = copy.copy(self)
         object.__setattr__(bound, "params", params)

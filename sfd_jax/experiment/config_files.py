@@ -35,7 +35,7 @@ def find_config(path: str) -> Path:
     for candidate in (Path(path).expanduser(), Path(__file__).resolve().parents[2] / path):
         if candidate.is_file():
             return candidate
-    raise SfdError(f"no config file '{path}' here or in the repository; configs are in configs/")
+    raise SfdError(f"no config file '{path}' in this folder or the repository; configs are in configs/")
 
 
 def load_config(

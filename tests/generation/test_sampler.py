@@ -178,7 +178,7 @@ def test_recipe_names_what_determines_the_images():
             lambda: make_sampler(dit(), vae(), SampleConfig(guidance="autoguidance", guidance_scale=2.0)),
             "needs a weaker model",
         ),
-        (lambda: make_sampler(dit(), vae(), EULER, weak=dit()), "guidance is 'none'"),
+        (lambda: make_sampler(dit(), vae(), EULER, weak=dit()), "no effect with guidance 'none'"),
         (
             lambda: make_sampler(dit(null_label=False), vae(), SampleConfig(guidance="cfg", guidance_scale=2.0)),
             "no null label",
