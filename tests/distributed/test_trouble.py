@@ -119,7 +119,7 @@ def test_sigterm_at_one_saves_on_all_at_one_step(jobs, name):
 def test_sigterm_with_nothing_to_save_ends_all(jobs):
     job = jobs["told, with nothing to save"]
     assert job.statuses[0] in AGAIN and job.statuses[1] == 75, job.says
-    assert "told to leave by SIGTERM" in job.says[1]
+    assert "by SIGTERM" in job.says[1]
 
 
 def test_a_killed_coordinator_ends_the_others(jobs):
