@@ -69,10 +69,10 @@ def test_a_plugin_file_is_that_very_file(tmp_path, monkeypatch):
         file.write_text(f"HERE = {str(file)!r}\n")
     load_plugins([f" {files[0]} ", str(files[0]), str(files[1])])
     assert [sys.modules[name].HERE for name in ("sfd_one", "sfd.dotted one")] == list(map(str, files[:2]))
-    with pytest.raises(SfdError, match=r"b/sfd_one.py': another module is called sfd_one \(.*a/sfd_one.py\)"):
+    with pytest.raises(SfdError, match=r"b/sfd_one.py': another module has the name sfd_one \(.*a/sfd_one.py\)"):
         load_plugins([str(files[2])])
     (tmp_path / "random.py").write_text("")
-    with pytest.raises(SfdError, match="another module is called random"):
+    with pytest.raises(SfdError, match="another module has the name random"):
         load_plugins([str(tmp_path / "random.py")])
     with pytest.raises(SfdError, match="no such file"):
         load_plugins([str(tmp_path / "nowhere.py")])
