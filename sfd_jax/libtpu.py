@@ -26,7 +26,7 @@ def expect_no_machine() -> None:
 
 
 def hush() -> None:
-    """Call `expect_no_machine` where libtpu is installed without a TPU: JAX loads it at every start and it would warn."""
+    """Call `expect_no_machine` where libtpu is installed without a TPU: JAX loads it at every start."""
     if installed() and not any(_is_googles(device) for device in Path("/sys/bus/pci/devices").glob("*/vendor")):
         expect_no_machine()
 

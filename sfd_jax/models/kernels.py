@@ -86,8 +86,8 @@ def tuned_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.A
     """Attend as `attention` does, with the gradient written out.
 
     It needs the sum over a row of weights x their gradients, which is the sum over E of out x its gradient, a pass over
-    (N, E) instead of two over (N, N). JAX's own gradient takes twice the time on a CPU, and keeps the weights in float32
-    where this one keeps them in the dtype of the matmuls.
+    (N, E) instead of two over (N, N). JAX's own gradient takes twice the time on a CPU, and keeps the weights in
+    float32 where this one keeps them in the dtype of the matmuls.
     """
     return _heads_first(_tuned, query, key, value)
 

@@ -139,7 +139,7 @@ class DiTConfig:
 
     @property
     def kept_by_dots(self) -> int:
-        """Return the bytes of one row that the blocks keep with remat "dots": the outputs of the matmuls with weights."""
+        """Return the bytes of one row that the blocks keep with remat "dots": the outputs of matmuls with weights."""
         hidden = int(self.width * self.mlp_ratio)
         wide = 2 * int(2 / 3 * hidden) if self.use_swiglu else hidden
         tokens = (self.input_size // self.patch_size) ** 2

@@ -129,7 +129,9 @@ def network_of(metadata: Mapping[str, Any], kind: str | Collection[str], **chang
         NETWORKS.find(found, metadata["registered_in"])
     if found not in kinds:
         expected = " or ".join(f"'{kind}'" for kind in kinds)
-        raise SfdError(f"{checkpoint_name(metadata)} holds '{found}', expected {expected}: give a checkpoint of that network")
+        raise SfdError(
+            f"{checkpoint_name(metadata)} holds '{found}', expected {expected}: give a checkpoint of that network"
+        )
     network = Network(found, metadata["network_config"])
     changes = {name: value for name, value in changes.items() if value and hasattr(network.config, name)}
     return Network(found, {**network.config_dict(), **changes})
