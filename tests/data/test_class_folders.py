@@ -33,7 +33,7 @@ def png() -> bytes:
 
 @pytest.fixture(params=["folder", "tar"])
 def lay(request, tmp_path):
-    """Return a function that writes files into a folder or a tar (names with a final slash: empty folders) and opens it."""
+    """Return a function that writes files into a folder or a tar (a final slash: empty folder) and opens it."""
 
     def write(names, split="train", name="net"):
         root = tmp_path / name
