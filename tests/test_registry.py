@@ -1,4 +1,4 @@
-"""Parts by name, and modules from outside that bring some."""
+"""Registries of parts, and plugins that add to them."""
 
 import sys
 
@@ -52,7 +52,7 @@ def test_a_plugin_is_imported_before_the_command_runs(way, tmp_path, monkeypatch
     monkeypatch.delitem(sys.modules, "my_sfd_part")
 
 
-def test_a_plugin_that_is_not_there_is_named(tmp_path, capsys):
+def test_a_missing_plugin_is_named(tmp_path, capsys):
     assert cli.run_command(lambda _: 0, "verify", ["--plugin=nowhere_sfd"]) == 2
     assert "plugin 'nowhere_sfd': no such module" in capsys.readouterr().err
     (tmp_path / "broken_sfd_part.py").write_text("import not_installed_anywhere\n")
@@ -61,7 +61,7 @@ def test_a_plugin_that_is_not_there_is_named(tmp_path, capsys):
     sys.path.remove(str(tmp_path))
 
 
-def test_a_plugin_file_is_that_very_file(tmp_path, monkeypatch):
+def test_a_plugin_file_is_loaded_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     files = [tmp_path / folder / name for folder in "ab" for name in ("sfd_one.py", "sfd.dotted one.py")]
     for file in files:

@@ -217,7 +217,7 @@ def test_targets_need_the_networks_that_made_the_latents(tmp_path, capsys):
     assert "images of 32 px, but data.images.image_size=64" in answer(
         own, *online, "--config.data.images.image_size=64"
     )
-    assert "images of 30 px do not divide by 4, the latents a side (model.input_size): 28 or 32" in answer(
+    assert "images of 30 px do not divide by 4, the latents a side (model.input_size): use 28 or 32" in answer(
         unknown, *online, "--config.data.images.image_size=30"
     )
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "more.png")
