@@ -51,7 +51,7 @@ class Registry(dict[str, Part]):
             return lambda part: self.register(name, part, module) or part
         module = module or getattr(part, "__module__", type(part).__module__)
         taken = self._modules.get(name, module)
-        if taken != module:  # the same module may register anew: a notebook's cell that runs twice
+        if taken != module:  # the same module may register again: a notebook's cell that runs twice
             raise SfdError(f"{module} registers {self.kind} '{name}', but {taken} has one of that name: choose another")
         self[name], self._modules[name] = part, module
 

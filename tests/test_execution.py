@@ -41,7 +41,7 @@ def test_remat_auto_keeps_what_fits_the_device():
         return choose_execution(mesh, remat="auto", rows=rows, kept_by_dots=kept, **more).remat
 
     assert choice(16, 256) == "dots" and choice(4, 256) == "full"
-    assert choice(1, 16, kind="of nobody") == "dots" and choice(1, 64, kind="of nobody") == "full"
+    assert choice(1, 16, kind="unknown") == "dots" and choice(1, 64, kind="unknown") == "full"
     assert choice(16, 16, scan=False) == "dots"  # what "none" keeps of unrolled blocks is known only for GPUs
 
     h100 = functools.partial(choice, kind="NVIDIA H100 80GB HBM3", platform="gpu")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Copy a commit of this checkout to all workers and set them up with tpu_setup.sh. Safe to run again: finished work is
-# kept, and a worker whose job runs from another commit is not changed and reported.
+# kept, and a worker whose job runs from another commit is reported and not changed.
 #
 #   setup.sh --tpu-name=sfd --zone=us-west4-a --project=PROJECT
 #

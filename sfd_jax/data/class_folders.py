@@ -159,7 +159,7 @@ def find_classes(where: str, images: list[str], folders: list[str], split: str =
 
 
 def _check_depth(where: str, by_class: dict[str, list[str]]) -> list[str]:
-    """Refuse folders above the classes; return notes on classes whose images lie deeper."""
+    """Refuse folders above the classes; return notes on classes with images in subfolders."""
     inner = {name: {os.path.dirname(path) for path in paths} - {name} for name, paths in by_class.items()}
     [(first, paths), *others] = by_class.items()
     parts = {part for folders in inner.values() for folder in folders for part in folder.split("/")[1:]}

@@ -15,7 +15,7 @@ from sfd_jax.data.decoding import MAX_BYTES
 from sfd_jax.errors import SfdError
 from sfd_jax.files import atomic_write
 
-INDEX_FORMAT = 2  # part of the stamp: an index of another format is made anew
+INDEX_FORMAT = 2  # part of the stamp: an index of another format is made again
 BLOCK = 512
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")  # all but the first are refused
 BEGINNINGS = {
@@ -127,7 +127,7 @@ def _index_tar(path: Path) -> dict[str, np.ndarray]:
             elif is_image(name):
                 images.append((name, member.offset_data, member.size))
     if twice := [name for name, count in Counter(name for name, *_ in images).items() if count > 1]:
-        raise SfdError(f"{path} holds {twice[0]} twice; write it anew from its extracted files")
+        raise SfdError(f"{path} holds {twice[0]} twice; write the tar again from its extracted files")
     return {
         "names": np.array([os.fsencode(name) for name, *_ in images], dtype=np.bytes_),
         "offsets": np.array([offset for _, offset, _ in images], np.int64),
@@ -149,7 +149,7 @@ def _members(path: Path, file: BinaryIO, inside: str, start: int, end: int) -> I
         raise SfdError(f"{what} is not a complete, uncompressed tar: it is {kind or 'empty'}; unpack or fetch it again")
     file.seek(start)
     damaged = lambda fault: SfdError(
-        f"{what} is not a complete, uncompressed tar: {fault} after {last}; fetch it again or write it anew"
+        f"{what} is not a complete, uncompressed tar: {fault} after {last}; fetch or write it again"
     )
     try:
         # tarfile reads from the file's position, but its offsets count from the file's start.

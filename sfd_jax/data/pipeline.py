@@ -1,7 +1,7 @@
 """Batches as a function of (seed, step, rows).
 
 Training reads the source as an endless stream of positions; position p is element `p % N` of epoch
-`p // N`, and every epoch is shuffled anew. Global batch number `step` has the positions
+`p // N`, and every epoch has its own shuffling. Global batch number `step` has the positions
 `step * G ... (step + 1) * G - 1`; a host reads those rows of it that its devices hold
 (`distributed.host_rows`). So the step is the whole state of the loader, and any number of hosts, with
 devices in any order, reads the same global batches. Nothing is dropped at the end of an epoch.

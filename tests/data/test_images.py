@@ -90,7 +90,7 @@ def test_folder_reads_labels_names_and_broken_files(tmp_path):
 
 
 def test_tar_of_class_tars_and_tar_of_folders(tmp_path):
-    """ILSVRC's layout, with images told apart by their colour; the second opening uses the index."""
+    """ILSVRC's layout, with images distinguished by their colour; the second opening uses the index."""
     colours = {("n02", "b.JPEG"): 40, ("n02", "a.JPEG"): 80, ("n01", "c.JPEG"): 120}
     images = {key: encoded(Image.new("RGB", (9, 20), (value,) * 3), "PNG") for key, value in colours.items()}
     nested = tmp_path / "nested.tar"
