@@ -159,7 +159,7 @@ def read_system(
             raise SfdError(f"the config in the file says {name} {stored[name]}; only {ours} is supported")
     if "prediction" not in stored and not config.two_clocks:
         notes.append(
-            "prediction: assumed velocity, time from 0 (noise) to 1 (data), as in LightningDiT and SiT; the file looks "
+            "prediction: velocity is assumed, time from 0 (noise) to 1 (data), as in LightningDiT and SiT; the file looks "
             "the same if it predicts noise as DiT does, and would be sampled wrongly"
             + (". Its learned sigma, which is dropped, suggests DiT" if config.learn_sigma else "")
         )
