@@ -1,8 +1,7 @@
-"""How much memory the reading of a file of others may take: a multiple of its size, unless a flag allows more.
+"""Memory limit for reading an untrusted file: a multiple of its size, unless a flag allows more.
 
 A few bytes can ask for terabytes: a stride of zero, a compressed member of zeros, a list that holds
-itself twice a hundred times over. So whatever a file makes the readers of this package hold, or
-claims to hold, is counted here before it is made.
+itself twice a hundred times over. The readers of this package count every allocation here before they make it.
 """
 
 import os
@@ -12,14 +11,14 @@ from sfd_jax.errors import SfdError
 from sfd_jax.ranges import check
 
 EXPANSION = 32  # bytes of memory for a byte of the file; a checkpoint with optimizer moments needs 1.1
-SPARE = 16 * 2**20  # bytes that a file of any size may take beside that
-LIMIT_GIB = 64.0  # never more than this, unless the flag --max_gib says so
+SPARE = 16 * 2**20  # bytes added to that for a file of any size
+LIMIT_GIB = 64.0  # never more than this, unless the flag --max_gib allows it
 
 _given: int | None = None
 
 
 def allow(gib: float | None) -> None:
-    """Let files take up to so many GiB, whatever their size; None for the rule above.
+    """Let files take up to `gib` GiB, whatever their size; None for the rule above.
 
     Raises:
       SfdError: not a number in its range.
@@ -30,7 +29,7 @@ def allow(gib: float | None) -> None:
 
 
 class Budget:
-    """What the reading of one file may still take.
+    """Memory that reading one file may still take.
 
     Args:
       path: the file.
@@ -51,6 +50,6 @@ class Budget:
         if self.left < 0:
             raise SfdError(
                 f"refused: '{self.path}' has {self.size:,} bytes and asks for more than the {self.total:,} bytes of "
-                "memory it may take; it is damaged or made to do harm (if you trust it, `sfd convert --max_gib=N` "
-                "allows N GiB)"
+                "memory it may take; it is damaged or malicious (if you trust it, `sfd convert --max_gib=N` allows "
+                "N GiB)"
             )

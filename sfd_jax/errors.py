@@ -1,4 +1,4 @@
-"""Errors meant for the user's eyes, and the help they carry."""
+"""Errors for the user, and helpers that make their messages."""
 
 import contextlib
 import difflib
@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterable, Iterator
 
 
 class SfdError(Exception):
-    """Report a fault of the input or the surroundings: names the thing and says what to do.
+    """Report a fault of the input or the machine: the message names the thing and says what to do.
 
-    Every command prints the message without a traceback and exits with `status`, 2: fix it first.
+    Every command prints the message without a traceback and exits with `status`; 2 means "fix it first".
     """
 
     status = 2
 
 
 class TryAgain(SfdError):
-    """Report what passes without a fix: another host was missing, or this one was preempted.
+    """Report a failure that needs no fix: another host was missing, or this one was preempted.
 
     Status 75 (EX_TEMPFAIL of sysexits.h); the launch scripts start the same command again.
     """
@@ -24,9 +24,9 @@ class TryAgain(SfdError):
 
 
 class Faults(list):
-    """Collect the messages of independent checks, so that the user learns of all faults at once.
+    """Collect the messages of independent checks, so that the user sees all faults at once.
 
-    `with faults:` around each check takes its SfdError; `stop` raises those that came together as one.
+    `with faults:` around a check collects its SfdError; `stop` raises all that were collected as one.
     """
 
     def __enter__(self) -> "Faults":
@@ -55,26 +55,26 @@ def refuse(faults: list[str]) -> None:
 
 @contextlib.contextmanager
 def damage_explained(say: Callable[[str], str]) -> Iterator[None]:
-    """Turn whatever a damaged file makes libraries raise in the block into one SfdError; pass SfdErrors on.
+    """Turn any exception that a damaged file causes in the block into an SfdError; pass SfdErrors on.
 
     Args:
-      say: makes the message of the reason.
+      say: makes the message from the reason.
     """
     try:
         yield
     except SfdError:
         raise
-    except Exception as error:  # zipfile, numpy, pickletools and parsers tell damage by many types
+    except Exception as error:  # zipfile, numpy, pickletools and parsers report damage by many types
         raise SfdError(say(f"{error!s:.200}" or type(error).__name__)) from error
 
 
 @contextlib.contextmanager
 def needs_extra(extra: str, what: str) -> Iterator[None]:
-    """Say which extra of this package brings what an import in the block does not find.
+    """Turn a failed import in the block into an SfdError that names the extra to install.
 
     Args:
       extra: its name in pyproject.toml.
-      what: what needs it, for the beginning of the message.
+      what: what needs it; the message begins with this.
 
     Raises:
       SfdError: an import failed.
@@ -91,7 +91,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
     Args:
       name: what the user wrote.
-      valid: what would have been understood.
+      valid: the valid names.
 
     Returns:
       "did you mean 'x'?", or the list of all valid names where none is near.

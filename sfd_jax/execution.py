@@ -1,8 +1,8 @@
-"""How networks are computed on the devices of a mesh: decided here, where a step or sampler is built, and handed in.
+"""How networks are computed on the devices of a mesh: chosen here when a step or sampler is built, and passed in.
 
-The one place where hardware is asked for it; `models` has the operations and knows no device. A file of its own, since
-training, generation, evaluation and `pod` all build on `models` and `distributed`, which do not know each other. What
-decides nothing here (encoders and VAEs without gradients) is computed plainly. Numbers: docs/performance.md.
+Only this file looks at the hardware; `models` has the operations and knows no device. It stands apart because
+training, generation, evaluation and `pod` all build on `models` and `distributed`, which do not import each other.
+Encoders and VAEs without gradients use the plain forms. Numbers: docs/performance.md.
 """
 
 import functools
@@ -15,8 +15,8 @@ from sfd_jax.distributed import batch_sharding, replicated, shard_rule
 from sfd_jax.models import kernels
 from sfd_jax.models.execution import PLAIN, Execution
 
-# GiB a device that "auto" lets blocks keep, by the beginning of the device's kind: about a third of its memory, since
-# parameters, optimizer and a block's own values need the rest.
+# GiB a device that "auto" lets blocks keep, by the first letters of the device's kind: about a third of its memory,
+# since parameters, optimizer and a block's own values need the rest.
 KEPT_AT_MOST = {
     "TPU v5 lite": 5,
     "TPU v5": 30,
@@ -36,22 +36,22 @@ def choose_execution(
     """Choose how networks are computed on a mesh.
 
     Args:
-      mesh: its devices need not be there.
+      mesh: of devices that may be abstract, for compiling ahead of time.
       scan: run blocks as one loop; None: everywhere but on a GPU.
       remat: a key of `stack.REMAT`, or "auto": what fits the devices.
-      rows: of the batch, over all devices; read by "auto".
-      kept_by_dots: bytes that the blocks keep of one row with "dots"; read by "auto".
+      rows: of the batch, over all devices; used by "auto".
+      kept_by_dots: bytes that the blocks keep of one row with "dots"; used by "auto".
     """
     device = mesh.devices.flat[0]
     platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
-    # On a GPU a loop copies all that the backward pass needs into one array for all blocks and out again, a tenth of
-    # XL's step. On a TPU it keeps the gathering of weights in order; on both it is what compiles fast.
+    # On a GPU a loop copies all that the backward pass needs into one array for all blocks and out again: a tenth of
+    # XL's step. On a TPU it keeps the gathering of weights in order. On both it compiles fast.
     scan = platform != "gpu" if scan is None else scan
     if remat == "auto":
         remat = _what_fits(platform, device.device_kind, rows / mesh.size * kept_by_dots, scan)
     return Execution(
-        # CPUs and TPUs take no fused kernel: with 256 tokens the weights are small, and a head width of 72 does not
-        # fill the lanes of the TPU's.
+        # No fused kernel on CPUs and TPUs: with 256 tokens the attention weights are small, and a head width of 72
+        # does not fill a TPU's lanes.
         attention=kernels.cudnn_attention if platform == "gpu" else kernels.tuned_attention,
         product=kernels.cpu_product if platform == "cpu" else kernels.product,
         scan=scan,
@@ -62,11 +62,11 @@ def choose_execution(
 
 
 def _what_fits(platform: str, kind: str, kept: float, scan: bool) -> str:
-    """Return what blocks keep for the backward pass, where `kept` bytes a device are what they keep with "dots".
+    """Return the remat policy, given the bytes a device that blocks keep with "dots".
 
-    On SFD-XL "dots" saves a quarter of a training step's FLOPs beside "full". "none" saves next to no FLOPs more, and
-    in a loop keeps six times as much; but of unrolled blocks XLA for GPUs keeps but twice as much, and reads and
-    writes a tenth less than with "dots".
+    On SFD-XL "dots" saves a quarter of a training step's FLOPs compared with "full". "none" saves hardly any more
+    FLOPs and, in a loop, keeps six times as much. With unrolled blocks XLA for GPUs keeps only twice as much, and
+    reads and writes a tenth less than with "dots".
     """
     known = (gib for name, gib in KEPT_AT_MOST.items() if kind.startswith(name))
     most = next(known, _KEPT_ELSEWHERE) * 2**30
@@ -76,10 +76,10 @@ def _what_fits(platform: str, kind: str, kept: float, scan: bool) -> str:
 
 
 def _gather(mesh: Mesh, params: Any) -> Any:
-    """Bring the parameters of one block whole to every device; their gradients go back to the devices' pieces.
+    """Gather the parameters of one block on every device; scatter their gradients to the devices' shards.
 
-    Without it the compiler may leave the weights split and send every device's activations to all others instead,
-    which are many times larger.
+    Without it the compiler may leave the weights split and exchange the activations instead, which are many times
+    larger.
     """
     pieces = lambda x: NamedSharding(mesh, shard_rule(x.shape, mesh))
     return jax.tree.map(lambda x: kernels.gather(x, replicated(mesh), pieces(x)), params)

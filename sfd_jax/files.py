@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and the records by which a folder knows its own run."""
+"""Atomic writes, paths as users give them, and the comparison of a folder's records with those of a run."""
 
 import contextlib
 import errno
@@ -18,14 +18,14 @@ PART = ".part"  # what a file is called while it is being written
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike, *, shared: bool = False) -> Iterator[Path]:
-    """Give a name to write under; the file takes its own when the block ends, and is on the disk by then.
+    """Yield a temporary path to write to; at the end of the block sync it and rename it to `path`.
 
-    A block that fails leaves nothing behind, and the file that was there before as it was. A killed
+    A block that fails leaves no temporary file and does not change an existing `path`. A killed
     process leaves NAME.part, which the next writer of the file overwrites.
 
     Args:
       path: local file to be made or replaced; its folder exists.
-      shared: several hosts may write the file at once, so each does under a name of its own.
+      shared: several hosts may write the file at once, so each uses its own temporary name.
 
     Raises:
       OSError: as the block or the disk raises it.
@@ -47,7 +47,7 @@ def atomic_write(path: str | os.PathLike, *, shared: bool = False) -> Iterator[P
 
 
 def disk_fault(error: BaseException | None) -> str | None:
-    """Return a sentence where an error, or what caused it, says that a disk takes no more; else None."""
+    """Return a sentence where an error or its cause is that a disk is full or read-only; else None."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
             return (
@@ -59,9 +59,9 @@ def disk_fault(error: BaseException | None) -> str | None:
 
 
 def write_new(path: str | os.PathLike, text: str) -> None:
-    """Write a text file that is whole or not there, and never over another one.
+    """Write a new text file atomically; never replace an existing one.
 
-    An empty file takes the name for a moment, which works without hard links and on FUSE mounts of buckets too.
+    An empty file reserves the name first, which works without hard links and on FUSE mounts of buckets too.
 
     Raises:
       OSError: as the disk raises it; FileExistsError where the name is taken.
@@ -78,7 +78,7 @@ def file_sha256(path: str | os.PathLike) -> str:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
+    """Wait until a file, or the list of names in a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -87,22 +87,22 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str, *, shared: bool = False) -> None:
-    """Write a text file that is whole or not there; see `atomic_write`."""
+    """Write a text file atomically; see `atomic_write`."""
     with atomic_write(path, shared=shared) as part:
         part.write_text(text)
 
 
 def write_json(path: str | os.PathLike, value: Any, *, shared: bool = False) -> None:
-    """Write a JSON file, its keys in their order, that is whole or not there; see `atomic_write`."""
+    """Write a JSON file atomically, keys in their order; see `atomic_write`."""
     write_text(path, json.dumps(value, indent=1) + "\n", shared=shared)
 
 
 def write_anywhere(path: str | os.PathLike, text: str) -> None:
-    """Write a text file that is whole or not there, on a local disk or in a bucket (gs://).
+    """Write a text file atomically, on a local disk or in a bucket (gs://).
 
     Args:
       path: its folder is made where needed.
-      text: what it shall hold.
+      text: its content.
 
     Raises:
       OSError: as the disk or the bucket raises it.
@@ -125,7 +125,7 @@ def user_path(path: str | os.PathLike, *, local: bool = False) -> str:
       local: it must not lie in a bucket.
 
     Raises:
-      SfdError: nothing; blanks, line ends or quotes around it; a bucket written otherwise; another scheme.
+      SfdError: an empty path; blanks or quotes around it, or line ends in it; a misspelt bucket; another scheme.
     """
     text = os.fspath(path)
     if not text:
@@ -153,7 +153,7 @@ def user_path(path: str | os.PathLike, *, local: bool = False) -> str:
 
 
 def must_be_local(flag: str, path: str | None) -> None:
-    """Raise SfdError for a path that is no local one; see `user_path`."""
+    """Raise SfdError for a path that is not local; see `user_path`."""
     if path:
         try:
             user_path(path, local=True)

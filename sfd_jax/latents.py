@@ -1,4 +1,4 @@
-"""Channel layout and normalisation of the composite latent: the only file that knows the order.
+"""Channel layout and normalisation of the composite latent: the only file that knows the channel order.
 
 The composite latent has the texture channels first and the semantic channels after them, as in
 the released weights (the paper writes the pair the other way round). Arrays are channels last.
@@ -24,7 +24,7 @@ Array = Any  # a numpy or a jax array
 
 @dataclasses.dataclass(frozen=True)
 class LatentLayout:
-    """Tell the two groups of channels of a composite latent apart.
+    """Split and join the two groups of channels of a composite latent.
 
     Args:
       texture_channels: number of texture channels, at least 1.
@@ -161,11 +161,11 @@ class LatentStatistics:
 
 
 def other_makers(latents: dict[str, Any] | None, others: dict[str, Any] | None) -> list[str]:
-    """Name the networks in whose weights the makers of two sets of latents differ.
+    """Name the networks whose weights differ between the makers of two sets of latents.
 
     Args:
       latents, others: "latents" of a checkpoint's metadata, or a source's `origin`: "weights" has the hash of each
-        network that made them, none where that is not known; what one of the two does not tell is not compared.
+        network that made them, and is empty where that is not known; then nothing is compared.
 
     Returns:
       "texture_vae 0123456789ab, not ba9876543210" for each network that differs.
@@ -183,12 +183,12 @@ def normalised_composite(
 ) -> np.ndarray:
     """Normalise both groups of raw latents and join them, in numpy.
 
-    Made for the loader: JAX would wake an accelerator in every loader process. Each image is finished while
+    Made for the loader: JAX would initialise an accelerator in every loader process. Each image is finished while
     it lies in the processor's cache, by statistics spread over a whole image: rows as short as a group's
     channels cost three times the arithmetic.
 
     Args:
-      layout: which channels are whose.
+      layout: the channels of each group.
       statistics: of both groups.
       texture, semantic: raw latents (B,H,W,C of the group), any floating dtype.
 
@@ -215,7 +215,7 @@ def normalised_composite(
 
 
 def _normalise(raw_latents: Array, mean: np.ndarray, std: np.ndarray, multiplier: float) -> Array:
-    leading = (1,) * (raw_latents.ndim - 1)  # spelt out: broadcasting over ranks may be forbidden
+    leading = (1,) * (raw_latents.ndim - 1)  # explicit: JAX may be set to refuse rank promotion
     return (raw_latents - mean.reshape(*leading, -1)) / std.reshape(*leading, -1) * multiplier
 
 

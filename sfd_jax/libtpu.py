@@ -1,11 +1,11 @@
-"""Libtpu on machines without a TPU, where it is installed to compile for one (the extra `pod`)."""
+"""Libtpu on machines without a TPU, where it is installed to compile ahead of time (the extra `pod`)."""
 
 import importlib.util
 import os
 from pathlib import Path
 
-# Libtpu looks for the machine it is on, says at length what it does not find, and lets one process at a time use the
-# chips. Where there are none, this answers its questions beforehand.
+# Libtpu queries the machine it is on, logs at length what it does not find, and lets one process at a time use the
+# chips. Where there are no chips, these variables answer its queries.
 _NO_MACHINE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -20,13 +20,13 @@ def installed() -> bool:
 
 
 def expect_no_machine() -> None:
-    """Tell libtpu, before it is loaded, that it is to compile and not to run."""
+    """Set the environment for libtpu, before it is loaded, to compile without a TPU."""
     for name, value in _NO_MACHINE.items():
         os.environ.setdefault(name, value)
 
 
 def hush() -> None:
-    """Do so where libtpu is installed without a TPU: JAX tries it at every start, and it would complain."""
+    """Call `expect_no_machine` where libtpu is installed without a TPU: JAX loads it at every start."""
     if installed() and not any(_is_googles(device) for device in Path("/sys/bus/pci/devices").glob("*/vendor")):
         expect_no_machine()
 

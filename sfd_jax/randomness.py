@@ -1,6 +1,6 @@
-"""Randomness row by row: what a row draws depends on a key and the row's place in the global batch alone.
+"""Randomness by row: what a row draws depends only on a key and on the row's place in the global batch.
 
-So neither the number of devices nor the way a batch is cut changes what is drawn.
+Neither the number of devices nor the way a batch is split changes it.
 """
 
 import jax
@@ -23,7 +23,7 @@ def normal_by_row(key: jax.Array, row_indices: jax.Array, shape: tuple[int, ...]
     """Draw standard normals row by row.
 
     Args:
-      key, row_indices: as of `keys_by_row`.
+      key, row_indices: as in `keys_by_row`.
       shape: of a row.
 
     Returns:

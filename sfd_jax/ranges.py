@@ -1,7 +1,7 @@
-"""What the settings may be: the ranges of all numbers, and which settings need which others, in two tables.
+"""Two tables of what settings may be: the ranges of all numbers, and which settings need which others.
 
 Config groups, their dataclasses, flags and the functions that take the same settings are all checked against these
-tables, so that a number outside its range or a setting without effect is refused wherever it is given.
+tables, so that a number out of range or a setting without effect is refused wherever it is given.
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ from sfd_jax.errors import nearest, refuse
 
 
 class Range(NamedTuple):
-    """The numbers a setting takes; NaN and the infinities are in none, and a bool is no number.
+    """The numbers a setting takes; no range contains NaN, an infinity or a bool.
 
     Attributes:
-      kind: int takes integers alone (3.0 is none), float any real number.
+      kind: int takes integers only (not 3.0), float any real number.
       least, most: ends of the range.
-      above, below: the end itself is left out.
-      also: one more value.
+      above, below: exclude the end itself.
+      also: one more valid value.
     """
 
     kind: type
@@ -51,7 +51,7 @@ _COUNT, _COUNT_OR_0 = Range(int, 1, 2**31 - 1), Range(int, 0, 2**31 - 1)
 _WIDTH, _WIDTH_OR_0 = Range(int, 1, 2**16), Range(int, 0, 2**16)
 _FEW, _FEW_OR_0 = Range(int, 1, 1024), Range(int, 0, 1024)
 _WEIGHT, _SHARE, _BELOW_1 = Range(float, 0, 1e6), Range(float, 0, 1), Range(float, 0, 1, below=True)
-_ANY = Range(float, -1e15, 1e15)  # a number of a config that is not ours
+_ANY = Range(float, -1e15, 1e15)  # a number whose name has no range
 _MESH = Range(int, 1, 2**20, also=-1)  # -1 takes what the other axis leaves
 
 
@@ -61,7 +61,7 @@ def _rows(names: str, range_: Range) -> dict[str, Range]:
 
 # "name", or "group.name" where the name means something else in other groups; the group of a flag is its command.
 RANGES = {
-    # Randomness: JAX's keys and numpy's RandomState both take 32 bits, and would fold or refuse more.
+    # Randomness: JAX's keys and numpy's RandomState both take 32 bits, and would truncate or refuse more.
     **_rows("seed", Range(int, 0, 2**32 - 1)),
     # Networks
     **_rows("width in_channels repa_width input_dim bottleneck_dim hidden_dim z_channels ch norm_groups", _WIDTH),
@@ -93,13 +93,13 @@ RANGES = {
 
 
 class Only(NamedTuple):
-    """Some settings have an effect only where another one is given, or has one of some values.
+    """Some settings have an effect only where another one is given, or has certain values.
 
     Attributes:
-      names: the settings, with spaces between.
-      where: the other one, "group.name" in another group; with spaces between, any of several.
-      values: which of its values; none: that it is given at all.
-      never: the reverse: no effect where the other one is so.
+      names: the settings, separated by spaces.
+      where: the other one, "group.name" in another group; several, separated by spaces, mean any of them.
+      values: values that the other one must have; empty means that it must be given.
+      never: the reverse: no effect where the other one has these values.
       hint: what else to do, for the end of the message.
     """
 
@@ -110,7 +110,7 @@ class Only(NamedTuple):
     hint: str = ""
 
 
-# By config group; "sample" is for the flags of the same names as well.
+# By config group; "sample" also applies to the flags of the same names.
 RULES = {
     "sample": (
         Only("num_steps nfe timestep_shift", "solver", ("dopri5",), never=True, hint="dopri5 follows its tolerances"),
@@ -166,11 +166,11 @@ def faults(
     """Compare all numbers of a mapping, at any depth, with the table.
 
     Args:
-      values: settings by name; what is no number is passed over, None is "not given".
+      values: settings by name; only numbers are checked, None is "not given".
       prefix: put before each name in the sentences.
-      group: of the names at the top, with those around it ("a.b").
-      own: ranges by name ("a.b" below a group) that go before the table's, as their dataclass or flag tells them.
-        Of exchangeable parts (`of_a_part`) these alone count.
+      group: of the names at the top, with its parents ("a.b").
+      own: ranges by name ("a.b" below a group) from a dataclass or flag; they replace the table's.
+        Fields of exchangeable parts (`of_a_part`) are checked against these only.
 
     Returns:
       A sentence for each number outside its range.
@@ -193,7 +193,7 @@ def faults(
 
 
 def of_a_part(path: str) -> bool:
-    """Whether a setting, "a.b.c", is a field of clocks or of a loss term: the names are its class's, not ours."""
+    """Tell whether a setting, "a.b.c", is a field of clocks or of a loss term, whose class chooses the names."""
     return re.search(r"\b(clocks|loss\.terms)\.", path) is not None
 
 
@@ -210,9 +210,9 @@ def check(group: str = "", /, **values: Any) -> None:
 
 
 def check_fields(group: str, settings: Any) -> None:
-    """Raise SfdError where a number, bool or choice of a dataclass is outside its range or of another type.
+    """Raise SfdError where a number, bool or choice of a dataclass is out of range or has another type.
 
-    A field may tell its range and choices itself (`settings.setting`).
+    A field may declare its own range and choices (`settings.setting`).
     """
     wrong, kinds = [], typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
@@ -236,7 +236,7 @@ def useless(
     """Find settings that were given and have no effect.
 
     Args:
-      rules: what needs what; a rule about a setting that is not in `values` does not apply.
+      rules: a rule about a setting that is not in `values` does not apply.
       values: all settings, given or not.
       given: names of those that were given.
       spell: how a name is written in the sentences.

@@ -1,14 +1,14 @@
-"""Parts that people exchange, by name, and how a command learns of those that stand outside this package.
+"""Registries of exchangeable parts by name, and the loading of plugins: parts from outside this package.
 
-Each kind of part (networks, clocks, visual encoders, ...) has one `Registry`. A part of one's own is registered when
+Each kind of part (networks, clocks, visual encoders, ...) has one `Registry`. A part of your own is registered when
 its module is imported, which happens where
 
   a config file imports it,
-  `--plugin=MODULE` (or `--plugin=FILE.py`) is given to any command, or SFD_PLUGINS=MODULE,FILE.py stands in the
+  `--plugin=MODULE` (or `--plugin=FILE.py`) is given to any command, or SFD_PLUGINS=MODULE,FILE.py is set in the
   environment,
   or its distribution is installed with an entry point of group `sfd_jax.plugins`.
 
-Nothing that a checkpoint names is ever imported: it keeps where its parts were registered for the message alone.
+Modules that a checkpoint names are never imported: it records where its parts were registered only for messages.
 """
 
 import argparse
@@ -27,7 +27,7 @@ Part = TypeVar("Part")
 
 
 class Registry(dict[str, Part]):
-    """The parts of one kind by name; `registry[name]` of an unknown one is an SfdError with the nearest name.
+    """Hold the parts of one kind by name; `registry[name]` of an unknown name raises SfdError with the nearest one.
 
     Args:
       kind: what messages call such a part, e.g. "clocks".
@@ -51,20 +51,20 @@ class Registry(dict[str, Part]):
             return lambda part: self.register(name, part, module) or part
         module = module or getattr(part, "__module__", type(part).__module__)
         taken = self._modules.get(name, module)
-        if taken != module:  # the same module may register anew: a notebook's cell that runs twice
+        if taken != module:  # the same module may register again: a notebook's cell that runs twice
             raise SfdError(f"{module} registers {self.kind} '{name}', but {taken} has one of that name: choose another")
         self[name], self._modules[name] = part, module
 
     def registered_in(self, name: str) -> str | None:
-        """Return the module that registered a part, None where this package did; for the records of checkpoints."""
+        """Return the module that registered a part, None where this package did; checkpoints record it."""
         module = self._modules[name]
         return None if module.partition(".")[0] == __package__ else module
 
     def find(self, name: str, registered_in: str | None = None) -> Part:
-        """Return a part; `registered_in` is the module that did so when the name was written down, where it is known.
+        """Return a part; `registered_in` is the module that had registered it when a checkpoint recorded the name.
 
         Raises:
-          SfdError: no such part here; the message says what to import.
+          SfdError: no such part; the message says what to import.
         """
         if name not in self and registered_in:
             raise SfdError(
@@ -75,11 +75,11 @@ class Registry(dict[str, Part]):
 
     def __missing__(self, name: str) -> Part:
         raise SfdError(
-            f"no {self.kind} '{name}': {nearest(str(name), self)} (one of your own comes with --plugin=MODULE)"
+            f"no {self.kind} '{name}': {nearest(str(name), self)} (load one of your own with --plugin=MODULE)"
         )
 
 
-# What `sfd convert` reads and writes, in the order in which it is asked; filled by `convert` and by visual encoders.
+# What `sfd convert` reads and writes, in the order in which formats are tried; filled by `convert` and by encoders.
 FORMATS: Registry[Any] = Registry("format")
 
 
@@ -87,11 +87,11 @@ def load_plugins(names: Iterable[str] = ()) -> None:
     """Import the modules that register parts: installed ones, those of SFD_PLUGINS, and those given.
 
     Args:
-      names: modules, or files that end in .py. The working folder is searched too, or that of the file.
+      names: modules, or files that end in .py. The working folder, or the file's folder, is searched too.
 
     Raises:
-      SfdError: one of them is not there, or a file is called as another module is. Whatever goes wrong inside of one
-        is raised as it is.
+      SfdError: one of them does not exist, or a file has the name of another module. Errors inside a module are
+        raised as they are.
     """
     for entry in importlib.metadata.entry_points(group="sfd_jax.plugins"):
         entry.load()
@@ -120,7 +120,7 @@ def _load_file(file: Path) -> None:
         if there and Path(there).resolve() == file:
             return
         raise SfdError(
-            f"plugin '{file}': another module is called {file.stem} ({there or 'a part of Python'}); rename the file"
+            f"plugin '{file}': another module has the name {file.stem} ({there or 'a part of Python'}); rename the file"
         )
     spec = importlib.util.spec_from_file_location(file.stem, file)
     sys.modules[file.stem] = module = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""Settings said once: a frozen dataclass whose fields know help, range and choices; flags and config groups made of it.
+"""Settings declared once: a frozen dataclass whose fields hold help, range and choices, made into flags and configs.
 
     @dataclasses.dataclass(frozen=True)
     class Job:
@@ -10,8 +10,8 @@
     flags_from(Job, parser)                    # --batch_size, None where it is not given
     job = from_args(Job, args, base=saved)     # what was given, over `saved` or the defaults
 
-"Not given" is None, so that what lies under the flags shows through. A range that is in `ranges.RANGES` need not be
-repeated in the field.
+"Not given" is None, so that a saved value or default is kept. A range that is in `ranges.RANGES` need not be repeated
+in the field.
 """
 
 import argparse
@@ -47,14 +47,14 @@ def setting(
       default: its default; None for "not given", where the field's type allows it; `dataclasses.MISSING` for none.
       help: of the flag, without the default.
       range: the numbers it takes; by default those of its name in `ranges.RANGES`.
-      choices: the words it takes.
-      read: reads the flag's text, instead of the field's type.
+      choices: the strings it takes.
+      read: parses the flag's text, instead of the field's type.
       metavar: what the flag's help calls its value.
       was: values as older configs and recipes wrote them -> as they are now.
       was_called: the field's name in older configs and recipes.
     """
-    told = {"help": help, "range": range, "choices": choices, "read": read, "metavar": metavar}
-    return dataclasses.field(default=default, metadata=told | {"was": was, "was_called": was_called})
+    metadata = {"help": help, "range": range, "choices": choices, "read": read, "metavar": metavar}
+    return dataclasses.field(default=default, metadata=metadata | {"was": was, "was_called": was_called})
 
 
 def flags_from(
@@ -66,34 +66,34 @@ def flags_from(
       cls: the dataclass.
       parser: an argument parser, or one of its groups.
       only: names of the fields to take; all of them by default.
-      under: what stands in where a flag is not given and the class's default may not, e.g. "the checkpoint's".
+      under: what applies before the class's default where a flag is not given, e.g. "the checkpoint's"; for the help.
     """
     for field in dataclasses.fields(cls):
         if only is not None and field.name not in only:
             continue
-        told, kind = field.metadata, kind_of(cls, field.name)
+        metadata, kind = field.metadata, kind_of(cls, field.name)
         default = None if field.default in (None, dataclasses.MISSING) else field.default
         shown = ", else ".join(filter(None, (under, None if default is None else str(default))))
-        options = {"default": None, "help": told.get("help", "") + (f" (default: {shown})" if shown else "")}
+        options = {"default": None, "help": metadata.get("help", "") + (f" (default: {shown})" if shown else "")}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options |= {"type": told.get("read") or kind, "choices": told.get("choices") or None}
-            options["metavar"] = told.get("metavar")
+            options |= {"type": metadata.get("read") or kind, "choices": metadata.get("choices") or None}
+            options["metavar"] = metadata.get("metavar")
         action = parser.add_argument(f"--{field.name}", **options)
-        action.range = told.get("range")  # `parse_command` checks it
+        action.range = metadata.get("range")  # `parse_command` checks it
 
 
 def from_args(cls: type[Settings], args: argparse.Namespace, base: Settings | None = None) -> Settings:
-    """Make the dataclass of what was given on the command line.
+    """Make the dataclass from the flags given on the command line.
 
     Args:
       cls: the dataclass.
       args: parsed flags; a field whose flag is None or absent was not given.
-      base: settings under the flags; the class's defaults by default.
+      base: settings that the flags override; the class's defaults by default.
 
     Raises:
-      SfdError: as the class says of its values.
+      SfdError: a value that the class refuses.
     """
     values = {} if base is None else to_dict(base)
     given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(cls)}
@@ -106,9 +106,9 @@ def to_dict(settings: Any) -> dict[str, Any]:
 
 
 def over_defaults(cls: type, group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a dataclass's defaults, and over them what a config group or a recipe says of its fields.
+    """Return a dataclass's defaults, overridden by the fields of a config group or a recipe.
 
-    Names and values that an older version wrote are read as those of today.
+    Names and values that an older version wrote are translated to those of today.
     """
     values = {}
     for field in dataclasses.fields(cls):
@@ -119,12 +119,12 @@ def over_defaults(cls: type, group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_group(settings: Any) -> ml_collections.ConfigDict:
-    """Return the ConfigDict of a dataclass; a field that is None takes a value of its type later."""
+    """Return the ConfigDict of a dataclass; a field that is None is a placeholder of its type."""
     return part_group(type(settings), **to_dict(settings))
 
 
 def part_group(cls: type, **given: Any) -> ml_collections.ConfigDict:
-    """Return the ConfigDict of a dataclass's defaults, with the given values, its name among them, over them."""
+    """Return the ConfigDict of a dataclass's defaults, overridden by the given values, its name among them."""
     values = defaults_of(cls) | given
     for name in defaults_of(cls):
         if values[name] is None or values[name] is ...:
@@ -133,12 +133,12 @@ def part_group(cls: type, **given: Any) -> ml_collections.ConfigDict:
 
 
 def ranges_of(cls: type) -> dict[str, Range]:
-    """Return the ranges that a dataclass's fields tell themselves, by name."""
+    """Return the ranges that a dataclass's fields declare themselves, by name."""
     return {field.name: found for field in dataclasses.fields(cls) if (found := field.metadata.get("range"))}
 
 
 def from_group(cls: type[Settings], values: Mapping[str, Any], called: str | None = None) -> Settings:
-    """Make a dataclass of a config group, or of what a checkpoint or recipe keeps of one.
+    """Make a dataclass from a config group, or from the copy of one in a checkpoint or recipe.
 
     Args:
       cls: the dataclass.
@@ -169,8 +169,8 @@ def describe(registry: Registry, part: Any) -> dict[str, Any]:
             _check_class(cls)
             return {"name": name, **to_dict(part)}
     raise SfdError(
-        f"{type(part).__name__} are {registry.kind} that no name stands for: register the class, a frozen dataclass, "
-        "so that checkpoints can tell of it"
+        f"{type(part).__name__} are {registry.kind} without a registered name: register the class, a frozen dataclass, "
+        "so that checkpoints can record it"
     )
 
 
@@ -179,11 +179,11 @@ def make(registry: Registry, config: Mapping[str, Any], registered_in: str | Non
 
     Args:
       registry: of its kind.
-      config: "name" and fields of the class; what is not given has its default.
+      config: "name" and fields of the class; fields that are not given have their defaults.
       registered_in: the module that had registered it when the config was written, where that is known.
 
     Raises:
-      SfdError: no such name, a field that the class does not have or that is missing, or a value it refuses.
+      SfdError: no such name, an unknown or missing field, or a value that the class refuses.
     """
     name, fields = config["name"], {key: value for key, value in config.items() if key != "name"}
     return from_group(registry.find(name, registered_in), fields, f"{registry.kind} '{name}'")
@@ -193,7 +193,7 @@ def defaults_of(cls: type) -> dict[str, Any]:
     """Return the defaults of a dataclass by field, `...` where there is none.
 
     Raises:
-      SfdError: it is no frozen dataclass itself, or has a field called `name`, which configs call the class by.
+      SfdError: it is not itself a frozen dataclass, or has a field called `name`, which configs use for the class.
     """
     _check_class(cls)
     defaults = {}
@@ -204,11 +204,11 @@ def defaults_of(cls: type) -> dict[str, Any]:
 
 
 def _check_class(cls: type) -> None:
-    told, called = vars(cls).get("__dataclass_params__"), f"{cls.__module__}.{cls.__qualname__}"
-    if told is None or not told.frozen:  # a subclass without the decorator has its parent's fields alone
-        raise SfdError(f"{called} is no frozen dataclass: decorate it with @dataclasses.dataclass(frozen=True)")
+    params, called = vars(cls).get("__dataclass_params__"), f"{cls.__module__}.{cls.__qualname__}"
+    if params is None or not params.frozen:  # a subclass without the decorator has only its parent's fields
+        raise SfdError(f"{called} is not a frozen dataclass: decorate it with @dataclasses.dataclass(frozen=True)")
     if "name" in cls.__dataclass_fields__:
-        raise SfdError(f"{called} has a field called 'name', which is the class's own in configs: call it otherwise")
+        raise SfdError(f"{called} has a field called 'name', which is the class's own in configs: rename the field")
 
 
 def kind_of(cls: type, name: str) -> type:

@@ -1,4 +1,4 @@
-"""Trees of arrays by the names of their leaves, and what differs between two."""
+"""Trees of arrays by the names of their leaves, and the differences between two."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,7 +25,7 @@ def shape_faults(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tu
       expected: shape by name, as it must be.
 
     Returns:
-      An indented line for each array that is missing, extra or misshapen.
+      An indented line for each array that is missing, extra or of another shape.
     """
     lines = [f"  missing   {name} {shape}" for name, shape in expected.items() if name not in found]
     lines += [f"  extra     {name} {shape}" for name, shape in found.items() if name not in expected]

@@ -1,4 +1,4 @@
-"""Test surroundings: eight virtual CPU devices, strict arithmetic, and the parity pack.
+"""Test environment: eight virtual CPU devices, strict rank promotion, and the parity pack.
 
 The environment is set before JAX is imported: device count and platform cannot change later.
 """
@@ -9,11 +9,10 @@ import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Processes that tests start inherit it: several hosts of a job shall not find what one of them compiled.
+# Inherited by processes that tests start: the hosts of a job must not share compiled programs.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    # The tests themselves, and processes of `quick`, share what this run compiles; what an earlier run compiled must
-    # not stand in for what this one would.
+    # The tests, and processes of `quick`, share this run's compiled programs, but use none of an earlier run.
     _compiled = tempfile.TemporaryDirectory(prefix="sfd_jax_compiled_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
@@ -24,13 +23,13 @@ if "host_platform_device_count" not in _flags:
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-# A silent broadcast over a missing axis is the commonest shape bug: it raises here.
+# A silent broadcast over a missing axis is the most common shape bug: raise an error.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 jax.config.update("jax_enable_compilation_cache", True)
 
 ROOT = Path(__file__).resolve().parents[1]
-# `configs/` and helpers of a test folder import from here without being installed.
+# `configs/` and helpers of test folders are imported from here without installation.
 sys.path.insert(0, str(ROOT))
 
 
@@ -45,12 +44,12 @@ def parity_dir() -> Path:
     """The folder of released answers: `SFD_PARITY_DIR`, by default ../shared/parity."""
     folder = Path(os.environ.get("SFD_PARITY_DIR", ROOT.parent / "shared" / "parity"))
     if not (folder / "README.md").exists() and not list(folder.glob("*.npz")):
-        pytest.skip(f"no parity pack in {folder}; set SFD_PARITY_DIR to a folder that holds one")
+        pytest.skip(f"no parity pack in {folder}; set SFD_PARITY_DIR to its folder")
     return folder
 
 
 @pytest.fixture(scope="session")
 def quick() -> dict[str, str]:
-    """Variables of a process on one device that runs each program for a moment: to make them fast would take longer."""
+    """Variables for a process on one device with short programs: less time to compile, slower code."""
     own = {"JAX_ENABLE_COMPILATION_CACHE": "true", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
     return {**os.environ, "JAX_PLATFORMS": "cpu", **own}

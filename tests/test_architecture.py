@@ -1,4 +1,4 @@
-"""Hold the line of who may import whom, and of what an import may cost."""
+"""Which package may import which, what an import may load, and types of public functions."""
 
 import ast
 import re
@@ -8,7 +8,7 @@ import sys
 import pytest
 
 EVERYONE = {"budget", "errors", "files", "libtpu", "randomness", "ranges", "registry", "settings", "trees"}
-# package -> packages it may import, beside itself and the leaves above, which are everybody's.
+# package -> packages it may import, besides itself and the modules above, which all may import.
 MAY_IMPORT = {
     "budget": set(),
     "errors": set(),
@@ -78,7 +78,7 @@ def imported_packages(source: str) -> set[str]:
     return packages - {"__version__"}
 
 
-def test_imported_packages_sees_every_form():
+def test_imported_packages_finds_every_form():
     source = "import sfd_jax.data.images\ndef f():\n  from sfd_jax import training\n  from sfd_jax.cli import x"
     assert imported_packages(source) == {"data", "training", "cli"}
 
@@ -99,7 +99,7 @@ def test_packages_import_only_what_they_may(root):
 
 
 @pytest.mark.parametrize("package", sorted(set(MAY_IMPORT) - {"cli"}))
-def test_import_brings_nothing_heavy(package):
+def test_imports_load_nothing_heavy(package):
     code = (
         f"import sys, pkgutil, importlib; m = importlib.import_module('sfd_jax.{package}')\n"
         "for p in pkgutil.iter_modules(getattr(m, '__path__', [])):\n"
@@ -112,13 +112,13 @@ def test_import_brings_nothing_heavy(package):
 
 
 def test_benchmarks_and_the_notebook_use_no_command_as_a_library(root):
-    """`cli.main` starts commands; whatever else a script needs of the layer above the packages is in `experiment`."""
+    """Scripts may start commands by `cli.main`; for everything else they use `experiment`."""
     files = [file for kind in ("*.py", "*.ipynb") for file in (root / "scripts").rglob(kind)]
     used = {name for file in files for name in re.findall(r"sfd_jax\.cli[.\w]*", file.read_text())}
     assert len(files) > 10 and used <= {"sfd_jax.cli.main"}, used
 
 
-# What tells of hardware. A mesh is known to `latent_encoder` alone, whose `jit_encoder` is a program and no network.
+# Names that query hardware. Only `latent_encoder` may use a mesh, for `jit_encoder`, which is not a network.
 HARDWARE = {
     "default_backend",
     "devices",
@@ -143,7 +143,7 @@ def test_networks_know_no_hardware(root):
 
 
 def untyped(source: str) -> list[str]:
-    """Return what lacks a type in the public functions and methods of a module: "line name parameter"."""
+    """Return the parameters and returns of public functions and methods without a type: "line name parameter"."""
     faults, bodies = [], [("", ast.parse(source).body)]
     for prefix, body in bodies:
         for node in body:
@@ -158,7 +158,7 @@ def untyped(source: str) -> list[str]:
     return faults
 
 
-def test_untyped_sees_parameters_and_returns():
+def test_untyped_finds_parameters_and_returns():
     source = (
         "class A:\n  def __init__(self, a, *, b: int): ...\n  def f(self): ...\ndef _g(a): ...\ndef h(c) -> int: ..."
     )

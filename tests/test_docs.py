@@ -1,4 +1,4 @@
-"""What README and docs/ say exists: every file they link to, every command and every flag they show."""
+"""All links, commands and flags in README and docs/ exist."""
 
 import re
 import shlex
@@ -47,7 +47,7 @@ def help_of(command: tuple[str, ...]) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
+def test_links_exist(page):
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
     assert not [link for link in links if not (page.parent / link).exists()]
 

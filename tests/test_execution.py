@@ -1,4 +1,4 @@
-"""How networks are computed is chosen by the mesh's devices, and handed to whatever is traced."""
+"""How networks are computed is chosen for the mesh's devices, and applied where they are traced."""
 
 import functools
 import types
@@ -41,8 +41,8 @@ def test_remat_auto_keeps_what_fits_the_device():
         return choose_execution(mesh, remat="auto", rows=rows, kept_by_dots=kept, **more).remat
 
     assert choice(16, 256) == "dots" and choice(4, 256) == "full"
-    assert choice(1, 16, kind="of nobody") == "dots" and choice(1, 64, kind="of nobody") == "full"
-    assert choice(16, 16, scan=False) == "dots"  # what "none" keeps of unrolled blocks is known of GPUs alone
+    assert choice(1, 16, kind="unknown") == "dots" and choice(1, 64, kind="unknown") == "full"
+    assert choice(16, 16, scan=False) == "dots"  # what "none" keeps of unrolled blocks is known only for GPUs
 
     h100 = functools.partial(choice, kind="NVIDIA H100 80GB HBM3", platform="gpu")
     assert [h100(1, rows) for rows in (64, 128, 256)] == ["none", "dots", "full"]
@@ -50,7 +50,7 @@ def test_remat_auto_keeps_what_fits_the_device():
     assert choice(1, 64, kind="NVIDIA A100-SXM4-40GB", platform="gpu") == "dots"
 
 
-def test_cudnn_attends_where_it_can(monkeypatch):
+def test_cudnn_attention_is_used_where_supported(monkeypatch):
     took = []
 
     def dot_product_attention(query, key, value, *, implementation):
@@ -75,14 +75,14 @@ def test_weights_are_gathered_and_batches_split_alike(monkeypatch):
         return jax.grad(f, (0, 1))(weights, x), jax.jvp(f, (weights, x), (weights, x)), weights
 
     text = both.lower(weights, x).as_text()
-    assert text.count("sharding_constraint") >= 3  # whole, in pieces again, and the batch
+    assert text.count("sharding_constraint") >= 3  # gather, scatter, and the batch
     plain = lambda weights, x: jnp.sum(jnp.sin(x @ weights))
     (gradients, tangents, _) = both(weights, x)
     for a, b in zip(gradients, jax.grad(plain, (0, 1))(weights, x), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
     for a, b in zip(tangents, jax.jvp(plain, (weights, x), (weights, x)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4)
-    assert execution.split(x[:3]) is not None  # a batch that the devices do not divide stays as it is
+    assert execution.split(x[:3]) is not None  # a batch that the devices do not divide is not split
 
 
 def test_executing_reaches_the_modules_and_ends():
@@ -103,6 +103,6 @@ def test_executing_reaches_the_modules_and_ends():
     assert len(used) == count
 
 
-def test_unknown_remat_is_answered_with_the_nearest():
+def test_the_error_for_an_unknown_remat_gives_the_nearest():
     with pytest.raises(SfdError, match="'full'"):
         TrainConfig(remat="ful")

@@ -1,4 +1,4 @@
-"""What an extra brings is asked for in a sentence where it is missing."""
+"""A missing package is reported with the extra that installs it."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and records of runs are compared leaf by leaf."""
+"""Atomic writes, paths of users, and the comparison of records leaf by leaf."""
 
 import re
 
@@ -20,7 +20,7 @@ def test_a_file_keeps_its_old_content_until_the_block_ends(tmp_path):
 
 
 @pytest.mark.parametrize("fault", [RuntimeError, OSError, KeyboardInterrupt])
-def test_a_block_that_fails_leaves_nothing(tmp_path, fault):
+def test_a_failing_block_leaves_nothing(tmp_path, fault):
     path = tmp_path / "a.txt"
     path.write_text("old")
     with pytest.raises(fault), atomic_write(path, shared=True) as part:
@@ -47,7 +47,7 @@ def test_differences_name_each_leaf():
     assert differences(found, found) == {}
 
 
-def test_a_path_is_read_as_it_is_meant(monkeypatch, tmp_path):
+def test_paths_are_expanded(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert user_path("~/weights") == str(tmp_path / "weights")
     for path in ("here", "/there/x", "gs://bucket/x", "imagenet2012:5.1.0", "with space", "ü", "."):
@@ -75,7 +75,7 @@ def test_a_path_is_read_as_it_is_meant(monkeypatch, tmp_path):
         ("~nobody-of-this-name/x", "no such user"),
     ],
 )
-def test_what_is_no_path_is_refused(path, says):
+def test_invalid_paths_are_refused(path, says):
     with pytest.raises(SfdError, match=re.escape(says)):
         user_path(path)
     if path:
@@ -85,6 +85,6 @@ def test_what_is_no_path_is_refused(path, says):
             find_checkpoint(path)
 
 
-def test_a_bucket_is_no_local_path():
+def test_a_bucket_is_not_a_local_path():
     with pytest.raises(SfdError, match="--out: path gs://b/x: only --workdir and checkpoints"):
         must_be_local("--out", "gs://b/x")

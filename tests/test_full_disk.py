@@ -1,4 +1,4 @@
-"""A full disk ends a command with one sentence and status 2, whichever writer notices it first.
+"""A full disk ends a command with one sentence and status 2, whichever write fails first.
 
 A limit on the size of files stands in for the disk: every write fails, in Python and in the C++ of Orbax and
 ArrayRecord.
@@ -30,7 +30,7 @@ resource = pytest.importorskip("resource")
 
 @pytest.fixture
 def full():
-    """A function that runs another one while no file can grow."""
+    """A function that runs another one while all writes fail."""
 
     def run(writer):
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -61,7 +61,7 @@ def metrics_row(folder):
 
 def events(folder):
     log = MetricsLog(folder)
-    log._path = log._path.with_name("elsewhere")  # as if the row had still had room
+    log._path = log._path.with_name("elsewhere")  # as if the row had still been written
     os.symlink("/dev/null", log._path)
     return lambda: (log.write(1, {"loss": 1.0}), log.close())
 
@@ -118,13 +118,13 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_whoever_notices_it_first(name, full, tmp_path, capsys):
+def test_every_writer_reports_it(name, full, tmp_path, capsys):
     write = WRITERS[name](tmp_path)
     status = full(lambda: run_command(lambda _: bool(write()) and None, "sample", []))
-    told = capsys.readouterr().err
-    assert status == 2 and told.startswith("sfd sample: ") and "Traceback" not in told
-    assert "File too large" in told and (str(tmp_path) in told or name == "picture"), told
-    assert told.strip().count("\n") == 0
+    error = capsys.readouterr().err
+    assert status == 2 and error.startswith("sfd sample: ") and "Traceback" not in error
+    assert "File too large" in error and (str(tmp_path) in error or name == "picture"), error
+    assert error.strip().count("\n") == 0
     assert not [file for file in tmp_path.rglob("*") if file.is_file() and file.name.endswith(".part")]
 
 
@@ -138,7 +138,7 @@ def test_standard_output_on_a_full_disk():
     assert done.returncode == 2 and done.stderr.startswith("sfd help: cannot write") and "Traceback" not in done.stderr
 
 
-def test_only_a_closed_standard_output_has_seen_enough():
+def test_only_a_closed_standard_output_ends_quietly():
     script = "import sys; from sfd_jax.cli.main import run_command; sys.exit(run_command(lambda _: {}, 'convert', []))"
     printing = "[print('x' * 70) for _ in range(9999)] and 0"
     other = "__import__('os').write(PIPE, b'x')"  # a socket, or a loader's pipe
@@ -149,8 +149,8 @@ def test_only_a_closed_standard_output_has_seen_enough():
     reader.stdout.close()
     assert (reader.stderr.read(), reader.wait()) == ("", 0)
     fault = run(closed + script.format(other), stdout=subprocess.PIPE)
-    _, told = fault.communicate()
-    assert fault.returncode == 1 and "BrokenPipeError" in told
+    _, error = fault.communicate()
+    assert fault.returncode == 1 and "BrokenPipeError" in error
 
 
 def test_a_score_file_needs_no_hard_links_and_overwrites_nothing(tmp_path, monkeypatch):
@@ -161,7 +161,7 @@ def test_a_score_file_needs_no_hard_links_and_overwrites_nothing(tmp_path, monke
     assert (tmp_path / "scores.json").read_text() == "first" and os.listdir(tmp_path) == ["scores.json"]
 
 
-def test_faults_that_are_none_of_the_disk():
+def test_other_faults_are_not_of_the_disk():
     assert disk_fault(FileNotFoundError(errno.ENOENT, "no", "x")) is None and disk_fault(None) is None
     for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
         error = RuntimeError("elsewhere")

@@ -1,4 +1,4 @@
-"""Every number of every config, config dataclass and flag is checked by the one table of ranges."""
+"""Every number of every config, config dataclass and flag is checked against the table of ranges."""
 
 import argparse
 import copy
@@ -38,7 +38,7 @@ CONFIGS = [
     "configs/digits.py",
     "configs/digits.py:tiny",
 ]
-# What is taken although it is among WRONG, and why.
+# Valid values among WRONG, and why.
 TAKEN = {
     ("data", -1): "mesh.data=-1 is whatever the other axis leaves",
     ("fsdp", -1): "the same of mesh.fsdp",
@@ -161,7 +161,7 @@ def test_each_number_of_each_flag_is_checked(command, monkeypatch):
             assert said and said[0].startswith(f"--{action.dest}="), (action.dest, value)
 
 
-def test_whole_numbers_are_whole_and_bools_are_none():
+def test_integers_are_integers_and_bools_are_not_numbers():
     whole, share = Range(int, 1, 10), Range(float, 0, 1, below=True)
     assert 3 in whole and 3.0 not in whole and True not in whole and "3" not in whole
     assert 0 in share and 0.5 in share and 1.0 not in share and False not in share
@@ -169,7 +169,7 @@ def test_whole_numbers_are_whole_and_bools_are_none():
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 1.0, True])
-def test_seeds_are_of_32_bits_everywhere(seed):
+def test_seeds_have_32_bits_everywhere(seed):
     import numpy as np
 
     from sfd_jax.data.pipeline import make_batches
@@ -187,7 +187,7 @@ def test_seeds_are_of_32_bits_everywhere(seed):
             use()
 
 
-def test_the_largest_seed_is_honoured():
+def test_the_largest_seed_is_used():
     import jax
 
     from sfd_jax.distributed import make_mesh
@@ -200,7 +200,7 @@ def test_the_largest_seed_is_honoured():
     assert len(keys) == len(noises) == len(seeds)
 
 
-def test_what_has_no_effect_is_named():
+def test_settings_without_effect_are_named():
     rules = (
         Only("b c", "a"),
         Only("d", "a", ("x", "y"), hint="or so"),
@@ -254,13 +254,13 @@ def test_a_sampler_setting_without_effect_is_refused(fields):
         dict(guidance="autoguidance", guidance_scale=0.0, guidance_scale_texture=1.0),
     ],
 )
-def test_a_sampler_setting_with_effect_is_taken(fields):
+def test_a_sampler_setting_with_effect_is_accepted(fields):
     SampleConfig(**fields)
 
 
-def test_a_group_of_a_config_serves_every_solver_and_guidance():
+def test_a_config_group_fits_every_solver_and_guidance():
     config = load_config("configs/digits.py", ["--config.sample.solver=euler", "--config.sample.guidance=none"])
     sample = SampleConfig.from_group(config.sample)
     assert (sample.rtol, sample.guidance_scale, sample.num_steps) == (SampleConfig().rtol, 1.0, 100)
-    once = {"guidance_scale_semantic": -1.0, "nfe": 0, "timestep_shift": 0.0}  # None, as it was written once
+    once = {"guidance_scale_semantic": -1.0, "nfe": 0, "timestep_shift": 0.0}  # None, in the old form
     assert SampleConfig.from_group({**config.sample, **once}) == sample

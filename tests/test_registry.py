@@ -1,4 +1,4 @@
-"""Parts by name, and modules from outside that bring some."""
+"""Registries of parts, and plugins that add to them."""
 
 import sys
 
@@ -52,7 +52,7 @@ def test_a_plugin_is_imported_before_the_command_runs(way, tmp_path, monkeypatch
     monkeypatch.delitem(sys.modules, "my_sfd_part")
 
 
-def test_a_plugin_that_is_not_there_is_named(tmp_path, capsys):
+def test_a_missing_plugin_is_named(tmp_path, capsys):
     assert cli.run_command(lambda _: 0, "verify", ["--plugin=nowhere_sfd"]) == 2
     assert "plugin 'nowhere_sfd': no such module" in capsys.readouterr().err
     (tmp_path / "broken_sfd_part.py").write_text("import not_installed_anywhere\n")
@@ -61,7 +61,7 @@ def test_a_plugin_that_is_not_there_is_named(tmp_path, capsys):
     sys.path.remove(str(tmp_path))
 
 
-def test_a_plugin_file_is_that_very_file(tmp_path, monkeypatch):
+def test_a_plugin_file_is_loaded_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     files = [tmp_path / folder / name for folder in "ab" for name in ("sfd_one.py", "sfd.dotted one.py")]
     for file in files:
@@ -69,10 +69,10 @@ def test_a_plugin_file_is_that_very_file(tmp_path, monkeypatch):
         file.write_text(f"HERE = {str(file)!r}\n")
     load_plugins([f" {files[0]} ", str(files[0]), str(files[1])])
     assert [sys.modules[name].HERE for name in ("sfd_one", "sfd.dotted one")] == list(map(str, files[:2]))
-    with pytest.raises(SfdError, match=r"b/sfd_one.py': another module is called sfd_one \(.*a/sfd_one.py\)"):
+    with pytest.raises(SfdError, match=r"b/sfd_one.py': another module has the name sfd_one \(.*a/sfd_one.py\)"):
         load_plugins([str(files[2])])
     (tmp_path / "random.py").write_text("")
-    with pytest.raises(SfdError, match="another module is called random"):
+    with pytest.raises(SfdError, match="another module has the name random"):
         load_plugins([str(tmp_path / "random.py")])
     with pytest.raises(SfdError, match="no such file"):
         load_plugins([str(tmp_path / "nowhere.py")])

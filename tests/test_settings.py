@@ -1,4 +1,4 @@
-"""Flags, config groups and checks are made from one dataclass, and what is not given is None."""
+"""Flags, config groups and checks from one dataclass; "not given" is None."""
 
 import dataclasses
 from typing import Optional
@@ -29,7 +29,7 @@ def parse(*argv):
     return parse_command(parser, list(argv))
 
 
-def test_what_is_given_lies_over_what_was_saved_over_the_defaults():
+def test_flags_override_saved_values_and_these_the_defaults():
     args = parse("--scale=0", "--no-mirrored")
     assert args.given == ["mirrored", "scale"] and args.size is None
     assert from_args(Job, args) == Job(scale=0.0, mirrored=False)
@@ -37,7 +37,7 @@ def test_what_is_given_lies_over_what_was_saved_over_the_defaults():
     assert from_args(Job, parse("--word=better")) == Job(word="better")
 
 
-def test_help_tells_defaults_and_choices(capsys):
+def test_help_shows_defaults_and_choices(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
     shown = " ".join(capsys.readouterr().out.split())
@@ -76,10 +76,10 @@ def test_values_are_checked_by_the_fields(values, says):
         Job(**values)
 
 
-def test_types_may_be_told_as_text_or_as_optional():
+def test_types_may_be_strings_or_optional():
     @dataclasses.dataclass(frozen=True)
     class Late:
-        power: "float" = 2.0  # as `from __future__ import annotations` makes of all
+        power: "float" = 2.0  # as with `from __future__ import annotations`
         on: "bool | None" = True
         maybe: Optional[float] = None  # noqa: UP045
 
@@ -99,7 +99,7 @@ def test_types_may_be_told_as_text_or_as_optional():
             Late(**values)
 
 
-def test_a_config_group_takes_a_value_of_its_type_where_none_is_given():
+def test_a_config_group_accepts_a_value_for_a_field_that_is_none():
     group = config_group(Job(size=7))
     assert group.to_dict() == {"size": 7, "word": "good", "scale": None, "mirrored": True, "seed": 0}
     group.scale = 2.0
@@ -119,6 +119,6 @@ def test_old_names_of_fields_and_values_are_read():
     assert over_defaults(Renamed, {"calls": 0, "nfe": 3}) == {"nfe": 3, "mode": "staged"}
 
 
-def test_old_words_for_none_are_read():
+def test_old_forms_of_none_are_read():
     found = over_defaults(Job, {"scale": -1.0, "size": 7, "of_then": -1})
     assert found == {"size": 7, "word": "good", "scale": None, "mirrored": True, "seed": 0}

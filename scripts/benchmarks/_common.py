@@ -1,6 +1,6 @@
-"""What the benchmarks share: the machine's name, timing in turns, the table and the JSON.
+"""Shared by the benchmarks: the machine's description, timing in turns, tables and JSON.
 
-Speeds of a shared machine change by the minute, so contenders take turns in one process and a claim is a ratio of
+Speeds of a shared machine change by the minute, so contenders take turns in one process, and results are ratios of
 their medians within one run.
 """
 
@@ -26,25 +26,25 @@ PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "torchdiffeq", "torch-fid
 def make_parser(description: str) -> argparse.ArgumentParser:
     """Return a parser with the flags that all benchmarks have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender; medians are compared")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
-    parser.add_argument("--versus", choices=["torch"], help="also run PyTorch's, in turns (extra `torch`)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each contender; medians are compared")
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
+    parser.add_argument("--versus", choices=["torch"], help="also run PyTorch, in turns (extra `torch`)")
     return parser
 
 
 def need(*packages: str) -> None:
-    """Stop with a sentence where a package of an optional comparison is missing."""
+    """Exit with a message if a package of an optional comparison is missing."""
     if missing := [name for name in packages if importlib.util.find_spec(name.replace("-", "_")) is None]:
         raise SystemExit(f"--versus=torch needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def share_memory() -> None:
-    """Let JAX leave a GPU's memory to others; to be called before JAX touches a device."""
+    """Keep JAX from reserving a GPU's memory; call before JAX uses a device."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def machine() -> dict:
-    """Describe where and with what this runs."""
+    """Describe the machine and the versions of packages."""
     import jax
 
     device = jax.devices()[0]
@@ -66,17 +66,17 @@ def machine() -> dict:
 def take_turns(
     contenders: dict[str, Callable[[], object]], rounds: int, warm: int = 0
 ) -> tuple[dict[str, dict], dict[str, float]]:
-    """Time each contender once a round, after a first call of each that is not counted.
+    """Time each contender once in each round, after a first call of each that is not counted.
 
     Args:
       contenders: name -> a call that returns when its work is done.
       rounds: how often each is timed.
-      warm: calls of a contender in each of its turns before the one that is timed. For steps of a loop, which
-        find memory and caches as the step before left them and not as another program did: a virtual machine
-        gives memory that is free for a second back to its host, and fetching it again took longer than a step.
+      warm: calls of a contender in each of its turns before the timed one. For steps of a loop, which find memory and
+        caches as the step before left them: a virtual machine returns memory that is free for a second to its host,
+        and getting it back took longer than a step.
 
     Returns:
-      name -> {median, least, most, all} in seconds, and name -> seconds of the first call (compilation and all).
+      name -> {median, least, most, all} in seconds, and name -> seconds of the first call, with compilation.
     """
     first, times = {}, {name: [] for name in contenders}
     for name, run in contenders.items():
@@ -95,13 +95,13 @@ def summary(times: list[float]) -> dict:
 
 
 def spread(times: dict) -> str:
-    """Write a summary's least and most as percentages around its median."""
+    """Format a summary's least and most as percentages around its median."""
     low, high = (100 * (times[end] / times["median"] - 1) for end in ("least", "most"))
     return f"{low:+.0f}..{high:+.0f} %"
 
 
 def draw_params(network, seed: int = 0):
-    """Draw every leaf on the device, those that start at zero too: a fresh network answers zero."""
+    """Draw every leaf on the device, also those that start at zero: a freshly initialised network returns zero."""
     import jax
     import jax.numpy as jnp
 
@@ -123,14 +123,14 @@ def draw_params(network, seed: int = 0):
 
 
 def matrix_rate(dtype: str) -> float:
-    """Measure the FLOP/s of one device's best large square matmul in a dtype: what utilisation refers to."""
+    """Measure the FLOP/s of one device's best large square matmul in a dtype: the reference for utilisation."""
     import jax
     import jax.numpy as jnp
 
     size = 2048 if jax.default_backend() == "cpu" else 8192
     a, b = jax.random.normal(jax.random.key(0), (2, size, size)).astype(dtype)
     repeats = 1 if jax.default_backend() == "cpu" else 20
-    # A chain, so that a device that runs ahead of Python cannot hide one product behind another.
+    # A chain of products, so that none can run at the same time as another.
     product = jax.jit(lambda a, b: jax.lax.fori_loop(0, repeats, lambda _, x: (x @ b) * jnp.asarray(0.01, dtype), a))
     jax.block_until_ready(product(a, b))
     best = min(seconds(lambda: jax.block_until_ready(product(a, b))) for _ in range(5))
@@ -138,7 +138,7 @@ def matrix_rate(dtype: str) -> float:
 
 
 def peak_memory() -> dict[str, float]:
-    """Return peak GiB: the process's (host), and those that JAX and PyTorch hold on an accelerator."""
+    """Return peak GiB: of the process (host), and of JAX and PyTorch on an accelerator."""
     import sys
 
     import jax
@@ -154,7 +154,7 @@ def peak_memory() -> dict[str, float]:
 
 
 def table(head: list[str], rows: list[list]) -> str:
-    """Write rows of values as a table in Markdown."""
+    """Format rows of values as a table in Markdown."""
     rows = [[f"{value:.3g}" if isinstance(value, float) else str(value) for value in row] for row in rows]
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in [head, *rows]]
@@ -163,7 +163,7 @@ def table(head: list[str], rows: list[list]) -> str:
 
 
 def finish(record: dict, tables: list[str], notes: list[str], path: str | None) -> None:
-    """Print the machine, the tables and the notes, and write the record as JSON where asked."""
+    """Print the machine, the tables and the notes; write the record as JSON if a path is given."""
     record = {"machine": machine(), **record, "notes": notes}
     where = record["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
@@ -177,7 +177,7 @@ def finish(record: dict, tables: list[str], notes: list[str], path: str | None) 
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Return how long a call takes."""
+    """Return the seconds that a call takes."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

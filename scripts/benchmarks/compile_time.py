@@ -2,8 +2,8 @@
 
   python scripts/benchmarks/compile_time.py [--config=configs/sfd.py:xl] [--topology=v5e:4x4] [--json=FILE]
 
-Each program is lowered and compiled once from shapes alone, one after the other, without JAX's cache: what a first
-start waits for. A second start finds it in the cache. For the processor a batch of 4 stands in for a slice's.
+Each program is lowered and compiled once from shapes, one after the other, without JAX's cache: the wait of a first
+start. A second start finds the programs in the cache. For the processor the batch is 4.
 """
 
 import argparse

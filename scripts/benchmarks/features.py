@@ -5,10 +5,10 @@
 
 The first draws Inception's weights (speed does not depend on them), runs the same images through our extractor and
 through torch-fidelity's (extra `torch`, and the package torch-fidelity), in turns in this process, after a comparison
-of their features: target, at least equal on CPU. Ours makes the inception score's probabilities and sFID's features
-too, theirs the pool and logits.
+of their features. The target is at least equal speed on a CPU. Ours also computes the Inception score's probabilities
+and sFID's features, theirs the pool and logits.
 
-The second prints the seconds for precision and recall and this process's peak memory: target, under 3 minutes
+The second prints the seconds for precision and recall and this process's peak memory. The target is under 3 minutes
 on two cores and at most 8 GiB at 10,000 x 50,000 x 2,048.
 """
 
@@ -26,7 +26,7 @@ def main() -> None:
     flag = parser.add_argument
     flag("--images", type=int, default=256)
     flag("--image_size", type=int, default=256)
-    flag("--batch_size", type=int, help="of both (default: 8 on a CPU, 32 elsewhere, as `sfd evaluate` has it)")
+    flag("--batch_size", type=int, help="of both (default: as in `sfd evaluate`, 8 on a CPU and 32 elsewhere)")
     flag("--manifolds", action="store_true", help="time precision and recall instead")
     flag("--reference", type=int, default=10_000)
     flag("--samples", type=int, default=50_000)
@@ -48,7 +48,7 @@ def measure_manifolds(args) -> None:
     generator = np.random.default_rng(0)
     level = generator.gamma(1.0, 0.4, args.features).astype(np.float32)
 
-    def draw(number):  # not negative and of Inception's size, so that float16 holds the distances
+    def draw(number):  # not negative and of the magnitude of Inception's, so that float16 holds the distances
         rows = generator.standard_normal((number, args.features), dtype=np.float32)
         rows *= 0.35 * np.sqrt(level)
         rows += level
@@ -130,7 +130,7 @@ def our_extractor(table, state, batch_size):
 
     def extract(images):
         rows = extract_features([extractor], [images], batch_size=batch_size)
-        return np.concatenate([answer["features"] for [answer] in rows])
+        return np.concatenate([features["features"] for [features] in rows])
 
     return extract
 

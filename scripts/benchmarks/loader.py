@@ -5,16 +5,16 @@
 Makes a data set of full-size latents (32 + 16 channels of 16 x 16, both flips, DINOv2 features) in
 the released safetensors layout, repacks it into our store, and reads both in one run, in turns, in
 this process. The original loader opens the image's file, takes its slices, normalises them and
-stacks the batch, image by image, in one thread; it is repeated here with torch, as it is. Its first batch
-must hold the values of the same images in ours. Ours reads ahead in two threads, or in --workers processes.
-What is read comes from the page cache in all cases: this is the cost of the loader, not of the disk.
+stacks the batch, image by image, in one thread; it is reimplemented here with torch. The values of its first
+images must equal ours. Our loader reads ahead in two threads, or in --workers processes. All data come from
+the page cache: this measures the cost of the loader, not of the disk.
 
-Each loader is set beside the original twice: beside what the original reads to train with REPA (latents
-and features), and, for latents alone, beside the same bytes. `cpu us/image` is the processor time of all
-threads, which other jobs on the machine and the number of its cores disturb less than images a second.
+Each of our loaders is compared with the original twice: with what the original reads to train with REPA
+(latents and features), and with the same bytes. `cpu us/image` is the processor time of all threads, which
+other jobs on the machine and the number of its cores disturb less than images a second.
 
-Last comes what training needs: an XL step costs so many FLOPs, and a slice does so many a second, so
-every host must be fed so many images.
+The last table is what training needs: from the FLOPs of an XL step and the FLOP/s of a slice, the images a
+second for each host.
 """
 
 import tempfile
@@ -24,10 +24,10 @@ from pathlib import Path
 import numpy as np
 from _common import finish, make_parser, need, peak_memory, spread, summary, table
 
-# SFD-XL with REPA's projector, forward and backward, an image: counted by repa_sources.py --flops.
+# SFD-XL with REPA's projector, forward and backward, for one image: counted by repa_sources.py --flops.
 XL_FLOPS = 742.2e9
-# The slices of the pod table that XL is trained on: chips, peak FLOP/s of a chip in bf16, global batch. All have
-# 4 chips a host. The two slices of v5e:16x16 are the fastest as a whole, v6e has the hungriest hosts.
+# The slices of the pod table for training XL: chips, peak FLOP/s of a chip in bf16, global batch. All have 4 chips a
+# host. Two slices of v5e:16x16 are the fastest in total; v6e needs the most images for each host.
 SLICES = {
     "v6e:8x8": (64, 918e12, 1024),
     "v5p:4x4x4": (64, 459e12, 1024),
@@ -35,13 +35,16 @@ SLICES = {
     "2 x v5e:16x16": (512, 197e12, 4096),
 }
 CHIPS_A_HOST = 4
-UTILISATION = 0.5  # more than is reached in practice, so that the need is not understated
+UTILISATION = 0.5  # more than is reached in practice, so that the need is not underestimated
 
 WITH_FEATURES, LATENTS_ALONE = "released layout, with features", "released layout, latents alone"
-OURS = {"sfd_jax, with features": WITH_FEATURES, "sfd_jax, latents alone": LATENTS_ALONE}  # and what has its bytes
+OURS = {
+    "sfd_jax, with features": WITH_FEATURES,
+    "sfd_jax, latents alone": LATENTS_ALONE,
+}  # -> the original with the same bytes
 
 
-# Relative to the largest value, of so many images: bfloat16 is within 2^-8 of a value.
+# Tolerance relative to the largest value, and number of images: bfloat16 is within 2^-8 of a value.
 SAME, COMPARED = 1e-2, 8
 
 
@@ -50,9 +53,9 @@ def main() -> None:
     flag = parser.add_argument
     flag("--images", type=int, default=2048)
     flag("--batch", type=int, default=256)
-    flag("--seconds", type=float, default=2.0, help="of a loader's turn")
+    flag("--seconds", type=float, default=2.0, help="length of a loader's turn")
     flag("--workers", type=int, default=0, help="processes of our loader")
-    flag("--data", type=Path, help="folder of the made data, kept for a run of as many images")
+    flag("--data", type=Path, help="folder of the generated data, kept for later runs with as many images")
     args = parser.parse_args()
     if args.versus:
         need("torch")
@@ -107,7 +110,7 @@ def our_batches(store, args, repa: bool):
 
 
 def compare(released: Path, full, args) -> str:
-    """Read images of one of our batches as the original does; stops where they differ by more than is stored."""
+    """Read images of one of our batches as the original does; exit where they differ by more than rounding."""
     image, _ = original_image(released, full.statistics, True)
     batch, worst = next(our_batches(full, args, True)), 0.0
     for row in range(COMPARED):
@@ -128,7 +131,7 @@ def compare(released: Path, full, args) -> str:
 
 
 def measure(released: Path, lean, full, args) -> tuple[dict[str, dict], dict[str, dict]]:
-    """Return each loader's wall seconds and processor seconds an image, with their spread over the turns."""
+    """Return each loader's wall and processor seconds for one image, with their spread over the turns."""
     loaders = {}
     if args.versus:
         loaders[WITH_FEATURES] = lambda: original(released, lean.statistics, args.batch, True)
@@ -136,10 +139,10 @@ def measure(released: Path, lean, full, args) -> tuple[dict[str, dict], dict[str
     for name, (store, repa) in zip(OURS, ((full, True), (lean, False)), strict=True):
         loaders[name] = lambda store=store, repa=repa: our_batches(store, args, repa)
     wall, cpu = ({name: [] for name in loaders} for _ in range(2))
-    for _ in range(args.rounds):  # in turns, so that a busy machine disturbs all alike
+    for _ in range(args.rounds):  # in turns, so that a busy machine disturbs all equally
         for name, make in loaders.items():
             iterator, batches = make(), 0
-            # Files, threads and processes; and what was read ahead before the clock starts, which is not counted.
+            # Not counted: the opening of files and start of threads and processes, and batches that were read ahead.
             for _ in range(6 + 3 * args.workers if name in OURS else 1):
                 next(iterator)
             start, start_cpu = time.perf_counter(), time.process_time()
@@ -149,7 +152,7 @@ def measure(released: Path, lean, full, args) -> tuple[dict[str, dict], dict[str
             images = batches * args.batch
             wall[name].append((time.perf_counter() - start) / images)
             cpu[name].append((time.process_time() - start_cpu) / images)
-            iterator.close()  # nothing reads ahead in another's turn
+            iterator.close()  # no reading ahead in another loader's turn
     return tuple({name: summary(turns) for name, turns in each.items()} for each in (wall, cpu))
 
 
@@ -201,7 +204,7 @@ def original(folder: Path, statistics, batch_size: int, features: bool):
 def report(wall: dict, cpu: dict, disk: dict, args, notes: list[str]) -> None:
     rows, ratios = [], {}
     for name, each in wall.items():
-        # The processor time of worker processes is not this process's.
+        # The processor time of worker processes is not included in this process's.
         spent = "" if args.workers and name in OURS else 1e6 * cpu[name]["median"]
         rows.append(
             [name, f"{1 / each['median']:,.0f}", spread(each), spent, f"{disk[name]:,.0f}" if name in disk else ""]

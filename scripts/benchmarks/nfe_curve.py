@@ -3,15 +3,15 @@
   python scripts/benchmarks/nfe_curve.py --demo=demo_out --out=nfe_curve.json [--plot=docs/nfe_curve.png]
       [--seeds=0,1,2] [--images=250] [--guidance=autoguidance] [--solvers=euler,ab2]
 
-A point is a solver with a budget of calls (dopri5: with a tolerance) and a seed. It makes `--images` digits with
-the demo's own networks and guidance 1.5 and judges them as the demo does: the fraction read as their label by
-the support vector classifier, and the Frechet distance to the held-out digits in the demo's encoder. All points
-of a seed start from the same noise and labels, so they differ by the solver alone. Seed s takes the samples from
-s * images on of the noise's seed 0. Few images raise every Frechet distance; the row of real training digits, as
-many, says by how much.
+A point is a solver with an NFE budget (dopri5: with a tolerance) and a seed. It makes `--images` digits with the
+demo's own networks and guidance 1.5 and measures them as the demo does: the fraction read as their label by the
+support vector classifier, and the Frechet distance to the held-out digits in the demo's encoder. All points of a
+seed start from the same noise and labels, so they differ only by the solver. Seed s uses the samples from index
+s * images on, with noise seed 0. Few images raise every Frechet distance; the row of equally many real training
+digits shows by how much.
 
-Finished points stay in --out, and the same command goes on from there; other settings are refused. Prints the
-table: mean over the seeds, and half the range between the least and the greatest.
+Finished points are kept in --out, and the same command continues; other settings are refused. Prints the table:
+mean over the seeds, and half the range between the least and the greatest.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-# Beyond 32 calls nothing but Euler still changes; a method of several calls a step starts where its stages each
-# have one.
+# Beyond 32 network evaluations only Euler still changes. Methods with several evaluations a step start where each of
+# the three stages has one step.
 BUDGETS = {
     "ab2": (6, 8, 16, 32),
     "midpoint": (6, 8, 16, 32),
@@ -33,11 +33,11 @@ BUDGETS = {
     "euler": (4, 8, 16, 32, 100),
 }
 RTOLS = (1e-2, 1e-3, 1e-4)  # of staged dopri5, atol 1e-6
-RELEASED = (4, 8, 16, 32, 100)  # calls of the released Euler
+RELEASED = (4, 8, 16, 32, 100)  # NFE of the released Euler
 
 
 def settings() -> list[dict]:
-    """Return what each curve consists of, as fields of SampleConfig."""
+    """Return the points of all curves, as fields of SampleConfig."""
     points = [dict(solver="dopri5", mode="staged", rtol=rtol) for rtol in RTOLS]
     points += [dict(solver="dopri5", mode="released", rtol=1e-3)]
     points += [dict(solver=s, mode="staged", nfe=n) for s, budgets in BUDGETS.items() for n in budgets]
@@ -49,7 +49,7 @@ def key(point: dict) -> tuple:
 
 
 class Judge:
-    """The demo's judges, and its networks to sample from."""
+    """The demo's metrics, and its networks to sample from."""
 
     def __init__(self, folder: Path, guidance: str, images: int):
         from sfd_jax.data.digits import digits_8x8
@@ -84,10 +84,10 @@ class Judge:
         indices = np.arange(seed * self.images, (seed + 1) * self.images)
         labels = indices % sampler.num_classes
         start = time.perf_counter()
-        images, calls = sampler(indices, labels)
+        images, nfe = sampler(indices, labels)
         return {
-            "nfe": int(calls.max()),
-            "mean_nfe": float(calls.mean()),
+            "nfe": int(nfe.max()),
+            "mean_nfe": float(nfe.mean()),
             **self.values(images, labels),
             "seconds": round(time.perf_counter() - start, 2),
         }
@@ -100,14 +100,14 @@ class Judge:
         return {"read_as_label": judge.accuracy(self.reader, images, labels), "frechet_distance": float(distance)}
 
     def real(self, seed: int) -> dict:
-        """Judge as many real training digits."""
+        """Measure as many real training digits."""
         images, labels = self.demo.images("train")
         chosen = np.random.default_rng(seed).permutation(len(images))[: self.images]
         return self.values(images[chosen], labels[chosen])
 
 
 def run(args, wanted: list[dict]) -> dict:
-    """Measure the points that the file does not hold yet, writing it after each."""
+    """Measure the points that are not in the file yet; write the file after each."""
     from sfd_jax.files import write_json
 
     about = {"demo": demo_hash(args.demo), "guidance": args.guidance, "scale": 1.5, "images": args.images}
@@ -145,8 +145,8 @@ def summarise(record: dict, seeds: list[int]) -> list[dict]:
         if point["seed"] in seeds:
             groups.setdefault(key(point | {"seed": None}), []).append(point)
     rows = []
-    for (solver, mode, calls, rtol, _), points in groups.items():
-        row = {"solver": solver, "mode": mode, "budget": calls, "rtol": rtol, "seeds": len(points)}
+    for (solver, mode, budget, rtol, _), points in groups.items():
+        row = {"solver": solver, "mode": mode, "budget": budget, "rtol": rtol, "seeds": len(points)}
         for name in ("nfe", "mean_nfe", "read_as_label", "frechet_distance"):
             values = [point[name] for point in points if name in point]
             if values:
@@ -156,17 +156,17 @@ def summarise(record: dict, seeds: list[int]) -> list[dict]:
 
 
 def print_table(rows: list[dict]) -> None:
-    print(f"\n{'solver':<10}{'mode':<11}{'asked':>7}{'calls':>7}{'read as label':>18}{'Frechet distance':>20}")
+    print(f"\n{'solver':<10}{'mode':<11}{'setting':>8}{'NFE':>7}{'read as label':>18}{'Frechet distance':>20}")
     for row in rows:
-        asked = row["budget"] or (f"{row['rtol']:.0e}" if row["rtol"] else "")
-        calls = f"{row['nfe']:.0f}" if "nfe" in row else ""
+        setting = row["budget"] or (f"{row['rtol']:.0e}" if row["rtol"] else "")
+        nfe = f"{row['nfe']:.0f}" if "nfe" in row else ""
         label = f"{row['read_as_label']:.1%} +- {row['read_as_label_spread']:.1%}"
         distance = f"{row['frechet_distance']:.2f} +- {row['frechet_distance_spread']:.2f}"
-        print(f"{row['solver']:<10}{row['mode']:<11}{asked:>7}{calls:>7}{label:>18}{distance:>20}")
+        print(f"{row['solver']:<10}{row['mode']:<11}{setting:>8}{nfe:>7}{label:>18}{distance:>20}")
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Draw Frechet distance and accuracy against network evaluations, a curve a solver."""
+    """Plot Frechet distance and accuracy against network evaluations, one curve for each solver."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -207,12 +207,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("--demo", type=Path, required=True, help="work folder of a finished demo")
-    flag("--out", type=Path, required=True, help="JSON file of the points; those in it are not measured again")
+    flag("--out", type=Path, required=True, help="JSON file of the points; points in it are not measured again")
     flag("--plot", type=Path, help="PNG file (needs matplotlib)")
     flag("--seeds", type=lambda s: [int(x) for x in s.split(",")], default=[0, 1, 2])
-    flag("--images", type=int, default=250, help="of each point, one batch (default: %(default)s)")
+    flag("--images", type=int, default=250, help="images of each point, one batch (default: %(default)s)")
     flag("--guidance", choices=("none", "cfg", "autoguidance"), default="autoguidance")
-    flag("--solvers", type=lambda s: s.split(","), help="these alone")
+    flag("--solvers", type=lambda s: s.split(","), help="only these")
     args = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     args.demo, args.out = args.demo.absolute(), args.out.absolute()

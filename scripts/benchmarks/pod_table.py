@@ -2,8 +2,8 @@
 
   python scripts/benchmarks/pod_table.py --out=DIR [--rows=train_xl_v5e_4x4,...]
 
-DIR gets a JSON of `sfd compile_pod` for each row; rows that have theirs are not compiled again. The whole table takes
-some 30 minutes on two cores. Exit status 1 where a row needs more memory a chip than is asked of it.
+DIR gets a JSON file of `sfd compile_pod` for each row; rows with a file are not compiled again. The whole table takes
+some 30 minutes on two cores. Exit status 1 if a row needs more memory a chip than its limit.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 GIB = 2**30
-# row -> flags, and the most GiB a chip that its peak may take.
+# row -> flags, and the limit of its peak in GiB a chip.
 ROWS = {
     "train_xl_v5e_2x2": ("--config=configs/sfd.py:xl --topology=v5e:2x2", 11),
     "train_xl_v5e_4x4": ("--config=configs/sfd.py:xl --topology=v5e:4x4", 5.5),
@@ -44,12 +44,12 @@ ROWS = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path, help="folder of the rows' JSON files")
-    parser.add_argument("--rows", default=",".join(ROWS), help="which, with commas between (default: all)")
+    parser.add_argument("--rows", default=",".join(ROWS), help="rows, separated by commas (default: all)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     within = True
     print(
-        "| program | batch a chip | slices, mesh | arguments | temporaries | peak, GiB a chip | asked | TFLOPs a chip "
+        "| program | batch a chip | slices, mesh | arguments | temporaries | peak, GiB a chip | limit | TFLOPs a chip "
         "| sent, GiB a chip | compiled in |\n|---|---|---|---|---|---|---|---|---|---|"
     )
     for name in args.rows.split(","):

@@ -1,11 +1,11 @@
-"""What REPA's three sources of targets do to the result on the digits, and to the FLOPs of an XL step.
+"""Effect of REPA's three sources of targets on the digits' results, and on the FLOPs of an XL step.
 
   python scripts/benchmarks/repa_sources.py --demo=demo_out [--model=weak] [--steps=400] [--images=500] [--out=DIR]
   python scripts/benchmarks/repa_sources.py --flops
 
-The first trains the demo's diffusion model (or its weaker one) anew on the demo's own latents, with each source and
-without REPA, everything else alike, and judges samples of each as the demo does: no guidance, Euler with 25 steps,
-one seed. The second compiles nothing: it counts the FLOPs of lowered programs of abstract shapes at the
+The first trains the demo's diffusion model (or its weaker one) again on the demo's own latents, with each source and
+without REPA, everything else equal, and measures samples of each as the demo does: no guidance, Euler with 25 steps,
+one seed. The second compiles nothing: it counts the FLOPs of lowered programs from abstract shapes at the
 released sizes, forward and backward for SFD-XL, forward for the frozen networks.
 """
 
@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="folder of the runs, kept; they go on from there")
+    parser.add_argument("--out", type=Path, help="folder of the runs, which are kept and resumed")
     parser.add_argument("--flops", action="store_true", help="count the FLOPs of an XL step instead")
     args = parser.parse_args()
     if not args.flops and not args.demo:
@@ -49,7 +49,7 @@ def main() -> int:
 
 
 def run(source: str, args, out: Path) -> dict:
-    """Train and judge one source; returns the demo's metrics of its samples."""
+    """Train with one source; return the demo's metrics of its samples."""
     from sfd_jax.experiment.config_files import load_config
     from sfd_jax.experiment.demo import results, stages
 
@@ -86,7 +86,7 @@ def run(source: str, args, out: Path) -> dict:
 
 
 def report_flops() -> None:
-    """Print the FLOPs an image of an XL step, and what each source adds to it."""
+    """Print the FLOPs of an XL step for one image, and what each source adds."""
     import jax
     import jax.numpy as jnp
 

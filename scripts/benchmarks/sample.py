@@ -3,16 +3,16 @@
   python scripts/benchmarks/sample.py --versus=torch [--size=XL] [--weak_size=B] [--batch=64] [--dtype=bfloat16]
   python scripts/benchmarks/sample.py --versus=torch --checkpoint=demo_out/diffusion --weak=demo_out/weak
 
-Ours integrates each stage on its own, in one compiled program (`diffusion/sampling.py`); PyTorch's calls the same two
-networks (torch_dit.py, same weights, same noise and labels, fused attention, torch.compile where it works) from
+Ours integrates each stage on its own, in one compiled program (`diffusion/sampling.py`). PyTorch runs the same two
+networks (torch_dit.py, same weights, same noise and labels, fused attention, torch.compile where it works) in
 torchdiffeq's dopri5 as the released sampler does: one interval, masked velocities, atol 1e-6, rtol 1e-3. The velocities
-of both networks are compared before anything is timed, and every answer with the same flow solved tightly in float32:
-its error is the root mean square of the difference over that of the answer. The target is 3 times PyTorch's speed at
-an equal or smaller error.
+of both networks are compared before anything is timed, and every result with a solution of the same flow at tight
+tolerance in float32: the error is the root mean square of the difference over that of the solution. The target is 3
+times PyTorch's speed at an equal or smaller error.
 
-By default drawn weights: XL and B in bfloat16 with 64 images on a GPU or TPU, two S in float32 with 2 images on a CPU.
-How many calls a solver takes depends on the weights, so trained ones (`--checkpoint`, `--weak`) say more. Latents are
-timed; with `--texture_vae` also images, decoding included.
+By default the weights are random: XL and B in bfloat16 with 64 images on a GPU or TPU, two S in float32 with 2 images
+on a CPU. A solver's NFE depends on the weights, so trained ones (`--checkpoint`, `--weak`) are more realistic. Latents
+are timed; with `--texture_vae` also images, decoding included.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ SAME = {"float32": 1e-4, "bfloat16": 1e-1}
 
 @dataclasses.dataclass
 class Problem:
-    """What both sides integrate: two networks with their parameters, noise and labels."""
+    """The problem that both sides integrate: two networks with their parameters, noise and labels."""
 
     networks: list
     params: list
@@ -44,7 +44,7 @@ def main() -> None:
     flag = parser.add_argument
     flag("--size", help="S on a CPU, XL elsewhere")
     flag("--weak_size", help="S on a CPU, B elsewhere")
-    flag("--checkpoint", help="a trained model instead of a drawn one of --size")
+    flag("--checkpoint", help="a trained model instead of a random one of --size")
     flag("--weak", help="its weaker model")
     flag("--texture_vae", help="also decode, with this texture VAE")
     flag("--depth", type=int, help="another number of blocks, of both networks")
@@ -116,7 +116,7 @@ def make_problem(args) -> Problem:
 
 
 class Ours:
-    """Sampling by this project."""
+    """Sampling with this project."""
 
     def __init__(self, problem: Problem, args):
         import jax
@@ -139,7 +139,7 @@ class Ours:
         return np.asarray(latents)
 
     def tight(self) -> np.ndarray:
-        """Solve the same flow in float32 throughout, to a thousandth of the usual tolerance."""
+        """Solve the same flow in float32, to a thousandth of the usual tolerance."""
         import jax
 
         from sfd_jax.diffusion.sampling import SolverConfig
@@ -167,7 +167,7 @@ class Ours:
 
 
 class Theirs:
-    """Sampling as the released code does it: torchdiffeq's dopri5 over the whole interval."""
+    """Sampling as in the released code: torchdiffeq's dopri5 over the whole interval."""
 
     def __init__(self, problem: Problem, share=None):
         import torch
@@ -213,7 +213,7 @@ class Theirs:
 
 
 def compile_torch(problem, eager):
-    """Return (PyTorch's compiled contender, None), or (None, why there is none)."""
+    """Return (PyTorch's compiled contender, None), or (None, the reason why there is none)."""
     import torch
 
     compiled = Theirs(problem, share=eager)
@@ -221,13 +221,13 @@ def compile_torch(problem, eager):
         with torch.no_grad():
             compiled.velocity(compiled.noise, torch.tensor(0.5, device=compiled.device))
         return compiled, None
-    except Exception as error:  # no compiler, no Triton, or whatever else it is
+    except Exception as error:  # no compiler, no Triton, or another reason
         torch._dynamo.reset()
-        return None, f"torch.compile does not work here, PyTorch ran eager alone: {str(error).strip()[:200]}"
+        return None, f"torch.compile does not work here, PyTorch ran only eagerly: {str(error).strip()[:200]}"
 
 
 def compare(problem: Problem, theirs, tolerance: float) -> str:
-    """Compare both networks' velocities at one time; stops where they are not those of one network."""
+    """Compare both networks' velocities at one time; exit where they differ."""
     import jax
 
     torch, size, worst = theirs.torch, len(problem.labels), []
@@ -246,12 +246,12 @@ def compare(problem: Problem, theirs, tolerance: float) -> str:
 def report(problem, contenders, args, notes) -> None:
     exact = contenders["sfd_jax"].tight()
     error = lambda latents: float(np.sqrt(np.mean((latents - exact) ** 2) / np.mean(exact**2)))  # noqa: E731
-    errors, calls = {}, {}
+    errors, nfe = {}, {}
 
     def timed(name, contender):
         def run():
             errors[name] = error(contender())
-            calls[name] = contender.nfe
+            nfe[name] = contender.nfe
 
         return run
 
@@ -262,7 +262,7 @@ def report(problem, contenders, args, notes) -> None:
     rows = [
         [
             name,
-            calls.get(name, ""),
+            nfe.get(name, ""),
             each["median"],
             spread(each),
             args.batch / each["median"],
@@ -271,8 +271,8 @@ def report(problem, contenders, args, notes) -> None:
         ]
         for name, each in times.items()
     ]
-    head = ["what", "nfe", "seconds", "spread", "images/s", "error", "first call, s"]
-    sizes = "trained weights" if args.checkpoint else f"{args.size} and {args.weak_size}, drawn weights"
+    head = ["contender", "NFE", "seconds", "spread", "images/s", "error", "first call, s"]
+    sizes = "trained weights" if args.checkpoint else f"{args.size} and {args.weak_size}, random weights"
     tables = [
         f"AutoGuidance {args.scale:g}, {sizes}, batch {args.batch}, {args.dtype}, {args.rounds} rounds in turns",
         table(head, rows),
@@ -283,7 +283,7 @@ def report(problem, contenders, args, notes) -> None:
             table(["speed of sfd_jax over", "ratio of medians"], [[n, f"{r:.2f}"] for n, r in ratios.items()])
         )
     by_stage = contenders["sfd_jax"].nfe_by_stage
-    notes.append(f"our calls by stage, of the slowest sample: {by_stage}; each is one call of both networks")
+    notes.append(f"our NFE by stage, of the slowest sample: {by_stage}; one evaluation runs both networks once")
     memory = peak_memory()
     notes.append("peak GiB: " + ", ".join(f"{name} {value:.2f}" for name, value in memory.items()))
     record = {
@@ -291,7 +291,7 @@ def report(problem, contenders, args, notes) -> None:
         "settings": {k: v for k, v in vars(args).items() if k != "json"},
         "seconds": times,
         "first_call": first,
-        "nfe": calls,
+        "nfe": nfe,
         "nfe_by_stage": by_stage,
         "errors": errors,
         "ratios": ratios,
@@ -301,7 +301,7 @@ def report(problem, contenders, args, notes) -> None:
 
 
 def decoded(problem: Problem, args):
-    """Return the call that makes images as `sfd sample` does, texture VAE and all."""
+    """Return a call that makes images as `sfd sample` does, decoding included."""
     from sfd_jax.experiment.checkpoints import open_checkpoint
     from sfd_jax.generation import SampleConfig, Sampler
 

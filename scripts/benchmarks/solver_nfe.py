@@ -1,18 +1,18 @@
-"""Network evaluations and error of dopri5: the released way beside `staged` mode, by stage.
+"""Network evaluations (NFE) and error of dopri5: `released` beside `staged` mode, by stage.
 
   python scripts/benchmarks/solver_nfe.py --pack=DIR [--networks=3] [--seeds=0,1,2] [--out=FILE]
   python scripts/benchmarks/solver_nfe.py --demo=demo_out [--guidance=autoguidance] [--batch_size=64]
-      [--grids=25,50,100]    # also the solvers of fixed steps, in staged mode, at these budgets of calls
+      [--grids=25,50,100]    # also the solvers with fixed steps, in staged mode, at these NFE budgets
 
 The systems are the parity pack's small network and further ones of its kind (other seeds of its weights), and a
-demo's trained digits model with its weaker companion; each without guidance, with classifier-free guidance and
-with AutoGuidance, scale 1.5. Both ways start from the same noise. The released way is `released` mode, atol
-1e-6 and rtol 1e-3, one step size for the batch; its calls and those of staged mode count the whole batch, so a
-staged batch counts as its slowest sample; `mean` is what its samples took on average.
+demo's trained digits model with its weaker model; each without guidance, with classifier-free guidance and with
+AutoGuidance, scale 1.5. Both modes start from the same noise. `released` mode has atol 1e-6 and rtol 1e-3 and one
+step size for the batch. The NFE is that of the whole batch, so that of a staged batch is its slowest sample's;
+`mean` is the average over its samples.
 
-The last table takes the batches of a kind together, since what the released controller does to one is chance.
-Errors are against a much finer solve (rk4, `--reference` calls a unit of time; a tight dopri5 beside it says how
-far that can be trusted): root mean square of the difference over that of the answer, and largest over largest.
+The last table combines the batches of a kind, since the released controller's result on a single batch is chance.
+Errors are against a much finer solution (rk4, `--reference` evaluations per unit of time; a tight dopri5 shows how
+accurate it is): root mean square of the difference over that of the solution, and largest over largest.
 """
 
 import argparse
@@ -32,7 +32,7 @@ GRIDS = ("euler", "midpoint", "heun", "rk4", "ab2")
 
 
 class System(NamedTuple):
-    """What to integrate: networks with parameters, clocks and layout."""
+    """A problem to integrate: networks with parameters, clocks and layout."""
 
     name: str
     network: object
@@ -62,7 +62,7 @@ class System(NamedTuple):
 
 
 def pack_systems(pack: str, networks: int) -> list[System]:
-    """Return the pack's system, and `networks` others with weights of other seeds."""
+    """Return the pack's system, and `networks` more with weights from other seeds."""
     from sfd_jax.parity.dit import clocks_of, layout_of, load_dit
     from sfd_jax.parity.pack import Case
 
@@ -112,7 +112,7 @@ def errors(latents: np.ndarray, answer: np.ndarray) -> dict[str, float]:
 
 
 def measure(systems: list[System], kind: str, args) -> list[dict]:
-    """Measure systems that differ in their weights alone, so that each solver is compiled once."""
+    """Measure systems that differ only in their weights, so that each solver is compiled once."""
     tolerances = dict(atol=args.atol, rtol=args.rtol)
     steps = round(args.reference * systems[0].clocks.tau_end / 4)
     solvers = {
@@ -121,7 +121,7 @@ def measure(systems: list[System], kind: str, args) -> list[dict]:
         "released": dict(mode="released"),
         "staged": tolerances,
     }
-    grids = {f"{name} {calls}": dict(solver=name, nfe=calls) for name in GRIDS for calls in args.grids}
+    grids = {f"{name} {nfe}": dict(solver=name, nfe=nfe) for name in GRIDS for nfe in args.grids}
     solvers |= grids
     runs = {name: compile_solver(systems[0], kind, **settings) for name, settings in solvers.items()}
     rows = []
@@ -151,16 +151,16 @@ def measure(systems: list[System], kind: str, args) -> list[dict]:
         rows.append(row)
         print(describe(row), flush=True)
         for name, grid in row["grids"].items():
-            print(f"  {name:<14}{grid['nfe']:>4} calls, error {grid['error']['rms']:.1e}")
+            print(f"  {name:<14}NFE {grid['nfe']:>4}, error {grid['error']['rms']:.1e}")
     return rows
 
 
 def summarise(rows: list[dict]) -> dict[str, dict]:
-    """Return, by system and guidance, mean calls and root mean square errors over the seeds.
+    """Return, by system and guidance, mean NFE and root mean square errors over the seeds.
 
-    One batch says little: how far the released controller's step reaches over a kink of the clocks is chance, so
-    that from one seed to the next its calls differ by a factor of two and its error by ten. The range is that of
-    the single batches' shares.
+    One batch says little: how far the released controller steps over a breakpoint of the clocks is chance, so that
+    from one seed to the next its NFE differs by a factor of two and its error by ten. The range is that of the
+    single batches' shares.
     """
     groups: dict[str, list[dict]] = {}
     for row in rows:
@@ -168,60 +168,60 @@ def summarise(rows: list[dict]) -> dict[str, dict]:
         groups.setdefault(f"{kind}, {row['guidance']}", []).append(row)
     summary = {}
     for name, group in groups.items():
-        calls = {way: float(np.mean([row[way]["nfe"] for row in group])) for way in ("released", "staged")}
+        nfe = {mode: float(np.mean([row[mode]["nfe"] for row in group])) for mode in ("released", "staged")}
         error = {
-            way: float(np.sqrt(np.mean([row[way]["error"]["rms"] ** 2 for row in group])))
-            for way in ("released", "staged")
+            mode: float(np.sqrt(np.mean([row[mode]["error"]["rms"] ** 2 for row in group])))
+            for mode in ("released", "staged")
         }
-        of_calls = [row["share_of_nfe"] for row in group]
-        of_error = [row["share_of_error"]["rms"] for row in group]
+        nfe_shares = [row["share_of_nfe"] for row in group]
+        error_shares = [row["share_of_error"]["rms"] for row in group]
         summary[name] = {
             "batches": len(group),
-            "nfe": calls
+            "nfe": nfe
             | {
-                "share": calls["staged"] / calls["released"],
-                "range": f"{min(of_calls):.0%}..{max(of_calls):.0%}",
+                "share": nfe["staged"] / nfe["released"],
+                "range": f"{min(nfe_shares):.0%}..{max(nfe_shares):.0%}",
             },
             "error_rms": error
             | {
                 "share": error["staged"] / error["released"],
-                "range": f"{min(of_error):.3f}..{max(of_error):.3f}",
+                "range": f"{min(error_shares):.3f}..{max(error_shares):.3f}",
             },
         }
     return summary
 
 
 HEADER = (
-    f"{'system':<15}{'guidance':<13}{'seed':>4}  {'released: calls':<22}{'error':>8}  {'staged: calls':<20}{'mean':>6}"
-    f"{'error':>9}  {'calls':>6}{'error rms':>10}{'max':>6}"
+    f"{'system':<15}{'guidance':<13}{'seed':>4}  {'released: NFE':<22}{'error':>8}  {'staged: NFE':<20}{'mean':>6}"
+    f"{'error':>9}  {'NFE':>6}{'error rms':>10}{'max':>6}"
 )
 
 
 def describe(row: dict) -> str:
-    calls = [f"{row[w]['nfe']} = {'+'.join(map(str, row[w]['by_stage']))}" for w in ("released", "staged")]
+    nfe = [f"{row[mode]['nfe']} = {'+'.join(map(str, row[mode]['by_stage']))}" for mode in ("released", "staged")]
     share = row["share_of_error"]
     return (
         f"{row['system']:<15}{row['guidance']:<13}{row['seed']:>4}  "
-        f"{calls[0]:<22}{row['released']['error']['rms']:>8.1e}"
-        f"  {calls[1]:<20}{row['staged']['mean']:>6.1f}{row['staged']['error']['rms']:>9.1e}  "
+        f"{nfe[0]:<22}{row['released']['error']['rms']:>8.1e}"
+        f"  {nfe[1]:<20}{row['staged']['mean']:>6.1f}{row['staged']['error']['rms']:>9.1e}  "
         f"{row['share_of_nfe']:>6.0%}{share['rms']:>10.2f}{share['max']:>6.2f}"
     )
 
 
 def main() -> int:
-    """Print the table, and write it as JSON where asked to."""
+    """Print the table, and write it as JSON if --out is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("--pack", help="folder of the parity pack")
     flag("--networks", type=int, default=3, help="further networks of the pack's kind (default: %(default)s)")
     flag("--demo", help="work folder of a finished demo")
-    flag("--guidance", choices=GUIDANCE, action="append", help="one kind alone; may be given again")
+    flag("--guidance", choices=GUIDANCE, action="append", help="only this kind; repeatable")
     flag("--seeds", type=lambda s: [int(x) for x in s.split(",")], default=[0, 1, 2], help="of noise and labels")
     flag("--batch_size", type=int, default=64)
     flag("--atol", type=float, default=1e-6, help="of staged mode (default: %(default)s)")
     flag("--rtol", type=float, default=1e-3, help="of staged mode (default: %(default)s)")
-    flag("--reference", type=int, default=800, help="calls a unit of time of the exact answer (default: %(default)s)")
-    flag("--grids", type=lambda s: [int(x) for x in s.split(",")], default=[], help="budgets of network evaluations")
+    flag("--reference", type=int, default=800, help="NFE per unit of time of the reference (default: %(default)s)")
+    flag("--grids", type=lambda s: [int(x) for x in s.split(",")], default=[], help="NFE budgets of fixed steps")
     flag("--out", type=Path, help="JSON file")
     args = parser.parse_args()
     if not (args.pack or args.demo):
@@ -234,13 +234,13 @@ def main() -> int:
     rows = [row for systems in groups for kind in args.guidance or GUIDANCE for row in measure(systems, kind, args)]
     summary = summarise(rows)
     print(
-        f"\n{'together':<28}{'calls: released':>16}{'staged':>8}{'share':>7}{'(range)':>15}{'error: released':>17}"
+        f"\n{'all batches':<28}{'NFE: released':>16}{'staged':>8}{'share':>7}{'(range)':>15}{'error: released':>17}"
         f"{'staged':>9}{'share':>7}{'(range)':>15}"
     )
     for kind, row in summary.items():
-        calls, error = row["nfe"], row["error_rms"]
+        nfe, error = row["nfe"], row["error_rms"]
         print(
-            f"{kind:<28}{calls['released']:>16.1f}{calls['staged']:>8.1f}{calls['share']:>7.0%}{calls['range']:>15}"
+            f"{kind:<28}{nfe['released']:>16.1f}{nfe['staged']:>8.1f}{nfe['share']:>7.0%}{nfe['range']:>15}"
             f"{error['released']:>17.1e}{error['staged']:>9.1e}{error['share']:>7.3f}{error['range']:>15}"
         )
     if args.out:

@@ -1,8 +1,8 @@
-"""LightningDiT in plain PyTorch, to be timed beside ours: what a careful user would otherwise write.
+"""LightningDiT in plain PyTorch, for comparison with ours: a careful PyTorch implementation.
 
 The same network as `sfd_jax/models/lightning_dit.py` (RMSNorm, SwiGLU, rotary embedding, q/k norm, two clocks,
-REPA's projector), with the released state dict's keys, so that our converter's export loads into it. It uses what
-PyTorch has to be fast: fused scaled-dot-product attention, fused RMSNorm, torch.compile and autocast by the caller.
+REPA's projector), with the released state dict's keys, so that our converter's export loads into it. It uses PyTorch's
+fast paths: fused scaled-dot-product attention, fused RMSNorm, and by the caller torch.compile and autocast.
 
 Norms, rotary embedding, modulation and residual stream are float32 as in ours; with `dtype=bfloat16` the matmuls
 inside the blocks run in bfloat16. Shapes: latents (B, C, H, W) as PyTorch has them; N tokens, D width, K heads.
@@ -64,7 +64,7 @@ class TorchDiT(nn.Module):
 
 
 def torch_module(network, params):
-    """Return a TorchDiT with parameters of ours, through the converter that `sfd convert` uses."""
+    """Return a TorchDiT with our parameters, through the converter of `sfd convert`."""
     from sfd_jax.convert.lightning_dit import TABLE
     from sfd_jax.convert.table import export_state
 
@@ -134,7 +134,7 @@ class Attention(nn.Module):
 
 
 def rotate(x, rotary):
-    """Turn neighbouring pairs of the last axis of (B, K, N, E)."""
+    """Rotate neighbouring pairs of the last axis of (B, K, N, E)."""
     cos, sin = rotary
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return x * cos + torch.stack([-odd, even], dim=-1).flatten(-2) * sin

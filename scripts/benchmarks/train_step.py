@@ -5,12 +5,12 @@
 The defaults are the project's targets: XL/1 in bfloat16 with 64 images on a GPU or TPU, B/1 in float32 with 4 images
 on a CPU. Ours is the step that `sfd train` runs: draws, loss, gradient, AdamW, EMA, norms and the guard against
 numbers that are not finite. PyTorch's (torch_dit.py) has the same weights through our converter and does the same
-work with what makes it fast: fused attention, AdamW over lists, autocast, and torch.compile where that works. Outputs,
+work with its fast paths: fused attention, AdamW over lists, autocast, and torch.compile where that works. Outputs,
 losses and gradients of up to 8 images are compared before anything is timed. All contenders share one device's memory:
-one of PyTorch's that does not fit beside the others is left out, and a note says so.
+a PyTorch contender that does not fit beside the others is left out, with a note.
 
-Model FLOPs are those of the matmuls alone, three times the forward pass's for a step (what remat adds counts not),
-and utilisation refers to the rate of a large matmul of this dtype that is measured first.
+Model FLOPs are those of the matmuls, three times the forward pass's for a step (without recomputation by remat).
+Utilisation is relative to the rate of a large matmul of this dtype, which is measured first.
 """
 
 import dataclasses
@@ -44,9 +44,9 @@ def main() -> None:
     flag("--depth", type=int, help="another number of blocks")
     flag("--width", type=int, help="another width")
     flag("--repa", action="store_true", help="with REPA's projector and loss")
-    flag("--remat", help="none, dots, full, or auto: what fits; none on a CPU, auto elsewhere; ours alone")
-    flag("--blocks", choices=["loop", "unrolled"], help="instead of what execution.py chooses; ours alone")
-    flag("--attention", choices=["plain", "cudnn"], help="instead of what execution.py chooses; ours alone")
+    flag("--remat", help="none, dots, full, or auto: what fits; none on a CPU, auto elsewhere; only ours")
+    flag("--blocks", choices=["loop", "unrolled"], help="instead of the choice of execution.py; only ours")
+    flag("--attention", choices=["plain", "cudnn"], help="instead of the choice of execution.py; only ours")
     flag("--no_compile", action="store_true", help="PyTorch without torch.compile")
     args = parser.parse_args()
     if args.versus:
@@ -89,7 +89,7 @@ def main() -> None:
         theirs = Theirs(network, data)
         notes.append(compare(ours, theirs, SAME[args.dtype]))
         first |= first_calls("sfd_jax", ours)  # JAX takes its memory before PyTorch caches the rest
-        # Compiled PyTorch first: it needs the less memory.
+        # Compiled PyTorch first: it needs less memory.
         others = {} if args.no_compile else {"torch compiled": Theirs(network, data, share=theirs)}
         for name, contender in (others | {"torch eager": theirs}).items():
             calls, fault = try_out(name, contender)
@@ -97,12 +97,12 @@ def main() -> None:
             contenders |= {} if fault else {name: contender}
             notes += [fault] if fault else []
         if len(contenders) == 1:
-            raise SystemExit("nothing of PyTorch's ran:\n" + "\n".join(notes))
+            raise SystemExit("no PyTorch contender ran:\n" + "\n".join(notes))
     report(contenders, first, config, args, notes)
 
 
 def draw_data(config, batch: int) -> dict[str, np.ndarray]:
-    """Draw a batch, and the noise and times with which the losses of both are compared."""
+    """Draw a batch, and the noise and times for the comparison of both losses."""
     random = np.random.default_rng(0)
     shape = (batch, config.input_size, config.input_size, config.in_channels)
     data = {
@@ -118,7 +118,7 @@ def draw_data(config, batch: int) -> dict[str, np.ndarray]:
 
 
 class Ours:
-    """Forward pass and training step of this project, each as a call that blocks."""
+    """Forward pass and training step of this project, each as a blocking call."""
 
     def __init__(self, network, data, mesh, execution):
         import jax
@@ -140,7 +140,7 @@ class Ours:
         config = TrainConfig(OptimizerConfig(), global_batch_size=len(data["labels"]))
         optimizer = make_optimizer(config.optimizer, config.steps)
         task = diffusion_task(network, layout, clocks, loss_config)
-        # Drawn once more where they are needed: the step's state gives its own away.
+        # The step donates its state, so parameters are drawn again where they are needed.
         self.state = state_from_params(draw_params(network), optimizer, mesh)
         self._step = make_train_step(task, optimizer, config, mesh, execution)
         self._key = jax.random.key(0)
@@ -192,19 +192,19 @@ class Ours:
 
 
 def first_calls(name: str, contender) -> dict[str, float]:
-    """Return the seconds of the first forward pass and step, compilation and all."""
+    """Return the seconds of the first forward pass and step, with compilation."""
     return {f"{name}: {call}": seconds(getattr(contender, call)) for call in ("forward", "step")}
 
 
 def try_out(name: str, contender) -> tuple[dict[str, float], str | None]:
-    """Return the first calls of one of PyTorch's contenders, and what keeps it from running, if anything does."""
+    """Return the first calls of a PyTorch contender, or the reason why it does not run."""
     import torch
 
     try:
         return first_calls(name, contender), None
     except torch.OutOfMemoryError:
         fault = f"{name} needs more memory than is left beside the others, and is left out; try a smaller --batch"
-    except Exception as error:  # no compiler, no Triton, or whatever else it is
+    except Exception as error:  # no compiler, no Triton, or another reason
         fault = f"{name} does not work here: {str(error).strip()[:200]}"
     contender.adamw.zero_grad(set_to_none=True)
     torch._dynamo.reset()
@@ -213,7 +213,7 @@ def try_out(name: str, contender) -> tuple[dict[str, float], str | None]:
 
 
 class Theirs:
-    """The same two calls in PyTorch; with `share` compiled, training that contender's module."""
+    """The same two calls in PyTorch; with `share`, a compiled one that trains that contender's module."""
 
     def __init__(self, network, data, share=None):
         import torch
@@ -227,7 +227,7 @@ class Theirs:
             self.module = torch_module(network, draw_params(network)).to(self.device)
             self.params = list(self.module.parameters())
             self.ema = [p.detach().clone() for p in self.params]
-            # One kernel over all tensors, on CPU and CUDA alike.
+            # One kernel for all tensors, on CPU and CUDA.
             self.adamw = torch.optim.AdamW(self.params, lr=1e-4, weight_decay=0.0, fused=True)
             self.call = self.module
         else:
@@ -301,15 +301,15 @@ class Theirs:
 
 
 def compare(ours, theirs, tolerance: float) -> str:
-    """Compare output, loss and two gradients; stops where they are not those of one network."""
+    """Compare output, loss and two gradients; exit where they differ."""
     names = ("output", "loss", "gradient of the last layer", "gradient of the first qkv")
     worst = {}
     for name, a, b in zip(names, ours.answers(), theirs.answers(), strict=True):
         worst[name] = float(np.abs(a - b).max() / np.abs(b).max())
-    told = ", ".join(f"{name} {value:.1e}" for name, value in worst.items())
+    differences = ", ".join(f"{name} {value:.1e}" for name, value in worst.items())
     if not max(worst.values()) < tolerance:
-        raise SystemExit(f"the two networks do not agree ({told}; at most {tolerance:g}): nothing is timed")
-    return f"largest relative differences before timing: {told}"
+        raise SystemExit(f"the two networks do not agree ({differences}; at most {tolerance:g}): nothing is timed")
+    return f"largest relative differences before timing: {differences}"
 
 
 def forward_flops(config) -> float:
@@ -348,7 +348,7 @@ def report(contenders, earlier, config, args, notes) -> None:
         contender, _, call = name.partition(": ")
         if contender != "sfd_jax":
             ratios[name] = each["median"] / times[f"sfd_jax: {call}"]["median"]
-    head = ["what", "seconds", "spread", "images/s", "FLOP utilisation", "first call, s"]
+    head = ["contender", "seconds", "spread", "images/s", "FLOP utilisation", "first call, s"]
     tables = [
         f"{args.size}/{config.patch_size}, depth {config.depth}, width {config.width}, batch {args.batch}, "
         f"{args.dtype}, {args.rounds} rounds in turns; large matmul {rate / 1e12:.2f} TFLOP/s",

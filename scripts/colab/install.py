@@ -1,7 +1,7 @@
 """Install this checkout at its pinned versions into the Python that runs this file, for the accelerator it finds.
 
-A notebook's first code cell runs it (`%run scripts/colab/install.py`); where everything is there it does nothing.
-Faults are RuntimeErrors: after a SystemExit `%run` would go on to the next cell.
+A notebook's first code cell runs it (`%run scripts/colab/install.py`); if everything is installed it does nothing.
+Failures are RuntimeErrors: after a SystemExit `%run` would continue with the next cell.
 """
 
 import glob

@@ -1,7 +1,7 @@
-"""Print this worker's TPU devices, or say in a sentence why they cannot be had: `check_devices.py [SECONDS]`.
+"""Print this worker's TPU devices, or the reason why they cannot be used: `check_devices.py [SECONDS]`.
 
-Libtpu belongs to one process at a time, and on a slice of several workers it waits for all of them. So the question is
-asked in a process of its own, which has ended before a training run starts and can be ended where it waits in vain.
+Only one process at a time can use libtpu, and on a slice of several workers it waits for all of them. So a separate
+process queries the devices: it ends before a training run starts, and can be killed if it waits too long.
 """
 
 import glob
@@ -34,7 +34,7 @@ def holders(chips: list[str]) -> list[str]:
 
 
 def check(seconds: float, chips: list[str]) -> str:
-    """Print the devices; return "" or the sentence that says what is wrong."""
+    """Print the devices; return "" or a sentence that says what is wrong."""
     if not chips:
         return "this machine has no TPU chips (no /dev/accel* or /dev/vfio/*): is it a TPU VM?"
     if busy := holders(chips):
@@ -44,16 +44,14 @@ def check(seconds: float, chips: list[str]) -> str:
     except subprocess.TimeoutExpired:
         return (
             f"everything is installed, but the chips did not answer within {seconds:.0f} s. Those of a slice answer "
-            "once all of its workers ask: run this on all of them at the same time (scripts/tpu/setup.sh), or leave "
-            "the look out (TPU_CHECK_TIMEOUT=0)"
+            "only when all of its workers ask: run this on all of them at the same time (scripts/tpu/setup.sh), or "
+            "skip this check (TPU_CHECK_TIMEOUT=0)"
         )
     print(done.stdout, end="")
     if done.returncode == 0:
         return ""
-    reason = (done.stderr.strip().splitlines() or ["JAX took another platform"])[-1]
-    return (
-        f"no TPU is seen here: {reason}. Where another user's process holds the chips, `sudo lsof {chips[0]}` names it"
-    )
+    reason = (done.stderr.strip().splitlines() or ["JAX chose another platform"])[-1]
+    return f"JAX finds no TPU: {reason}. If another user's process holds the chips, `sudo lsof {chips[0]}` names it"
 
 
 def main() -> None:

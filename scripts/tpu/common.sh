@@ -1,8 +1,8 @@
-# What the scripts of this folder share: settings, gcloud, and the workers of a slice. Sourced, never run.
+# Shared functions of the scripts in this folder: settings, gcloud, and the workers of a slice. Sourced, never run.
 #
 # A setting is a flag or the variable of the same name in capitals: --tpu-name=NAME or TPU_NAME=NAME. Written for
 # bash 3.2 too, which is what macOS has: no associative arrays, no mapfile, empty arrays guarded.
-# shellcheck shell=bash disable=SC2034  # much of what is set here is read where it is sourced
+# shellcheck shell=bash disable=SC2034  # many variables are read by the scripts that source this
 set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -13,16 +13,16 @@ COMMON_HELP="Settings, each a flag or a variable:
   --tpu-name=NAME            TPU_NAME            the queued resource, and its slice (with more slices: NAME-0, NAME-1, ...)
   --zone=ZONE                ZONE                e.g. us-central2-b
   --project=PROJECT          PROJECT             the Google Cloud project
-  --slices=N                 SLICES              slices of the same kind that train together (default 1)
+  --slices=N                 SLICES              slices of one type that train together (default 1)
   --internal-ip              INTERNAL_IP=1       reach workers by their internal addresses
   --tunnel-through-iap       TUNNEL_THROUGH_IAP=1  reach them through Google's proxy (needs gcloud's alpha component)
   --dry-run                  DRY_RUN=1           print the gcloud commands, run nothing
-Workers are reached by ssh from several threads at once, so gcloud wants its key in the agent:
+Workers are reached by ssh from several threads at once, so gcloud needs its key in the agent:
   ssh-add ~/.ssh/google_compute_engine"
 
 say() { printf '%s: %s\n' "$ME" "$*"; }
 
-# die STATUS SENTENCE: 2 is a fault of the user's, 1 anything that may go better the next time.
+# die STATUS SENTENCE: status 2 for a user's error, 1 for a failure that may pass by itself.
 die() {
     local status=$1
     shift
@@ -42,8 +42,8 @@ help() {
     printf '%s\n' "$COMMON_HELP"
 }
 
-# parse "$@": read flags into variables, and what follows -- into AFTER. A script names its own flags before:
-# VALUES (one value each), SWITCHES (none), LISTS (may come again; they fill arrays).
+# parse "$@": read flags into variables, and the words after -- into AFTER. A script sets its own flags before:
+# VALUES (one value each), SWITCHES (no value), LISTS (repeatable; they fill arrays).
 parse() {
     local values="tpu-name zone project slices ${VALUES:-}"
     local switches="dry-run internal-ip tunnel-through-iap ${SWITCHES:-}"
@@ -55,7 +55,7 @@ parse() {
             -h | --help) help; exit 0 ;;
             --) shift; AFTER=(${1+"$@"}); break ;;
             --*) ;;
-            *) die 2 "'$1' is no flag; see $0 --help" ;;
+            *) die 2 "'$1' is not a flag; see $0 --help" ;;
         esac
         flag=${1%%=*}
         name=${flag#--}
@@ -87,7 +87,7 @@ parse() {
     SLICES=${SLICES:-1}
     number slices
     [ "$SLICES" -ge 1 ] || die 2 "--slices=$SLICES: give 1 or more"
-    # It stands in filters and folder names.
+    # It is used in filters and folder names.
     case ${TPU_NAME:-a} in
         *[!a-z0-9-]* | [!a-z]*) die 2 "--tpu-name=$TPU_NAME: give small letters, digits and dashes, a letter first" ;;
     esac
@@ -96,7 +96,7 @@ parse() {
     fi
 }
 
-# need FLAG...: stop where a setting is missing, naming all that are.
+# need FLAG...: stop if settings are missing, and name all of them.
 need() {
     local name missing="" var
     for name in "$@"; do
@@ -106,7 +106,7 @@ need() {
     [ -z "$missing" ] || die 2 "missing:${missing%,}; see $0 --help"
 }
 
-# number FLAG: stop where its value is not a whole number.
+# number FLAG: stop if its value is not a whole number.
 number() {
     local var
     var=$(variable "$1")
@@ -115,7 +115,7 @@ number() {
 
 # --- gcloud -----------------------------------------------------------------------------------------------------
 
-# quoted WORD...: the words as a shell reads them back, any shell: POSIX single quotes where a word needs them.
+# quoted WORD...: the words quoted for any shell: POSIX single quotes where a word needs them.
 quoted() {
     local word space=""
     for word in "$@"; do
@@ -133,27 +133,27 @@ show() { printf '%s\n' "$(quoted "$@")"; }
 # run gcloud ...: run it, or print it in a dry run.
 run() { if [ -n "$DRY_RUN" ]; then show "$@"; else "$@"; fi; }
 
-# ask ASSUMED gcloud ...: put its output into ANSWER; a dry run assumes an answer.
+# ask ASSUMED gcloud ...: put its output into ANSWER; a dry run uses ASSUMED.
 ask() {
     ANSWER=$1
     shift
     if [ -n "$DRY_RUN" ]; then show "$@"; else ANSWER=$("$@"); fi
 }
 
-# query_state ASSUMED: put the queued resource's state into STATE; ABSENT where there is none. A list tells
-# "there is none" from "gcloud failed", which a description of a thing that is not there does not.
+# query_state ASSUMED: put the queued resource's state into STATE; ABSENT where there is none. Uses `list`, since
+# `describe` fails alike for a missing resource and for a gcloud error.
 query_state() {
     ask "$1" gcloud compute tpus queued-resources list "--zone=$ZONE" "--project=$PROJECT" \
         "--filter=name ~ /queuedResources/$TPU_NAME\$" "--format=value(state.state)" || return
     STATE=${ANSWER:-ABSENT}
 }
 
-# query_nodes: fill NODES (names), WORKERS (how many in all), NODE_TYPE, and UNREADY ("name is STATE", ...).
+# query_nodes: fill NODES (names), WORKERS (total number), NODE_TYPE, and UNREADY ("name is STATE", ...).
 query_nodes() {
     local pattern="$TPU_NAME" name state workers type assumed i
     NODES=() WORKERS=0 UNREADY="" NODE_TYPE=""
     [ "$SLICES" -eq 1 ] || pattern="$TPU_NAME-[0-9]+"
-    # A dry run speaks of the slices that the settings describe.
+    # A dry run assumes the slices that the settings describe.
     NODE_TYPE=${ACCELERATOR_TYPE:-}
     assumed=""
     for ((i = 0; i < SLICES; i++)); do
@@ -171,20 +171,20 @@ query_nodes() {
         [ "$state" = READY ] || UNREADY="$UNREADY$name is $state, "
         WORKERS=$((WORKERS + workers))
     done <<<"$ANSWER"
-    if [ ${#NODES[@]} -ne "$SLICES" ]; then UNREADY="$UNREADY${#NODES[@]} of $SLICES slices are there, "; fi
+    if [ ${#NODES[@]} -ne "$SLICES" ]; then UNREADY="$UNREADY${#NODES[@]} of $SLICES slices exist, "; fi
     UNREADY=${UNREADY%, }
 }
 
-# ready_nodes: query_nodes, or stop with a sentence.
+# ready_nodes: query_nodes, and stop if a slice is not ready.
 ready_nodes() {
     query_nodes || die 1 "gcloud could not list the TPUs of $ZONE; see its message, then run this again"
     [ -z "$UNREADY" ] || die 1 "$TPU_NAME cannot be used: $UNREADY. $HERE/create.sh makes it and waits for it"
 }
 
-# --- sizes: what a slice of a type has --------------------------------------------------------------------------
+# --- sizes: devices and hosts of a slice by type ----------------------------------------------------------------
 
 # devices_of TYPE: devices as JAX counts them; empty where the type is not known. The number in a type's name
-# counts cores, of which v4 and v5p fuse two to a device, for v5e and v6e chips.
+# counts cores (v4 and v5p have two for each device), but chips for v5e and v6e.
 devices_of() {
     local count=${1##*-}
     case $count in '' | *[!0-9]*) return 0 ;; esac
@@ -194,7 +194,7 @@ devices_of() {
     esac
 }
 
-# workers_of TYPE: hosts of a slice; 1 where the type is not known. Only a dry run needs it: gcloud tells otherwise.
+# workers_of TYPE: hosts of a slice; 1 where the type is not known. Only for a dry run: otherwise gcloud lists them.
 workers_of() {
     local devices
     devices=$(devices_of "$1")
@@ -218,8 +218,8 @@ tpu_vm() {
         "--zone=$ZONE" "--project=$PROJECT" "--worker=$worker" ${route[@]+"${route[@]}"}
 }
 
-# on_workers COMMAND: run a shell command on all workers of all slices at once. What they print is shown (unless
-# QUIET is set) and kept in REPLIES. Status: 0, or that of a slice where a worker failed; FAILED names the slices.
+# on_workers COMMAND: run a shell command on all workers of all slices at once. Their output is shown (unless QUIET
+# is set), their lines "sfd@..." are kept in REPLIES. Status: 0, or that of a failed slice; FAILED names the slices.
 on_workers() {
     local node pid code status=0 pids="" scratch
     FAILED="" REPLIES=""
@@ -251,15 +251,16 @@ on_workers() {
     return "$status"
 }
 
-# worker WORD...: the shell command by which a worker runs worker.sh, or says that it is bare.
+# worker WORD...: the shell command by which a worker runs worker.sh, or replies that it is bare (not set up).
 worker() {
     printf '%s' "if [ -f sfd_worker.sh ]; then bash sfd_worker.sh $(quoted "$@"); else echo sfd@\$(hostname) bare; fi"
 }
 
-# Every worker that did what it was told says so in one line; gcloud's own status is not proof of that.
+# replied PATTERN: count the workers whose reply fits. Every worker confirms success with one line, since gcloud's
+# status does not prove that all were reached.
 replied() { printf '%s\n' "$REPLIES" | grep -Ec "^sfd@[^ ]* ($1)" || true; }
 
-# all_replied PATTERN WHAT: stop unless each worker's line fits.
+# all_replied PATTERN WHAT: stop unless every worker's reply fits.
 all_replied() {
     local count
     [ -z "$DRY_RUN" ] || return 0

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Delete the slices and the queued resource, so that they cost nothing more, and wait until they are gone. What lies
-# on the workers' own disks goes with them; fetch logs before (logs.sh). Run again, it goes on waiting.
+# Delete the slices and the queued resource, so that they cost nothing more, and wait until they are gone. The
+# workers' disks are deleted too: fetch logs before (logs.sh). Run again, it continues to wait.
 #
 #   delete.sh --tpu-name=sfd --zone=us-west4-a --project=PROJECT
 #
-#   --poll=SECONDS             POLL                between two looks (default 15)
+#   --poll=SECONDS             POLL                between two checks (default 15)
 HERE=$(dirname "${BASH_SOURCE[0]}")
 VALUES="poll"
 . "$HERE/common.sh"
@@ -23,7 +23,7 @@ if [ "$STATE" != DELETING ]; then
         die 1 "gcloud did not delete $TPU_NAME, which still costs; see its message, then run this again"
 fi
 while :; do
-    query_state ABSENT || die 1 "gcloud could not look whether $TPU_NAME is gone; run this again"
+    query_state ABSENT || die 1 "gcloud could not check whether $TPU_NAME is gone; run this again"
     [ "$STATE" != ABSENT ] || break
     sleep "$POLL"
 done

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Start a command of `sfd` with its flags on all workers, apart from this connection: closing the laptop does not stop it.
-# Where it runs already it stays as it is, so running this again fills in the workers that were missed.
+# Start a command of `sfd` on all workers, independent of this connection: closing the laptop does not stop it.
+# Where it runs already it is left as it is, so run this again to start it on workers that were missed.
 #
 #   launch.sh --tpu-name=sfd --zone=us-west4-a --project=PROJECT -- \
 #       train --config=configs/sfd.py:xl --workdir=gs://bucket/runs/xl --config.data.path=/mnt/latents
 #
-# Each worker writes its output to ~/sfd_jobs/JOB/log (see logs.sh). Commands run in the worker's home folder; on
-# several workers the work folder must be one that all of them see: gs://... or a shared disk.
+# Each worker writes its output to ~/sfd_jobs/JOB/log (see logs.sh). Commands run in the worker's home folder; with
+# several workers the work folder must be one that all of them share: gs://... or a network disk.
 #
 #   --job=JOB                  JOB                 a name for it (default: the command's)
-#   --env=NAME=VALUE                               a variable for the command; may come again
+#   --env=NAME=VALUE                               a variable for the command; repeatable
 HERE=$(dirname "${BASH_SOURCE[0]}")
 VALUES="job" LISTS="env"
 . "$HERE/common.sh"
@@ -23,7 +23,7 @@ for setting in ${ENV[@]+"${ENV[@]}"}; do
 done
 
 ready_nodes
-# The command's preflight holds these against what it finds, so a worker that is missing is named and not waited for.
+# The command's preflight compares these with what it finds, so that a missing worker is named.
 environment=("SFD_EXPECT_PROCESSES=$WORKERS")
 devices=$(devices_of "$NODE_TYPE")
 [ -z "$devices" ] || environment+=("SFD_EXPECT_DEVICES=$((devices * SLICES))")

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Fetch a job's logs from all workers into a folder, or look at their ends.
+# Fetch a job's logs from all workers into a folder, or print their last lines.
 #
 #   logs.sh --tpu-name=sfd --zone=us-west4-a --project=PROJECT --job=train    to tpu_logs/sfd/train/NODE-WORKER.log
 #   logs.sh ... --tail=20                                                     the last lines of each worker
-#   logs.sh ... --follow                                                      worker 0 as it goes on; Ctrl-C leaves it
+#   logs.sh ... --follow                                                      worker 0's log as it grows; Ctrl-C stops
 #
 #   --job=JOB                  JOB                 which (default: train)
 #   --out=FOLDER               OUT                 where to (default: tpu_logs/TPU_NAME/JOB)
@@ -31,7 +31,7 @@ missed=""
 for node in "${NODES[@]}"; do
     for ((worker = 0; worker < WORKERS / SLICES; worker++)); do
         file=$OUT/$node-$worker.log
-        # Under its name only when whole, so that an older log is not lost to a connection that breaks.
+        # Renamed only when complete, so that a broken connection does not destroy an older log.
         if tpu_vm scp "$worker" "$node:sfd_jobs/$JOB/log" "$file.part"; then
             run mv "$file.part" "$file"
         else

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Bring a commit of this checkout to all workers and prepare them there with tpu_setup.sh. Safe to run again: what is
-# there already stays, and a worker whose job runs from another commit is left alone with a sentence.
+# Copy a commit of this checkout to all workers and set them up with tpu_setup.sh. Safe to run again: finished work is
+# kept, and a worker whose job runs from another commit is reported and not changed.
 #
 #   setup.sh --tpu-name=sfd --zone=us-west4-a --project=PROJECT
 #
-#   --commit=COMMIT            COMMIT              what to bring (default: HEAD); uncommitted changes do not travel
+#   --commit=COMMIT            COMMIT              commit to copy (default: HEAD); uncommitted changes are not copied
 HERE=$(dirname "${BASH_SOURCE[0]}")
 VALUES="commit"
 . "$HERE/common.sh"
@@ -12,7 +12,7 @@ parse "$@"
 need tpu-name zone project
 
 COMMIT=$(git -C "$ROOT" rev-parse --verify --quiet "${COMMIT:-HEAD}^{commit}") ||
-    die 2 "--commit=${COMMIT:-HEAD} is no commit of $ROOT"
+    die 2 "--commit=${COMMIT:-HEAD} is not a commit of $ROOT"
 if [ -n "$(git -C "$ROOT" status --porcelain --untracked-files=no)" ]; then
     say "the checkout has uncommitted changes; the workers get commit ${COMMIT:0:12} without them"
 fi
@@ -27,6 +27,6 @@ for node in "${NODES[@]}"; do
         die 1 "the checkout could not be copied to all workers of $node; nothing was installed, run this again"
 done
 on_workers "bash sfd_worker.sh install $COMMIT" ||
-    die 1 "setup failed on a worker of $FAILED; see its message above, fix it and run this again"
+    die 1 "setup failed on a worker of $FAILED; see its message above, fix that and run this again"
 all_replied "ready $COMMIT" "setup was done"
 [ -n "$DRY_RUN" ] || say "$WORKERS workers are ready, commit ${COMMIT:0:12}"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Stop a job on all workers: a command saves upon SIGTERM and ends with status 75, so launch.sh goes on from there.
+# Stop a job on all workers: a command saves upon SIGTERM and ends with status 75, and launch.sh resumes it.
 #
 #   stop.sh --tpu-name=sfd --zone=us-west4-a --project=PROJECT --job=train
 #
 #   --job=JOB                  JOB                 which (default: train)
-#   --grace=SECONDS            GRACE               how long it may save before it is killed (default 300)
+#   --grace=SECONDS            GRACE               time to save before it is killed (default 300)
 HERE=$(dirname "${BASH_SOURCE[0]}")
 VALUES="job grace"
 . "$HERE/common.sh"

@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
-# Keep a job going until it is done: make the slice where there is none, set it up, launch, look on; after a
-# preemption delete it, make it anew and go on. It asks the cloud how things stand and does the next thing, so it may
-# itself be stopped and started again at any time, on another machine too.
+# Run a job until it is done: create the slice if there is none, set it up, launch, monitor; after a preemption delete
+# the slice, create it again and resume. The script keeps no state: it asks the cloud for the current state and takes the
+# next step, so it may be stopped and started again at any time, on another machine too.
 #
 #   watch.sh --tpu-name=sfd --zone=us-west4-a --project=PROJECT --accelerator-type=v5litepod-16 --spot -- \
 #       train --config=configs/sfd.py:xl --workdir=gs://bucket/runs/xl --config.data.path=/mnt/latents
 #
-# Ends with 0 once all workers ended with 0. Status 75 of a command means "told to leave, saved" or "another host did
-# not come", 134 that JAX ended it since another host is gone, 137 and 143 that it was killed: these start again.
-# Anything else is a fault that a new start does not fix: watch shows the logs' ends and stops with that status; started
-# again after that, it tries once more.
-# It stops, too, after too many starts in a row none of which ran for long.
+# Ends with 0 when all workers have ended with 0. A command's status 75 means "preempted, saved" or "another host did
+# not start", 134 that JAX aborted it because another host is lost, 137 and 143 that it was killed: these are restarted.
+# Any other status is a fault that a restart does not fix: watch prints the last lines of the logs and stops with that
+# status; if it is started again, it tries once more.
+# It also stops after too many starts in a row none of which ran for long.
 #
 #   --accelerator-type, --topology, --runtime-version, --spot, --create-flag: see create.sh; --job, --env: see launch.sh
-#   --commit=COMMIT            COMMIT              what the workers get (default: HEAD as watch starts)
-#   --poll=SECONDS             POLL                between two looks (default 60)
-#   --attempts=N               ATTEMPTS            starts in a row that may fail (default 10), with longer and longer
-#   --backoff=SECONDS          BACKOFF             pauses, the first one this long (default 30), none above 15 minutes
-#   --healthy=SECONDS          HEALTHY             a job that ran this long was no failed start (default 1800)
-#   --stall=SECONDS            STALL               stop and start again a job silent for this long (default 3600; 0: never)
-#   --looks=N                  LOOKS               looks in a row without an answer before it gives up (default 30)
+#   --commit=COMMIT            COMMIT              what the workers get (default: HEAD when watch starts)
+#   --poll=SECONDS             POLL                between two checks (default 60)
+#   --attempts=N               ATTEMPTS            starts in a row that may fail (default 10)
+#   --backoff=SECONDS          BACKOFF             first pause between them (default 30); doubles up to 15 minutes
+#   --healthy=SECONDS          HEALTHY             a job that ran this long is not a failed start (default 1800)
+#   --stall=SECONDS            STALL               restart a job that is silent for this long (default 3600; 0: never)
+#   --looks=N                  LOOKS               checks in a row without an answer before it gives up (default 30)
 #   --delete-when-done         DELETE_WHEN_DONE=1  delete the slice after a job that ended with 0
 HERE=$(dirname "${BASH_SOURCE[0]}")
 VALUES="accelerator-type topology runtime-version commit job poll attempts backoff healthy stall looks"
@@ -33,7 +33,7 @@ JOB=${JOB:-${AFTER[0]}} POLL=${POLL:-60} ATTEMPTS=${ATTEMPTS:-10} BACKOFF=${BACK
 STALL=${STALL:-3600} LOOKS=${LOOKS:-30}
 for name in poll attempts backoff healthy stall looks; do number "$name"; done
 COMMIT=$(git -C "$ROOT" rev-parse --verify --quiet "${COMMIT:-HEAD}^{commit}") ||
-    die 2 "--commit=${COMMIT:-HEAD} is no commit of $ROOT"
+    die 2 "--commit=${COMMIT:-HEAD} is not a commit of $ROOT"
 
 # The other scripts read the settings from their variables.
 export TPU_NAME ZONE PROJECT SLICES COMMIT JOB DRY_RUN
@@ -55,19 +55,19 @@ if [ -n "$DRY_RUN" ]; then
     query_state ACTIVE
     query_nodes
     on_workers "$look"
-    echo "# and after a preemption, before it begins anew:"
+    echo "# and after a preemption, before it starts again:"
     bash "$HERE/delete.sh"
     exit
 fi
 
-told=""
-# tell SENTENCE: say it once, not at every look.
-tell() {
-    [ "$*" = "$told" ] || say "$(date '+%F %T') $*"
-    told=$*
+reported=""
+# report SENTENCE: print it, unless it is the one printed last.
+report() {
+    [ "$*" = "$reported" ] || say "$(date '+%F %T') $*"
+    reported=$*
 }
 
-# survey: find out how things stand and put it into SITUATION:
+# survey: query the current state and put it into SITUATION:
 #   absent, gone (to be deleted), waiting (nothing to do), unreachable, bare, idle, running, mixed (some ended, some
 #   run), again (ended, to be started again), done, fault (FAULT is the status), other (another command runs there).
 survey() {
@@ -114,7 +114,7 @@ survey() {
 }
 
 # shellcheck disable=SC2034  # read by the name that `another` is given
-# How often in a row each kind of start came to nothing; a job that runs for long sets them back.
+# Failed starts in a row, by kind; a job that runs for long resets them.
 healthy() { creations=0 setups=0 launches=0 failures=0; }
 healthy
 
@@ -126,26 +126,26 @@ another() {
     [ "$count" -le "$ATTEMPTS" ] || give_up "$2"
     pause=$((count < 14 ? BACKOFF << (count - 2) : 900))
     [ "$pause" -le 900 ] || pause=900
-    tell "$2; attempt $count of $ATTEMPTS in $pause s"
+    report "$2; attempt $count of $ATTEMPTS in $pause s"
     sleep "$pause"
 }
 
 give_up() {
-    die 1 "$1, and $ATTEMPTS attempts in a row came to nothing. The slice may still be there and cost: look at the \
-logs ($HERE/logs.sh --job=$JOB --tail=50), then fix it and run this again, or delete it ($HERE/delete.sh)"
+    die 1 "$1, and $ATTEMPTS attempts in a row failed. The slice may still exist and cost: look at the logs \
+($HERE/logs.sh --job=$JOB --tail=50), then fix the cause and run this again, or delete the slice ($HERE/delete.sh)"
 }
 
-# tried WHAT COMMAND...: a step that failed is no end; the next survey sees what came of it.
+# tried WHAT COMMAND...: run a step; if it fails, the next survey decides what to do.
 tried() {
     local what=$1
     shift
-    tell "$what"
+    report "$what"
     if "$@"; then
         failures=0
     else
         failures=$((failures + 1))
         [ "$failures" -lt "$ATTEMPTS" ] || give_up "$what failed"
-        tell "$what failed; looking again in $POLL s"
+        report "$what failed; checking again in $POLL s"
         sleep "$POLL"
     fi
 }
@@ -158,8 +158,8 @@ while :; do
     [ "$SITUATION" = mixed ] || mixed_looks=0
     case $SITUATION in
         absent) another creations "there is no $TPU_NAME"; tried "asking for $TPU_NAME" "${create[@]}" ;;
-        gone) tell "$WHY: deleting it"; tried "deleting $TPU_NAME" bash "$HERE/delete.sh" ;;
-        waiting) tell "$WHY" ;;
+        gone) report "$WHY: deleting it"; tried "deleting $TPU_NAME" bash "$HERE/delete.sh" ;;
+        waiting) report "$WHY" ;;
         bare) another setups "workers are not set up"; tried "setting up $WORKERS workers" bash "$HERE/setup.sh" ;;
         idle) another launches "job $JOB is not started"; tried "launching $JOB" "${launch[@]}"; started=1 ;;
         again)
@@ -173,8 +173,8 @@ while :; do
             [ "$since" -ne 0 ] || since=$(date +%s)
             silent=$(printf '%s\n' "$REPLIES" | sed -n 's/.* silent=\([0-9]*\).*/\1/p' | sort -n | tail -n 1)
             step=$(printf '%s\n' "$REPLIES" | sed -n 's/.* step=\([0-9]*\).*/\1/p' | sort -n | tail -n 1)
-            tell "job $JOB runs on $WORKERS workers${step:+, step $step}"
-            # Long without a new step is not healthy; where no step is to be seen, long must do.
+            report "job $JOB runs on $WORKERS workers${step:+, step $step}"
+            # Healthy: it ran for long and made a new step, if steps are reported.
             if [ $(($(date +%s) - since)) -ge "$HEALTHY" ] && [ "${step:-$((old_step + 1))}" -gt "$old_step" ]; then healthy; fi
             if [ "$STALL" -gt 0 ] && [ "${silent:-0}" -gt "$STALL" ]; then
                 tried "job $JOB is silent for $silent s: stopping it" bash "$HERE/stop.sh"
@@ -183,14 +183,14 @@ while :; do
         mixed)
             # The others notice within SFD_PEER_TIMEOUT (60 s) and end by themselves; those that hang are stopped.
             mixed_looks=$((mixed_looks + 1))
-            tell "job $JOB ended on $(replied "exited|lost") of $WORKERS workers; waiting for the others"
+            report "job $JOB ended on $(replied "exited|lost") of $WORKERS workers; waiting for the others"
             if [ "$mixed_looks" -gt 5 ]; then tried "stopping $JOB on the others" bash "$HERE/stop.sh"; fi
             ;;
         unreachable)
             silent_looks=$((silent_looks + 1))
-            tell "$WHY; looking again"
-            [ "$silent_looks" -lt "$LOOKS" ] || die 1 "$WHY, for $silent_looks looks; is this machine online, and logged in \
-(gcloud auth login)? The job goes on without watch; run this again to look after it"
+            report "$WHY; checking again"
+            [ "$silent_looks" -lt "$LOOKS" ] || die 1 "$WHY, in $silent_looks checks; is this machine online, and logged \
+in (gcloud auth login)? The job continues without watch; run this again to monitor it"
             ;;
         other) die 2 "job $JOB runs another command on $TPU_NAME; stop it ($HERE/stop.sh), or choose another --job" ;;
         fault)
@@ -200,16 +200,16 @@ while :; do
                 continue
             fi
             bash "$HERE/logs.sh" --tail=20 || true
-            die "$FAULT" "job $JOB ended with status $FAULT, which a new start does not fix; the logs' ends are above. \
-The slice is still there and costs: fix it and run this again, or delete it ($HERE/delete.sh)"
+            die "$FAULT" "job $JOB ended with status $FAULT, which a restart does not fix; the last lines of its logs \
+are above. The slice still exists and costs: fix the fault and run this again, or delete the slice ($HERE/delete.sh)"
             ;;
         done)
             say "job $JOB is done on all $WORKERS workers"
             if [ -n "${DELETE_WHEN_DONE:-}" ]; then exec bash "$HERE/delete.sh"; fi
-            say "the slice is still there and costs: $HERE/delete.sh"
+            say "the slice still exists and costs; to delete it: $HERE/delete.sh"
             exit 0
             ;;
     esac
-    # After a step of its own watch looks at once; where it only waits, it waits.
+    # After a step, check at once; otherwise wait.
     case $SITUATION in waiting | running | mixed | unreachable) sleep "$POLL" ;; esac
 done

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# What runs on a worker, under its home folder; the other scripts copy it there and call it by ssh.
+# Runs on a worker, in its home folder; the other scripts copy it there and call it by ssh.
 #
 #   worker.sh install COMMIT            unpack sfd_jax-COMMIT.tar.gz to sfd_jax/, then run tpu_setup.sh
 #   worker.sh start JOB [NAME=VALUE ...] -- COMMAND ARGUMENT...
 #                                       start `sfd COMMAND ...` so that it outlives this connection
 #   worker.sh status JOB [COMMIT -- COMMAND ARGUMENT...]
-#                                       say how the job is: bare (not installed at the commit), idle (never started so),
-#                                       running, exited STATUS, lost (ended without a word, as by a reboot), or other
-#                                       (it runs another command)
+#                                       print the job's state: bare (not installed at the commit), idle (not started),
+#                                       running, exited STATUS, lost (ended without a status, e.g. by a reboot), or
+#                                       other (it runs another command)
 #   worker.sh stop JOB [SECONDS]        SIGTERM, upon which a command saves; SIGKILL after that long (default 300)
 #
-# A job's folder sfd_jobs/JOB holds: command (with its variables), arguments (without), log, pid while it runs, status once it has ended. Each call that did
-# what it was asked to prints one line "sfd@HOST ..." and may come again: gcloud repeats what a lost connection cut.
+# A job's folder sfd_jobs/JOB holds: command (with its variables), arguments (without), log, pid and, at the end, status.
+# Each successful call prints one line "sfd@HOST ..."; calls may repeat, since gcloud retries after a lost connection.
 set -euo pipefail
 self=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/$(basename "${BASH_SOURCE[0]}")
 cd "$HOME"
@@ -24,7 +24,7 @@ die() {
     exit 2
 }
 
-# alive JOB: whether its supervisor runs. The command line is looked at too, since a reboot gives numbers anew.
+# alive JOB: whether its supervisor runs. The command line is compared too, since PIDs are reused after a reboot.
 alive() {
     local pid
     pid=$(cat "sfd_jobs/$1/pid" 2>/dev/null) || return 1
@@ -33,9 +33,9 @@ alive() {
 
 install() {
     local commit=$1 archive=sfd_jax-$1.tar.gz job
-    # A connection that broke may have left an installation at work: wait for it, then look again.
+    # After a broken connection an installation may still be running: wait for it, then check again.
     exec 9>.sfd_install.lock
-    flock -w 1800 9 || die "another installation runs here for half an hour; look at it: ps aux | grep tpu_setup"
+    flock -w 1800 9 || die "another installation has been running here for half an hour: ps aux | grep tpu_setup"
     if [ "$(cat sfd_jax/.ready 2>/dev/null)" = "$commit" ]; then
         reply "ready $commit"
         return
@@ -46,12 +46,12 @@ install() {
     done
     if [ "$(cat sfd_jax/.commit 2>/dev/null)" != "$commit" ]; then
         if [ -e sfd_jax ] && [ ! -f sfd_jax/.commit ]; then
-            die "$HOME/sfd_jax was not made by setup.sh and is left alone; move it away, then run this again"
+            die "$HOME/sfd_jax was not made by setup.sh and is not changed; move it away, then run this again"
         fi
         rm -rf sfd_jax.new
         mkdir sfd_jax.new
-        tar -xzf "$archive" -C sfd_jax.new || die "$archive did not arrive whole; run setup.sh again"
-        # The environment stays: only a change of pins makes it anew.
+        tar -xzf "$archive" -C sfd_jax.new || die "$archive is incomplete; run setup.sh again"
+        # Keep the environment: only changed pins rebuild it.
         if [ -d sfd_jax/.venv ]; then mv sfd_jax/.venv sfd_jax.new/sfd_jax/.venv; fi
         rm -rf sfd_jax
         mv sfd_jax.new/sfd_jax sfd_jax
@@ -82,7 +82,7 @@ start() {
     rm -f "$folder/pid" "$folder/status"
     printf '%s' "$command" >"$folder/command"
     arguments "$@" >"$folder/arguments"
-    # Its own session, away from the terminal: the end of the connection sends it nothing.
+    # In its own session without terminal, so that it gets no signal when the connection ends.
     setsid nohup bash "$self" supervise "$job" "$@" </dev/null >>"$folder/log" 2>&1 9>&- &
     for _ in $(seq 100); do
         if [ -s "$folder/pid" ]; then
@@ -101,8 +101,8 @@ arguments() {
     printf '%q ' "$@"
 }
 
-# The job's process: the command's parent, which writes down how it ended. A SIGTERM goes to the command alone, not to the
-# data workers, which it needs until it has saved.
+# The job's process: the command's parent, which records its exit status. A SIGTERM goes only to the command, not to
+# its data workers, which it needs until it has saved.
 supervise() {
     local job=$1 folder=sfd_jobs/$1 child status signalled
     shift
@@ -119,7 +119,7 @@ supervise() {
     trap 'signalled=1; kill -TERM "$child" 2>/dev/null || true' TERM
     echo $$ >"$folder/pid.part"
     mv "$folder/pid.part" "$folder/pid"
-    # A signal ends `wait` at once, while the command still saves: then wait again.
+    # A signal ends `wait` at once, while the command still saves, so wait again.
     while :; do
         signalled="" status=0
         wait "$child" || status=$?
@@ -150,8 +150,8 @@ status() {
     fi
 }
 
-# What the processes of the job last wrote into its work folder, which may be gs://: the step, and for how many
-# seconds the longest silent one has been so. Nothing where there is no work folder or no heartbeat yet.
+# From the heartbeats in the job's work folder, which may be gs://: the step, and the longest silence of a process in
+# seconds. Prints nothing where there is no work folder or no heartbeat yet.
 heartbeats() {
     local word words=() workdir=""
     eval "words=($(cat "$1/arguments"))"
@@ -163,10 +163,10 @@ heartbeats() {
 import json, os, sys, time
 from etils import epath
 beats = [json.loads(file.read_text()) for file in (epath.Path(sys.argv[1]) / "heartbeats").glob("process_*.json")]
-# Those of an earlier start, perhaps on more hosts, lie there too.
+# Those of an earlier start, perhaps on more hosts, are in the folder too.
 beats = [beat for beat in beats if beat["time"] >= os.path.getmtime(sys.argv[2])]
 if beats:
-    # A step that ended long ago is silence too, but only once there is one: compilation takes its time.
+    # Silence counts from the last step, or before the first step, which takes long to compile, from the heartbeat.
     ages = [time.time() - (beat.get("step_time") or beat["time"]) for beat in beats if beat.get("status") is None]
     steps = [beat["step"] for beat in beats if beat.get("step") is not None]
     print(f"step={max(steps, default=0)} silent={max(0, int(max(ages, default=0)))}")

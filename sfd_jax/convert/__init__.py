@@ -1,21 +1,21 @@
-"""Released PyTorch checkpoints in and out, without running anything of theirs.
+"""Convert PyTorch checkpoints in both directions, without running any code from them.
 
 A format is a module with a `TABLE` of keys (their key, our path, the change of layout) and three functions:
 
-- `recognises(state) -> bool` knows a state dict by its keys;
-- `read_config(state, given, stored) -> (fields, notes)` reads the fields of the network's config off keys and shapes,
-  with a sentence for each that they did not tell. `given` is what the user states, which wins, `stored` the file's own
-  config by the released names. SfdError says what must be stated;
-- `wrap(state, metadata)` puts an export into the tree that the original code's file has around it.
+- `recognises(state) -> bool` identifies a state dict by its keys;
+- `read_config(state, given, stored) -> (fields, notes)` reads the fields of the network's config from keys and shapes,
+  with a note for each field that these do not determine. `given` holds the user's values, which win; `stored` is the
+  file's own config by the released names. SfdError says what the user must give;
+- `wrap(state, metadata)` puts an export into the tree that the original code saves around it.
 
-`table.py` is the one engine for import and export; `torch_files.py` the only place that knows PyTorch's container
-(and, for writing, torch). To add a network: write its module, list it below.
+`table.py` is the one engine for import and export; only `torch_files.py` knows PyTorch's container (and, for writing,
+torch). To add a network, write its module and list it below.
 """
 
 from sfd_jax.convert import dinov2, inception, lightning_dit, lpips, semantic_vae, texture_vae
 from sfd_jax.registry import FORMATS
 
-# In the order in which they are asked whether a state dict is theirs.
+# In the order in which they are tried on a state dict.
 for _name, _format in (
     ("lightning_dit", lightning_dit),
     ("semantic_vae", semantic_vae),

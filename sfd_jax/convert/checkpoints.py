@@ -1,7 +1,7 @@
 """From a released file to our parameters and metadata, and back.
 
-The metadata is what `training.checkpoint` saves beside parameters; its entry "foreign" says where
-they came from and holds what an export needs to write the same bytes again.
+`training.checkpoint` saves the metadata beside the parameters; its entry "foreign" records where
+they came from and what an export needs to write the same bytes again.
 """
 
 import collections
@@ -25,14 +25,14 @@ from sfd_jax.models import Network
 
 @dataclasses.dataclass(frozen=True)
 class Stated:
-    """What a user says of a file.
+    """What the user states about a file.
 
     Args:
       which: "ema" or "raw" weights, or the name of a set in the file; None takes the average where there is one.
-      given: fields of the network's config beside what the shapes tell.
+      given: fields of the network's config that the shapes do not determine, or that the user overrides.
       texture_statistics, semantic_statistics: released statistics files, for a diffusion network.
       semantic_channels: how many of a two-clock network's channels are semantic, where neither the statistics nor
-        the file tell.
+        the file determine it.
     """
 
     which: str | None = None
@@ -44,14 +44,14 @@ class Stated:
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Which network a file's weights are of.
+    """The network of a file's weights.
 
     Args:
       format: a key of FORMATS.
       network: the network.
       system: a diffusion network's `latents` and `clocks`, {} for others.
       statistics: a diffusion network's, where stated.
-      notes: sentences on what the file did not tell.
+      notes: assumptions where the file does not say, as sentences.
     """
 
     format: str
@@ -69,7 +69,7 @@ class Imported:
       network: the architecture.
       params: nested dict of float32 arrays.
       metadata: JSON-able dict in the layout of `training.checkpoint`.
-      notes: sentences on what the file did not tell.
+      notes: assumptions where the file does not say, as sentences.
     """
 
     network: Network
@@ -83,7 +83,7 @@ def import_checkpoint(path: str | os.PathLike, stated: Stated = Stated(), *, all
 
     Args:
       path: a PyTorch file, a safetensors file, an index of shards, or a folder that holds one of them.
-      stated: what the user says of it.
+      stated: what the user states about it.
       allow_nonfinite: accept weights that are NaN or infinite.
 
     Raises:
@@ -96,7 +96,7 @@ def import_checkpoint(path: str | os.PathLike, stated: Stated = Stated(), *, all
     notes = found.notes + left_out(tree)
     step = step_of(path, file)
     if step is None and network.name == "lightning_dit":
-        notes.append("step 0: neither the file nor its name tells it")
+        notes.append("step 0: neither the file nor its name gives one")
     source = f"'{path}' ({file.which} weights)"
     params = import_params(table, file.state, network, source=source, allow_nonfinite=allow_nonfinite)
     metadata = {
@@ -117,15 +117,15 @@ def import_checkpoint(path: str | os.PathLike, stated: Stated = Stated(), *, all
 
 
 def read_architecture(file: WeightFile, path: str | os.PathLike, stated: Stated = Stated()) -> Architecture:
-    """Say which network a file's weights are of; no array is read but the statistics.
+    """Identify the network of a file's weights; only the statistics are read as arrays.
 
     Args:
       file: from `choose_state`.
       path: the file, for messages.
-      stated: what the user says of it.
+      stated: what the user states about it.
 
     Raises:
-      SfdError: not a known network, something must be stated, or what is stated does not fit.
+      SfdError: not a known network, or something must be stated, or does not fit.
     """
     name, module = identify(file.state, path)
     stored = file.stored()
@@ -142,7 +142,7 @@ def read_architecture(file: WeightFile, path: str | os.PathLike, stated: Stated 
     except SfdError as error:
         raise SfdError(f"'{path}': {error}") from error
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        # A shape of another rank, or of no numbers, where the architecture is read from it.
+        # The architecture is read from a shape that has another rank or no numbers.
         raise SfdError(f"'{path}' has some keys of {name}, but not its shapes ({error})") from error
     if skipped := skipped_keys(module.TABLE, file.state):
         notes.append(f"left out, arrays that the network does not use: {skipped}")
@@ -150,10 +150,10 @@ def read_architecture(file: WeightFile, path: str | os.PathLike, stated: Stated 
 
 
 def identify(state: Mapping[str, Any], path: str | os.PathLike) -> tuple[str, Any]:
-    """Return the name and the module of the format a state dict is in, by its keys.
+    """Return the name and the module of a state dict's format, by its keys.
 
     Raises:
-      SfdError: none knows it.
+      SfdError: no format recognises it.
     """
     for name, module in FORMATS.items():
         if module.recognises(state):
@@ -180,11 +180,11 @@ def export_checkpoint(
       allow_nonfinite: write weights that are NaN or infinite.
 
     Returns:
-      The state dict (what a .safetensors file holds), and the tree that the original code's .pt
-      file has around it.
+      The state dict (the content of a .safetensors file), and the tree around it that the original
+      code's .pt file has.
 
     Raises:
-      SfdError: unknown format, or one of another network.
+      SfdError: unknown format, or the format of another network.
     """
     foreign = metadata.get("foreign") or {}
     name = format or foreign.get("format")
@@ -194,7 +194,7 @@ def export_checkpoint(
     if module.TABLE.network != metadata["network"]:
         raise SfdError(f"format {name} is for {module.TABLE.network}, not for {metadata['network']}")
     if params.keys() == {"network", "clocks"}:
-        raise SfdError("this model's clocks were trained with it, which the released format has no place for")
+        raise SfdError("this model's clocks were trained with it; the released format cannot store them")
     network = Network(metadata["network"], metadata["network_config"])
     kept = foreign.get("kept") if foreign.get("format") == name else None
     state = export_state(module.TABLE, params, network, kept, allow_nonfinite=allow_nonfinite)
@@ -202,12 +202,12 @@ def export_checkpoint(
 
 
 def _average_notes(file: WeightFile, which: str | None) -> list[str]:
-    """Say of a diffusion network's weights, whose samples depend on it, that they may not be averaged."""
+    """Return a note where the weights of a diffusion network, which decide its samples, may not be averaged."""
     if which is not None or file.which == "ema":
         return []
     if file.name:
         return [f"raw weights: the file holds no average beside '{file.name}'"]
-    return ["the file holds one set of weights, and nothing tells whether they are averaged"]
+    return ["the file holds one set of weights and does not say whether they are averaged"]
 
 
 def _statistics(stated: Stated, stored: Mapping[str, Any], notes: list[str]) -> LatentStatistics | None:
@@ -223,14 +223,14 @@ def _statistics(stated: Stated, stored: Mapping[str, Any], notes: list[str]) -> 
     if multiplier != 1.0:
         notes.append(f"latents are multiplied by {multiplier}: latent_multiplier of the config in the file")
         if not isinstance(multiplier, (int, float)) or not 0 < multiplier < float("inf"):
-            raise SfdError(f"the config in the file says latent_multiplier {multiplier!r}, which is no positive number")
+            raise SfdError(f"the config in the file says latent_multiplier {multiplier!r}; expected a positive number")
     return LatentStatistics(texture_mean, texture_std, mean, std, multiplier)
 
 
 def step_of(path: str | os.PathLike, file: WeightFile) -> int | None:
-    """Return the step of a file's weights: as the file says, else as its name does, else None.
+    """Return the step of a file's weights, from the file, else from its name, else None.
 
-    Released diffusion checkpoints are named NNNNNNN.pt. Eight digits and more are a date or a time.
+    Released diffusion checkpoints are named NNNNNNN.pt. Eight digits or more are a date or a time.
     """
     for key in STEP_KEYS:
         if key in file.extras:

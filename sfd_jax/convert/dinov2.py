@@ -1,4 +1,4 @@
-"""DINOv2: the tables of its original names and of Hugging Face's, and the architecture.
+"""DINOv2: the tables of its original names and of Hugging Face's, and the architecture from the shapes.
 
 `dinov2` has the names of the original release (one fused qkv); `dinov2_hf` those of
 `Dinov2WithRegistersModel` and `Dinov2Model` (query, key and value apart). Source: facebookresearch
@@ -72,7 +72,7 @@ HF_TABLE = Table(
 
 
 class _Format:
-    """One of the two namings, in the form in which `convert.FORMATS` lists a format."""
+    """One of the two sets of names, as a format of `convert.FORMATS`."""
 
     def __init__(self, table: Table):
         self.TABLE, self._theirs = table, {row.ours: row.theirs for row in table.rows}
@@ -84,7 +84,7 @@ class _Format:
     def read_config(
         self, state: Mapping[str, Any], given: Mapping[str, Any], stored: Mapping[str, Any]
     ) -> tuple[dict[str, Any], list[str]]:
-        """Read the architecture off the keys and shapes; heads are 64 wide unless stated.
+        """Read the architecture from the keys and shapes; heads are 64 wide unless stated.
 
         Args:
           state: their arrays by key.
@@ -92,22 +92,22 @@ class _Format:
           stored: the file's own config; not needed.
 
         Returns:
-          The fields of DinoV2Config, and a sentence for each that the shapes did not tell.
+          The fields of DinoV2Config, and a note for each that the shapes do not determine.
 
         Raises:
-          SfdError: the number of heads has to be stated.
+          SfdError: the user must state the number of heads.
         """
         notes: list[str] = []
         theirs = self._theirs
         width, _, patch, _ = shape_of(state, theirs["patch_embed/kernel"], rank=4)
-        places = shape_of(state, theirs["pos_embed"], rank=3)[1] - 1
-        side = round(places**0.5)
-        if side * side != places:
-            raise SfdError(f"{theirs['pos_embed']} has {places} patches, which is no square grid")
+        patches = shape_of(state, theirs["pos_embed"], rank=3)[1] - 1
+        side = round(patches**0.5)
+        if side * side != patches:
+            raise SfdError(f"{theirs['pos_embed']} has {patches} patches, which is not a square grid")
         prefix = theirs["blocks/norm1/scale"].partition("{layer}")[0]
         blocks = [int(match[1]) for key in state if (match := re.match(re.escape(prefix) + r"(\d+)\.", key))]
         if not blocks:
-            raise SfdError(f"the state dict has no {prefix}*: it is no whole DINOv2")
+            raise SfdError(f"the state dict has no {prefix}*: it is not a complete DINOv2")
         registers = state.get(theirs["register_tokens"])
         fused = theirs["blocks/mlp/w12/kernel"].format(layer=min(blocks)) in state
         config: dict[str, Any] = dict(
@@ -121,8 +121,8 @@ class _Format:
         if "num_heads" not in given:
             if width % 64:
                 raise SfdError(
-                    f"the number of heads leaves no trace in the shapes, and the released 64 "
-                    f"does not divide the width {width}: state --set num_heads=NUMBER"
+                    f"the shapes do not determine the number of heads, and the released head width of 64 "
+                    f"does not divide the width {width}: give --set num_heads=NUMBER"
                 )
             config["num_heads"] = width // 64
             notes.append(f"num_heads {width // 64}: released heads are 64 wide")

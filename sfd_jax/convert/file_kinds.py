@@ -1,7 +1,7 @@
-"""What a file or folder of others is, told by its content; its name is asked only where content is silent.
+"""Identify a file or folder of weights by its content, and by its name only where the content is ambiguous.
 
-Two kinds are read: PyTorch's files and safetensors, single or sharded. Everything else that people
-hand over is listed with what to do about it. To name another kind: add a line to a table.
+Two kinds are read: PyTorch files and safetensors, single or sharded. Other common kinds are listed
+with advice on what to do. To add a kind, add a line to a table.
 """
 
 import codecs
@@ -18,7 +18,7 @@ from sfd_jax.errors import SfdError
 
 
 class Kind(NamedTuple):
-    """What a file or folder is, and what to do where it is not read."""
+    """What a file or folder is, and what to do if it cannot be read."""
 
     what: str
     advice: str = ""
@@ -28,8 +28,8 @@ TORCH, SAFETENSORS, SHARDED = map(Kind, ("a PyTorch file", "a safetensors file",
 NPZ = "a NumPy archive (npz)"
 
 _AGAIN = "download or copy the file itself again"
-_UNPACK = "unpack it and give what is inside"
-_EXPORT = "weights are read from PyTorch files and safetensors: write one of them where this came from"
+_UNPACK = "unpack it and give the file inside"
+_EXPORT = "only PyTorch files and safetensors are read: export one of them with the program that wrote this"
 
 
 def _begins(*marks: bytes) -> Callable[[bytes], bool]:
@@ -37,7 +37,7 @@ def _begins(*marks: bytes) -> Callable[[bytes], bool]:
 
 
 def _is_safetensors(head: bytes) -> bool:
-    # Eight bytes of header length, below 2^32 in any file there is, then JSON.
+    # Eight bytes of header length, below 2^32 in practice, then JSON.
     return head[4:9] == b"\0\0\0\0{" and any(head[:4])
 
 
@@ -47,12 +47,12 @@ _FILES: tuple[tuple[Callable[[bytes], Any], Kind], ...] = (
     (lambda head: not any(head), Kind("zeros from its beginning, as an unfinished download leaves it", _AGAIN)),
     (
         _begins(b"version https://git-lfs", b"version https://hawser", b"# xet version"),
-        Kind("a Git LFS pointer, not the file it stands for", f"run `git lfs pull` in its clone, or {_AGAIN}"),
+        Kind("a Git LFS pointer, not the file itself", f"run `git lfs pull` in its clone, or {_AGAIN}"),
     ),
     (lambda head: b"annex/objects/" in head[:200], Kind("a git-annex pointer", "run `git annex get` on it")),
     (
         lambda head: re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|body|script|!--|\?xml)", head, re.I),
-        Kind("a web page, such as a log-in or a warning before a download", _AGAIN),
+        Kind("a web page, such as a log-in or a download warning", _AGAIN),
     ),
     (_is_safetensors, SAFETENSORS),
     (_begins(b"\x1f\x8b"), Kind("compressed with gzip", "unpack it with gunzip first")),
@@ -72,29 +72,29 @@ _FILES: tuple[tuple[Callable[[bytes], Any], Kind], ...] = (
     ),
     (lambda head: re.match(rb"[\x81-\x8f][\xa0-\xbf]", head), Kind("a msgpack file (Flax)", _EXPORT)),
     (_begins(b"PAR1"), Kind("a Parquet table", _EXPORT)),
-    (_begins(b"\x89PNG", b"\xff\xd8\xff", b"GIF8"), Kind("an image", "name the file of weights")),
+    (_begins(b"\x89PNG", b"\xff\xd8\xff", b"GIF8"), Kind("an image", "give the file of weights")),
     (
-        # Its first pickle is torch's magic number in the older stream of torch.save.
+        # torch.save's older stream begins with torch's magic number as a pickle.
         lambda head: re.match(rb"\x80[\x02-\x05](?!(\x95.{8})?\x8a\nl\xfc\x9cF)", head, re.DOTALL),
         Kind("a Python pickle that torch.save did not write", _EXPORT),
     ),
 )
 
-# Names that say what their content does not.
+# Kinds that only their names identify.
 _NAMES = {
-    "*.distcp": Kind("one part of a PyTorch distributed checkpoint (DCP)", "give the folder's name for what to do"),
+    "*.distcp": Kind("one part of a PyTorch distributed checkpoint (DCP)", "give its folder, for advice"),
     "*.data-?????-of-?????": Kind("one part of a TensorFlow checkpoint", _EXPORT),
 }
 
 _GATHER_DCP = "gather it with `python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pt`"
-_GATHER_ZERO = "gather it with DeepSpeed's zero_to_fp32.py, which lies in the checkpoint's folder"
+_GATHER_ZERO = "gather it with DeepSpeed's zero_to_fp32.py in the checkpoint's folder"
 
-# Names inside a folder, all of which must be there -> what it is.
-_OURS = "sampling and evaluation take it as it is, --export=FILE writes it in the released format"
+# Names inside a folder, all of which must exist -> what it is.
+_OURS = "sampling and evaluation read it as it is, --export=FILE writes it in the released format"
 _FOLDERS: tuple[tuple[tuple[str, ...], Kind], ...] = (
-    (("metadata/metadata", "params/*"), Kind("a checkpoint of ours already", _OURS)),
-    (("*/metadata/metadata", "*/params/*"), Kind("a folder of checkpoints of ours already", _OURS)),
-    (("checkpoints/*/params/*",), Kind("a run of ours", _OURS)),
+    (("metadata/metadata", "params/*"), Kind("already a checkpoint of sfd_jax", _OURS)),
+    (("*/metadata/metadata", "*/params/*"), Kind("a folder of checkpoints of sfd_jax", _OURS)),
+    (("checkpoints/*/params/*",), Kind("a training run of sfd_jax", _OURS)),
     ((".metadata", "*.distcp"), Kind("a PyTorch distributed checkpoint (DCP)", _GATHER_DCP)),
     (("*.distcp",), Kind("a PyTorch distributed checkpoint (DCP) without its .metadata", "copy the whole folder")),
     (("*/.metadata", "*/*.distcp"), Kind("a folder around a PyTorch distributed checkpoint (DCP)", _GATHER_DCP)),
@@ -111,29 +111,29 @@ _FOLDERS: tuple[tuple[tuple[str, ...], Kind], ...] = (
 )
 
 _WEIGHTS = ("*.safetensors", "*.pt", "*.pth", "*.ckpt", "*.bin")
-# What trainers write beside the weights.
+# Files that trainers write beside the weights.
 _BESIDE = ("optimizer*", "scheduler*", "scaler*", "sampler*", "dl_state*", "rng_state*", "random*", "training_args*")
 _HEAD = 4096
 _SHARD = re.compile(r"-(\d{5,})-of-(\d{5,})\.(safetensors|bin|pt)$")
 
 
 def fits(name: str, patterns: Iterable[str]) -> bool:
-    """Say whether a name fits one of several patterns of `fnmatch`."""
+    """Tell whether a name fits one of several patterns of `fnmatch`."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def find_weights(path: str | os.PathLike, whole: bool = True) -> tuple[Path, Kind]:
-    """Say which file a user's path means, and of which kind it is.
+    """Find the file of weights that a user's path means, and its kind.
 
     Args:
       path: a file, or a folder that holds one file of weights or one index of shards.
-      whole: a single shard of several is refused.
+      whole: refuse a single shard of several.
 
     Returns:
       The file, and TORCH, SAFETENSORS or SHARDED (then the file is the index).
 
     Raises:
-      SfdError: no such path, or it is something else: the message says what, and what to do.
+      SfdError: no such path, or it is something else; the message says what it is and what to do.
     """
     path = Path(path)
     if path.is_dir():
@@ -143,16 +143,16 @@ def find_weights(path: str | os.PathLike, whole: bool = True) -> tuple[Path, Kin
         raise SfdError(f"'{path}' is {kind.what}; {kind.advice}")
     if whole and kind != SHARDED and (shard := _SHARD.search(path.name)) and int(shard[2]) > 1:
         raise SfdError(
-            f"'{path}' is shard {int(shard[1])} of {int(shard[2])}: give the folder that holds them all "
-            "with their *.index.json"
+            f"'{path}' is shard {int(shard[1])} of {int(shard[2])}: give the folder that holds all of them "
+            "and their *.index.json"
         )
     return path, kind
 
 
 def kind_of(path: Path) -> Kind:
-    """Return what a file is: TORCH, SAFETENSORS, SHARDED (an index), or a kind that is not read, with advice.
+    """Return the kind of a file: TORCH, SAFETENSORS, SHARDED (an index), or one that is not read, with advice.
 
-    Where the first bytes tell nothing, the suffix does, and the reader of that kind says what is wrong.
+    Where the first bytes are ambiguous the suffix decides, and the reader of that kind reports what is wrong.
 
     Raises:
       SfdError: there is no such file, or it cannot be read.
@@ -176,7 +176,7 @@ def kind_of(path: Path) -> Kind:
         if b'"weight_map"' in head:
             return SHARDED
         beginning = repr(" ".join(head.decode("utf-8", "replace").split())[:60])
-        return Kind(f"text that begins with {beginning}", f"name the file of weights, or {_AGAIN}")
+        return Kind(f"text that begins with {beginning}", f"give the file of weights, or {_AGAIN}")
     return SAFETENSORS if path.suffix == ".safetensors" and head[:1] != b"\x80" else TORCH
 
 
@@ -185,7 +185,7 @@ def _zip_kind(path: Path) -> Kind:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return TORCH  # a zip that is cut short; the reader says so
+        return TORCH  # a truncated zip; the reader reports it
     if any(name.endswith("data.pkl") for name in names):
         return TORCH
     held = ", ".join(repr(name.removesuffix(".npy")) for name in names[:4]) or "nothing"
@@ -198,7 +198,7 @@ def _only_file(folder: Path) -> Path:
     """Return the one file of weights or index of shards in a folder.
 
     Raises:
-      SfdError: the folder is of a kind that is not read, or holds none or several.
+      SfdError: the folder is of a kind that is not read, or holds no such file or several.
     """
     for names, kind in _FOLDERS:
         if all(next(folder.glob(name), None) for name in names):
@@ -213,22 +213,22 @@ def _only_file(folder: Path) -> Path:
     if len(found) == 1:
         return folder / found[0]
     if found:
-        raise SfdError(f"'{folder}' holds several files of weights, name one of them: {', '.join(found)}")
+        raise SfdError(f"'{folder}' holds several files of weights; give one of them: {', '.join(found)}")
     held = ", ".join(sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())[:8]) or "nothing"
-    raise SfdError(f"'{folder}' is a folder without a file of weights (it holds {held}); name the file")
+    raise SfdError(f"'{folder}' is a folder without a file of weights (it holds {held}); give the file")
 
 
 def shards_of(index: Path) -> dict[str, list[str]]:
     """Read an index of shards: the arrays that each shard must hold, by the shard's file name.
 
     Raises:
-      SfdError: no such index, or shards are missing: all are named.
+      SfdError: no such index, or missing shards, all of which are named.
     """
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         pairs = [(str(key), os.fspath(name)) for key, name in weight_map.items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise SfdError(f"'{index}' is no index of shards (it needs 'weight_map', names by array)") from error
+        raise SfdError(f"'{index}' is not an index of shards (it needs 'weight_map', file names by array)") from error
     shards: dict[str, list[str]] = {}
     for key, name in pairs:
         if name != Path(name).name or name in ("", ".."):

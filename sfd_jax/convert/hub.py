@@ -1,9 +1,9 @@
-"""Where released files live, and how they get here: by huggingface_hub, resumed, checked, cached.
+"""Download released files by huggingface_hub: resumed, checked and cached.
 
-Listings, retries, tokens and progress bars are the library's, and its `http_get` fetches what lies outside of the hub
-too: it goes on in the middle of a file, which pooch cannot. `hf_hub_download` is not used, since it throws away what
-came when the command ends. A download goes to `NAME.part` and takes its name only when complete and checked, so a
-file under its own name can be trusted, also one that was put there by hand. PyTorch's releases carry the beginning
+Listings, retries, tokens and progress bars are the library's. Its `http_get` also fetches files outside of the hub
+and resumes in the middle of a file, which pooch cannot. `hf_hub_download` is not used, since it discards a partial
+file when the command ends. A download goes to `NAME.part` and gets its name only when complete and checked, so a
+file under its own name can be trusted, also one that was copied there by hand. PyTorch's releases have the beginning
 of the SHA-256 in the file's name.
 
 Environment: SFD_CACHE (default ~/.cache/sfd_jax), HF_TOKEN, HF_ENDPOINT (another server in the hub's layout),
@@ -26,16 +26,16 @@ from sfd_jax.files import disk_fault, file_sha256
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Say where a released file lives.
+    """The address of a released file.
 
     Args:
-      where: a hub repository "owner/name", or the folder of an address (with "://").
-      files: pattern of the file's path there (`fnmatch`, * crosses slashes); an address has no
+      where: a hub repository "owner/name", or the folder of a URL (with "://").
+      files: pattern of the file's path there (`fnmatch`, * crosses slashes); a URL has no
         listing, so there it is the path itself.
       about: a line for the user.
-      prefer: where the pattern fits several files, pick the last by name that fits this one too.
-      count: how many files it is.
-      converts: it is a checkpoint that `sfd convert` knows.
+      prefer: where `files` fits several files, take the last by name that fits this pattern too.
+      count: number of files.
+      converts: it is a checkpoint that `sfd convert` reads.
     """
 
     where: str
@@ -47,7 +47,7 @@ class Source:
 
     @property
     def on_hub(self) -> bool:
-        """Whether it is a repository of the hub."""
+        """Tell whether it is a repository of the hub."""
         return "://" not in self.where
 
 
@@ -117,15 +117,15 @@ def cache_dir() -> Path:
 
 
 def fetch(name: str, file: str | None = None) -> list[Path]:
-    """Return the local files of a catalogue entry, downloading what is not there.
+    """Return the local files of a catalogue entry, downloading what is missing.
 
     Args:
       name: a key of CATALOGUE.
       file: which file, where an entry has several (a name, or a part of one).
 
     Raises:
-      SfdError: unknown name, nothing fits, a wrong size or sum, or the server cannot be reached: then
-        the message says what to put where by hand.
+      SfdError: unknown name, nothing fits, a wrong size or checksum, or the server cannot be reached: then
+        the message says which file to copy where by hand.
     """
     if name not in CATALOGUE:
         raise SfdError(f"nothing named '{name}' to fetch; {nearest(name, CATALOGUE)}")
@@ -148,17 +148,17 @@ def fetch(name: str, file: str | None = None) -> list[Path]:
         return [_download(item, folder) for item in chosen]
     except _Unreachable as error:
         if found:
-            print(f"{name}: {error}; taking {found[0]}")
+            print(f"{name}: {error}; using {found[0]}")
             return found
         raise SfdError(
-            f"{name}: {error}. What came is kept: run the same command again to go on. Without a connection: fetch "
-            f"{_url(source, source.files)} on another machine, put {basename} into {folder} and run the same command "
-            "again"
+            f"{name}: {error}. What was downloaded is kept: run the same command again to resume. Without a "
+            f"connection: fetch {_url(source, source.files)} on another machine, put {basename} into {folder} and run "
+            "the same command again"
         ) from error
 
 
 def _choose(source: Source, files: dict, wanted: str | None) -> list:
-    """Pick from files by name: the one asked for, or all, or the preferred; [] where none fits."""
+    """Choose files by name: the wanted one, or all of an entry of several, or the preferred; [] where none fits."""
     names = sorted(files)
     if wanted is not None:
         names = [name for name in names if wanted in name]
@@ -170,7 +170,7 @@ def _choose(source: Source, files: dict, wanted: str | None) -> list:
 
 
 def _listing(source: Source) -> list[RemoteFile]:
-    """Ask the hub which files fit; an address outside of the hub is its only file."""
+    """List the hub's files that fit; a URL outside of the hub is its only file."""
     if not source.on_hub:
         digits = re.search(r"-([0-9a-f]{8,64})\.\w+$", source.files)
         return [RemoteFile(_url(source, source.files), source.files, sha256=digits and digits[1])]
@@ -186,17 +186,17 @@ def _listing(source: Source) -> list[RemoteFile]:
         for sha256 in [entry.lfs and entry.lfs.sha256]
     ]
     if not found:
-        raise SfdError(f"{source.where} holds no {source.files} any more; look there by hand")
+        raise SfdError(f"{source.where} no longer holds {source.files}; look for the file there by hand")
     return found
 
 
 def _download(remote: RemoteFile, folder: Path) -> Path:
-    """Download one file, going on where an earlier attempt stopped, and check it."""
+    """Download one file, resuming an earlier attempt, and check it."""
     target = folder / remote.name
     if target.exists():
-        print(f"{target} is here")
+        print(f"{target} exists")
         return target
-    # Part of the name: the rest of another version must not be appended to this one.
+    # The hash is in the name, so that the rest of another version is not appended.
     part = folder / f"{remote.name}.{(remote.sha256 or str(remote.size))[:8]}.part"
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{remote.url} -> {target}")
@@ -210,16 +210,16 @@ def _download(remote: RemoteFile, folder: Path) -> Path:
     if fault and not part.stat().st_size:
         part.unlink()
         raise fault
-    if wrong := _wrong_download(part, remote.name):  # whatever the server or a portal before it calls it
+    if wrong := _wrong_download(part, remote.name):  # by content, whatever the server or a login portal claims
         part.unlink()
-        raise SfdError(f"{remote.url}: what came is {wrong}, and was removed") from fault
+        raise SfdError(f"{remote.url}: the download is {wrong}, and was removed; run the same command again") from fault
     if fault:
         raise fault
     if remote.sha256 and not (digest := file_sha256(part)).startswith(remote.sha256):
         part.unlink()
         raise SfdError(
-            f"{remote.url}: its SHA-256 is {digest}, expected {remote.sha256}; it was damaged on the way or exchanged, "
-            "and was removed"
+            f"{remote.url}: its SHA-256 is {digest}, expected {remote.sha256}; it was damaged on the way or replaced "
+            "on the server, and was removed; run the same command again"
         )
     part.rename(target)
     return target
@@ -231,7 +231,7 @@ def _download_rest(remote: RemoteFile, part: Path) -> None:
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
-    headers = build_hf_headers() if remote.on_hub else {}  # the token is for the hub alone
+    headers = build_hf_headers() if remote.on_hub else {}  # the token is only for the hub
     about = {"headers": headers, "expected_size": remote.size, "displayed_filename": remote.name}
     with part.open("ab") as sink, _faults(remote.url):
         try:
@@ -239,35 +239,35 @@ def _download_rest(remote: RemoteFile, part: Path) -> None:
         except HfHubHTTPError as error:
             if error.response.status_code != 416:
                 raise
-            sink.truncate(0)  # the server has nothing behind what is there, so that is of something else
+            sink.truncate(0)  # the server's file is not longer than the part, so the part is of another file
             sink.seek(0)
             http_get(remote.url, sink, **about)
 
 
 def _wrong_download(path: Path, name: str) -> str:
-    """Return what a download is where it can not be what its name says: a web page, a pointer, empty; else ""."""
+    """Return the kind of a file that is not what its name says (a web page, a pointer, empty); else ""."""
     kind = kind_of(path)
     wanted = kind.what.startswith(NPZ) and name.endswith(".npz")
     return kind.what if kind.advice and not wanted else ""
 
 
 class _Unreachable(Exception):
-    """The server cannot be reached, has not what we ask for, or stops in the middle."""
+    """The server cannot be reached, lacks the file, or stops in the middle."""
 
 
 @contextlib.contextmanager
 def _faults(where: str) -> Iterator[None]:
-    """Turn what the library raises into `_Unreachable`, a disk that is full aside."""
+    """Turn the library's exceptions into `_Unreachable`, except for a full disk."""
     try:
         yield
-    except Exception as error:  # of httpx, huggingface_hub, json, ssl: whatever a server or network does
+    except Exception as error:  # of httpx, huggingface_hub, json, ssl
         if disk_fault(error):
             raise
         raise _Unreachable(f"{where} could not be fetched ({str(error).strip() or type(error).__name__})") from error
 
 
 def _endpoint() -> str | None:
-    return os.environ.get("HF_ENDPOINT")  # asked for at each call; the library reads it once, at its import
+    return os.environ.get("HF_ENDPOINT")  # read at each call; the library reads it only at its import
 
 
 def _url(source: Source, path: str) -> str:

@@ -1,6 +1,6 @@
 """The FID Inception network: the table of pytorch-fid's state dict.
 
-There is one such network, so nothing is read off the shapes. Source: pytorch-fid, inception.py
+There is only one such network, so nothing is read from the shapes. Source: pytorch-fid, inception.py
 (key names), release `fid_weights`.
 """
 
@@ -38,14 +38,14 @@ TABLE = Table(
 
 
 def recognises(state: Mapping[str, Any]) -> bool:
-    """Say whether a state dict is an Inception v3's, by its keys."""
+    """Tell whether a state dict is an Inception v3's, by its keys."""
     return any(key.startswith("Mixed_7c.") for key in state)
 
 
 def read_config(
     state: Mapping[str, Any], given: Mapping[str, Any], stored: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return what is `given` (there is nothing to choose) and no notes."""
+    """Return `given` (the config has no fields) and no notes."""
     return dict(given), []
 
 

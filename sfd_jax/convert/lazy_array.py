@@ -1,8 +1,8 @@
-"""An array that is known by shape and dtype and read from its file only when asked for.
+"""An array with known shape and dtype that is read from its file only when needed.
 
-A released checkpoint holds weights, their average and two optimizer moments; a conversion wants a
+A released checkpoint holds weights, their average and two optimizer moments; a conversion needs a
 quarter of it. Readers of this package return trees with `LazyArray` leaves, the engine loads one at a
-time, and a dry look (`sfd convert --inspect`) loads none.
+time, and `sfd convert --inspect` loads none.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ class LazyArray:
 
     @property
     def size(self) -> int:
-        """How many numbers it has."""
+        """The number of elements."""
         return math.prod(self.shape)
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
@@ -43,7 +43,7 @@ class LazyArray:
 
 
 def is_float(dtype: np.dtype) -> bool:
-    """Say whether weights may be of a dtype: real floats of two bytes and more."""
+    """Tell whether weights may have a dtype: real floats of two bytes or more."""
     return np.dtype(dtype).name in ("float16", "bfloat16", "float32", "float64")
 
 
@@ -62,13 +62,13 @@ def checked_shape(shape: Any, dtype: np.dtype) -> tuple[tuple[int, ...], int]:
 
 
 class Unchanged:
-    """Tell whether a file is still the one whose header was read."""
+    """Check that a file is still the one whose header was read."""
 
     def __init__(self, path: Path):
         self.path, self._stamp = path, _stamp(os.stat(path))
 
     def check(self, stream: BinaryIO) -> None:
-        """Raise SfdError where an open file is another one, or was written to."""
+        """Raise SfdError where an open file was replaced or written to."""
         if _stamp(os.fstat(stream.fileno())) != self._stamp:
             raise SfdError(f"'{self.path}' changed while it was being read; start again once it is complete")
 

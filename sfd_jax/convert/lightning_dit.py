@@ -1,6 +1,6 @@
-"""LightningDiT: the table of its released state dicts, and its architecture read off the shapes.
+"""LightningDiT: the table of its released state dicts, and its architecture from the shapes.
 
-Source: the released code's models/lightningdit.py (key names), facts of the released files.
+Source: the released code's models/lightningdit.py (key names), and the released files.
 """
 
 import functools
@@ -64,32 +64,32 @@ TABLE = Table(
 
 
 def recognises(state: Mapping[str, Any]) -> bool:
-    """Say whether a state dict is a LightningDiT's (or a DiT's), by its keys."""
+    """Tell whether a state dict is a LightningDiT's (or a DiT's), by its keys."""
     return any(re.match(r"(blocks\.\d+|final_layer)\.adaLN_modulation\.", key) for key in state)
 
 
 def read_config(
     state: Mapping[str, Any], given: Mapping[str, Any], stored: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Read DiTConfig off keys and shapes; see the package.
+    """Read DiTConfig from keys and shapes; see the package.
 
-    Three things the shapes do not always tell. The number of heads: from the q/k norm, else from
+    Shapes do not always determine three things. The number of heads comes from the q/k norm, else from
     the stored rotary table, else from the released size of that depth and width. The grid and the
-    rotary embedding: from the stored fixed tables. `repa_depth` (which matters in training alone)
-    and the null label: from the file's config, else as released. Where that config contradicts the
-    shapes, it is the config of something else, and the shapes are right.
+    rotary embedding come from the stored fixed tables. `repa_depth` (which matters only in training)
+    and the null label come from the file's config, else are as released. Where that config contradicts
+    the shapes, it belongs to another network and is ignored.
     """
     notes: list[str] = []
     shape = functools.partial(shape_of, state)
-    # What blocks have, by majority: a key that one block lacks, or has in another shape, is for
-    # the strict check to name.
+    # The shapes of a block, by majority: a key that one block lacks, or has in another shape, is
+    # named by the strict check later.
     found: dict[str, list[tuple]] = {}
     for key, array in state.items():
         if match := re.match(r"blocks\.\d+\.(.*)", key):
             found.setdefault(match[1], []).append(tuple(array.shape))
     block = {key: max(shapes, key=shapes.count) for key, shapes in found.items()}
     if "attn.proj.weight" not in block:
-        raise SfdError("the state dict has no blocks.*.attn.proj.weight: no whole LightningDiT")
+        raise SfdError("the state dict has no blocks.*.attn.proj.weight: it is not a complete LightningDiT")
     width = block["attn.proj.weight"][0]
     depth = 1 + max(int(m[1]) for key in state if (m := re.match(r"blocks\.(\d+)\.", key)))
     _, channels, patch, _ = shape("x_embedder.proj.weight", rank=4)
@@ -115,15 +115,15 @@ def read_config(
     config["num_classes"] = rows - config["null_label"]
     if not {"null_label", "class_dropout_prob"} & (given.keys() | stored.keys()):
         notes.append(
-            f"{config['num_classes']} classes and a null label: as released; {rows} rows of the label table do not "
-            "tell the last one's meaning (else --set null_label=false)"
+            f"{config['num_classes']} classes and a null label: as released; the label table has {rows} rows, and the "
+            "file does not say what the last one means (without null label give --set null_label=false)"
         )
     if any(key.startswith("repa_projector.") for key in state):
         config["repa_width"] = shape("repa_projector.0.weight")[0]
         config["repa_features"] = shape("repa_projector.4.weight")[0]
         config["repa_depth"] = stored.get("repa_depth") or min(2, depth)
         if not {"repa_depth"} & (given.keys() | stored.keys()):
-            notes.append(f"repa_depth {config['repa_depth']}: as released, neither shapes nor config tell")
+            notes.append(f"repa_depth {config['repa_depth']}: as released; the file does not say")
     config |= _grid(state, patch, given)
     if "num_heads" not in given:
         config["num_heads"] = _num_heads(state, block, width, depth, notes)
@@ -136,32 +136,32 @@ def read_system(
     statistics: LatentStatistics | None,
     semantic_channels: int | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Say what the network was trained for: which channels are semantic, and with which clocks.
+    """Determine which channels are semantic, and with which clocks the network was trained.
 
     Args:
       config: the network's.
       stored: the file's own config, by the released names of its fields.
-      statistics: of the latents, where given; they tell the channels of each group.
+      statistics: of the latents, where given; they have the number of channels of each group.
       semantic_channels: what the user states; it wins.
 
     Returns:
       The groups `latents` (where known) and `clocks` of a config (see configs/sfd.py), and notes.
 
     Raises:
-      SfdError: the number of semantic channels or the statistics do not fit the network, or the file's
-        config says that it predicts something else than the velocity of the linear path.
+      SfdError: the number of semantic channels or the statistics do not fit the network, or by the file's
+        config it does not predict the velocity of the linear path.
     """
     channels, notes = config.in_channels, []
     if stored.get("in_chans", channels) != channels:
-        stored = {}  # the config of something else
+        stored = {}  # the config of another network
     for name, ours in (("prediction", "velocity"), ("path_type", "linear")):
         if str(stored.get(name, ours)).lower() != ours:
-            raise SfdError(f"the config in the file says {name} {stored[name]}; only {ours} can be sampled here")
+            raise SfdError(f"the config in the file says {name} {stored[name]}; only {ours} is supported")
     if "prediction" not in stored and not config.two_clocks:
         notes.append(
-            "prediction: velocity, time from 0 (noise) to 1 (data), as LightningDiT and SiT have it; the file cannot "
-            "tell this from DiT's prediction of noise, which would be sampled wrongly"
-            + (", and learned sigma, which is dropped here, speaks for DiT" if config.learn_sigma else "")
+            "prediction: velocity is assumed, time from 0 (noise) to 1 (data), as in LightningDiT and SiT; the file looks "
+            "the same if it predicts noise as DiT does, and would be sampled wrongly"
+            + (". Its learned sigma, which is dropped, suggests DiT" if config.learn_sigma else "")
         )
     if statistics is not None:
         found = (statistics.texture_mean.size, statistics.semantic_mean.size)
@@ -175,25 +175,25 @@ def read_system(
             )
         semantic_channels = found[1]
         if semantic_channels:
-            notes.append(f"{found[0]} channels texture and {found[1]} semantic: by the statistics given")
+            notes.append(f"{found[0]} texture and {found[1]} semantic channels: from the given statistics")
     else:
-        notes.append("no latent statistics: sampling needs them, give --statistics (and --semantic_statistics)")
+        notes.append("no latent statistics: sampling needs them; give --statistics (and --semantic_statistics)")
     if semantic_channels is None and not config.two_clocks:
-        notes.append(f"all {channels} channels texture: there is one clock (else --semantic_channels)")
+        notes.append(f"all {channels} channels are texture: there is one clock (else give --semantic_channels)")
     if semantic_channels is None:
         semantic_channels = stored.get("semantic_chans") if config.two_clocks else 0
     if semantic_channels is None and channels == 48:
         semantic_channels = 16
-        notes.append("16 of 48 channels semantic: as released, the file does not tell")
+        notes.append("16 of 48 channels are semantic: as released; the file does not say")
     if config.two_clocks:
         clocks = {"name": "fixed_offset", "delta_t": stored.get("semfirst_delta_t", 0.3)}
         if "semfirst_delta_t" not in stored:
-            notes.append("delta_t 0.3: as released, the file does not tell")
+            notes.append("delta_t 0.3: as released; the file does not say")
     else:
         clocks = {"name": "synchronous", "delta_t": 0.0}
     if semantic_channels is None:
         notes.append(
-            f"which of the {channels} channels are semantic is not told; sampling needs it: give "
+            f"the file does not say how many of the {channels} channels are semantic; sampling needs it: give "
             "--statistics and --semantic_statistics, or --semantic_channels NUMBER"
         )
         return {"clocks": clocks}, notes
@@ -214,7 +214,7 @@ def _mlp_ratio(block: Mapping[str, tuple], width: int) -> float:
     if "mlp.fc1.weight" in block:
         return block["mlp.fc1.weight"][0] / width
     hidden = block.get("mlp.w12.weight", (int(2 / 3 * 4 * width) * 2,))[0] // 2
-    # hidden = int(2/3 int(ratio D)): the released ratio where it fits, else the one that does.
+    # hidden = int(2/3 int(ratio D)): the released ratio where it fits, else the smallest that fits.
     if hidden == int(2 / 3 * (4 * width)):
         return 4.0
     return next((wide / width for wide in range(width, 32 * width) if int(2 / 3 * wide) == hidden), 4.0)
@@ -225,15 +225,15 @@ def _grid(state, patch: int, given) -> dict[str, Any]:
         unknown = [name for name in ("input_size", "use_rope") if name not in given]
         if unknown:
             raise SfdError(
-                "the file lacks the fixed tables (pos_embed, feat_rope.*) that tell the size of the "
-                "latent grid and whether there is a rotary embedding: state "
+                "the file lacks the fixed tables (pos_embed, feat_rope.*) that determine the size of the "
+                "latent grid and whether there is a rotary embedding: give "
                 + " ".join(f"--set {name}=VALUE" for name in unknown)
             )
         return {}
     tokens = tuple(state["pos_embed"].shape)[1]
     side = round(tokens**0.5)
     if side * side != tokens:
-        raise SfdError(f"pos_embed has {tokens} tokens, which is no square grid")
+        raise SfdError(f"pos_embed has {tokens} tokens, which is not a square grid")
     return {"input_size": side * patch, "use_rope": "feat_rope.freqs_cos" in state}
 
 
@@ -247,6 +247,6 @@ def _num_heads(state, block, width: int, depth: int, notes: list[str]) -> int:
             notes.append(f"num_heads {size['num_heads']}: that of the released size {name}")
             return size["num_heads"]
     raise SfdError(
-        f"shapes tell the width ({width}) but, without q/k norm and rotary table, not the number of "
-        "heads: state --set num_heads=NUMBER"
+        f"the shapes determine the width ({width}) but, without q/k norm and rotary table, not the number of "
+        "heads: give --set num_heads=NUMBER"
     )

@@ -1,6 +1,6 @@
 """LPIPS on VGG16: the table of the `lpips` package's and taming-transformers' state dict.
 
-Texture VAEs trained with LPIPS carry it in their own files under `loss.perceptual_loss.`; saved without that
+Files of texture VAEs trained with LPIPS contain it under `loss.perceptual_loss.`; saved without that
 prefix, those arrays are such a state dict. Source: `lpips` 0.1.4, lpips/lpips.py, `LPIPS(net="vgg")`.
 """
 
@@ -31,14 +31,14 @@ TABLE = Table(
 
 
 def recognises(state: Mapping[str, Any]) -> bool:
-    """Say whether a state dict is LPIPS's, by its keys."""
+    """Tell whether a state dict is LPIPS's, by its keys."""
     return "lin0.model.1.weight" in state and any(key.startswith("net.slice1.") for key in state)
 
 
 def read_config(
     state: Mapping[str, Any], given: Mapping[str, Any], stored: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Read the channels off the shapes; no notes."""
+    """Read the channels from the shapes; no notes."""
     channels = [int(state[f"lin{i}.model.1.weight"].shape[1]) for i in range(len(_LAYERS))]
     return {"channels": channels} | dict(given), []
 

@@ -1,18 +1,18 @@
 """Read a pickle as data: nothing that it names is imported, and nothing is called.
 
-A pickle is a program for a small stack machine, and can name any function and have it called. This is
-such a machine with the dangerous part left out. The opcodes are decoded by the standard library's
-`pickletools.genops`, which compares every length with the bytes that are there. A name is a `Name`, and
-calling it gives a `Record` that keeps name, arguments and state; a short table says which calls are read
-as plain data (dicts, paths, NumPy arrays). Memory is counted in a `Budget` before it is taken.
+A pickle is a program for a small stack machine, and can have any function called by name. This is
+such a machine without the dangerous part. The opcodes are decoded by the standard library's
+`pickletools.genops`, which checks every length against the bytes that remain. A name becomes a `Name`, and
+calling it makes a `Record` of name, arguments and state; a short table lists the calls that are read
+as plain data (dicts, paths, NumPy arrays). Memory is counted in a `Budget` before it is allocated.
 
-Although recording is harmless, a file that would run code elsewhere is refused, with the name it asks
-for, so that nobody passes it on:
+Although recording is harmless, a file that would run code in other programs is refused, and the message gives
+the name it asks for:
 - names of the standard library are refused unless listed: os.system, builtins.eval, subprocess.Popen;
 - calls into torch, numpy and omegaconf are refused unless listed: torch.hub.load, numpy.load;
 - calls of other packages are recorded where the name is written like a class (train.TrainConfig), and
   refused where it is written like a function (joblib.load).
-A record that stands beside the weights is left out of a conversion, which says so.
+A record beside the weights is left out of a conversion, with a note.
 """
 
 import pickletools
@@ -28,14 +28,14 @@ from sfd_jax.budget import Budget
 from sfd_jax.convert.lazy_array import LazyArray, checked_shape
 from sfd_jax.errors import SfdError
 
-MAX_DEPTH = 200  # of containers in one another
+MAX_DEPTH = 200  # of nested containers
 _MAX_BITS = 1024  # of an integer; Python refuses to print those of more than 14,000
 # Bytes counted for a container, or for an entry of a dict or of the memo. Measured.
 _OBJECT = 80
 
 
 class Name:
-    """A module's name in a pickle: a class or function that was not looked up."""
+    """The full name of a class or function in a pickle; it is not looked up."""
 
     def __init__(self, name: str):
         self.name = name
@@ -45,17 +45,17 @@ class Name:
 
 
 class Record(Name):
-    """An object that was not built: what class it has, and what it would have been made of."""
+    """An object that was not built: its class's name, arguments and state."""
 
     def __init__(self, name: str, args: tuple = ()):
         super().__init__(name)
         self.args, self.state = args, None
-        self.items: dict = {}  # where the class extends dict
-        self.entries: list = []  # where it extends list or set
+        self.items: dict = {}  # if the class extends dict
+        self.entries: list = []  # if it extends list or set
 
 
 class _Set(list):
-    """Elements of a set; hashing what a file made could take exponential time."""
+    """Elements of a set, as a list: hashing objects from a file could take exponential time."""
 
 
 def unpickle(
@@ -64,19 +64,19 @@ def unpickle(
     builders: Mapping[str, Callable] = {},
     persistent: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """Read one pickle of any protocol; the stream then stands behind it.
+    """Read one pickle of any protocol; leave the stream at its end.
 
     Args:
-      stream: binary file whose `read` never allocates more than there is.
-      budget: what the result may take.
-      builders: name -> function of the recorded arguments, for calls that mean more than a `Record`.
-      persistent: answers persistent ids.
+      stream: binary file whose `read` never allocates more than the file holds.
+      budget: memory that the result may take.
+      builders: name -> function of the recorded arguments, for calls that become more than a `Record`.
+      persistent: resolves persistent ids.
 
     Returns:
-      The tree of dicts, lists, tuples, scalars, `Name`s, `Record`s and what the builders return.
+      The tree of dicts, lists, tuples, scalars, `Name`s, `Record`s and results of the builders.
 
     Raises:
-      SfdError: refused by name, or more than the budget.
+      SfdError: a refused name, or more than the budget.
       Exception: of many kinds, where the pickle is damaged.
     """
     builders = _BUILDERS | builders
@@ -91,15 +91,15 @@ def unpickle(
 
     def popped(count: int) -> list[Any]:
         if len(stack) < count:
-            raise ValueError("operands that are not there")
+            raise ValueError("missing operands")
         top = stack[-count:]
         del stack[-count:]
         return top
 
     def call(function: Any, args: Any, new: bool = False) -> Any:
         if not isinstance(function, Name) or isinstance(function, Record) or not isinstance(args, tuple):
-            raise ValueError("a call of what is no function")
-        # What copies its arguments would otherwise cost more than the opcode that repeats it.
+            raise ValueError("a call of something that is not a function")
+        # Counted, since a call may copy its arguments, and one opcode can repeat it.
         budget.take(_OBJECT * (1 + len(args)))
         budget.take(sum(_copied(argument) for argument in args))
         if function.name in builders:
@@ -119,7 +119,7 @@ def unpickle(
     def name(module: str, attribute: str) -> Name:
         budget.take(_OBJECT + len(module) + len(attribute))
         if len(module) + len(attribute) > 500:
-            raise ValueError("a name without end")
+            raise ValueError("a name that is too long")
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
         full = f"{module}.{attribute}"
         if not _may_be_named(full):
@@ -169,7 +169,7 @@ def unpickle(
         elif code == "STACK_GLOBAL":
             module, attribute = popped(2)
             if not isinstance(module, str) or not isinstance(attribute, str):
-                raise ValueError("a name that is no text")
+                raise ValueError("a name that is not text")
             stack.append(name(module, attribute))
         elif code in ("REDUCE", "NEWOBJ", "NEWOBJ_EX"):
             function, args, *_ = popped(3 if code == "NEWOBJ_EX" else 2)
@@ -185,7 +185,7 @@ def unpickle(
             if isinstance(target, Record):
                 target.state = state
             elif not isinstance(target, (dict, list, LazyArray)):  # whose attributes are left out
-                raise ValueError("a state for what can have none")
+                raise ValueError("a state for an object that cannot have one")
         elif code in ("BINPERSID", "PERSID"):
             if persistent is None:
                 raise ValueError("a persistent id")
@@ -204,30 +204,30 @@ def unpickle(
             return stack.pop()
         elif code not in ("PROTO", "FRAME"):  # extension codes, buffers outside the pickle
             raise ValueError(f"the opcode {code}")
-    raise AssertionError("genops ends with STOP")
+    raise AssertionError("unreachable: genops ends with STOP")
 
 
 def plain(tree: Any, budget: Budget) -> Any:
-    """Turn records of plain things into those things, and see that the tree can be written out.
+    """Turn records of plain data into that data, and check that the tree can be written out.
 
-    OmegaConf nodes become what they hold, objects that extend dict or list become those, namespaces
-    become dicts, NumPy arrays `LazyArray`s. Whoever prints, compares or stores a tree follows every
-    path in it, so a part that stands in two places counts twice here.
+    OmegaConf nodes become their content, objects that extend dict or list become dicts and lists, namespaces
+    become dicts, NumPy arrays `LazyArray`s. Printing, comparing or storing a tree follows every path in it,
+    so a part with two places in it counts twice.
 
     Raises:
       SfdError: written out, it is larger than the budget.
-      ValueError: deeper than MAX_DEPTH, or a part holds itself.
+      ValueError: deeper than MAX_DEPTH, or a part contains itself.
     """
-    seen: dict[int, tuple[Any, int, int]] = {}  # object -> what it becomes, its size, its height
+    seen: dict[int, tuple[Any, int, int]] = {}  # object -> its result, size and height
 
     def walk(node: Any, depth: int) -> tuple[Any, int, int]:
         if depth > MAX_DEPTH:
-            raise ValueError(f"containers in one another more than {MAX_DEPTH} deep, or without end")
+            raise ValueError(f"containers nested more than {MAX_DEPTH} deep, or in themselves")
         if not isinstance(node, (dict, list, tuple, Name)):
             return node, 16 + (len(node) if isinstance(node, (str, bytes)) else 0), 0
         if id(node) in seen:
             if depth + seen[id(node)][2] > MAX_DEPTH:
-                raise ValueError(f"containers in one another more than {MAX_DEPTH} deep")
+                raise ValueError(f"containers nested more than {MAX_DEPTH} deep")
             return seen[id(node)]
         size, height, inner = 16, 0, _inside(node)
         if inner is not node:
@@ -258,7 +258,7 @@ def plain(tree: Any, budget: Budget) -> Any:
 
 
 def left_out(tree: Any) -> list[str]:
-    """Return a note for each class of object that stands in a tree and is not read as data."""
+    """Return a note for each class whose objects in a tree are not read as data."""
     found: dict[str, str] = {}
 
     def walk(node, where):
@@ -275,14 +275,14 @@ def left_out(tree: Any) -> list[str]:
 def refusal(path: Path, name: str) -> SfdError:
     """Return the error for a name that a file must not ask for."""
     return SfdError(
-        f"refused: '{path}' asks for {name[:200]}, which is not on the list of harmless names; no code is run from a "
-        "checkpoint, and nothing of it was loaded (if you trust the file, load it with torch and save its state dict "
-        "alone)"
+        f"refused: '{path}' asks for {name[:200]}, which is not on the list of harmless names; no code from a "
+        "checkpoint is run, and nothing was loaded (if you trust the file, load it with torch and save only its state "
+        "dict)"
     )
 
 
 def _inside(node: Any) -> Any:
-    """Return the container or value that a node is to be read as."""
+    """Return the container or value that a node is read as."""
     if not isinstance(node, Record):
         if isinstance(node, Name) and node.name in _TORCH_DTYPES:
             return node.name
@@ -300,14 +300,14 @@ def _inside(node: Any) -> Any:
 def _put(target: Any, pairs: list[Any], budget: Budget) -> None:
     target = target.items if isinstance(target, Record) else target
     if not isinstance(target, dict) or len(pairs) % 2:
-        raise ValueError("entries for what is no dict")
+        raise ValueError("entries for something that is not a dict")
     budget.take(_OBJECT * (1 + len(pairs) // 2))
     for key, value in zip(pairs[::2], pairs[1::2], strict=True):
         _put_one(target, key, value)
 
 
 def _put_one(target: dict, key: Any, value: Any) -> None:
-    """Set an entry, under text where the key itself is not safe to hash."""
+    """Set an entry; a key that is not safe to hash is replaced by text."""
     if not _hashes_quickly(key):
         short = isinstance(key, tuple) and len(key) <= 8
         if isinstance(key, Name):
@@ -329,7 +329,7 @@ def _hashes_quickly(value: Any) -> bool:
 def _extend(target: Any, values: list[Any]) -> None:
     target = target.entries if isinstance(target, Record) else target
     if not isinstance(target, list):
-        raise ValueError("entries for what is no list")
+        raise ValueError("entries for something that is not a list")
     target.extend(values)
 
 
@@ -354,7 +354,7 @@ _TORCH_DTYPES = _table(
     }
 )
 
-# Packages that everybody has: what is harmless in them is listed.
+# Packages that are commonly installed: only listed names in them are harmless.
 _LISTED = {"torch", "numpy", "omegaconf", "sfd_jax"}
 
 
@@ -362,7 +362,7 @@ def _may_be_named(name: str) -> bool:
     if name in _HARMLESS:
         return True
     package = name.split(".")[0]
-    # Tensors without plain numbers (sparse, quantised, nested) are made by functions of this name.
+    # Functions of this name make sparse, quantised and nested tensors, which are not plain numbers.
     return package not in sys.stdlib_module_names and not name.startswith("torch._utils._rebuild_")
 
 
@@ -376,7 +376,7 @@ def _may_be_called(name: str) -> bool:
 
 
 def _numpy_dtype(record: Any) -> np.dtype | None:
-    """Return the dtype that a record stands for where it is of plain numbers or text, else None."""
+    """Return the dtype of a record where it is one of plain numbers or text, else None."""
     if not isinstance(record, Record) or record.name != "numpy.dtype":
         return None
     match = re.fullmatch(r"[<>|=]?([biufcSU]\d{1,5})", str(record.args[0]) if record.args else "")
@@ -395,7 +395,7 @@ def _numpy_scalar(dtype: Any, data: Any = None, *_) -> Any:
 
 
 def _numpy_buffer(data: Any, dtype: Any, shape: Any, order: Any = "C", *_) -> Any:
-    """Return an array of bytes that the pickle holds."""
+    """Return an array whose bytes are in the pickle."""
     if (kind := _numpy_dtype(dtype)) is None:
         return Record("numpy.ndarray")
     shape, size = checked_shape(shape, kind)
@@ -463,7 +463,7 @@ _BUILDERS: dict[str, Callable] = {
     for name in ("Path", "PurePath", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
 }
 
-# Types and plain constructors that training scripts leave in their checkpoints; no function that acts.
+# Types and plain constructors that training scripts leave in their checkpoints; no functions with side effects.
 _HARMLESS = (
     _TORCH_DTYPES
     | _BUILDERS.keys()
@@ -505,7 +505,7 @@ _HARMLESS = (
     )
 )
 
-# Opcodes that push what they carry: a number or text.
+# Opcodes that push their own argument: a number or text.
 _VALUES = frozenset(
     opcode.name
     for opcode in pickletools.opcodes

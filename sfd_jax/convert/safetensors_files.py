@@ -1,4 +1,4 @@
-"""Read .safetensors files; the library checks their header."""
+"""Read .safetensors files; the safetensors library checks their header."""
 
 import json
 import os
@@ -25,7 +25,7 @@ _DTYPES = {
 
 
 def read_safetensors(path: str | os.PathLike) -> dict[str, LazyArray]:
-    """Read a .safetensors file's header; each array is read when asked for.
+    """Read a .safetensors file's header; each array is read when needed.
 
     Args:
       path: the file, of any name.
@@ -34,7 +34,7 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, LazyArray]:
       Its arrays by key.
 
     Raises:
-      SfdError: no such file, no complete safetensors file, or an array of an unsupported type.
+      SfdError: no such file, not a complete safetensors file, or an array of an unsupported type.
     """
     import safetensors
 
@@ -47,7 +47,7 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, LazyArray]:
             raise SfdError(f"'{path}': {key[:100]} is of type {part.get_dtype()}, which is not supported")
         shape, _ = checked_shape(part.get_shape(), dtype)
 
-        def load() -> np.ndarray:  # not by the library, which would read all of the header for each array
+        def load() -> np.ndarray:  # not by the library, which would read the whole header for each array
             start, end = places[key]["data_offsets"]
             try:
                 with path.open("rb") as stream:
@@ -61,12 +61,12 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, LazyArray]:
 
     try:
         unchanged = Unchanged(path)
-        # The library first: it knows a length that is none.
+        # The library first: it refuses an impossible header length.
         with safetensors.safe_open(path, "numpy") as file, path.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
             data, places = 8 + size, json.loads(stream.read(size))
             return {key: lazy(file, key) for key in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError, MemoryError, RecursionError) as error:
         raise SfdError(
-            f"'{path}' is no complete safetensors file ({error!s:.200}); copy or download it again"
+            f"'{path}' is not a complete safetensors file ({error!s:.200}); copy or download it again"
         ) from error

@@ -1,7 +1,7 @@
-"""Semantic VAE: the table of its released state dicts, and its architecture read off the shapes.
+"""Semantic VAE: the table of its released state dicts, and its architecture from the shapes.
 
-Encoder and decoder are lists of layers, numbered alike by them and by us; the four architectures
-differ in which layers there are. Source: released semantic autoencoder (key names).
+Encoder and decoder are lists of layers with the same numbers in both formats; the four architectures
+differ in their layers. Source: released semantic autoencoder (key names).
 """
 
 import re
@@ -39,7 +39,7 @@ TABLE = Table(network="semantic_vae", rows=(*_tower("encoder"), *_tower("decoder
 
 
 def recognises(state: Mapping[str, Any]) -> bool:
-    """Say whether a state dict is a Semantic VAE's, by its keys."""
+    """Tell whether a state dict is a Semantic VAE's, by its keys."""
     sides = {match[1] for key in state if (match := re.match(r"(encoder|decoder)\.\d+\.", key))}
     return sides == {"encoder", "decoder"}
 
@@ -47,10 +47,10 @@ def recognises(state: Mapping[str, Any]) -> bool:
 def read_config(
     state: Mapping[str, Any], given: Mapping[str, Any], stored: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Read SemanticVAEConfig off keys and shapes; see the package.
+    """Read SemanticVAEConfig from keys and shapes; see the package.
 
-    Attention heads leave no trace in the shapes: they come from the YAML config in the file, else from the released
-    width (6 heads at 768).
+    Shapes do not determine the number of attention heads: it comes from the YAML config in the file, else from the
+    released width (6 heads at 768).
     """
     notes: list[str] = []
     encoder = [key.removeprefix("encoder.") for key in state if key.startswith("encoder.")]
@@ -69,7 +69,7 @@ def read_config(
     if outputs not in (bottleneck, 2 * bottleneck):
         raise SfdError(
             f"encoder.{last}.weight gives {outputs} channels and {decoder_in} takes {bottleneck}: "
-            "the first must be as many (autoencoder) or twice as many (variational)"
+            "expected equally many (autoencoder) or twice as many (variational)"
         )
     config: dict[str, Any] = dict(
         arch=arch,
@@ -115,9 +115,9 @@ def _heads(stored: Mapping[str, Any], hidden: int, notes: list[str]) -> int:
     if isinstance(stored.get("transformer_heads"), int):
         return stored["transformer_heads"]
     if hidden == 768:
-        notes.append("transformer_heads 6: as released, the file has no config that tells")
+        notes.append("transformer_heads 6: as released; the file does not say")
         return 6
     raise SfdError(
-        "the number of attention heads leaves no trace in the shapes and the file has no config: "
-        "state --set transformer_heads=NUMBER"
+        "the shapes do not determine the number of attention heads and the file has no config: "
+        "give --set transformer_heads=NUMBER"
     )

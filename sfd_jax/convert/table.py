@@ -1,10 +1,10 @@
-"""One table a network, read in both directions: their key, our path, the change of layout.
+"""One table for each network, used in both directions: their key, our path, the change of layout.
 
-Conventions: theirs is a PyTorch state dict, `{key: array}` with Linear weights (out, in) and conv
-weights OIHW; ours is the nested dict of `Network.init`, kernels (in, out) and HWIO, paths written
-with slashes. `{layer}` in a key stands for an index; where our path lacks it, our array is stacked
-along a leading axis. Every array of ours has a row, so the architecture decides which keys must be
-there: import and export are strict, and neither can forget one.
+Conventions: "theirs" is a PyTorch state dict, `{key: array}` with Linear weights (out, in) and conv
+weights OIHW; "ours" is the nested dict of `Network.init`, kernels (in, out) and HWIO, paths written
+with slashes. `{layer}` in a key is an index; where our path lacks it, our array is stacked
+along a leading axis. Every array of ours has a row, so the architecture decides which keys must
+exist: import and export are strict and cannot miss one.
 """
 
 import base64
@@ -46,7 +46,7 @@ class Row:
     """One line of a table.
 
     Args:
-      theirs: their key, or several whose arrays we keep as one, joined along their first axis.
+      theirs: their key, or several whose arrays are one of ours, joined along their first axis.
       ours: our path.
       layout: a key of LAYOUTS.
     """
@@ -63,14 +63,14 @@ def dense_rows(theirs: str, ours: str, layout: str = "linear") -> tuple[Row, Row
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """What a network is called by them and by us.
+    """The names of a network's arrays in both formats.
 
     Args:
       network: its name in `sfd_jax.models.NETWORKS`.
-      rows: one for every array the network may have; which exist follows from the config.
-      fixed: gives for a config the arrays that their files store though the architecture computes
+      rows: one for every array the network may have; the config decides which exist.
+      fixed: returns for a config the arrays that their files store although the architecture computes
         them: checked at import, written at export.
-      skipped: patterns of their keys that carry nothing we need (`fnmatch`); never exported.
+      skipped: patterns of their keys that are not needed (`fnmatch`); never exported.
     """
 
     network: str
@@ -100,7 +100,7 @@ class _Slot:
         theirs = [np.asarray(state[key]) for key in self.keys]
         theirs = theirs[0] if len(theirs) == 1 else np.concatenate(theirs)
         target = ours if self.layer is None else ours[self.layer, ...]
-        with np.errstate(over="ignore", invalid="ignore"):  # the caller counts what is not finite
+        with np.errstate(over="ignore", invalid="ignore"):  # the caller counts numbers that are not finite
             target[...] = self.layout.to_ours(theirs)
         return target
 
@@ -120,18 +120,18 @@ def import_params(
       table: the network's table.
       state: their arrays by key, loaded one at a time (NumPy, `LazyArray`, anything with shape,
         dtype and `__array__`).
-      network: what to fill; decides which arrays must be there.
-      source: how errors name the state dict.
+      network: the network to fill; decides which arrays must exist.
+      source: what errors call the state dict.
       allow_nonfinite: accept weights that are NaN or infinite, or too large for float32.
-      place: applied to each finished array of ours, e.g. `jax.device_put`; at most one finished
-        array and one of theirs are in host memory beside what `place` returns.
+      place: applied to each finished array of ours, e.g. `jax.device_put`; host memory holds at most
+        one finished array and one of theirs, besides what `place` returns.
 
     Returns:
       The nested dict of `network.init`, float32.
 
     Raises:
-      SfdError: names every missing, extra and misshapen array with the shapes, or a fixed table
-        that is not the one the architecture computes; or every array with numbers that are not finite.
+      SfdError: names every missing, extra and misshapen array with the shapes, every fixed table that
+        differs from the computed one, or every array with numbers that are not finite.
     """
     _check_strictly(table, state, network, source)
     shapes = shapes_by_name(network.abstract_params())
@@ -158,8 +158,8 @@ def export_state(
 
     Args:
       params: the nested dict of `network.init`.
-      kept: what `kept_as_stored` returned at the import, for an export equal to the last bit.
-      allow_nonfinite: accept numbers that are NaN or infinite, or too large for the dtype to write.
+      kept: what `kept_as_stored` returned at the import, for a bit-identical export.
+      allow_nonfinite: accept numbers that are NaN or infinite, or too large for the written dtype.
 
     Returns:
       Arrays in row-major order by their key.
@@ -184,11 +184,11 @@ def export_state(
 
 
 def kept_as_stored(table: Table, state: Mapping[str, Any], network: Network) -> dict[str, Any]:
-    """Return what our checkpoint must remember to write the very same bytes again, JSON-able.
+    """Return what our checkpoint must record to write the same bytes again, JSON-able.
 
-    Weights in another dtype than float32 are remembered by name. Fixed tables of released files
-    come from another mathematical library and differ from ours in the last bit, so those that
-    differ are kept as they are, compressed (rotary tables are so repetitive that little is left).
+    Dtypes other than float32 are recorded by key. Fixed tables of released files come from another
+    mathematical library and differ from ours in the last bit, so those that differ are kept as they
+    are, compressed (rotary tables are so repetitive that they become small).
     """
     dtypes = {key: np.dtype(state[key].dtype).name for key in key_shapes(table, network)}
     fixed = {}
@@ -201,18 +201,18 @@ def kept_as_stored(table: Table, state: Mapping[str, Any], network: Network) -> 
 
 
 def skipped_keys(table: Table, state: Mapping[str, Any]) -> str:
-    """Return which of their keys are left out by the table's patterns, as "PATTERN (COUNT)"; "" for none."""
+    """Return the patterns of the table that leave keys out, as "PATTERN (COUNT)"; "" for none."""
     counts = [(pattern, sum(fits(key, (pattern,)) for key in state)) for pattern in table.skipped]
     return ", ".join(f"{pattern} ({count})" for pattern, count in counts if count)
 
 
 def key_shapes(table: Table, network: Network) -> dict[str, tuple[int, ...]]:
-    """Return the keys and shapes that a state dict of this network must have, fixed ones aside."""
+    """Return the keys and shapes that a state dict of this network must have, without the fixed ones."""
     return {key: slot.their_shape for slot in _slots(table, network) for key in slot.keys}
 
 
 def to_their_keys(table: Table, tree: Mapping[str, Any], network: Network) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield their keys and arrays, views in their layout, of a tree of the parameters' shape (gradients, moments)."""
+    """Yield their keys and arrays (views in their layout) for a tree like the parameters (gradients, moments)."""
     leaves = named_leaves(tree)
     for path, slots in itertools.groupby(_slots(table, network), key=lambda slot: slot.path):
         ours = np.asarray(leaves[path])
@@ -224,7 +224,7 @@ def shape_of(state: Mapping[str, Any], key: str, rank: int | None = None) -> tup
     """Return the shape of an array that the architecture is read from.
 
     Raises:
-      SfdError: it is missing, or has not `rank` axes.
+      SfdError: it is missing, or does not have `rank` axes.
     """
     if key not in state:
         raise SfdError(f"missing {key}: the architecture cannot be read without it")
@@ -246,13 +246,13 @@ def _check_strictly(table: Table, state: Mapping[str, Any], network: Network, so
         faults.append(f"  not float {key} is {np.dtype(state[key].dtype).name}")
     for key, array in fixed.items():
         if tuple(state[key].shape) == array.shape and not _agree(np.asarray(state[key]), array):
-            faults.append(f"  changed   {key} is a fixed table, but not the one this network computes")
+            faults.append(f"  changed   {key} is a fixed table, but differs from the one this network computes")
     if faults:
         raise SfdError(f"{source} does not fit {table.network} ({network.described()}):\n" + "\n".join(faults))
 
 
 def _nonfinite(name: str, array: np.ndarray) -> list[str]:
-    """Return a line that names an array and counts its numbers that are not finite; nothing where all are."""
+    """Return a line that names an array and counts its numbers that are not finite; [] where all are finite."""
     finite = np.isfinite(array)
     if finite.all():
         return []
@@ -263,13 +263,13 @@ def _nonfinite(name: str, array: np.ndarray) -> list[str]:
 def _refuse_nonfinite(faults: list[str], source: str, allowed: bool) -> None:
     if faults and not allowed:
         raise SfdError(
-            f"{source}: weights that are not finite numbers, as a run that diverged leaves them, in {len(faults)} "
-            "arrays; take an earlier checkpoint, or --allow_nonfinite:\n" + "\n".join(faults)
+            f"{source}: weights that are not finite, as after a run that diverged, in {len(faults)} arrays; take an "
+            "earlier checkpoint, or give --allow_nonfinite:\n" + "\n".join(faults)
         )
 
 
 def _agree(stored: np.ndarray, computed: np.ndarray) -> bool:
-    # Angles up to 100 in float32 carry an error of 4e-6; half precision rounds to 4e-3.
+    # Angles up to 100 have an error of 4e-6 in float32; half precision rounds to 4e-3.
     tolerance = 2e-5 if stored.dtype.itemsize >= 4 else 1e-2
     return bool(np.max(np.abs(stored.astype(np.float32) - computed), initial=0) <= tolerance)
 
@@ -286,7 +286,7 @@ def _slots(table: Table, network: Network) -> Iterator[_Slot]:
         theirs = (row.theirs,) if isinstance(row.theirs, str) else row.theirs
         stacked = "{layer}" in theirs[0] and "layer" not in indices
         inner = shape[1:] if stacked else shape
-        # A broadcast zero has the shape and none of the memory.
+        # A broadcast zero has the shape but takes no memory.
         joined = layout.to_theirs(np.broadcast_to(np.float32(0), inner)).shape
         their_shape = (joined[0] // len(theirs), *joined[1:]) if joined else ()
         for layer in range(shape[0]) if stacked else [None]:

@@ -1,6 +1,6 @@
-"""Texture VAE: the table of latent-diffusion's and MAR's state dicts, and the architecture.
+"""Texture VAE: the table of latent-diffusion's and MAR's state dicts, and the architecture from the shapes.
 
-Our paths are their keys with slashes, so rows are made from the list of places; only the layout of
+Our paths are their keys with slashes, so rows are made from a list of paths; only the layout of
 convolutions changes. Source: latent-diffusion, ldm/modules/diffusionmodules/model.py; MAR,
 models/vae.py (key names).
 """
@@ -36,32 +36,32 @@ _NORMS = (
 )
 
 
-def _rows(places, ours: str, layout: str) -> list[Row]:
+def _rows(paths, ours: str, layout: str) -> list[Row]:
     rows = []
-    for place in places:
-        key = place.replace("/", ".")
-        rows.append(Row(f"{key}.weight", f"{place}/{ours}", layout))
-        rows.append(Row(f"{key}.bias", f"{place}/bias"))
+    for path in paths:
+        key = path.replace("/", ".")
+        rows.append(Row(f"{key}.weight", f"{path}/{ours}", layout))
+        rows.append(Row(f"{key}.bias", f"{path}/bias"))
     return rows
 
 
 TABLE = Table(
     network="texture_vae",
     rows=(*_rows(_CONVS, "kernel", "conv"), *_rows(_NORMS, "scale", "same")),
-    # Training alone: perceptual loss and discriminator; VA-VAE's alignment with a foundation model.
+    # Only for training: perceptual loss and discriminator; VA-VAE's alignment with a foundation model.
     skipped=("loss.*", "foundation_model.*", "linear_proj.*"),
 )
 
 
 def recognises(state: Mapping[str, Any]) -> bool:
-    """Say whether a state dict is a texture VAE's, by its keys."""
+    """Tell whether a state dict is a texture VAE's, by its keys."""
     return any(re.match(r"(encoder\.down|decoder\.up)\.\d+\.block\.", key) for key in state)
 
 
 def read_config(
     state: Mapping[str, Any], given: Mapping[str, Any], stored: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Read TextureVAEConfig off keys and shapes, which tell all but the groups of GroupNorm; see the package."""
+    """Read TextureVAEConfig from keys and shapes, which lack only the groups of GroupNorm; see the package."""
 
     def indices(pattern: str) -> list[int]:
         return sorted({int(m[1]) for key in state if (m := re.match(pattern, key))})
@@ -79,7 +79,7 @@ def read_config(
         attention_levels=attention,
         variant="mar" if attention and not up_attention else "ldm",
     )
-    notes = [] if "norm_groups" in given else ["norm_groups 32: as in every released one, shapes do not tell"]
+    notes = [] if "norm_groups" in given else ["norm_groups 32: as in all released ones; the file does not say"]
     return config | dict(given), notes
 
 

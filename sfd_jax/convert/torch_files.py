@@ -1,9 +1,9 @@
 """Read and write PyTorch's own files (.pt, .pth, .ckpt); reading runs no code and needs no torch.
 
-Two containers are understood: the zip archive (torch 1.6 and later) and the stream before it (which
+Two containers are read: the zip archive (torch 1.6 and later) and the older stream (which
 pytorch-fid's Inception weights still use). Both hold a pickle, which `pickles.py` reads as data, and
-storages: flat runs of numbers that tensors are views of. A tensor's numbers are read when it is loaded:
-from the part of the storage that it covers, so that many views of one storage cost no more than one
+storages: flat arrays that tensors are views of. A tensor is read when it is loaded, and only from the
+part of the storage that it covers, so that many views of one storage cost no more than one
 array each. Only `write_torch_file` needs torch.
 """
 
@@ -28,7 +28,7 @@ from sfd_jax.errors import SfdError, damage_explained, needs_extra
 
 
 def read_torch_file(path: str | os.PathLike) -> Any:
-    """Read a file that `torch.save` wrote, running nothing of it.
+    """Read a file that `torch.save` wrote, without running any code from it.
 
     Args:
       path: a .pt, .pth or .ckpt file of either container.
@@ -38,8 +38,8 @@ def read_torch_file(path: str | os.PathLike) -> Any:
       OmegaConf config is a plain dict, objects of other classes are `Record`s.
 
     Raises:
-      SfdError: no such file, not such a file, damaged or cut short, it would take more memory than
-        `budget.py` allows, or it names something that would be run (the message gives the name).
+      SfdError: no such file, not a PyTorch file, damaged or truncated, more memory than `budget.py`
+        allows, or a name that would be called (the message gives it).
     """
     path = Path(path)
     if not path.is_file():
@@ -97,18 +97,18 @@ _STORAGE_DTYPES = {
 _FLOATS = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
 _TENSOR_DTYPES = {f"torch.{name}": np.dtype(name) for name in ("uint16", "uint32", "uint64")}
 _TENSOR_DTYPES |= {f"torch.{name}": np.dtype(getattr(ml_dtypes, name)) for name in _FLOATS}
-_CHUNK = 2**22  # bytes that are read at a time where only their checksum is wanted
+_CHUNK = 2**22  # bytes read at a time where only their checksum is needed
 
 
 class _File:
-    """The file that is being read, and what it may take."""
+    """The file that is being read, and its memory budget."""
 
     def __init__(self, path: Path):
         self.path, self.budget, self.unchanged = path, Budget(path), Unchanged(path)
 
 
 class _Bytes:
-    """A run of bytes in a file, read in parts.
+    """A range of bytes in a file, read in parts.
 
     Args:
       file: the file.
@@ -127,7 +127,7 @@ class _Bytes:
         """Return the bytes first..last, of which `wanted` will be used."""
         sparse = self.packed is not None or last - first > 4 * wanted
         if self._all is None and (first, last) != (0, self.size) and sparse:
-            # Whoever takes every hundredth number comes a hundred times: all of them stay in memory then.
+            # A view of every hundredth number is one of a hundred such views: keep all bytes in memory then.
             self.file.budget.take(self.size)
             self._all = self.read(0, self.size, self.size)
         if self._all is not None:
@@ -167,7 +167,7 @@ def _read_exactly(stream, start: int, size: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
-    """A flat run of numbers: `length` of `dtype`, the first at byte `start` of `data`."""
+    """A flat array: `length` numbers of `dtype`, the first at byte `start` of `data`."""
 
     dtype: np.dtype
     length: int
@@ -176,7 +176,7 @@ class _Storage:
 
 
 def _builders(file: _File) -> dict[str, Callable]:
-    """Return what stands for torch's functions that make tensors and parameters."""
+    """Return replacements for torch's functions that make tensors and parameters."""
 
     def tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> LazyArray:
         if not isinstance(storage, _Storage):
@@ -188,7 +188,7 @@ def _builders(file: _File) -> dict[str, Callable]:
             raise ValueError("a tensor without strides")
         if not all(type(number) is int and number >= 0 for number in (offset, *strides)):
             raise ValueError("a tensor with a negative stride")
-        # The stride of an axis of one place is arbitrary.
+        # The stride of an axis of length 1 is arbitrary.
         strides = [stride if length > 1 else 0 for length, stride in zip(shape, strides, strict=True)]
         last = offset + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
         if size and last >= storage.length:
@@ -222,13 +222,13 @@ def _builders(file: _File) -> dict[str, Callable]:
 
 
 def _persistent(file: _File, storage: Callable) -> Callable:
-    """Return what answers a pickle's persistent ids by `storage(dtype, key, length, view)`."""
+    """Return a function that resolves a pickle's persistent ids by `storage(dtype, key, length, view)`."""
 
     def load(persistent_id: Any) -> _Storage:
         kind, storage_type, key, _, length, *view = persistent_id
         if kind != "storage" or not isinstance(storage_type, Name):
             raise SfdError(
-                f"refused: '{file.path}' holds a pickled {kind!s:.20}, not weights alone; "
+                f"refused: '{file.path}' holds a pickled {kind!s:.20}, not only weights; "
                 "load it with torch and save its state dict"
             )
         dtype = _STORAGE_DTYPES.get(storage_type.name.rpartition(".")[2])
@@ -268,7 +268,7 @@ def _read_zip(path: Path) -> Any:
         root = pickles[0].removesuffix("data.pkl")
         if f"{root}constants.pkl" in members:
             raise SfdError(f"refused: '{path}' is a TorchScript program, not a file of weights")
-        # Where torch was told to write no checksums (torch.serialization.set_crc32_options), all are 0.
+        # With torch.serialization.set_crc32_options(False) torch writes no checksums, and all are 0.
         summed = members[pickles[0]].CRC != 0
         found: dict[str, _Bytes] = {}
 
@@ -314,7 +314,7 @@ _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 class _Stream:
-    """A file whose `read` allocates no more than there is, whatever a pickle asks for."""
+    """A file whose `read` allocates no more than the file holds, whatever a pickle asks for."""
 
     def __init__(self, stream, size: int):
         self.readline, self._stream, self._size = stream.readline, stream, size
@@ -336,7 +336,7 @@ def _read_legacy(path: Path) -> Any:
             raise ValueError(f"storage {key} is of two types")
         if view is None:
             return whole
-        _, start, size = view  # a storage that looks at a part of another
+        _, start, size = view  # a storage that is a view of another
         if not (type(start) is type(size) is int and 0 <= start <= start + size <= length):
             raise ValueError(f"a view beyond storage {key}")
         return _Storage(dtype, size, whole.data, start * dtype.itemsize)

@@ -1,8 +1,8 @@
-"""What a file of weights holds: its arrays, and which of several state dicts is meant.
+"""Find the state dicts in a file of weights, and choose one.
 
-Formats (facts of the released files): a LightningDiT's `{"ema"}` or `{"model", "ema", "opt",
+Formats of the released files: a LightningDiT's `{"ema"}` or `{"model", "ema", "opt",
 "config"}`, a Semantic VAE's `{"model_state_dict", "config", ...}`, Lightning's `{"state_dict", ...}`,
-a bare state dict, and .safetensors, which is one. Keys may carry the prefix of a wrapper.
+a bare state dict, and .safetensors, which is one. Keys may have the prefix of a wrapper.
 """
 
 import dataclasses
@@ -25,10 +25,10 @@ from sfd_jax.convert.torch_files import read_torch_file, write_torch_file
 from sfd_jax.errors import SfdError, nearest
 from sfd_jax.files import atomic_write
 
-# Where files keep the weights being trained, in the order of preference, and their average.
+# Keys of the weights being trained, in the order of preference, and of their average.
 RAW_KEYS = ("model", "model_state_dict", "state_dict", "params", "module", "net", "network", "weights")
 EMA_KEY = "ema"
-# Modules that training puts around others; no network of ours has parts of these names.
+# Modules that training wraps around others; none of our networks has submodules of these names.
 WRAPPERS = {
     "module",  # DataParallel, AveragedModel
     "_module",  # Opacus
@@ -38,12 +38,12 @@ WRAPPERS = {
     "_fpw_module",  # FSDP before torch 2
     "_forward_module",  # Lightning Fabric
 }
-# What averages count with, beside the weights.
+# Counters that averages keep beside the weights.
 _COUNTERS = {"n_averaged", "num_updates", "decay", "ema_decay", "initted", "step", "num_batches_averaged"}
 # Fixed tables of the networks, which an average of trained parameters may lack.
 _NOT_TRAINED = ("pos_embed", "feat_rope.*")
 _MAX_CONFIG = 2**18  # characters of a config in YAML, its aliases written out
-# Words in the names of what tells about an average and is none.
+# Words in the names of entries that describe an average but are not one.
 _SETTINGS = {"config", "cfg", "args", "kwargs", "parameters", "hparams"} | {
     "groups",
     "rate",
@@ -56,15 +56,15 @@ STEP_KEYS = ("iteration", "global_step", "step", "train_steps", "train_step", "s
 
 @dataclasses.dataclass(frozen=True)
 class WeightFile:
-    """One state dict of a file, and what stands beside it.
+    """One state dict of a file, and the entries beside it.
 
     Args:
       state: arrays by key, prefixes of wrappers removed.
       which: "ema" or "raw".
-      name: where in the file it stands, "" for the file itself.
+      name: its path of keys in the file, "" for the file itself.
       config: the training config in the file (OmegaConf, YAML or a plain dict), {} where none.
       extras: the other entries that are plain scalars (iteration, input_dim, ...).
-      notes: sentences on what was chosen, renamed and left out.
+      notes: what was chosen, renamed and left out, as sentences.
     """
 
     state: dict[str, LazyArray]
@@ -75,7 +75,7 @@ class WeightFile:
     notes: list[str]
 
     def stored(self) -> dict[str, Any]:
-        """Return what the file says of itself, by last name: of its config and its scalars."""
+        """Return the values of the file's config and scalars, by the last part of their names."""
         return _leaves(self.config) | self.extras
 
 
@@ -84,10 +84,10 @@ class Weights:
     """A set of arrays found in a file.
 
     Args:
-      name: the keys that lead to it, joined by slashes; then the prefix of its keys, if it has one.
-      which: "ema", "raw", or "" where its name does not tell.
+      name: its path of keys, joined by slashes; then the prefix of its keys, if it has one.
+      which: "ema", "raw", or "" where its name does not say.
       arrays: by key; by number where the file holds a list in the order of the parameters.
-      others: keys beside them whose values are no arrays.
+      others: keys beside them whose values are not arrays.
     """
 
     name: str
@@ -114,7 +114,7 @@ def _read_file(path: Path, kind: Kind) -> Any:
 
 
 def find_sets(tree: Any) -> list[Weights]:
-    """Return every set of weights in a file's tree; optimizers' moments and lone counters are none."""
+    """Return every set of weights in a file's tree, without optimizers' moments and lone counters."""
     found: dict[tuple[str, str], dict] = {}
     others: dict[str, list[str]] = {}
 
@@ -124,7 +124,7 @@ def find_sets(tree: Any) -> list[Weights]:
     def walk(node, path):
         which = next((role for part in reversed(path) if (role := _role(part))), "")
         if len(path) == 1 and path[0] == "state_dict" and "current_model_state" in tree:
-            which = "ema"  # Lightning's WeightAveraging stores the two so
+            which = "ema"  # Lightning's WeightAveraging stores them like this
         optimizer = any({"opt", "optim", "optimizer", "optimizers"} & set(_words(part)) for part in path)
         for key, value in node.items() if isinstance(node, dict) else enumerate(node):
             if isinstance(value, (dict, list, tuple)):
@@ -150,7 +150,7 @@ def find_sets(tree: Any) -> list[Weights]:
         for (name, which), arrays in found.items()
         if not all(_is_counter(key, array) for key, array in arrays.items())
     ]
-    # Lone arrays beside sets (a random state) are no weights.
+    # Lone arrays beside sets (a random state) are not weights.
     return [s for s in sets if s.name or len(sets) == 1 or _known(s.arrays)]
 
 
@@ -163,8 +163,8 @@ def choose_state(tree: Any, path: str | os.PathLike, which: str | None = None) -
       which: "ema", "raw", the name of a set; None takes the average where there is one.
 
     Raises:
-      SfdError: the file holds no such weights, or several and nothing tells which; the message says
-        what it holds. Raw weights never stand in for an average that is there but cannot be used.
+      SfdError: the file holds no such weights, or several without a way to decide; the message says
+        what it holds. Raw weights never replace an average that exists but cannot be used.
     """
     if not isinstance(tree, dict) or not tree:
         raise SfdError(f"'{path}' holds a {type(tree).__name__}, not a dict of arrays")
@@ -183,7 +183,8 @@ def choose_state(tree: Any, path: str | os.PathLike, which: str | None = None) -
     arrays = _named_like(chosen, raw, trained, path, notes) if trained else chosen.arrays
     if any(isinstance(key, int) for key in arrays):  # no raw weights to name them
         raise SfdError(
-            f"'{path}': '{chosen.name}' is a list of arrays without names, and no raw weights beside it tell them"
+            f"'{path}': '{chosen.name}' is a list of arrays without names, and there are no raw weights to take them "
+            "from; save the average as a state dict"
         )
     state, more = _unwrap(arrays, path)
     fixed = [k for k in trained if k not in state and fits(k, _NOT_TRAINED)]
@@ -193,12 +194,12 @@ def choose_state(tree: Any, path: str | os.PathLike, which: str | None = None) -
     if trained and _known(trained) and not _known(state):
         raise SfdError(
             f"'{path}': '{chosen.name}' should be the average of '{raw.name}' but has other keys, such as "
-            f"{', '.join(list(state)[:3])}; take --weights raw for the raw ones"
+            f"{', '.join(list(state)[:3])}; give --weights raw for the raw ones"
         )
     if chosen.name and chosen.others:
-        more.append(f"left out of '{chosen.name}', no arrays: {', '.join(chosen.others)}")
+        more.append(f"left out of '{chosen.name}', not arrays: {', '.join(chosen.others)}")
     beside, node = dict(tree), tree
-    for name in chosen.name.split("/")[:-1]:  # the dicts that hold the set, an average's own counters aside
+    for name in chosen.name.split("/")[:-1]:  # the dicts that hold the set, but not an average's own counters
         node = node.get(name) if isinstance(node, dict) and not _role(name) else None
         beside |= node if isinstance(node, dict) else {}
     extras = {k: v for k, v in beside.items() if isinstance(v, (int, float, str)) and k not in ("config", *STEP_KEYS)}
@@ -214,16 +215,16 @@ def _choose(tree: dict, sets: list[Weights], path, which: str | None) -> Weights
             raise SfdError(f"'{path}' holds no weights named '{which}'; {nearest(which, names)}")
         return sets[names.index(which)]
     averages = [s for s in sets if s.which == "ema"]
-    if len(averages) > 1:  # those of another network aside
+    if len(averages) > 1:  # leave out those of unknown networks
         averages = [s for s in averages if _is_list(s) or _known(_unwrap(s.arrays, path)[0])] or averages
     raw = _first_raw(sets)
     if which != "raw" and len(averages) > 1:
-        raise SfdError(f"'{path}' holds several averages: {_listed(averages)}; take --weights NAME, one of these")
+        raise SfdError(f"'{path}' holds several averages: {_listed(averages)}; give --weights NAME, one of these")
     if which != "raw" and averages:
         return averages[0]
     if which is None and not averages and (lost := _lost_average(tree)):
         raise SfdError(
-            f"'{path}': '{lost}' should be an average and holds no arrays that can be read; take --weights raw for the "
+            f"'{path}': '{lost}' should be an average but holds no arrays that can be read; give --weights raw for the "
             "raw ones"
         )
     if which != "ema" and raw is None:
@@ -231,21 +232,21 @@ def _choose(tree: dict, sets: list[Weights], path, which: str | None) -> Weights
         unnamed = [s for s in unnamed if _known(_unwrap(s.arrays, path)[0])] or unnamed
         if len(unnamed) > 1:
             raise SfdError(
-                f"'{path}' holds several sets of weights: {_listed(unnamed)}; take --weights NAME, one of these"
+                f"'{path}' holds several sets of weights: {_listed(unnamed)}; give --weights NAME, one of these"
             )
         if unnamed:
             return unnamed[0]
     if which == "ema" or raw is None:
         held = held or "only " + ", ".join(map(repr, tree))
-        hint = f"; take --weights {'raw' if which == 'ema' else 'ema'}" if sets else ""
+        hint = f"; give --weights {'raw' if which == 'ema' else 'ema'}" if sets else ""
         raise SfdError(f"'{path}' holds no {which or 'raw'} weights (it holds {held}){hint}")
     trained = lambda s: {key for key in _unwrap(s.arrays, path)[0] if not fits(key, _NOT_TRAINED)}
     others = [s for s in sets if which is None and s.which != "ema" and s is not raw]
     twins = [s for s in others if trained(s) == trained(raw)]
     if twins:
         raise SfdError(
-            f"'{path}' holds weights of one network several times, and nothing tells which are averaged: "
-            f"{_listed([raw, *twins])}; take --weights NAME, one of these"
+            f"'{path}' holds several sets of weights of one network, and does not say which are averaged: "
+            f"{_listed([raw, *twins])}; give --weights NAME, one of these"
         )
     return raw
 
@@ -267,24 +268,24 @@ def _first_raw(sets: list[Weights]) -> Weights | None:
 
 
 def _averages_beside(path) -> list[str]:
-    """Refuse raw weights of a folder where an average stands beside them; say where one may.
+    """Refuse raw weights of a folder that also has an average; return a note where it may have one.
 
     Raises:
-      SfdError: by its name, something in the folder is the average.
+      SfdError: something in the folder is, by its name, the average.
     """
     names = sorted(entry.name for entry in Path(path).iterdir()) if Path(path).is_dir() else []
     names = [name for name in names if name != find_weights(path)[0].name]
     if averages := [name for name in names if _role(name) == "ema"]:
         raise SfdError(
             f"'{path}' holds raw weights, and beside them averages: {', '.join(averages)}; "
-            "give the average's own path, or take --weights raw"
+            "give the average's own path, or --weights raw"
         )
     objects = [name for name in names if name.startswith("custom_checkpoint_")]
-    return [f"not read, may hold an average (Accelerate registers it so): {', '.join(objects)}"] if objects else []
+    return [f"not read, may hold an average (of Accelerate): {', '.join(objects)}"] if objects else []
 
 
 def _lost_average(tree: dict) -> str | None:
-    """Return the name of an entry that should be an average and has no arrays: cleared, or not readable."""
+    """Return the name of an entry that should be an average but has no readable arrays."""
     for key, value in tree.items():
         name = f"{key} {value.name.rpartition('.')[2]}" if isinstance(value, Record) else key
         if _SETTINGS & set(_words(name)) or isinstance(value, (bool, int, float, str, LazyArray, type(None))):
@@ -301,10 +302,10 @@ def _words(name: Any) -> list[str]:
 
 
 def _role(name: Any) -> str:
-    """Say by a name whether weights are averaged ("ema") or being trained ("raw"); "" where it tells neither."""
+    """Return by a name whether weights are averaged ("ema") or being trained ("raw"); "" where it does not say."""
     words = _words(name)
     if {"grad", "grads", "norm", "loss", "losses", "exp", "sq", "var"} & set(words):
-        return ""  # averages of other things than weights
+        return ""  # averages of something other than weights
     if {"raw", "online", "current", "collected", "stored", "backup", "no", "non", "without"} & set(words):
         return "raw"
     averaged = {"ema", "emas", "averaged", "average", "avg", "swa", "shadow", "polyak"} & set(words)
@@ -320,9 +321,9 @@ def _is_counter(key: Any, array: LazyArray) -> bool:
 
 
 def _unwrap(arrays: Mapping[Any, LazyArray], path) -> tuple[dict[str, LazyArray], list[str]]:
-    """Leave out counters and take wrappers' names out of keys, wherever they stand; say so.
+    """Leave out counters, and remove wrappers' names anywhere in keys; return the state dict and notes.
 
-    A name before all keys is a wrapper's too where a known network stands behind it.
+    A prefix of all keys is a wrapper's too if a known network remains without it.
     """
     counters = {str(key): None for key, array in arrays.items() if _is_counter(key, array)}
     removed: dict[str, int] = {}
@@ -333,7 +334,9 @@ def _unwrap(arrays: Mapping[Any, LazyArray], path) -> tuple[dict[str, LazyArray]
         parts = str(key).split(".")
         name = ".".join(part for part in parts if part not in WRAPPERS)
         if name in origin:
-            raise SfdError(f"'{path}': {origin[name]} and {key} are both {name} without the names of wrappers")
+            raise SfdError(
+                f"'{path}': {origin[name]} and {key} are both {name} without the names of wrappers; remove one of them"
+            )
         origin[name] = key
         for part in WRAPPERS.intersection(parts):
             removed[part] = removed.get(part, 0) + 1
@@ -357,10 +360,10 @@ def _unwrap(arrays: Mapping[Any, LazyArray], path) -> tuple[dict[str, LazyArray]
 
 
 def _named_like(chosen: Weights, raw: Weights, trained: Mapping[str, LazyArray], path, notes) -> dict:
-    """Give an average that lost its keys those of the raw weights: a list, or names without dots.
+    """Give an average without keys (a list, or names without dots) those of the raw weights.
 
     Raises:
-      SfdError: counts or shapes do not tell which array is which.
+      SfdError: counts or shapes do not determine which array is which.
     """
     arrays = chosen.arrays
     if _is_list(chosen):
@@ -373,11 +376,11 @@ def _named_like(chosen: Weights, raw: Weights, trained: Mapping[str, LazyArray],
                 return {key: arrays[index] for key, index in zip(keys, numbers, strict=True)}
         raise SfdError(
             f"'{path}': '{chosen.name}' is a list of {len(arrays)} arrays that does not fit the order, number and "
-            f"shapes of the {len(trained)} of '{raw.name}'; take --weights raw for the raw ones"
+            f"shapes of the {len(trained)} of '{raw.name}'; give --weights raw for the raw ones"
         )
     if any("." in key for key in arrays):
         return dict(arrays)
-    # latent-diffusion's LitEma takes the dots out of names.
+    # latent-diffusion's LitEma removes the dots from names.
     dotted: dict[str, set[str]] = {}
     for key in trained:
         dotted.setdefault(key.replace(".", ""), set()).add(key)
@@ -385,7 +388,10 @@ def _named_like(chosen: Weights, raw: Weights, trained: Mapping[str, LazyArray],
     for key, array in arrays.items():
         keys = next((dotted[key[at:]] for at in range(len(key)) if key[at:] in dotted), {key})
         if len(keys) > 1 or keys & named.keys():
-            raise SfdError(f"'{path}': {key} of '{chosen.name}' could be several arrays of '{raw.name}'")
+            raise SfdError(
+                f"'{path}': {key} of '{chosen.name}' could be several arrays of '{raw.name}'; give --weights raw for "
+                "the raw ones"
+            )
         named[next(iter(keys))] = array
     if named.keys() != arrays.keys():
         notes.append(f"the keys of '{chosen.name}' have lost their dots; they are those of '{raw.name}'")
@@ -393,7 +399,7 @@ def _named_like(chosen: Weights, raw: Weights, trained: Mapping[str, LazyArray],
 
 
 def _whole_number(value: Any) -> int | None:
-    """Return a step as int: a number or one of a one-element tensor; None where it is none."""
+    """Return a step as int, from a number or a one-element tensor; None where it is not a whole number."""
     if isinstance(value, LazyArray) and value.size == 1:
         value = np.asarray(value).item()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -405,7 +411,7 @@ def _read_shards(index: Path) -> dict[str, LazyArray]:
     """Read the arrays of all shards of an index.
 
     Raises:
-      SfdError: names shards and arrays that are missing, arrays in two shards or not in the index.
+      SfdError: names missing shards and arrays, and arrays that are in two shards or not in the index.
     """
     arrays: dict[str, LazyArray] = {}
     place: dict[str, str] = {}
@@ -415,7 +421,7 @@ def _read_shards(index: Path) -> dict[str, LazyArray]:
     for name, keys in shards.items():
         held = _read_file(*find_weights(index.parent / name, whole=False))
         if not isinstance(held, dict) or not all(isinstance(array, LazyArray) for array in held.values()):
-            raise SfdError(f"'{index.parent / name}' is no shard of '{index}': it holds other things than arrays")
+            raise SfdError(f"'{index.parent / name}' is not a shard of '{index}': it holds more than arrays")
         faults += [f"  missing   {key} is not in {name}" for key in keys if key not in held]
         for key in held:
             if key in place:
@@ -443,25 +449,27 @@ def read_statistics(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
     if not (isinstance(mean, LazyArray) and isinstance(std, LazyArray)):
         held = ", ".join(map(repr, list(tree)[:8])) if isinstance(tree, dict) else f"one {type(tree).__name__}"
         raise SfdError(
-            f"'{path}' is no statistics file: it needs arrays 'mean' and 'std', and holds {held or 'nothing'}"
+            f"'{path}' is not a statistics file: it needs arrays 'mean' and 'std', but holds {held or 'nothing'}"
         )
     if mean.shape != std.shape or not mean.shape or mean.size != max(mean.shape) or not mean.size:
-        raise SfdError(f"'{path}': mean {mean.shape} and std {std.shape} are not one value a channel, (1, C, 1, 1)")
+        raise SfdError(
+            f"'{path}': mean is {mean.shape} and std {std.shape}; expected one value a channel, (1, C, 1, 1)"
+        )
     if not (is_float(mean.dtype) and is_float(std.dtype)):
         raise SfdError(f"'{path}': mean is {mean.dtype} and std {std.dtype}, expected floats")
-    with np.errstate(over="ignore"):  # an infinity of float32 is told below
+    with np.errstate(over="ignore"):  # infinities are reported below
         mean, std = (np.asarray(array).astype(np.float32).reshape(-1) for array in (mean, std))
     wrong = ~np.isfinite(mean) | ~np.isfinite(std) | (std <= 0)
     if wrong.any():
         at = int(np.argmax(wrong))
         raise SfdError(
-            f"'{path}': channel {at} has mean {mean[at]} and std {std[at]}; latents cannot be normalised by it"
+            f"'{path}': channel {at} has mean {mean[at]} and std {std[at]}; latents cannot be normalised with these"
         )
     return mean, std
 
 
 def write_file(path: str | os.PathLike, state: dict[str, np.ndarray], tree: dict[str, Any]) -> None:
-    """Write an export, visible only once complete: the bare state for .safetensors, else the tree.
+    """Write an export atomically: the bare state for .safetensors, else the tree.
 
     Raises:
       SfdError: the file exists, its suffix is unknown, it cannot be written, or it is a .pt and torch is missing.
@@ -471,22 +479,22 @@ def write_file(path: str | os.PathLike, state: dict[str, np.ndarray], tree: dict
 
     path = Path(path)
     if path.exists():
-        raise SfdError(f"'{path}' exists; nothing is overwritten, name another file")
+        raise SfdError(f"'{path}' exists and is not overwritten; give another file name")
     if path.suffix not in (".pt", ".pth", ".ckpt", ".safetensors"):
         raise SfdError(f"'{path}': export to a name that ends in .pt, .pth, .ckpt or .safetensors")
     try:
         with atomic_write(path) as part:
             if path.suffix == ".safetensors":
-                # transformers asks for the entry "format"; other readers ignore it.
+                # transformers requires the entry "format"; other readers ignore it.
                 save_file(state, part, metadata={"format": "pt"})
             else:
                 write_torch_file(part, tree)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch tells a full disk by a RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError for a full disk
         raise SfdError(f"cannot write '{path}': {error}") from error
 
 
 def describe(tree: Any) -> list[str]:
-    """Return lines that say what a file holds, no array loaded."""
+    """Return lines that list the content of a file; no array is loaded."""
     lines: list[str] = []
 
     def walk(node, name, depth) -> np.ndarray:
@@ -520,7 +528,7 @@ def describe(tree: Any) -> list[str]:
 
 
 def _config(beside: Mapping[str, Any], path) -> dict[str, Any]:
-    """Return the config beside the weights as JSON has it, since our checkpoint stores it so."""
+    """Return the config beside the weights as JSON values, as our checkpoint stores it."""
     config = beside.get("config")
     try:
         if isinstance(config, str):
@@ -531,19 +539,19 @@ def _config(beside: Mapping[str, Any], path) -> dict[str, Any]:
 
 
 def _yaml(text: str) -> Any:
-    """Read YAML whose aliases, written out, are no longer than the text may be."""
+    """Read YAML; with its aliases written out it must not exceed the limit on its length."""
     if len(text) > _MAX_CONFIG:
         raise ValueError(f"it has {len(text):,} characters, more than {_MAX_CONFIG:,}")
     sizes: dict[int, int] = {}
 
     def size(node) -> int:
         if id(node) not in sizes:
-            sizes[id(node)] = _MAX_CONFIG  # of a node inside itself
+            sizes[id(node)] = _MAX_CONFIG  # for a node inside itself
             children = node.value if isinstance(node, yaml.CollectionNode) else ()
             pairs = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
             sizes[id(node)] = 1 + sum(map(size, pairs)) + (0 if children else len(str(node.value)))
             if sizes[id(node)] > _MAX_CONFIG:
-                raise ValueError("its aliases stand for more than any config holds")
+                raise ValueError("its aliases expand to more than any config holds")
         return sizes[id(node)]
 
     loader = yaml.SafeLoader(text)

@@ -3,10 +3,10 @@
     images.py        one interface to folders, tars, TFDS and the digits; the ADM centre crop
     extract.py       images -> latent shards, with an encode function that the caller brings
     latent_store.py  our shards: ArrayRecord, random access, manifest, statistics
-    released.py     the released safetensors shards, read as they are
+    released.py      the released safetensors shards, read as they are
     paired.py        latents with the pixels they were made from
     pipeline.py      batches as a function of (seed, step, host)
 
-A source is anything with `len(source)` and `source[i] -> dict`. To add one, nothing need be
-registered: pass it to `make_batches` or `extract`.
+A source is anything with `len(source)` and `source[i] -> dict`. A new one need not be registered:
+pass it to `make_batches` or `extract`.
 """

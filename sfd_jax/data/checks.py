@@ -1,6 +1,6 @@
-"""Checks before a long job: each returns sentences that name the faults it found, none if all is well.
+"""Checks before a long job: each returns a list of sentences that name the faults it found.
 
-They look at counts, headers and samples, so that they take seconds on any size of data.
+They read counts, headers and samples, so that they take seconds on any size of data.
 """
 
 import os
@@ -15,20 +15,20 @@ from sfd_jax.data.latent_store import LatentSource, LatentStore
 from sfd_jax.data.released import ReleasedLatents
 from sfd_jax.errors import SfdError
 
-# Images of ImageNet-1k by split, for sets that have its thousand classes.
+# Images of ImageNet-1k by split, for data with a thousand classes.
 IMAGENET_COUNTS = {"train": 1_281_167, "val": 50_000, "validation": 50_000}
 
 
 def check_images(
     source: ImageSource, *, split: str = "", expected_count: int | None = None, max_broken: int = 0
 ) -> list[str]:
-    """Check an image source, of which 64 images are decoded, spread evenly.
+    """Check an image source; 64 images, spread evenly, are decoded.
 
     Args:
       source: an open `ImageSource`.
-      split: tells what ImageNet should hold, where the source has its thousand classes.
+      split: with a thousand classes, the split of ImageNet whose count is expected.
       expected_count: images that it must hold; None for ImageNet's count or any.
-      max_broken: broken images that are no fault, as the job itself goes on with so many.
+      max_broken: broken images that the job tolerates.
 
     Returns:
       Faults, each a sentence.
@@ -37,7 +37,7 @@ def check_images(
     if expected_count is None and len(source.class_names) == 1000:
         expected_count = IMAGENET_COUNTS.get(split)
     if expected_count is not None and len(source) != expected_count:
-        faults.append(f"the images are {len(source):,}, not the expected {expected_count:,}")
+        faults.append(f"there are {len(source):,} images, not the expected {expected_count:,}")
     for index in _spread(len(source), 64):
         try:
             source[index]
@@ -56,12 +56,12 @@ def check_store(
     """Check a latent store before training on it.
 
     ImageNet's count of images is expected, skipped ones included, where the store is ImageNet's: by its class names
-    and split, or as released latents of a thousand labels. Shards of 2 GB, three at least, are compared with their
-    checksums.
+    and split, or as released latents of a thousand labels. About 2 GB of shards, at least three, are compared with
+    their checksums.
 
     Args:
       directory: of the store.
-      num_classes: labels must be below; None takes the store's class names.
+      num_classes: labels must be below it; None for the number of the store's class names.
       flips: the flipped latents are needed.
       repa: the stored features are needed.
 
@@ -101,11 +101,11 @@ def check_store(
 
 
 def check_released(source: ReleasedLatents, *, num_classes: int, flips: bool = False) -> list[str]:
-    """Check released shards before training on them as they are; they hold no checksums.
+    """Check released shards before training on them as they are; they have no checksums.
 
     Args:
       source: the open shards.
-      num_classes: labels must be below; where all of a thousand occur, the images must be ImageNet's.
+      num_classes: labels must be below it; where all of a thousand occur, ImageNet's count of images is expected.
       flips: the flipped latents are needed.
 
     Returns:
@@ -123,12 +123,12 @@ def check_released(source: ReleasedLatents, *, num_classes: int, flips: bool = F
 
 
 def check_labels(source: ImageSource | LatentSource, num_classes: int, setting: str = "model.num_classes") -> list[str]:
-    """Check the label of every record, as far as they are known without reading the records.
+    """Check the labels of all records, as far as they are known without reading the records.
 
     Args:
       source: of images or latents.
-      num_classes: labels must be below.
-      setting: what a message calls it.
+      num_classes: labels must be below it.
+      setting: its name in the message.
     """
     counts = source.label_counts() if hasattr(source, "label_counts") else {}
     labels = counts or range(len(getattr(source, "class_names", None) or ()))
@@ -163,5 +163,5 @@ def check_writable(directory: str | os.PathLike, needed: int) -> list[str]:
 
 
 def _spread(count: int, sample: int) -> list[int]:
-    """Return up to `sample` numbers below `count`, evenly spread, both ends among them."""
+    """Return up to `sample` numbers below `count`, evenly spread, with both ends."""
     return sorted({int(i) for i in np.linspace(0, count - 1, min(sample, count)).round()})

@@ -1,4 +1,4 @@
-"""Which entries of a folder or a tar are images, and which class each of them has."""
+"""Find the images in a folder or a tar, and the class of each."""
 
 import dataclasses
 import os
@@ -11,7 +11,7 @@ import numpy as np
 from sfd_jax.errors import SfdError
 
 EXTENSIONS = (".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-# What systems and tools put among the files of a user; names that start with a dot are hidden as well.
+# Entries that systems and tools put among a user's files; names that start with a dot are hidden as well.
 HIDDEN = {
     "@eadir",
     "@tmp",
@@ -29,17 +29,17 @@ HIDDEN = {
     "lost+found",
 }
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "held_out"}
-NO_CLASS = {"images", "image", "imgs", "img", "jpegimages", "data"}  # where such a folder is the only one
-MOST_NUMBERED = 100_000  # numbers beyond are no labels, but dates or identities
+NO_CLASS = {"images", "image", "imgs", "img", "jpegimages", "data"}  # no class where it is the only folder
+MOST_NUMBERED = 100_000  # larger numbers are not labels, but dates or identities
 
 
 def is_hidden(path: str) -> bool:
-    """Tell whether a part of a relative path is an entry that no user made: hidden, or of a system or a tool."""
+    """Tell whether a relative path has a part that no user made: hidden, or of a system or a tool."""
     return any(part.startswith(".") or part.lower() in HIDDEN for part in path.split("/"))
 
 
 def is_image(path: str) -> bool:
-    """Tell whether a relative path is that of an image, by its ending and where it lies."""
+    """Tell whether a relative path is that of an image, by its ending and its folders."""
     return path.lower().endswith(EXTENSIONS) and not is_hidden(path)
 
 
@@ -47,10 +47,10 @@ def walk(folder: str | os.PathLike) -> tuple[list[str], list[str], Counter[str]]
     """List a folder at every depth, links followed, hidden entries left out.
 
     Returns:
-      Relative paths of the images and of the folders, in no order, and how many other files have which ending.
+      Relative paths of the images and of the folders, in no order, and the number of other files by ending.
 
     Raises:
-      SfdError: a folder that cannot be read or holds itself, or a link beside the class folders that leads nowhere.
+      SfdError: a folder that cannot be read or contains itself, or a dangling link beside the class folders.
     """
 
     def refuse(error: OSError) -> None:
@@ -64,7 +64,7 @@ def walk(folder: str | os.PathLike) -> tuple[list[str], list[str], Counter[str]]
         for name in below:
             path = os.path.join(parent, name)
             if os.path.islink(path) and Path(parent).resolve().is_relative_to(Path(path).resolve()):
-                raise SfdError(f"{path} is a link to a folder that it lies in; remove it")
+                raise SfdError(f"{path} is a link to one of its own parent folders; remove it")
         folders += [prefix + name for name in below]
         found = [name for name in names if is_image(name)]
         images += [prefix + name for name in found]
@@ -72,7 +72,7 @@ def walk(folder: str | os.PathLike) -> tuple[list[str], list[str], Counter[str]]
         for name in [] if prefix else names:
             path = os.path.join(parent, name)
             if not is_hidden(name) and not os.path.exists(path):
-                raise SfdError(f"{path} is a link that leads nowhere; mount what it names, or remove it")
+                raise SfdError(f"{path} is a link whose target is missing; mount the target, or remove the link")
     return images, folders, others
 
 
@@ -84,7 +84,7 @@ class Classes:
       paths: relative paths, by label and then by name.
       labels: int32 (N,).
       class_names: names by label.
-      notes: sentences on what was assumed.
+      notes: assumptions made, as sentences.
     """
 
     paths: list[str]
@@ -94,17 +94,17 @@ class Classes:
 
 
 def find_classes(where: str, images: list[str], folders: list[str], split: str = "") -> Classes:
-    """Sort images by the folders at the top, which are the classes; labels number their sorted names.
+    """Sort images by the top-level folders, which are the classes; labels number their sorted names.
 
-    Folders that are all numbers are labels by number.
+    Where all names are numbers, these are the labels.
 
     Args:
       where: the folder or tar, for messages.
       images, folders: relative paths.
-      split: one that was asked for and is not there; "train", the default, may be `where` itself.
+      split: one that was asked for and does not exist; "train", the default, may be `where` itself.
 
     Raises:
-      SfdError: the folders at the top are no classes, one of them is empty, or images lie beside them; the message
+      SfdError: the top-level folders are not classes, one of them is empty, or images lie beside them; the message
         says what was found and what to give instead.
     """
     notes: list[str] = []
@@ -114,8 +114,8 @@ def find_classes(where: str, images: list[str], folders: list[str], split: str =
     nested = {name for name in splits for path in folders if path.startswith(f"{name}/")}
     splits = splits if len(splits) == len(tops) else [name for name in splits if name in nested]
     if splits:
-        asked = f"has no split '{split}'" if split else "is no folder of classes"
-        raise SfdError(f"{where} {asked}: {found}. Give the split that you mean, one of: {', '.join(splits)}")
+        asked = f"has no split '{split}'" if split else "is not a folder of classes"
+        raise SfdError(f"{where} {asked}: {found}. Give one of these splits: {', '.join(splits)}")
     if split:
         if deeper := [path for path in folders if path.endswith(f"/{split}")]:
             above = min(deeper, key=lambda path: path.count("/"))[: -len(split) - 1]
@@ -143,12 +143,12 @@ def find_classes(where: str, images: list[str], folders: list[str], split: str =
     endings = ", ".join(EXTENSIONS)
     if not images:
         raise SfdError(
-            f"no images in {where}: {found}; wanted are class folders, each with files that end in {endings}"
+            f"no images in {where}: {found}; it must hold class folders, each with files that end in {endings}"
         )
     if empty := [name for name, paths in by_class.items() if not paths]:
         raise SfdError(
             f"{where} holds folders without images: {_some(empty, 'of ' + format(len(tops), ',') + ' folders')}; fill "
-            f"them (files that end in {endings}), or remove them if they are no classes"
+            f"them (files that end in {endings}), or remove them if they are not classes"
         )
     notes += _check_depth(where, by_class)
     names, numbers = _number(where, tops, notes)
@@ -159,7 +159,7 @@ def find_classes(where: str, images: list[str], folders: list[str], split: str =
 
 
 def _check_depth(where: str, by_class: dict[str, list[str]]) -> list[str]:
-    """Refuse folders above the classes; return notes on classes whose images lie deeper."""
+    """Refuse folders above the classes; return notes on classes with images in subfolders."""
     inner = {name: {os.path.dirname(path) for path in paths} - {name} for name, paths in by_class.items()}
     [(first, paths), *others] = by_class.items()
     parts = {part for folders in inner.values() for folder in folders for part in folder.split("/")[1:]}
@@ -169,13 +169,13 @@ def _check_depth(where: str, by_class: dict[str, list[str]]) -> list[str]:
     if only or synsets or any(part.lower() in SPLITS for part in parts):
         above = os.path.commonpath(inner[first]) if only else first
         raise SfdError(
-            f"the folders of {where} are no classes: below {first} lie {_some(sorted(inner[first]), 'folders')}. Give "
+            f"the folders of {where} are not classes: {first} holds {_some(sorted(inner[first]), 'folders')}. Give "
             f"the folder right above the classes as the path, such as {above} in it"
         )
     deep = [name for name, folders in inner.items() if len(folders) > 1]
     if not deep:
         return []
-    return [f"images of the folders below count for the class above: {_some(deep, 'classes of ' + where)}"]
+    return [f"images in subfolders belong to the class folder above them: {_some(deep, 'classes of ' + where)}"]
 
 
 def _number(where: str, tops: list[str], notes: list[str]) -> tuple[list[str], list[int]]:
@@ -184,14 +184,14 @@ def _number(where: str, tops: list[str], notes: list[str]) -> tuple[list[str], l
     if not all(is_number):
         if any(is_number):
             notes.append(
-                f"not all class folders of {where} are numbers: labels follow the order of their names as text"
+                f"not all class folders of {where} are numbers: labels follow the alphabetical order of the names"
             )
         return tops, list(range(len(tops)))
     by_number: dict[int, str] = {}
     for name in tops:
         if int(name) in by_number or not 0 <= int(name) < MOST_NUMBERED:
             twin = by_number.get(int(name))
-            what = f"'{twin}' and '{name}' are one number" if twin else f"'{name}' is no label"
+            what = f"'{twin}' and '{name}' are one number" if twin else f"'{name}' is not a label"
             raise SfdError(
                 f"the class folders of {where} are numbers, which are taken as labels, but {what}; rename it"
             )

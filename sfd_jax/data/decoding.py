@@ -1,11 +1,11 @@
-"""From the bytes of an image file to the pixels of a square: one way for training, extraction and evaluation.
+"""Decode an image file to a square of pixels, in the same way for training, extraction and evaluation.
 
-The first frame of an animation or of several pages is taken, transparency is dropped (the colours below it
-stay), and EXIF orientation is left alone, as the ADM suite does with Pillow's `convert("RGB")`. Grey of more
+The first frame of an animation or page of several is taken, transparency is dropped (the colours below it
+stay), and EXIF orientation is ignored, as the ADM suite does with Pillow's `convert("RGB")`. Grey of more
 than 8 bits keeps its high byte, as Pillow does with 16-bit colour.
 
-Memory: a file of more than MAX_BYTES or an image of more than MAX_PIXELS is refused by its header, and what a crop
-makes besides the decoded image stays below 4 * THIN times the target square.
+Memory: a file of more than MAX_BYTES or an image of more than MAX_PIXELS is refused before it is decoded, and a crop
+allocates, besides the decoded image, less than 4 * THIN times the target square.
 """
 
 import io
@@ -18,17 +18,17 @@ from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit, beyond which it warns of a decompression bomb; 1,365 squares of 256 px
 MAX_BYTES = 4 * MAX_PIXELS  # of a file
-THIN = 16  # longer side over the shorter one beyond which a crop computes only the pixels that it keeps
-# Not all that Pillow knows: it hands EPS to another program.
+THIN = 16  # ratio of the sides beyond which a crop computes only the pixels that it keeps
+# Not all of Pillow's: it passes EPS to another program.
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
-# Pillow warns of odd metadata and of large images; what matters of it becomes the reason of a broken image.
+# Pillow warns of odd metadata and of large images; what matters is reported as a broken image.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
-    """Read an image file, no further than where `load_image` refuses it.
+    """Read an image file, up to the size that `load_image` refuses.
 
     Raises:
       OSError: it cannot be read.
@@ -41,9 +41,9 @@ def load_image(data: bytes) -> Image.Image:
     """Decode an image file.
 
     Raises:
-      ValueError: it is no whole image of a known format, or larger than the limits of this module; with the reason.
+      ValueError: not a complete image of a known format, or larger than the limits of this module; with the reason.
     """
-    too_large = f"larger than the {MAX_PIXELS:,} pixels and {MAX_BYTES:,} bytes that are read; make it smaller"
+    too_large = f"larger than the limits of {MAX_PIXELS:,} pixels and {MAX_BYTES:,} bytes; make it smaller"
     if len(data) > MAX_BYTES:
         raise ValueError(too_large)
     try:
@@ -53,11 +53,11 @@ def load_image(data: bytes) -> Image.Image:
             return image
     except MemoryError:
         raise
-    except UnidentifiedImageError as error:  # its own text holds a memory address
+    except UnidentifiedImageError as error:  # its message contains a memory address
         raise ValueError("not an image of a known format") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(too_large) from error
-    except Exception as error:  # Pillow tells a broken file by a dozen types, depending on format and place
+    except Exception as error:  # Pillow raises a dozen types for broken files, depending on the format
         raise ValueError(str(error) or type(error).__name__) from error
     raise ValueError(too_large)
 
@@ -69,7 +69,7 @@ def to_rgb(image: bytes | np.ndarray | Image.Image) -> Image.Image:
       image: encoded bytes, an array (H,W), (H,W,1) or (H,W,3) of uint8 (or grey uint16), or a Pillow image.
 
     Raises:
-      ValueError: the bytes are no whole image, or grey of more than 8 bits whose range is not clear.
+      ValueError: the bytes are not a complete image, or grey of more than 8 bits whose range is unclear.
     """
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)
@@ -82,7 +82,7 @@ def to_rgb(image: bytes | np.ndarray | Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> np.ndarray:
-    """Return grey of more bits as uint8 (H,W)."""
+    """Return grey of more than 8 bits as uint8 (H,W)."""
     values = np.asarray(image)
     low, high = values.min(), values.max()
     tags = image.tag_v2 if image.format == "TIFF" else {}
@@ -93,8 +93,8 @@ def _eight_bits(image: Image.Image) -> np.ndarray:
             raise ValueError(f"floating-point grey from {low:g} to {high:g}; expected 0 to 1")
         values = np.round(values * np.float32(65535)).astype(np.uint16)
     bits = 12 if tags.get(258) == (12,) else 16
-    # PGM says its range and Pillow scales it to 16 bits; elsewhere 32 bits hold numbers of any range, and what 16 make
-    # black throughout is rather an image of 8.
+    # PGM declares its range and Pillow scales it to 16 bits. Other 32-bit files hold numbers of any range, and a 16-bit
+    # image that would be all black is probably one of 8 bits.
     if image.mode != "F" and (low < 0 or high > 65535 or (0 < high < 2 ** (bits - 8) and image.format != "PPM")):
         size = 32 if image.mode == "I" else bits
         raise ValueError(f"{size}-bit grey from {low} to {high}, whose range is not clear; save it with 8 or 16 bits")
@@ -124,9 +124,9 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
         return np.ascontiguousarray(pixels[top : top + size, left : left + size])
     rows_first = image.width < image.height and height < image.height
     (x, columns), (y, rows) = _taps(image.width, width, left, size), _taps(image.height, height, top, size)
-    image = image.crop((x.min(), y.min(), x.max() + 1, y.max() + 1))  # before an array is made of all of it
+    image = image.crop((x.min(), y.min(), x.max() + 1, y.max() + 1))  # before the conversion to an array
     axes = [(1, x - x.min(), columns), (0, y - y.min(), rows)]
-    # Pillow (13) rounds between its two passes, and begins with the rows where a tall image becomes smaller.
+    # Pillow (13) rounds between its two passes, and begins with the rows when it shrinks a tall image.
     pixels = np.asarray(image)
     for axis, places, weights in reversed(axes) if rows_first else axes:
         pixels = _weighted(pixels.swapaxes(0, axis), places, weights).swapaxes(0, axis)
@@ -134,10 +134,10 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
 
 
 def _taps(source: int, target: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return what Pillow's bicubic resize of one axis reads for the pixels [first, first + count) of `target`.
+    """Return the taps of Pillow's bicubic resize of one axis for the pixels [first, first + count) of `target`.
 
     Returns:
-      Places in the source and their weights in units of 2^-22, int64 (count, taps).
+      Indices in the source and their weights in units of 2^-22, int64 (count, taps).
 
     Source: `precompute_coeffs` and `normalize_coeffs_8bpc` of Pillow's Resample.c.
     """
@@ -151,7 +151,7 @@ def _taps(source: int, target: int, first: int, count: int) -> tuple[np.ndarray,
     a = -0.5
     near, far = ((a + 2) * x - (a + 3)) * x * x + 1, (((x - 5) * x + 8) * x - 4) * a
     weights = np.where(x < 1, near, np.where(x < 2, far, 0.0)) * (places < stop)
-    weights /= np.cumsum(weights, axis=1)[:, -1:]  # summed one by one, as there
+    weights /= np.cumsum(weights, axis=1)[:, -1:]  # summed one by one, as in Pillow
     return np.minimum(places, source - 1), np.trunc(weights * 2**22 + np.copysign(0.5, weights)).astype(np.int64)
 
 

@@ -1,9 +1,9 @@
-"""Images to latent shards: read, encode, write, and go on after a kill.
+"""Images to latent shards: read, encode, write, and continue after a kill.
 
-The engine knows no network. It is given `encode`, a jitted function of a batch of pixels and their
-indices, and it takes care of the rest: every image exactly once and in order, batches of one size
-(so that the function is compiled once and no result depends on what else is in a batch), broken
-images skipped and listed, shards shared among hosts.
+The engine knows no network. The caller passes `encode`, a jitted function of a batch of pixels and their
+indices. The engine reads every image exactly once and in order, keeps batches at one size (so that the
+function is compiled once and no result depends on the other images of a batch), skips and lists broken
+images, and divides the shards among hosts.
 """
 
 import dataclasses
@@ -40,41 +40,41 @@ POSTERIORS = ("sample", "mean")
 
 @dataclasses.dataclass(frozen=True)
 class ExtractConfig:
-    """Say how images become latents: what decides them (`identity`), and how the work is done."""
+    """Configure extraction: the settings that decide the latents (`identity`), and how the work is done."""
 
     image_size: int = setting(256, "pixels a side")
     tile_size: int = setting(256, "pixels a side that the visual encoder sees at once")
     pca: int | None = setting(None, "principal components instead of a Semantic VAE", metavar="CHANNELS")
     pca_images: int = setting(50_000, "images to fit them on")
-    weights: str = setting("ema", "of checkpoints that hold both", choices=("ema", "raw"))
+    weights: str = setting("ema", "which weights of checkpoints that hold both", choices=("ema", "raw"))
     texture_posterior: str = setting("sample", "texture latents", choices=POSTERIORS)
     semantic_posterior: str = setting("sample", "semantic latents", choices=POSTERIORS)
     flips: bool = setting(True, "mirrored images too")
     repa: bool = setting(False, "store the visual features as well (large: see README)")
-    seed: int = setting(0, "of the posterior samples")
-    dtype: str = setting("bfloat16", "of the stored latents", choices=("bfloat16", "float32"))
+    seed: int = setting(0, "seed of the posterior samples")
+    dtype: str = setting("bfloat16", "dtype of the stored latents", choices=("bfloat16", "float32"))
     batch_size: int = setting(64, "images a host encodes at once")
     shard_size: int = setting(4096, "images a shard")
     workers: int = setting(0, "processes that read images (0: threads)")
-    max_broken: int = setting(0, "broken images to go on with, over all hosts")
+    max_broken: int = setting(0, "broken images to skip before stopping, over all hosts")
 
     def __post_init__(self):
         check_fields("extract", self)
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the latents, for the manifest, in the words of the first version."""
+        """Return the settings that decide the latents, for the manifest, under the names of the first version."""
         how = ("pca_images", "dtype", "batch_size", "shard_size", "workers", "max_broken")
         return {name: value for name, value in to_dict(self).items() if name not in how} | {"pca": self.pca or 0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """Say which shards this host writes, in a job of several hosts.
+    """Choose the shards that this host writes, in a job of several hosts.
 
     Attributes:
       index, count: it writes every `count`-th shard from `index`.
       barrier: waits for the other hosts; needed where there are several.
-      progress: show a bar; None shows it on a terminal.
+      progress: show a progress bar; None shows it on a terminal.
     """
 
     index: int = 0
@@ -94,7 +94,7 @@ def extract(
     sharding: jax.sharding.Sharding | None = None,
     share: Share = Share(),
 ) -> LatentStore:
-    """Encode every image of a source into a latent store, or finish one that was begun.
+    """Encode every image of a source into a latent store, or continue an unfinished one.
 
     Args:
       source: random access to {"pixels" uint8 (H,W,3), "label", "index"}.
@@ -102,18 +102,18 @@ def extract(
         `texture` and `semantic` (B,H,W,C), and optionally their `_flip` and `repa_features` (B,N,F)
         with its `_flip`. Whatever is random in it must be a function of the index.
       out_dir: folder of the store.
-      config: how the work is done, and what `encode` was made of.
+      config: how the work is done, and what `encode` was made from.
       about: JSON-able description of the source; kept in the manifest beside `config.identity()`, and
-        compared with it when a begun store is continued.
+        compared with it when an unfinished store is continued.
       weights: network -> hash of its weights; kept and compared likewise.
-      sharding: how a batch lies on this host's devices; None for the default device.
+      sharding: of a batch over this host's devices; None for the default device.
       share: this host's part of the work.
 
     Returns:
       The finished store.
 
     Raises:
-      SfdError: the folder belongs to another run, cannot be written or has too little space; too many
+      SfdError: the folder belongs to another run, cannot be written or lacks space; too many
         broken images; latents that are not finite.
     """
     plan = extract_plan(source, encode, config, about, weights)
@@ -154,20 +154,20 @@ def repack(
     statistics: LatentStatistics | None = None,
     share: Share = Share(),
 ) -> LatentStore:
-    """Turn released shards into a latent store, or finish one that was begun.
+    """Turn released shards into a latent store, or continue an unfinished one.
 
     Args:
-      source: the released shards; their features come along where it reads them.
+      source: the released shards; with `repa` their features are stored too.
       out_dir: folder of the store.
-      config: its `dtype`, `shard_size` and `workers` count.
-      statistics: the released ones, which go with the released weights; None measures our own.
+      config: only `dtype`, `shard_size` and `workers` are used.
+      statistics: the released ones, which go with the released weights; None measures them.
       share: this host's part of the work.
 
     Returns:
       The finished store.
 
     Raises:
-      SfdError: as `extract`, and where a released shard is damaged.
+      SfdError: as for `extract`, or a released shard is damaged.
     """
     plan = repack_plan(source, config, statistics)
     images = lambda indices: _records(source, indices, config.workers)
@@ -199,7 +199,7 @@ def _fill(
     broken: BrokenImages,
     statistics: LatentStatistics | None = None,
 ) -> LatentStore:
-    """Write this host's missing shards from `images(indices)`, and the manifest when all are there."""
+    """Write this host's missing shards from `images(indices)`, and the manifest when all are written."""
     writer = LatentStoreWriter(out_dir, plan)
     shards = [s for s in range(plan.num_shards) if s % share.count == share.index]
     pending = [s for s in shards if not writer.is_done(s)]
@@ -219,10 +219,10 @@ def _fill(
             stream = images(np.concatenate([np.asarray(plan.span(s)) for s in pending]))
             for shard in pending:
                 _write_shard(writer, shard, stream, broken, bar)
-                count_broken(writer, broken, counted)  # the other hosts' too, so that none goes on for nothing
+                count_broken(writer, broken, counted)  # the other hosts' too, so that all stop early
     wait = share.barrier or (lambda name: None)
     wait("latents: all shards written")
-    count_broken(writer, broken, counted)  # all of them, so that every host comes to the same end
+    count_broken(writer, broken, counted)  # all of them, so that every host decides the same
     if share.index == 0 and (pending or not (Path(out_dir) / "manifest.json").exists()):
         writer.finish(statistics)
     wait("latents: manifest written")
@@ -230,10 +230,10 @@ def _fill(
 
 
 def count_broken(writer: LatentStoreWriter, broken: BrokenImages, counted: set[int]) -> None:
-    """Add the broken images of the finished shards, of whatever host, that are not among the `counted` ones.
+    """Add the broken images of all hosts' finished shards that are not among the `counted` ones.
 
     Raises:
-      SfdError: there are more than the job goes on with.
+      SfdError: there are more than the job tolerates.
     """
     for shard in set(range(writer.plan.num_shards)) - counted:
         if writer.is_done(shard):
@@ -257,7 +257,7 @@ def _records(source: ReleasedLatents, indices: np.ndarray, workers: int) -> Iter
 
 
 class _BothOrientations:
-    """Read images of latents together with their mirror images, under the names that a shard is written by."""
+    """Read latents together with those of the mirror images, under the field names of a store."""
 
     def __init__(self, source: ReleasedLatents):
         self.source = source
@@ -279,7 +279,7 @@ def _encoded(
     sharding: jax.sharding.Sharding | None,
     workers: int,
 ) -> Iterator[tuple[int, dict | BrokenImage]]:
-    """Yield (index, fields or what was wrong) for each index, in order."""
+    """Yield (index, fields or BrokenImage) for each index, in order."""
     batches = make_eval_batches(Tolerant(source), batch_size=batch_size, indices=indices, workers=workers)
     waiting = None
     for batch in batches:
@@ -287,7 +287,7 @@ def _encoded(
         if sharding is not None:
             pixels, index = jax.device_put((pixels, index), sharding)
         latents = encode(pixels, index)
-        # The devices work on this batch while the one before is written.
+        # The devices encode this batch while the previous one is written.
         if waiting is not None:
             yield from _unpack(*waiting)
         waiting = (batch, latents)

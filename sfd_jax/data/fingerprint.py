@@ -1,18 +1,18 @@
-"""A name for a set of training data, the same wherever the data lie."""
+"""A hash of a set of training data, independent of its location."""
 
 import hashlib
 from typing import Any
 
 import numpy as np
 
-_RECORDS = 16  # looked at where a source does not know the hash of its files
+_RECORDS = 16  # records that are read where a source does not know the hash of its files
 
 
 def data_hash(source: Any) -> str:
     """Return a hex digest of a source: its size, its class names and its content.
 
-    A latent store's manifest has the hashes of its shards. Of other sources records spread over the whole are read,
-    images as they are stored, so that another decoder's version makes no other data of them.
+    A latent store's manifest has the hashes of its shards. Of other sources evenly spread records are read, images as
+    encoded bytes, so that the decoder's version does not change the hash.
 
     Args:
       source: of images, latents or both (`WithPixels`), with `len` and `class_names`.

@@ -1,6 +1,6 @@
 """Datasets of encoded images: a folder of class folders, TensorFlow Datasets.
 
-Each answers `dataset[i] -> (bytes, label)`, for `images.ImageSource` to decode. Labels number the
+Each returns `dataset[i] -> (bytes, label)`, for `images.ImageSource` to decode. Labels number the
 class names in sorted order, which for ImageNet's folders (n01440764, ...) gives the usual labels.
 """
 
@@ -21,10 +21,10 @@ class ImageFolder:
     Args:
       path: the folder.
       split: name of a subfolder to read; "" reads the folder itself. Where there is no subfolder "train",
-        the default, the folder itself is taken if its own folders are classes, and `notes` says so.
+        the default, the folder itself is read if its own folders are classes, and `notes` says so.
 
     Raises:
-      SfdError: no such folder or split, or folders that are no classes (see `find_classes`).
+      SfdError: no such folder or split, or folders that are not classes (see `find_classes`).
     """
 
     def __init__(self, path: str, split: str = ""):
@@ -40,7 +40,7 @@ class ImageFolder:
         self.labels, self.class_names, self.notes = found.labels, found.class_names, found.notes
         if others:
             endings = ", ".join(f"{ending or 'none'} ({count:,})" for ending, count in others.most_common(8))
-            self.notes.append(f"files of {self.root} that are no images by their ending are left out: {endings}")
+            self.notes.append(f"files of {self.root} that do not end as images do are left out: {endings}")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -60,14 +60,14 @@ class TfdsImages:
       split: such as "train" or "validation[:500]".
 
     Raises:
-      SfdError: the package is missing, or the data set is not prepared.
+      SfdError: the package is missing, or the data set was not prepared.
     """
 
     def __init__(self, name: str, split: str):
         with needs_extra("tfds", "reading TensorFlow Datasets"):
             import tensorflow_datasets as tfds
         try:
-            # SkipDecoding hands over the encoded bytes, so that our decoder sees what others see.
+            # SkipDecoding gives the encoded bytes, so that one decoder serves all kinds of sources.
             self.source = tfds.data_source(name, split=split, decoders={"image": tfds.decode.SkipDecoding()})
         except Exception as error:  # the package raises many kinds, for anything from name to disk
             raise SfdError(

@@ -15,7 +15,7 @@ from sfd_jax.data.decoding import MAX_BYTES
 from sfd_jax.errors import SfdError
 from sfd_jax.files import atomic_write
 
-INDEX_FORMAT = 2  # part of the stamp: another one is made anew
+INDEX_FORMAT = 2  # part of the stamp: an index of another format is made again
 BLOCK = 512
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")  # all but the first are refused
 BEGINNINGS = {
@@ -30,17 +30,17 @@ BEGINNINGS = {
 
 
 class ImageTar:
-    """Images in a tar of class folders, of class tars, or of either below the name of a split.
+    """Images in a tar of class folders or of class tars, at the top or below the name of a split.
 
-    The first opening reads all headers and keeps the places of the images in `<tar>.index.npz`, beside the tar
-    where it can; later ones take them from there, as long as the tar's size and time are the same.
+    The first opening reads all headers and stores the offsets of the images in `<tar>.index.npz` beside the tar, if it
+    can be written; later ones use that file as long as the tar's size and time are the same.
 
     Args:
       path: the tar, not compressed.
       split: name of a folder in it, used where it exists.
 
     Raises:
-      SfdError: no such file, not a whole tar (the message names the member), or images without a class.
+      SfdError: no such file, an incomplete tar (the message names the member), or images without a class.
     """
 
     def __init__(self, path: str, split: str = ""):
@@ -97,7 +97,7 @@ class ImageTar:
 
 
 def _start(names: list[str], folders: set[str], split: str) -> str:
-    """Return what the names of the wanted images start with: the split, and a folder around everything."""
+    """Return the common start of the wanted images' names: a folder around everything, and the split."""
     start = ""
     while True:
         if split and start + split in folders:
@@ -127,7 +127,7 @@ def _index_tar(path: Path) -> dict[str, np.ndarray]:
             elif is_image(name):
                 images.append((name, member.offset_data, member.size))
     if twice := [name for name, count in Counter(name for name, *_ in images).items() if count > 1]:
-        raise SfdError(f"{path} holds {twice[0]} twice; write it anew from its extracted files")
+        raise SfdError(f"{path} holds {twice[0]} twice; write the tar again from its extracted files")
     return {
         "names": np.array([os.fsencode(name) for name, *_ in images], dtype=np.bytes_),
         "offsets": np.array([offset for _, offset, _ in images], np.int64),
@@ -139,20 +139,20 @@ def _index_tar(path: Path) -> dict[str, np.ndarray]:
 def _members(path: Path, file: BinaryIO, inside: str, start: int, end: int) -> Iterator[tuple[tarfile.TarInfo, str]]:
     """Iterate over the visible members of the tar in bytes [start, end) of a file, and their names without dots.
 
-    Python's tarfile takes a damaged header for the end; here the end is a block of zeros and nothing behind it.
+    Python's tarfile takes a damaged header for the end; here the end must be zeros only.
     """
     what, last = f"{inside} in {path}" if inside else str(path), "its start"
     file.seek(start)
     beginning = file.read(BLOCK)[: end - start]
     kind = next((kind for magic, kind in BEGINNINGS.items() if beginning.lstrip().startswith(magic)), "")
     if kind or not beginning:
-        raise SfdError(f"{what} is not a whole, uncompressed tar: it is {kind or 'empty'}; unpack it or fetch it again")
+        raise SfdError(f"{what} is not a complete, uncompressed tar: it is {kind or 'empty'}; unpack or fetch it again")
     file.seek(start)
     damaged = lambda fault: SfdError(
-        f"{what} is not a whole, uncompressed tar: {fault} behind {last}; fetch it again or write it anew"
+        f"{what} is not a complete, uncompressed tar: {fault} after {last}; fetch or write it again"
     )
     try:
-        # Its offsets count from the file's start, and it reads from where the file stands.
+        # tarfile reads from the file's position, but its offsets count from the file's start.
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 if member.size < 0 or member.offset_data + (0 if member.issparse() else member.size) > end:
@@ -162,7 +162,7 @@ def _members(path: Path, file: BinaryIO, inside: str, start: int, end: int) -> I
                 wanted = is_image(name) or ((name.lower().endswith(ARCHIVES) or member.issym()) and not is_hidden(name))
                 if wanted and not member.isdir() and (not member.isreg() or member.issparse()):
                     raise SfdError(
-                        f"{member.name} in {what} is a link, sparse or no file, so its bytes do not lie in the tar; "
+                        f"{member.name} in {what} is a link, sparse or not a file, so its bytes are not in the tar; "
                         "write the tar with --hard-dereference --dereference and without --sparse"
                     )
                 if name and not is_hidden(name) and (wanted or member.isdir()):
@@ -189,11 +189,11 @@ def _load_index(path: Path, stamp: np.ndarray) -> dict[str, np.ndarray] | None:
         whole = names.shape == offsets.shape == sizes.shape and names.dtype.kind == index["folders"].dtype.kind == "S"
         whole = whole and bool(((offsets >= 0) & (sizes >= 0) & (offsets + sizes <= stamp[1])).all())
         return index if whole and np.array_equal(index["stamp"], stamp) else None
-    except Exception:  # none yet, or a damaged one, which numpy tells by many types: it is made again
+    except Exception:  # none yet, or a damaged one, for which numpy raises many types: it is made again
         return None
 
 
 def _save_index(path: Path, index: dict[str, np.ndarray]) -> None:
-    # A read-only disk is no fault: the next opening reads the headers again.
+    # A read-only disk is not an error: the next opening reads the headers again.
     with contextlib.suppress(OSError), atomic_write(path, shared=True) as part, open(part, "wb") as file:
         np.savez(file, **index)

@@ -1,10 +1,9 @@
 """Image sources behind one interface: random access to square RGB images with their labels.
 
-A source is made of two parts. A *dataset* answers `len(dataset)`, `dataset[i] -> (image, label)` and
-has `class_names`; its image is whatever it has at hand: encoded bytes, an array, a Pillow image. An
-`ImageSource` turns that into pixels, the same way for all of them (decoding.py): RGB, then the ADM centre crop.
-A dataset may have `labels` (N,), `notes` (sentences on what was assumed) and `name(i)`. To add a kind of dataset,
-write a class of that shape and a line in `KINDS`.
+A source has two parts. A *dataset* has `len(dataset)`, `dataset[i] -> (image, label)` and `class_names`;
+its image is encoded bytes, an array or a Pillow image. An `ImageSource` turns that into pixels, the same way
+for all of them (decoding.py): RGB, then the ADM centre crop. A dataset may also have `labels` (N,), `notes`
+(assumptions made, as sentences) and `name(i)`. To add a kind of dataset, write such a class and add it to `KINDS`.
 
 Pixels are uint8 (H,W,3), 0..255, H = W = image_size.
 """
@@ -24,7 +23,7 @@ from sfd_jax.ranges import check
 
 
 class LabelledImages(Protocol):
-    """Anything with (image, label) pairs: what an `ImageSource` reads from."""
+    """Anything with (image, label) pairs that an `ImageSource` can read."""
 
     class_names: list[str]
 
@@ -55,7 +54,7 @@ def open_images(kind: str, path: str, split: str, image_size: int) -> "ImageSour
     return ImageSource(KINDS[kind](path, split), image_size)
 
 
-# Kind -> dataset of (path, split); what a kind needs beside this package is imported when it is opened.
+# Kind -> dataset of (path, split); extra packages that a kind needs are imported when it is opened.
 KINDS: dict[str, Callable[[str, str], LabelledImages]] = {
     "digits": lambda path, split: Digits(split),
     "folder": ImageFolder,
@@ -86,13 +85,13 @@ class ImageSource:
 
         Raises:
           BrokenImage: the image cannot be read or decoded.
-          SfdError: its label is none of the classes'.
+          SfdError: its label is not that of a class.
         """
         index = int(index)
         try:
             image, label = self.dataset[index]
             pixels = center_crop(to_rgb(image), self.image_size)
-        # The last three come from Pillow images and arrays, which `load_image` has not seen.
+        # The last three come from Pillow images and arrays, which do not pass through `load_image`.
         except (OSError, ValueError, TypeError, SyntaxError, EOFError) as error:
             raise BrokenImage(self.name(index), str(error) or type(error).__name__) from error
         if not (0 <= label < len(self.class_names) and label == int(label)):
@@ -100,14 +99,14 @@ class ImageSource:
         return {"pixels": pixels, "label": int(label), "index": index}
 
     def label_counts(self) -> dict[int, int]:
-        """Return how many images each label has; empty where the labels are only known by reading the images."""
+        """Return the number of images by label; empty where labels are only known by reading the images."""
         return dict(Counter(getattr(self.dataset, "labels", np.empty(0, int)).tolist()))
 
     def name(self, index: int) -> str:
-        """Return what a person calls image `index`: its path where it has one."""
+        """Return a name of image `index` for messages: its path where it has one."""
         name = getattr(self.dataset, "name", None)
         name = name(index) if name else f"image {index}"
-        return name.encode(errors="backslashreplace").decode()  # a name that is no UTF-8 could not be printed
+        return name.encode(errors="backslashreplace").decode()  # a name that is not UTF-8 could not be printed
 
 
 class BrokenImage(SfdError):
@@ -115,7 +114,7 @@ class BrokenImage(SfdError):
 
     Args:
       name: its path or number.
-      reason: what the decoder said.
+      reason: the decoder's message.
     """
 
     def __init__(self, name: str, reason: str):
@@ -128,10 +127,10 @@ class BrokenImage(SfdError):
 
 
 class BrokenImages:
-    """List the broken images of a job, and end the job when there are too many.
+    """List the broken images of a job, and stop the job when there are too many.
 
     Args:
-      limit: how many a job goes on with.
+      limit: how many the job tolerates.
     """
 
     def __init__(self, limit: int):
@@ -156,8 +155,8 @@ class BrokenImages:
 class Tolerant:
     """Read images that may be broken, for jobs that take every image once.
 
-    A broken image comes out black, with its fault beside it: `broken` holds what the decoder said and
-    `name` the image's name, both empty for whole ones.
+    A broken image comes out black, with the decoder's message in `broken` and the image's name in `name`;
+    both are empty for whole images.
 
     Args:
       source: an `ImageSource`.

@@ -1,8 +1,8 @@
 """Latents on disk: ArrayRecord shards with random access, and a manifest that describes them.
 
     manifest.json            written last; a store without it is not finished
-    plan.json                what the folder is meant to hold, written first
-    latents-00003.ar         the images that `Plan.span(3)` names, in order
+    plan.json                what the folder will hold, written first
+    latents-00003.ar         the images of `Plan.span(3)`, in order
     latents-00003.json       count, checksum and moments of that shard, skipped images
 
 A record is one image, or its mirror image: the raw little-endian bytes of its fields, without any
@@ -10,9 +10,9 @@ header, in the order and with the dtypes and shapes that the manifest lists. So 
 numpy structure. Fields: `texture` (H,W,C), `semantic` (H,W,C), where extracted `repa_features`
 (N,F), `label` int32 and `index` int64 (its number in the image source). Where the manifest lists
 `texture_flip` and so on, each image is followed by its mirror image, a record with the same names: the
-loader draws one of the two and reads no byte of the other. All latents are raw, that is not normalised.
+loader draws one of the two and does not read the other. All latents are raw, that is not normalised.
 
-A shard gets its name only when it is complete and on the disk. Riegeli, the layer below ArrayRecord,
+A shard gets its final name only when it is complete and on the disk. Riegeli, the layer below ArrayRecord,
 keeps a hash of every record and checks it on every read.
 """
 
@@ -36,7 +36,7 @@ from sfd_jax.files import PART, differences, file_sha256, sync, write_json
 from sfd_jax.latents import LatentStatistics
 
 FORMAT = "sfd_jax latents 2"
-FLIPS = ("", "_flip")  # what the fields of an image and of its mirror image end in
+FLIPS = ("", "_flip")  # suffixes of the fields of an image and of its mirror image
 PER_IMAGE = ("label", "index")  # the same for both
 DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -48,10 +48,10 @@ DTYPES = {
 
 
 class LatentSource:
-    """What sources of latents share: one image by its number, and what `read` begins with.
+    """Base class of latent sources: access to one image, and the checks of `read`'s arguments.
 
     Attributes:
-      directory: where it is.
+      directory: its folder.
       flips: the mirror images are stored too.
     """
 
@@ -59,12 +59,12 @@ class LatentSource:
     flips: bool
 
     def __getitem__(self, index: int) -> dict:
-        """Return the fields of one image as it is, not mirrored; `label` and `index` as ints."""
+        """Return the fields of one image, not mirrored; `label` and `index` as ints."""
         fields = {name: values[0] for name, values in self.read(np.array([index])).items()}
         return {**fields, "label": int(fields["label"]), "index": int(fields["index"])}
 
     def _checked(self, indices: np.ndarray, flip: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """Return what `read` is asked for; refuse images that there are not, and flips that are not stored."""
+        """Return the checked arguments of `read`; refuse indices out of range, and flips that are not stored."""
         indices = np.asarray(indices, np.int64)
         flip = np.zeros(len(indices), bool) if flip is None else flip
         if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
@@ -89,8 +89,7 @@ class LatentStore(LatentSource):
       class_names: list of names, or None.
 
     Raises:
-      SfdError: no manifest, one of another format or that contradicts itself, or a shard that is missing or of
-        another length.
+      SfdError: no manifest, or it has another format or contradicts itself; a shard is missing or has another length.
     """
 
     def __init__(self, directory: str | os.PathLike):
@@ -101,7 +100,7 @@ class LatentStore(LatentSource):
         except (AttributeError, KeyError, TypeError, ValueError, SfdError) as error:
             raise SfdError(
                 f"{self.directory / 'manifest.json'} is damaged ({error}); delete it and run the command that made it "
-                "again"
+                "once more"
             ) from error
         self._ends = np.cumsum([shard["count"] for shard in self.shards])
         self._readers: dict[int, ArrayRecordReader] = {}
@@ -135,7 +134,7 @@ class LatentStore(LatentSource):
             channels = self.record_dtype[group].shape[-1]
             if getattr(self.statistics, f"{group}_mean").size != channels:
                 raise ValueError(f"its {group} statistics are not of {channels} channels")
-        # A begun store keeps the hash of released statistics that it was given; others were measured.
+        # The plan keeps the hash of released statistics if any were given; otherwise they were measured.
         given = manifest["config"].get("statistics", "measured")
         whole = manifest["statistics"] == manifest.get("measured_statistics", manifest["statistics"])
         if not (whole if given == "measured" else self.statistics.hash() == given):
@@ -149,7 +148,7 @@ class LatentStore(LatentSource):
 
     @property
     def origin(self) -> dict:
-        """Return what checkpoints keep of their latents: who made them, from images of which size, and their labels."""
+        """Return what a checkpoint records of its latents: hashes of the encoders, image size, and labels."""
         return {
             "weights": self.manifest.get("weights") or {},
             "image_size": (self.manifest["config"] or {}).get("image_size"),
@@ -181,17 +180,17 @@ class LatentStore(LatentSource):
                 raise self._damaged(self.shards[shard], f"cannot be read ({error})") from error
             for name, values in batch.items():
                 values[row] = record[name]
-        strangers = batch["index"] // self.manifest["shard_size"] != shards
-        if strangers.any():
-            raise self._damaged(self.shards[int(shards[strangers][0])], "holds the images of another shard")
+        foreign = batch["index"] // self.manifest["shard_size"] != shards
+        if foreign.any():
+            raise self._damaged(self.shards[int(shards[foreign][0])], "holds the images of another shard")
         return batch
 
     def label_counts(self) -> dict[int, int]:
-        """Return how many images each label has."""
+        """Return the number of images by label."""
         return {int(label): count for label, count in self.manifest["label_counts"].items()}
 
     def verify(self, shards: list[int] | None = None) -> None:
-        """Read shards whole, by number or all; raise SfdError that names the first one unlike its checksum."""
+        """Read whole shards, by number or all; raise SfdError that names the first one that fails its checksum."""
         for number in range(len(self.shards)) if shards is None else shards:
             shard = self.shards[number]
             if file_sha256(self.directory / shard["name"]) != shard["sha256"]:
@@ -203,7 +202,7 @@ class LatentStore(LatentSource):
                 reader = ArrayRecordReader(
                     str(self.directory / self.shards[number]["name"]),
                     "readahead_buffer_size:0",  # random access
-                    file_reader_buffer_size=16384,  # for what surrounds a record; the record is read past it
+                    file_reader_buffer_size=16384,  # for the headers around a record; the record bypasses it
                 )
                 expected = self.shards[number]["count"] * self.orientations
                 if reader.num_records() != expected:
@@ -214,7 +213,7 @@ class LatentStore(LatentSource):
     def _damaged(self, shard: dict, what: str) -> SfdError:
         return SfdError(
             f"shard {self.directory / shard['name']} {what}; delete it and run the command that made "
-            "it again (it redoes this shard alone), or copy it again from where it is whole"
+            "it again (only this shard is redone), or copy it again from an intact store"
         )
 
     def __getstate__(self):  # loader processes open their own readers
@@ -226,7 +225,7 @@ class LatentStore(LatentSource):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a store is meant to hold: two runs may write to one folder only if these are equal.
+    """What a store will hold: two runs may write to one folder only if their plans are equal.
 
     Attributes:
       total: images in the source, broken ones included.
@@ -257,13 +256,13 @@ class Plan:
 
 
 class LatentStoreWriter:
-    """Write a store shard by shard, going on after any kind of interruption.
+    """Write a store shard by shard; an interrupted store can be continued.
 
-    Several processes may write to one folder if each opens other shards.
+    Several processes may write to one folder if each opens different shards.
 
     Args:
       directory: made if it does not exist.
-      plan: what it is to hold.
+      plan: what it will hold.
 
     Raises:
       SfdError: the folder holds something else, or cannot be written.
@@ -294,18 +293,18 @@ class LatentStoreWriter:
             return False
 
     def facts(self, shard: int) -> dict:
-        """Return what is known of a complete shard: count, bytes, sha256, moments, skipped images."""
+        """Return the record of a complete shard: count, bytes, sha256, moments, skipped images."""
         return json.loads(self._paths(shard)[1].read_text())
 
     @contextmanager
     def open_shard(self, shard: int) -> Iterator["ShardWriter"]:
-        """Open a shard for writing; it appears when the block ends without an exception."""
+        """Open a shard for writing; it gets its final name when the block ends without an exception."""
         data, facts = self._paths(shard)
         partial = data.with_name(f"{data.name}{PART}")
         writer = ShardWriter(partial, self.plan.fields)
         try:
             yield writer
-            # Facts first: a shard that has its name has its facts as well.
+            # Facts first, so that a shard with its final name has facts.
             known = writer.finish(data.name)
             with _writing(data):
                 write_json(facts, known)
@@ -319,11 +318,11 @@ class LatentStoreWriter:
         """Write the manifest from the facts of all shards.
 
         Args:
-          statistics: recorded instead of those of the stored latents; for latents that go with
-            weights which were trained with other ones.
+          statistics: recorded instead of the measured ones; for latents that go with weights which
+            were trained with these.
 
         Raises:
-          SfdError: a shard is missing, or there is no image in any.
+          SfdError: a shard is missing, or no shard holds an image.
         """
         numbers = range(self.plan.num_shards)
         missing = [number for number in numbers if not self.is_done(number)]
@@ -342,7 +341,7 @@ class LatentStoreWriter:
             "label_counts": dict(sorted(_label_counts(facts).items())),
             "skipped": [skipped for shard in facts for skipped in shard["skipped"]],
             "statistics": (statistics or measured).to_dict(),
-            # Over every position of every stored image; flipped ones are not counted, as released.
+            # Over all positions of all stored images; flipped ones are not counted, as in the released code.
             "measured_statistics": measured.to_dict(),
             "shards": [{key: shard[key] for key in ("name", "count", "bytes", "sha256")} for shard in facts],
         }
@@ -400,7 +399,7 @@ class ShardWriter:
                     f"not {self.dtype[name].shape}"
                 )
             if name in PER_IMAGE and not (value.dtype.kind in "iu" and 0 <= value <= np.iinfo(self.dtype[name]).max):
-                raise SfdError(f"image {fields.get('index')} has the {name} {value}, which is no whole number from 0")
+                raise SfdError(f"image {fields.get('index')} has the {name} {value}; expected a whole number from 0")
             record[name] = value
             # Checked after rounding to the stored dtype, which may overflow.
             if value.dtype.kind not in "iu" and not np.isfinite(record[name].astype(np.float32)).all():
@@ -440,7 +439,7 @@ class ShardWriter:
         try:
             if self._writer.is_open():
                 self._writer.close()
-        except RuntimeError:  # it could not be written, which is why it is thrown away
+        except RuntimeError:  # the write had failed already
             pass
         self.path.unlink(missing_ok=True)
 
@@ -472,7 +471,7 @@ def latent_fields(
       dtype: "bfloat16" or "float32", of the latents.
       flips: also store the latents of the mirrored image.
       repa_shape: (N,F) of the REPA features, None for none.
-      repa_dtype: theirs; float16 as released.
+      repa_dtype: dtype of those; float16 as released.
 
     Returns:
       name -> {"dtype", "shape"}, as in `Plan.fields`.
@@ -499,7 +498,7 @@ def record_dtype(fields: dict[str, dict]) -> np.dtype:
 
 
 def orientations(fields: dict[str, dict]) -> int:
-    """Return the records an image has: 2 with its mirror image, else 1."""
+    """Return the number of records of an image: 2 with its mirror image, else 1."""
     return 2 if any(name.endswith("_flip") for name in fields) else 1
 
 
@@ -507,7 +506,7 @@ def orientations(fields: dict[str, dict]) -> int:
 def _writing(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError) as error:  # ArrayRecord tells I/O faults by RuntimeError
+    except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError for I/O errors
         raise SfdError(f"cannot write {path}: {error}; is the disk full or read-only?") from error
 
 
@@ -538,5 +537,5 @@ def _refuse_other_plan(path: Path, plan: dict) -> None:
     if differing := list(differences(found, plan).values()):
         raise SfdError(
             f"{path.parent} belongs to another run: {'; '.join(differing[:5])}. "
-            "Use another folder, or repeat that run's settings"
+            "Use another folder, or the settings of that run"
         )

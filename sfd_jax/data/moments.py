@@ -1,7 +1,7 @@
-"""Mean and variance or covariance in float64, gathered in pieces.
+"""Mean and variance or covariance in float64, accumulated in parts.
 
-The moments of an image are computed on its own and pieces are merged by Chan's formula, so the
-result does not depend on how images were batched.
+Each image's moments are computed separately and merged by Chan's formula, so the result does not
+depend on how images were batched.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ class Moments:
 
     @classmethod
     def merge(cls, parts: list["Moments"], like: int = 0) -> "Moments":
-        """Merge moments of disjoint sets; the moments of nothing where there are no parts.
+        """Merge moments of disjoint sets; without parts return the moments of an empty set.
 
         Args:
           parts: to be merged.

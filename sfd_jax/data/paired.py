@@ -1,4 +1,4 @@
-"""Latents together with the pixels they were made from, for what is computed from pixels in the step."""
+"""Latents together with the pixels they were made from, for training steps that need pixels."""
 
 import numpy as np
 
@@ -16,8 +16,8 @@ class WithPixels:
       images: the `ImageSource` they were made from.
 
     Raises:
-      SfdError: there are more or fewer images. When read: an image is missing, broken, or has another label than its
-        latents: then these are not the images that the latents were made from.
+      SfdError: the number of images differs. When read: an image is missing, broken, or has another label than its
+        latents, so these are not the images that the latents were made from.
     """
 
     def __init__(self, latents: LatentSource, images: ImageSource):
@@ -27,8 +27,8 @@ class WithPixels:
         total = getattr(latents, "manifest", {}).get("total", len(images))
         if total != len(images):
             raise SfdError(
-                f"the latents were made from {total:,} images, but there are {len(images):,}: data.images names other "
-                "ones than the latents were made from"
+                f"the latents were made from {total:,} images, but there are {len(images):,}: set data.images to the "
+                "images that the latents were made from"
             )
         self.origin = getattr(latents, "origin", None)
 
@@ -36,7 +36,7 @@ class WithPixels:
         return len(self.latents)
 
     def label_counts(self) -> dict[int, int]:
-        """Return how many images each label has."""
+        """Return the number of images by label."""
         return self.latents.label_counts()
 
     def read(self, indices: np.ndarray, flip: np.ndarray) -> dict[str, np.ndarray]:
@@ -45,13 +45,13 @@ class WithPixels:
         if batch["index"].max() >= len(self.images):
             raise SfdError(
                 f"latents of image {batch['index'].max()}, but there are {len(self.images)} images: "
-                "data.images names other ones than the latents were made from"
+                "set data.images to the images that the latents were made from"
             )
         records = [self.images[int(index)] for index in batch["index"]]
         for record, label in zip(records, batch["label"], strict=True):
             if record["label"] != label:
                 raise SfdError(
                     f"image {record['index']} has label {record['label']}, but its latents {label}: "
-                    "data.images names other ones than the latents were made from"
+                    "set data.images to the images that the latents were made from"
                 )
         return {**batch, "pixels": mirrored(np.stack([record["pixels"] for record in records]), flip)}

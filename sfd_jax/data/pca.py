@@ -14,8 +14,8 @@ def fit_pca(features: Iterable[np.ndarray], channels: int) -> dict[str, np.ndarr
     """Fit the directions of largest variance.
 
     Args:
-      features: arrays (..., F), of any number of tokens each; summed in float64 in their order.
-      channels: how many directions.
+      features: arrays (..., F), each with any number of tokens; summed in float64 in their order.
+      channels: number of directions.
 
     Returns:
       `mean` (F,), `components` (F, channels), orthonormal, largest variance first, each with its
@@ -29,10 +29,12 @@ def fit_pca(features: Iterable[np.ndarray], channels: int) -> dict[str, np.ndarr
         moments = moments if moments.count else RunningMoments(part.shape[-1])
         moments.add(part.reshape(-1, part.shape[-1]))
     if channels > len(moments.mean):
-        raise SfdError(f"{channels} principal components of features of width {len(moments.mean)}")
+        raise SfdError(
+            f"{channels} principal components of features of width {len(moments.mean)}: give at most that many"
+        )
     values, vectors = np.linalg.eigh(moments.scatter)
     components = vectors[:, ::-1][:, :channels]
-    # An eigenvector's sign is the library's whim; fixed here so that a second fit agrees.
+    # The sign of an eigenvector is arbitrary; fixed here so that a second fit agrees.
     components = components * np.sign(components[np.abs(components).argmax(axis=0), np.arange(channels)])
     explained = values[::-1][:channels] / values.sum()
     arrays = {"mean": moments.mean, "components": components, "explained": explained}
@@ -40,7 +42,7 @@ def fit_pca(features: Iterable[np.ndarray], channels: int) -> dict[str, np.ndarr
 
 
 def save_pca(path: str | os.PathLike, pca: dict[str, np.ndarray]) -> None:
-    """Write a fit so that it appears whole or not at all."""
+    """Write a fit atomically."""
     with atomic_write(path) as part, open(part, "wb") as file:
         np.savez(file, **pca)
 
@@ -49,10 +51,10 @@ def load_pca(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Read what `save_pca` wrote.
 
     Raises:
-      SfdError: it cannot be read.
+      SfdError: it is damaged.
     """
     try:
         with np.load(path) as file:
             return {name: file[name] for name in ("mean", "components", "explained")}
-    except Exception as error:  # numpy tells a damaged file by many types
+    except Exception as error:  # numpy raises many types for a damaged file
         raise SfdError(f"{path} is damaged ({error}); delete it to fit it again") from error

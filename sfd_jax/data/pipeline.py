@@ -1,15 +1,14 @@
 """Batches as a function of (seed, step, rows).
 
 Training reads the source as an endless stream of positions; position p is element `p % N` of epoch
-`p // N`, and every epoch has its own shuffling. Global batch number `step` is the positions
+`p // N`, and every epoch has its own shuffling. Global batch number `step` has the positions
 `step * G ... (step + 1) * G - 1`; a host reads those rows of it that its devices hold
 (`distributed.host_rows`). So the step is the whole state of the loader, and any number of hosts, with
-devices in any order, sees the same global batches. Nothing is
-dropped at an epoch's edge.
+devices in any order, reads the same global batches. Nothing is dropped at the end of an epoch.
 
-A source answers `len(source)` and `source[i] -> dict`; flips mirror its `pixels`. One that also has
-`read(indices, flip) -> dict of stacked arrays` is read a batch at a time and knows how to flip its
-records: latents cannot be mirrored, theirs are stored. Grain does the prefetching.
+A source has `len(source)` and `source[i] -> dict`; flips mirror its `pixels`. One that also has
+`read(indices, flip) -> dict of stacked arrays` is read a batch at a time and flips its records itself:
+latents cannot be mirrored, so those of the mirror images are stored. Grain does the prefetching.
 """
 
 import dataclasses
@@ -30,7 +29,7 @@ from sfd_jax.ranges import check
 Batch = dict[str, np.ndarray]
 Transform = Callable[[Batch], Batch]  # from stacked records, already flipped
 
-_LAST_STEP = 2**62  # training ends where the loop says, not the loader
+_LAST_STEP = 2**62  # the training loop decides the end, not the loader
 
 
 def make_batches(
@@ -50,11 +49,11 @@ def make_batches(
       source: random access to records.
       seed: decides order and flips, together with the epoch.
       global_batch_size: images in a batch over all hosts.
-      rows: int (B,) in [0, global_batch_size), the rows of each batch that are wanted; None for all.
-      transform: see `latent_transform` and `pixel_transform`; None leaves the records alone.
+      rows: int (B,) in [0, global_batch_size), the rows of each batch to read; None for all.
+      transform: see `latent_transform` and `pixel_transform`; None keeps the records as they are.
       workers: processes that prepare batches ahead; 0 does so in threads of this process.
       flips: flip each image with probability 1/2, once for all its arrays.
-      cache: hold all records in memory, for sets that are small.
+      cache: hold all records in memory, for small data sets.
 
     Returns:
       `batches`: call `batches(start_step)` for an endless iterator, `batches.at(step)` for one batch.
@@ -113,14 +112,14 @@ class TrainBatches:
 def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     """Return the order of one epoch, a permutation of `count` indices, int64.
 
-    RandomState's stream is frozen by numpy's compatibility policy, so a run may go on under another version.
+    RandomState's stream is frozen by numpy's compatibility policy, so a run may continue under another version.
     """
     return np.random.RandomState(epoch_seed(seed, epoch)).permutation(count)
 
 
 @functools.lru_cache(maxsize=16)
 def epoch_seed(seed: int, epoch: int) -> int:
-    """Return the 32-bit seed of one epoch; not `seed + epoch`, by which run 0's second would be run 1's first."""
+    """Return the 32-bit seed of one epoch; not `seed + epoch`, or seed 0's second epoch would be seed 1's first."""
     return int(np.random.SeedSequence([seed % 2**64, epoch]).generate_state(1)[0])
 
 
@@ -190,7 +189,7 @@ class _EvalBatches:
         first = (step * self.host_count + self.host_index) * self.batch_size
         indices = self.indices[first : first + self.batch_size]
         mask = np.arange(self.batch_size) < len(indices)
-        # Fill up with a real element: zeros could be out of range for what comes after.
+        # Fill up with a real element: zeros could be out of range for the transform.
         filler = indices[-1] if len(indices) else self.indices[0]
         indices = np.concatenate([indices, np.full(self.batch_size - len(indices), filler)])
         batch = read_records(self.source, indices, np.zeros(self.batch_size, bool))
@@ -254,19 +253,19 @@ def prefetch(function: Callable[[int], Batch], start: int, stop: int, workers: i
     """
     dataset = grain.MapDataset.range(start, stop).map(function)
     if workers:
-        if not absl_flags.FLAGS.is_parsed():  # Grain asks absl's flags, which our commands do not use
+        if not absl_flags.FLAGS.is_parsed():  # Grain reads absl's flags, which our commands do not use
             absl_flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
         one_thread = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
         processes = dataset.to_iter_dataset(one_thread).mp_prefetch(options)
-        # A thread takes batches out of the shared memory: Ctrl-C, which only the main thread hears, would leave there
-        # what it was about to give back.
+        # A thread copies batches out of the shared memory: Ctrl-C, which interrupts only the main thread, could
+        # otherwise stop it before that memory is freed.
         iterator = iter(grain.experimental.ThreadPrefetchIterDataset(processes.map(_copied), prefetch_buffer_size=1))
     else:
-        two_threads = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)  # more would leave the cache
+        two_threads = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)  # more would not fit the CPU's cache
         iterator = iter(dataset.to_iter_dataset(two_threads))
-    # Ctrl-C reaches the whole process group. The processes, started by the first `next`, inherit that they do not hear
-    # it (this one ends them); here it is only late.
+    # Ctrl-C reaches the whole process group. The workers, started by the first `next`, inherit the blocked signal
+    # (this process ends them); here it is only delayed.
     before = None
     if workers:
         resource_tracker.ensure_running()  # its own start would unblock the signal
@@ -280,7 +279,7 @@ def prefetch(function: Callable[[int], Batch], start: int, stop: int, workers: i
         if first is not None:
             yield first
             yield from iterator
-    finally:  # also when the generator is dropped: the processes and their shared memory go with it
+    finally:  # also when the generator is dropped: ends the processes and frees their shared memory
         iterator.close()
 
 
@@ -321,17 +320,17 @@ def latent_transform(layout: LatentLayout, statistics: LatentStatistics, *, repa
     """Make the transform from stored latents to diffusion batches.
 
     Args:
-      layout: knows the order of the channels.
-      statistics: normalise them.
-      repa: also hand on the stored features.
+      layout: of the channels.
+      statistics: for the normalisation.
+      repa: also pass on the stored features.
 
     Returns:
       A transform to `latents` float32 (B,H,W,C), normalised; `labels` int32 (B,); `index` int64
-      (B,); with repa `repa_features` (B,N,F) in the dtype they are stored in; where the records hold
+      (B,); with repa `repa_features` (B,N,F) in their stored dtype; where the records hold
       `pixels` uint8 (B,H,W,3) (see paired.py), these too, still as bytes: a quarter to move.
 
     Raises:
-      SfdError (when called): latents or features are asked of records that hold none.
+      SfdError (when called): the records hold no latents or features.
     """
     return functools.partial(_latent_batch, layout=layout, statistics=statistics, repa=repa)
 

@@ -1,6 +1,6 @@
 """The released latent shards, `latents_rankRR_shardNNN.safetensors`, read as they are.
 
-Their arrays are channels first and named otherwise; a record comes out as from our own store:
+Their arrays are channels first and have other names; a record comes out as from our own store:
 
     latents, latents_flip             -> texture, texture_flip            (H,W,C)
     latents_sv(_flip)                 -> semantic(_flip)                  (H,W,C)
@@ -8,7 +8,7 @@ Their arrays are channels first and named otherwise; a record comes out as from 
     feats_dino(_flip)                 -> repa_features(_flip)             (N,F), rows then columns
     labels                            -> label
 
-The images are numbered through the files in the order of their names.
+The images are numbered across the files in the order of their names.
 """
 
 import collections
@@ -41,14 +41,15 @@ def open_latents(
 
     Args:
       directory: of either.
-      repa: the stored features are wanted. (A store of ours reads what it holds in any case.)
-      read_statistics: reads mean and std (C,) from a released `*_stats.pt`; None leaves released shards without.
+      repa: also read the stored features. (Our store reads all its fields in any case.)
+      read_statistics: reads mean and std (C,) from a released `*_stats.pt`; with None released shards have no
+        statistics.
 
     Returns:
       A random-access source with `statistics` and `class_names`.
 
     Raises:
-      SfdError: neither is there, or it is damaged, or its parts do not belong together.
+      SfdError: neither is there, it is damaged, or its parts do not belong together.
     """
     if next(Path(directory).glob("latents_rank*_shard*.safetensors"), None) is None:
         return LatentStore(directory)
@@ -66,15 +67,14 @@ class ReleasedLatents(LatentSource):
       repa: also read the stored features, which are twenty times larger than the latents.
 
     Attributes:
-      statistics: None until somebody sets them; released shards do not hold theirs.
+      statistics: None until set; released shards do not contain them.
       class_names: None.
-      flips: the mirror images' arrays are there too.
+      flips: the mirror images' arrays are stored too.
       fields: name -> (dtype, shape) of an image's arrays, from the headers; the mirror image's end in _flip.
-      notes: sentences on what was assumed.
+      notes: assumptions made, as sentences.
 
     Raises:
-      SfdError: no shards, one that is damaged or whose arrays are not of the same images, or shards that differ in
-        what they hold.
+      SfdError: no shards, a damaged one, one whose arrays are not of the same images, or shards with different arrays.
     """
 
     def __init__(self, directory: str | os.PathLike, *, repa: bool = False):
@@ -91,9 +91,7 @@ class ReleasedLatents(LatentSource):
         self.notes = _gaps([_rank_and_shard(path) for path in self.paths])
         others = sorted(path.name for path in self.directory.glob("*.safetensors") if path not in found)
         if others:
-            self.notes.append(
-                f"not read, named otherwise than shards are: {', '.join(others[:5])} ({len(others)} in all)"
-            )
+            self.notes.append(f"not read, because not named as shards: {', '.join(others[:5])} ({len(others)} in all)")
         headers = [_header(path) for path in self.paths]
         self._ends = np.cumsum([header["labels"][1][0] for header in headers])
         self.names = _our_names(headers[0], repa, self.paths[0])
@@ -148,7 +146,7 @@ class ReleasedLatents(LatentSource):
 
     @functools.cached_property
     def origin(self) -> dict:
-        """Return what `LatentStore.origin` does; released shards do not tell who made them."""
+        """Return the same as `LatentStore.origin`; released shards do not record their encoders."""
         return {"weights": {}, "image_size": None, "labels": np.unique(self.labels()).tolist()}
 
     def labels(self) -> np.ndarray:
@@ -156,7 +154,7 @@ class ReleasedLatents(LatentSource):
         return np.concatenate(self._labels()).astype(np.int64)
 
     def label_counts(self) -> dict[int, int]:
-        """Return how many images each label has."""
+        """Return the number of images by label."""
         return dict(collections.Counter(self.labels().tolist()))
 
     def _labels(self) -> list[np.ndarray]:
@@ -196,7 +194,7 @@ def released_statistics(
 
     Args:
       source: the shards.
-      read: reads mean and std, float (C,) each, from a file, and refuses what latents cannot be normalised by.
+      read: reads mean and std, float (C,) each, from a file, and refuses values that cannot normalise latents.
 
     Raises:
       SfdError: a file is missing, damaged, or of another number of channels than the latents.
@@ -211,14 +209,15 @@ def released_statistics(
         mean, std = read(path)
         if not mean.size == std.size == channels:
             raise SfdError(
-                f"{path} is of {mean.size} channels, but '{theirs}' of the shards has {channels}: it is of others"
+                f"{path} is of {mean.size} channels, but '{theirs}' of the shards has {channels}: copy the file that "
+                "belongs to these shards"
             )
         parts += [mean, std]
     return LatentStatistics(*parts)
 
 
 def _gaps(numbers: list[tuple[int, ...]]) -> list[str]:
-    """Return notes on shards that are missing between others; refuse two of one number."""
+    """Return notes on gaps in the shards' numbers; refuse two shards of one number."""
     if twice := [number for number in numbers if numbers.count(number) > 1]:
         raise SfdError(f"two files are shard {twice[0][1]} of rank {twice[0][0]}; remove the copy")
     ranks = {rank: {shard for other, shard in numbers if other == rank} for rank, _ in numbers}
@@ -227,7 +226,7 @@ def _gaps(numbers: list[tuple[int, ...]]) -> list[str]:
     missing += [f"rank {rank}" for rank in lacking(ranks)]
     if not missing:
         return []
-    return [f"shards are missing between those there are: {', '.join(missing[:5])} ({len(missing)} in all)"]
+    return [f"shards are missing: {', '.join(missing[:5])} ({len(missing)} in all)"]
 
 
 def _rank_and_shard(path: Path) -> tuple[int, ...]:

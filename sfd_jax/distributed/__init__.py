@@ -1,7 +1,7 @@
-"""Many chips and many hosts as one machine: the mesh, one sharding rule, and the start of processes.
+"""Many chips and hosts: the mesh, one sharding rule, and the start of processes.
 
 The mesh has two axes. The batch is split over both; parameters, optimizer moments and EMA are split over
-`fsdp` and repeated over `data`. Nothing here knows a network: shardings follow from shapes alone.
+`fsdp` and replicated over `data`. Nothing here knows a network: shardings depend only on shapes.
 """
 
 from sfd_jax.distributed.hosts import barrier, is_host0, say, start

@@ -1,8 +1,8 @@
-"""A small file for each process in the job's folder, which tells from outside how far it is and that it lives.
+"""A small file for each process in the job's folder that shows its progress and that it is alive.
 
-`<folder>/heartbeats/process_00000.json`: an old `time` (of writing) says that the process is dead or stopped, an old
-`step_time` under a young `time` that it is busy with something else than steps: compiling, evaluating, or waiting for
-another host. `status` is null until the end. `scripts/tpu/watch.sh` starts a job again that is silent for too long.
+`<folder>/heartbeats/process_00000.json`: an old `time` (of writing) means that the process is dead or stopped; an old
+`step_time` with a recent `time` means that it does something other than steps: it compiles, evaluates, or waits for
+another host. `status` is null until the end. `scripts/tpu/watch.sh` restarts a job that is silent for too long.
 """
 
 import json
@@ -23,14 +23,14 @@ PERIOD = 10.0  # seconds between two beats
 class Heartbeat:
     """Write the file now, every ten seconds, and at the end of the `with`.
 
-    Failing to is not the job's failure, unless the disk is full: then the next `at` says so.
+    A failed write does not stop the job, unless the disk is full: then the next `at` raises.
     """
 
     def __init__(self, folder: epath.PathLike | None, phase: str):
         """Prepare the file of this process.
 
         Args:
-          folder: the job's, local or gs://; None leaves no file.
+          folder: the job's, local or gs://; None writes no file.
           phase: what the process does, e.g. "train"; set the attribute `phase` when that changes.
         """
         index = jax.process_index()
@@ -44,7 +44,7 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def at(self, step: int) -> None:
-        """Note that a step, or an image, is done; raises SfdError where the disk is full."""
+        """Record that a step, or an image, is done; raise SfdError where the disk is full."""
         if self._fault:
             raise SfdError(self._fault)
         self._step, self._step_time = step, time.time()
@@ -56,7 +56,7 @@ class Heartbeat:
 
     def __exit__(self, kind, error, trace) -> None:
         self._end.set()
-        self._thread.join(60)  # a bucket may not answer
+        self._thread.join(60)  # a bucket may not respond
         code = getattr(error, "code", getattr(error, "status", 1))  # of a SystemExit, of an SfdError
         self.phase = "end"
         self._write(0 if error is None else code if isinstance(code, int) else 1)

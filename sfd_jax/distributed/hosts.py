@@ -1,14 +1,14 @@
-"""Processes of one job: the start, barriers that name who is missing, SIGTERM, the end, and who may print.
+"""Processes of one job: the start, barriers that name missing processes, SIGTERM, the end, and output on one host.
 
-JAX does the work, by its public functions. Its coordination service joins the processes and hears their heartbeats:
-where one is silent for `SFD_PEER_TIMEOUT` (60) seconds (killed, stopped, cut off) JAX says which and aborts the others
-(status 134), which `scripts/tpu/watch.sh` starts again.
+All of this uses JAX's public functions. Its coordination service joins the processes and monitors their heartbeats:
+if one is silent for `SFD_PEER_TIMEOUT` (60) seconds (killed, stopped, cut off), JAX names it and aborts the others
+(status 134), and `scripts/tpu/watch.sh` starts them again.
 
-A job has several processes where the launch script says so: by the variables `JAX_COORDINATOR_ADDRESS`,
-`JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, or by `SFD_MULTIHOST=1` where `jax.distributed.initialize` finds them itself:
-on a TPU pod or under Slurm. Otherwise the process is alone and nothing here waits for anything.
-`SFD_EXPECT_PROCESSES` and `SFD_EXPECT_DEVICES` say how many there must be, `SFD_START_TIMEOUT` (300) how many seconds
-to wait for the others at the start.
+A job has several processes where the launch script sets the variables `JAX_COORDINATOR_ADDRESS`,
+`JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, or `SFD_MULTIHOST=1` where `jax.distributed.initialize` finds them itself:
+on a TPU pod or under Slurm. Otherwise there is one process and nothing here waits.
+`SFD_EXPECT_PROCESSES` and `SFD_EXPECT_DEVICES` are the required numbers, `SFD_START_TIMEOUT` (300) is how many
+seconds to wait for the other processes at the start.
 """
 
 import contextlib
@@ -37,17 +37,17 @@ _rounds: dict[str, Iterator[int]] = defaultdict(itertools.count)
 
 
 def start(job: Job | None = None) -> None:
-    """Join the job's other processes and see that all can begin, or do nothing where this process is alone.
+    """Join the job's other processes and check that all can begin; do nothing for a single process.
 
-    Call before anything touches a device. A later call, of a command that needed devices before it knew its job,
+    Call before anything touches a device. A later call, by a command that needed devices before it knew its job,
     only compares facts.
 
     Args:
-      job: what is about to be done; None where that is not known yet.
+      job: what this process will do; None where that is not known yet.
 
     Raises:
-      TryAgain: a process did not come in time.
-      SfdError: variables are missing or wrong, a number is not the expected one, or the hosts do not go together
+      TryAgain: a process did not start in time.
+      SfdError: variables are missing or wrong, a number is not the expected one, or the hosts do not agree
         (see preflight.py): all faults are named, on all hosts.
     """
     if not jax.distributed.is_initialized():
@@ -62,38 +62,38 @@ def start(job: Job | None = None) -> None:
 
 
 def end(status: int) -> None:
-    """End this process's part in the job; every command's last act.
+    """End this process's part in the job; every command calls it last.
 
-    Where all goes well, processes wait for each other. A fault among several ends this one here and now, since JAX's
-    farewell would wait for the others, which may be waiting for it.
+    After success, processes wait for each other. After a fault, one of several processes exits at once, since JAX's
+    shutdown would wait for the others, which may be waiting for this one.
 
     Args:
-      status: exit status that the process is about to end with; 0 also after a SIGTERM that all have heeded.
+      status: exit status of the process; 0 also after a SIGTERM on which all have saved and stopped.
     """
     if status and jax.distributed.is_initialized():
-        for worker in multiprocessing.active_children():  # os._exit would leave the loader's behind
+        for worker in multiprocessing.active_children():  # os._exit would leave the loader's workers running
             worker.kill()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()
         os._exit(status)
     if _several():
-        barrier("the end", timeout=24 * 3600.0)  # host 0 may still be writing; JAX knows whether it lives
+        barrier("the end", timeout=24 * 3600.0)  # host 0 may still be writing; JAX monitors that it is alive
         jax.distributed.shutdown()
 
 
 def broke(error: Exception) -> None:
-    """Do what `end(1)` does for an error that nobody foresaw.
+    """Do what `end(1)` does, for an unexpected error.
 
-    An operation over all hosts that fails does not tell whose fault it is: where another host is lost, JAX ends this
-    process with 134 while it waits here.
+    A failed operation over all hosts does not show which host failed: if another host is lost, JAX aborts this
+    process with status 134 while it waits here.
     """
     if _several():
         traceback.print_exception(error)
         while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
             error = error.__cause__ or error.__context__
         if error is not None:
-            print("sfd: this may be another host's fault; waiting to see whether all live", file=sys.stderr, flush=True)
+            print("sfd: another host may have failed; waiting for JAX to report it", file=sys.stderr, flush=True)
             time.sleep(_number("SFD_PEER_TIMEOUT", 60) + 15)
         end(1)
 
@@ -104,7 +104,7 @@ def is_host0() -> bool:
 
 
 def say(text: str) -> None:
-    """Print one line for the user, on host 0 alone."""
+    """Print one line for the user, on host 0 only."""
     if is_host0():
         print(text, flush=True)
 
@@ -113,7 +113,7 @@ def barrier(name: str, timeout: float = 300.0) -> None:
     """Wait until every process of the job has reached the barrier `name`.
 
     Args:
-      name: what is waited for; the same text on all processes, each of which may use it again.
+      name: what is waited for; the same text on all processes; may be used again.
       timeout: seconds to wait.
 
     Raises:
@@ -135,20 +135,20 @@ def barrier(name: str, timeout: float = 300.0) -> None:
 
 @contextlib.contextmanager
 def preemption_watch() -> Iterator[Callable[[int], bool]]:
-    """Note SIGTERM instead of ending; yields `shall_leave`, to be asked after each step.
+    """Catch SIGTERM; yields `preempted`, to be called after each step.
 
-    `shall_leave(step)` tells whether to save and leave after this step: to all processes the same at the same step.
-    Among several JAX's preemption service hears the signal, from the start of a job that `saves`.
+    `preempted(step)` returns whether to save and exit after this step: the same on all processes at the same step.
+    In a job of several processes JAX's preemption service catches the signal, from the start of a job that `saves`.
     """
     if _several():
-        heard = jax.config.jax_enable_preemption_service
-        yield multihost_utils.reached_preemption_sync_point if heard else lambda _: False
+        watched = jax.config.jax_enable_preemption_service
+        yield multihost_utils.reached_preemption_sync_point if watched else lambda _: False
         return
-    told, before = [], None
+    signals, before = [], None
     if threading.current_thread() is threading.main_thread():
-        before = signal.signal(signal.SIGTERM, lambda *_: told.append(True))
+        before = signal.signal(signal.SIGTERM, lambda *_: signals.append(True))
     try:
-        yield lambda _: bool(told)
+        yield lambda _: bool(signals)
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
@@ -162,7 +162,7 @@ def _several() -> bool:
 
 
 def _place() -> dict | None:
-    """Return what `jax.distributed.initialize` is to be told, {} where it finds out; None for a process alone."""
+    """Return arguments for `jax.distributed.initialize`, {} where it finds them; None for a single process."""
     given = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
     if not given and os.environ.get("SFD_MULTIHOST") == "1":
         return {}
@@ -180,12 +180,12 @@ def _place() -> dict | None:
 
 
 def _join(place: dict, job: Job | None) -> None:
-    """Call `jax.distributed.initialize`, in a thread: it waits deaf to signals, and aborts without naming anybody.
+    """Call `jax.distributed.initialize`, in a thread: it blocks signals, and aborts without naming missing processes.
 
-    Meanwhile each process writes a file of the job's folder anew every second, where it can, and looks for the others':
-    one that does not change was left by an earlier start.
+    Meanwhile each process rewrites a file in the job's folder every second, if possible, and looks for the others':
+    a file that does not change is from an earlier start.
     """
-    # Work that does not ask would never learn what the service has heard.
+    # The service catches SIGTERM, so work that never asks it would ignore the signal.
     jax.config.update("jax_enable_preemption_service", job is None or job.saves)
     timeout, faults = _number("SFD_START_TIMEOUT", 300), []
     waits = {"initialization_timeout": timeout + 60, "heartbeat_timeout_seconds": _number("SFD_PEER_TIMEOUT", 60)}
@@ -203,7 +203,7 @@ def _join(place: dict, job: Job | None) -> None:
     joining.start()
     deadline, found, came = time.monotonic() + timeout, {}, {me}
     while joining.is_alive() and time.monotonic() < deadline:
-        with contextlib.suppress(Exception):  # the preflight will say what is wrong with the folder
+        with contextlib.suppress(Exception):  # the preflight will report what is wrong with the folder
             if folder:
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / f"start_{me}").write_text(str(time.time()))
@@ -215,8 +215,8 @@ def _join(place: dict, job: Job | None) -> None:
             (folder / f"start_{me}").unlink(missing_ok=True)
     if faults:
         raise (SfdError if isinstance(faults[0], ValueError) else TryAgain)(
-            f"this process cannot join its job, of which {', '.join(_VARIABLES)} or a cluster that JAX knows must tell "
-            f"it: {faults[0]}"
+            f"this process cannot join its job, which {', '.join(_VARIABLES)} or a cluster that JAX knows must "
+            f"describe: {faults[0]}"
         )
     if joining.is_alive():
         absent = [
@@ -224,7 +224,7 @@ def _join(place: dict, job: Job | None) -> None:
         ]
         raise TryAgain(
             f"{', '.join(absent) if folder and absent else 'another process'} did not start within {timeout} s "
-            + (f"(no sign in {folder}, of these there was: " if folder else "(which is not known; this is: ")
+            + (f"(by the files in {folder}; started: " if folder else "(which one is not known; this is: ")
             + f"{', '.join(sorted(came))}, on {socket.gethostname()})"
         )
 
@@ -233,8 +233,8 @@ def _expect(variable: str, count: int, where: str = "") -> None:
     expected = _number(variable)
     if expected not in (None, count):
         raise SfdError(
-            f"{variable}={expected}, but there are {count}{where}. Start the command on all hosts and look whether "
-            "another program holds devices, or fix the number"
+            f"{variable}={expected}, but there are {count}{where}. Start the command on all hosts and check whether "
+            "another program holds devices, or correct the number"
         )
 
 

@@ -1,11 +1,11 @@
-"""One command at a time in a folder: a second start is refused before it touches anything.
+"""A lock for folders: a second command in the same folder is refused before it touches anything.
 
 On a local or network disk the lock is `flock` on the file `.lock`: the kernel releases it however the process ends
-(on NFS within the server's lease time). Objects of a bucket, and file systems without `flock`, have a lease instead:
-`.lock` says who holds it and is written anew every ten seconds. A start that finds a lease takes it over at once where
-its process was of this machine and is dead; otherwise it watches for a minute, and takes over what was not renewed.
+(on NFS within the server's lease time). Buckets, and file systems without `flock`, have a lease instead: `.lock` names
+the holder and is rewritten every ten seconds. A process that finds a lease takes it over at once if the holder was a
+process of this machine and is dead; otherwise it watches for a minute, and takes over a lease that is not renewed.
 Nothing depends on the clocks of two machines. The package `filelock` would empty the file that names the holder, and
-knows no buckets.
+does not support buckets.
 """
 
 import contextlib
@@ -27,17 +27,17 @@ from sfd_jax.files import write_anywhere
 
 PERIOD = 10.0  # seconds between two renewals of a lease
 STALE = 60.0  # seconds without a renewal after which a lease is taken over
-_SETTLE = 1.0  # of two that take a lease within this time, the later one has it
+_SETTLE = 1.0  # of two processes that take a lease within this time, the later one gets it
 _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class FolderLock:
-    """Hold a folder, local or gs://, for the length of a `with`; host 0 takes the lock for all hosts of the job."""
+    """Lock a folder, local or gs://, during a `with`; host 0 takes the lock for all hosts of the job."""
 
     def __init__(self, folder: str | os.PathLike):
         """Prepare the lock; nothing is touched before the `with`, which makes the folder where needed."""
         self._folder, self._path = folder, epath.Path(folder) / ".lock"
-        # Processes of two containers may share name and number, but no PID namespace.
+        # Processes of two containers may share host name and PID, but not the PID namespace.
         space = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
         self._me = {"host": socket.gethostname(), "space": space, "pid": os.getpid(), "token": secrets.token_hex(8)}
         self._me["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -57,7 +57,7 @@ class FolderLock:
                     self._take_lease()
             except SfdError:
                 raise
-            except Exception as error:  # a bucket's client has types of its own, and may be missing
+            except Exception as error:  # a bucket's client has its own types, and may be missing
                 what = f"work folder {self._folder} cannot be used: {error}"
                 raise SfdError(f"{what}; choose one that can be written") from error
         barrier(f"{self._folder} is locked")
@@ -73,11 +73,13 @@ class FolderLock:
                     self._path.unlink()
 
     def check(self) -> None:
-        """Raise SfdError where another process has taken the lease over while this one was stopped."""
+        """Raise SfdError where another process took over the lease while this one was stopped."""
         if self._thread is not None and time.monotonic() - self._renewed > STALE:
             self._renew()
         if self._taken_over:
-            raise SfdError(f"{self._folder}: this process was stopped for long, and another one has gone on here since")
+            raise SfdError(
+                f"{self._folder}: this process was stopped for a long time, and another one has taken over the folder"
+            )
 
     def _flock(self) -> bool:
         Path(self._folder).mkdir(parents=True, exist_ok=True)
@@ -108,7 +110,7 @@ class FolderLock:
     def _take_lease(self) -> None:
         found = self._read()
         if found and not self._is_dead(found):
-            say(f"{self._folder}: {_name(found)} may be at work here; waiting {STALE:.0f} s for a sign of it")
+            say(f"{self._folder}: {_name(found)} may still be running here; waiting up to {STALE:.0f} s to find out")
             deadline = time.monotonic() + STALE
             while (now := self._read()) == found and time.monotonic() < deadline:
                 time.sleep(_SETTLE)
@@ -123,7 +125,7 @@ class FolderLock:
 
     def _keep(self) -> None:
         while not self._end.wait(PERIOD) and not self._taken_over:
-            with contextlib.suppress(Exception):  # a lease outlives five failed renewals
+            with contextlib.suppress(Exception):  # a lease survives five failed renewals
                 self._renew()
 
     def _renew(self) -> None:

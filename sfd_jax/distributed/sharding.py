@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sfd_jax.distributed.mesh import AXES
 from sfd_jax.errors import SfdError
 
-# Below this many elements an array costs less repeated on every chip (32 KiB in float32) than gathered.
+# Below this many elements (32 KiB in float32) an array costs less replicated than gathered.
 MIN_ELEMENTS = 8192
 
 
@@ -51,14 +51,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of a value that every device holds whole."""
+    """Return the sharding of a value that is replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def host_rows(mesh: Mesh, global_batch_size: int) -> np.ndarray:
     """Return which rows of a global batch this host's devices hold.
 
-    On a TPU slice these are no contiguous block: the mesh follows the wires between chips, not the hosts.
+    On a TPU slice they are not contiguous: the mesh follows the links between chips, not the hosts.
 
     Args:
       mesh: the mesh.
@@ -80,7 +80,7 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Make global arrays from this host's rows of a batch.
 
     Args:
-      batch: name to (per-host B, ...) array; every host passes the rows that `host_rows` names, in that order.
+      batch: name to (per-host B, ...) array; every host passes the rows of `host_rows`, in that order.
       mesh: the mesh; its size divides the global batch.
 
     Returns:
@@ -109,9 +109,9 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def put_same(tree: Any, shardings: Any) -> Any:
-    """Make global arrays from arrays that every host holds whole and alike, e.g. parameters read from disk.
+    """Make global arrays from arrays that are the same on every host, e.g. parameters read from disk.
 
-    `jax.device_put` would do, but first sends everything between the hosts to check that they agree. Shapes
+    `jax.device_put` would first send everything between the hosts to check that they agree. Shapes
     (jax.ShapeDtypeStruct) stay shapes and get their shardings: a program can be lowered from them.
 
     Args:

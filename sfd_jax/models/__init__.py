@@ -1,6 +1,6 @@
 """Networks in Flax NNX: arrays in, arrays out, channels last.
 
-A network knows no loss, guidance, solver, random state or hardware (how it is computed is handed in: execution.py), and
+A network knows no loss, guidance, solver, random state or hardware (how it is computed is passed in: execution.py), and
 can be differentiated forwards and backwards. Each has a frozen config dataclass of JSON-able fields and a module class
 `Cls(config, *, rngs)`, registered here by name; `Network` turns the pair into `init` and `apply` on plain dict trees.
 To add one: write its file, register it below (visual encoders: in `encoders`).

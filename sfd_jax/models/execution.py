@@ -1,8 +1,8 @@
-"""How networks are computed, as against what they compute.
+"""How networks are computed, apart from what they compute.
 
-A step or a sampler decides it once, for the devices it runs on (`sfd_jax.execution`), and says `with executing(...)`
-around what it traces; `Network.apply` hands it to the modules, and nothing else reads it. So a loss may hold any number
-of networks, its own and frozen ones, and need not know. Without it networks take plain forms, on every backend.
+A step or a sampler chooses it for the devices it runs on (`sfd_jax.execution`) and traces inside `with executing(...)`.
+Only `Network.apply` reads it and passes it to the modules, so a loss with several networks, trained and frozen, need
+not handle it. Without it networks use the plain forms, on every backend.
 """
 
 import contextlib
@@ -18,15 +18,15 @@ from sfd_jax.models import kernels
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """Say how a network is computed; the defaults are plain.
+    """Choose how a network is computed; the defaults are plain.
 
     Attributes:
       attention: (query, key, value), each (B, N, K, E), to (B, N, K, E): one of kernels.py, or like them.
       product: ((..., I), (I, O)) to (..., O), of Linear layers.
       scan: run equal blocks as one compiled loop; otherwise unrolled, which is slower to compile.
       remat: what a block keeps for the backward pass, a key of `stack.REMAT`.
-      gather: a block's parameters, as they lie on the devices, to whole ones.
-      split: what blocks pass on, (B, ...), to the same split over the devices.
+      gather: a block's parameters, split over the devices, to whole ones.
+      split: the output of a block, (B, ...), to the same split over the devices.
     """
 
     attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = kernels.attention
@@ -43,7 +43,7 @@ _current = contextvars.ContextVar("execution", default=PLAIN)
 
 @contextlib.contextmanager
 def executing(execution: Execution) -> Iterator[None]:
-    """Have networks computed so that are called (under jit: traced) inside."""
+    """Apply `execution` to the networks that are called (under jit: traced) inside the block."""
     token = _current.set(execution)
     try:
         yield
@@ -52,5 +52,5 @@ def executing(execution: Execution) -> Iterator[None]:
 
 
 def current() -> Execution:
-    """Return what the innermost `executing` says, or PLAIN."""
+    """Return the execution of the innermost `executing`, or PLAIN."""
     return _current.get()

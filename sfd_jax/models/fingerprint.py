@@ -1,4 +1,4 @@
-"""A name for a set of parameters, so that a number can say which weights it came from."""
+"""A hash of a set of parameters, so that a result can name the weights it came from."""
 
 import hashlib
 
@@ -12,8 +12,8 @@ from sfd_jax.trees import named_leaves
 def params_hash(params: Params) -> str:
     """Return a hex digest of all paths, shapes and values of a tree of arrays.
 
-    The same for numpy and jax arrays, for whatever order the dicts were filled in, and for floats of any width that
-    float32 holds: a checkpoint has one name however it is stored.
+    The same for numpy and jax arrays, for any order in which the dicts were filled, and for floats of any width that
+    float32 holds: a checkpoint has one hash however it is stored.
 
     Args:
       params: nested dicts of arrays that this host can read whole.

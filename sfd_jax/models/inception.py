@@ -33,7 +33,7 @@ SPATIAL_CHANNELS = 7
 
 @dataclasses.dataclass(frozen=True)
 class InceptionConfig:
-    """Nothing to choose: there is one such network."""
+    """Hold no fields: there is only one such network."""
 
 
 class Inception(nnx.Module):
@@ -118,7 +118,7 @@ class ConvNorm(nnx.Module):
     ):
         height, width = (size, size) if isinstance(size, int) else size
         pad_h, pad_w = (padding, padding) if isinstance(padding, int) else padding
-        # XLA's CPU convolution takes three times as long where nothing is padded: pad, and cut what that adds.
+        # XLA's CPU convolution takes three times as long without padding: pad, and cut off what that adds.
         self.cut = padding == 0 and stride == 1 and width > 1
         pad_w += self.cut
         self.conv = nnx.Conv(
@@ -160,7 +160,7 @@ class Mixed(nnx.Module):
     Args:
       channels: of its input.
       plan: the branches. Each is a chain of layers (name, channels, size[, stride]), of pools, and of forks: tuples of
-        layers that read the same and are joined. Without a stride the grid stays as it is.
+        layers with one input, whose outputs are joined. Without a stride the grid keeps its size.
     """
 
     def __init__(self, channels: int, plan: tuple, *, rngs: nnx.Rngs):
@@ -178,16 +178,16 @@ class Mixed(nnx.Module):
         return jnp.concatenate(self.branches(x), axis=-1)
 
     def branches(self, x: jax.Array) -> list[jax.Array]:
-        """Return the answers of the branches, those of a fork one by one."""
-        answers = []
+        """Return the outputs of the branches; a fork gives one for each of its layers."""
+        outputs = []
         for chain in self.plan:
             ends = [x]
             for step in chain:
                 ends = (
                     [step(ends[0])] if callable(step) else [getattr(self, name)(ends[0]) for name, *_ in _layers(step)]
                 )
-            answers += ends
-        return answers
+            outputs += ends
+        return outputs
 
 
 def _layers(step) -> tuple:
@@ -253,7 +253,7 @@ BLOCK_D = (
 
 
 def block_e(pool: Callable[[jax.Array], jax.Array]) -> tuple:
-    """8 x 8: 1x1, 3x3 forked into 1x3 and 3x1, double 3x3 forked alike, pool."""
+    """8 x 8: 1x1, 3x3 forked into 1x3 and 3x1, double 3x3 forked likewise, pool."""
     fork = lambda name: ((f"{name}a", 384, (1, 3)), (f"{name}b", 384, (3, 1)))
     return (
         (("branch1x1", 320, 1),),

@@ -1,9 +1,9 @@
 """Operations that are tuned for some hardware, each beside its plain form, which is the default.
 
-An `Execution` (execution.py) says which of them networks take; hardware is never asked here. A tuned form gives the
-same numbers but for rounding. Plain forms have all derivatives. `jax.jvp`, `jax.linearize`, `jax.vjp` and the gradient
-of a `jax.jvp` go through tuned ones too; for derivatives of a gradient, or `jax.vmap` of one, take plain ones. Of
-`cudnn_attention` there is a gradient alone.
+An `Execution` (execution.py) chooses which of them networks use; this file never looks at the hardware. A tuned form
+gives the same numbers up to rounding. Plain forms have all derivatives. Tuned ones support `jax.jvp`, `jax.linearize`,
+`jax.vjp` and the gradient of a `jax.jvp`; for derivatives of a gradient, or `jax.vmap` of one, use plain ones.
+`cudnn_attention` supports the gradient only.
 
 Axis letters: B batch, N tokens, K heads, E head width, I and O features in and out.
 """
@@ -19,8 +19,8 @@ from jax.sharding import Sharding
 def precision_of(dtype: jax.typing.DTypeLike) -> jax.lax.Precision | None:
     """Return the precision at which arrays of a dtype are multiplied: float32 means float32.
 
-    By default a TPU multiplies float32 arrays in bfloat16 and a GPU in TF32, and results would not be those of the
-    released networks.
+    By default a TPU multiplies float32 arrays in bfloat16 and a GPU in TF32, and results would differ from those of
+    the released networks.
     """
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
@@ -46,9 +46,9 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def cpu_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Multiply as `product` does, with a faster gradient of the kernel in float32 on CPUs.
 
-    That gradient contracts both of its factors over their rows. XLA's library of CPU matmuls takes no such product, and
-    a slower one is taken that copies first; with `x` transposed in memory beforehand it does. The training step of B/1
-    takes a sixth less (docs/performance.md).
+    That gradient contracts both of its factors over their rows. XLA's library of CPU matmuls does not support this, and
+    XLA falls back to a slower product that copies first. With `x` transposed in memory beforehand the library is used,
+    and the training step of B/1 takes a sixth less time (docs/performance.md).
     """
     return product(x, kernel)
 
@@ -57,7 +57,7 @@ def cpu_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def _(primals, tangents):
     (x, kernel), (d_x, d_kernel) = primals, tangents
     by_kernel = _by_kernel if x.dtype == jnp.float32 else product
-    # Not `cpu_product`: inside of it, remat policies would not see the matmul that they are to keep.
+    # Not `cpu_product`: remat policies would not see the matmul inside it, which they should keep.
     return product(x, kernel), product(d_x, kernel) + by_kernel(x, d_kernel)
 
 
@@ -86,8 +86,8 @@ def tuned_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.A
     """Attend as `attention` does, with the gradient written out.
 
     It needs the sum over a row of weights x their gradients, which is the sum over E of out x its gradient, a pass over
-    (N, E) instead of two over (N, N). Derived by JAX it takes twice the time on a CPU, and keeps the weights in float32
-    where ours are in the dtype of the matmuls.
+    (N, E) instead of two over (N, N). JAX's own gradient takes twice the time on a CPU, and keeps the weights in
+    float32 where this one keeps them in the dtype of the matmuls.
     """
     return _heads_first(_tuned, query, key, value)
 
@@ -95,7 +95,7 @@ def tuned_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.A
 def cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """Attend by cuDNN's fused kernel, which never writes the (B, K, N, N) weights.
 
-    It takes half precision alone, and head widths that are multiples of 8 up to 128; others get `tuned_attention`.
+    It supports only half precision, and head widths that are multiples of 8 up to 128; others get `tuned_attention`.
     """
     if query.dtype not in (jnp.bfloat16, jnp.float16) or query.shape[-1] % 8 or query.shape[-1] > 128:
         return tuned_attention(query, key, value)
@@ -128,7 +128,7 @@ def _(qkv, tangents):
 def _push_attention(kept, tangents):
     (query, key, value, weights, out), (d_query, d_key, d_value) = kept, tangents
     d_logits = _einsum("bkne,bkme->bknm", d_query, key) + _einsum("bkne,bkme->bknm", query, d_key)
-    d_weights = weights * d_logits * query.shape[-1] ** -0.5  # but for what keeps the sum of a row 1
+    d_weights = weights * d_logits * query.shape[-1] ** -0.5  # without the term that keeps the sum of a row at 1
     values = _einsum("bknm,bkme->bkne", d_weights.astype(out.dtype), value)
     values += _einsum("bknm,bkme->bkne", weights, d_value)
     return (values - jnp.sum(d_weights, axis=-1, keepdims=True) * out).astype(out.dtype)
@@ -153,9 +153,9 @@ def _einsum(axes, x, y):
 
 
 def gather(x: jax.Array, whole: Sharding, pieces: Sharding) -> jax.Array:
-    """Bring an array whole to every device; its gradient goes back to the devices' pieces.
+    """Gather an array on every device; its gradient is scattered to the devices' shards.
 
-    Differentiated by JAX the gradient would be asked whole of every device, and be cut only then. The plain form is x.
+    JAX's own gradient would first be whole on every device, and be split only then. The plain form is x.
     """
     constrain = jax.lax.with_sharding_constraint
     return linear_call(lambda _, x: constrain(x, whole), lambda _, gradient: constrain(gradient, pieces), (), x)

@@ -1,11 +1,11 @@
-"""From pixels to the raw latents of both groups: the encoders composed as the release composes them.
+"""From pixels to the raw latents of both groups: the encoders composed as in the released code.
 
     texture:  pixels -> texture VAE -> sample (or mean) of the posterior          (B,h,w,C)
     semantic: pixels -> tiles -> visual encoder -> Semantic VAE, or PCA -> grid   (B,h,w,C)
 
-A visual encoder sees large images in tiles, and each tile is compressed on its own (encoders/tiles.py).
+A visual encoder gets large images in tiles, and each tile is compressed on its own (encoders/tiles.py).
 
-Whatever is drawn for an image is a function of (seed, index of the image, which latent) alone.
+What is drawn for an image depends only on (seed, index of the image, which latent).
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class LatentEncoder:
 
     Attributes:
       texture: a "texture_vae" network.
-      visual: the visual encoder, or None for texture latents alone.
+      visual: the visual encoder, or None for texture latents only.
       semantic: a "semantic_vae" network; None compresses by PCA (see `data/pca.py`).
       texture_posterior, semantic_posterior: "sample" as released, or "mean".
       flips: also encode the mirrored image.
@@ -88,7 +88,7 @@ class LatentEncoder:
         pixels = to_float(pixels)
         if not self.flips:
             return self._orientation(params, pixels, index, 0)
-        # One after the other in one loop: the networks are compiled once.
+        # A loop over both views, so that the networks are compiled once.
         views = jnp.stack([pixels, pixels[:, :, ::-1]])
         both = jax.lax.map(lambda view: self._orientation(params, view[0], index, view[1]), (views, jnp.arange(2)))
         upright, flipped = (jax.tree.map(lambda values, i=i: values[i], both) for i in range(2))
@@ -113,9 +113,9 @@ class LatentEncoder:
         semantic = self._posterior(self.semantic_posterior, mean, logvar, index, 2 * flipped + 1)
         if semantic.shape[:3] != texture.shape[:3]:
             raise SfdError(
-                f"texture latents come out as {texture.shape[1]} x {texture.shape[2]} and semantic ones "
-                f"as {semantic.shape[1]} x {semantic.shape[2]}: choose the visual encoder's tiling so "
-                "that both have one grid"
+                f"texture latents have a grid of {texture.shape[1]} x {texture.shape[2]} and semantic ones "
+                f"of {semantic.shape[1]} x {semantic.shape[2]}: choose the visual encoder's tiling so "
+                "that both are equal"
             )
         result = {"texture": texture, "semantic": semantic}
         if self.repa:
@@ -132,19 +132,19 @@ class LatentEncoder:
         return sample_posterior(mean, logvar, jax.vmap(draw)(keys_by_row(jax.random.key(self.seed), index)))
 
 
-# The texture VAE's widest layers hold a hundred times the image: a device takes this many images at once.
+# The texture VAE's widest layers hold a hundred times the image: a device encodes this many images at once.
 ENCODE_AT_ONCE = 8
 
 
 def jit_encoder(encoder: LatentEncoder, mesh: Mesh) -> jax.stages.Wrapped:
-    """Return the jitted `encoder` for batches that are split over a mesh, each device working through its images.
+    """Return the jitted `encoder` for batches that are split over a mesh; each device encodes its own images.
 
     Args:
       encoder: what to run.
-      mesh: over whose devices `pixels` and `index` are split, and on which the parameters are repeated.
+      mesh: `pixels` and `index` are split over its devices, and the parameters are replicated.
 
     Returns:
-      A function of (params, pixels, index), as `LatentEncoder.__call__` has them.
+      A function of (params, pixels, index), as in `LatentEncoder.__call__`.
     """
 
     def on_device(params, pixels, index):
@@ -159,7 +159,7 @@ def jit_encoder(encoder: LatentEncoder, mesh: Mesh) -> jax.stages.Wrapped:
 
 
 def decode_features(network: Network, params: Params, semantic_latents: jax.Array, tile_grid: int) -> jax.Array:
-    """Return the features that raw semantic latents stand for.
+    """Decode raw semantic latents to visual features.
 
     Args:
       network: a "semantic_vae".
@@ -168,10 +168,10 @@ def decode_features(network: Network, params: Params, semantic_latents: jax.Arra
       tile_grid: latent pixels a side of the tiles that were compressed one by one; smaller grids are one tile.
 
     Returns:
-      (B,h*w,F) float32, row by row, as `VisualEncoder.features` has them.
+      (B,h*w,F) float32, row by row, in the order of `VisualEncoder.features`.
 
     Raises:
-      SfdError: the grid is no whole number of tiles.
+      SfdError: the grid is not a whole number of tiles.
     """
     b, h, _, channels = semantic_latents.shape
     tiles = tiles_of_grid(h, tile_grid)

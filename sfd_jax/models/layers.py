@@ -1,6 +1,6 @@
-"""Leaves shared by the networks: dense and normalisation layers, patch embedding, MLPs.
+"""Layers shared by the networks: dense and normalisation layers, patch embedding, MLPs.
 
-Parameters are float32. `dtype` is the dtype of the matmul alone; normalisation is always computed
+Parameters are float32. `dtype` is the dtype of the matmul only; normalisation is always computed
 and returned in float32. Products of float32 arrays are float32 on every backend, in networks that
 otherwise compute in bfloat16 too: see `kernels.precision_of`. Axis letters: B batch, H W grid, C channels, N tokens,
 D width, P patch.
@@ -18,7 +18,7 @@ from sfd_jax.models.kernels import precision_of
 
 XAVIER = jax.nn.initializers.xavier_uniform()
 ZEROS = jax.nn.initializers.zeros
-# U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what PyTorch gives Linear and Conv2d that nobody initialises.
+# U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for Linear and Conv2d.
 # Biases, which PyTorch draws from the same range, start at zero here.
 FAN_IN = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -29,7 +29,7 @@ def normal(stddev: float) -> jax.nn.initializers.Initializer:
 
 
 class Linear(nnx.Linear):
-    """nnx.Linear by the product of the `execution`."""
+    """An nnx.Linear that multiplies by the `execution`'s product."""
 
     execution = PLAIN
 
@@ -39,10 +39,10 @@ class Linear(nnx.Linear):
         return self.execution.product(x, kernel) + bias
 
     def halves(self, x: jax.Array) -> list[jax.Array]:
-        """Return both halves of the answer, each by a product of its own.
+        """Return both halves of the output, each computed by its own product.
 
-        Cut out of one product, their gradients would have to be written side by side again before the backward pass
-        can multiply them: 4 % of XL's step on a GPU.
+        If one product were split, the two gradients would have to be concatenated again in the backward pass: 4 % of
+        XL's step on a GPU.
         """
         x, kernel, bias = self._in_dtype(x)
         parts = zip(jnp.split(kernel, 2, axis=-1), jnp.split(bias, 2, axis=-1), strict=True)
@@ -105,7 +105,7 @@ def conv(
     dtype: jax.typing.DTypeLike = jnp.float32,
     **options,
 ) -> nnx.Conv:
-    """Build a square 2D convolution that keeps the grid, unless `options` (of nnx.Conv) say more."""
+    """Build a square 2D convolution that keeps the grid, unless `options` (of nnx.Conv) change that."""
     return nnx.Conv(
         channels_in,
         channels_out,
@@ -119,7 +119,7 @@ def conv(
 
 
 class PatchEmbed(nnx.Module):
-    """Cut an image into patches and project each: the strided convolution, as one matmul.
+    """Cut an image into patches and project each: a strided convolution, as one matmul.
 
     Parameters: kernel (P, P, C, D), bias (D,).
     """
@@ -209,7 +209,7 @@ def gelu_tanh(x: jax.Array) -> jax.Array:
 
 
 def check_dtype(compute_dtype: str) -> None:
-    """Raise SfdError unless the name is that of a dtype to compute in."""
+    """Raise SfdError unless this is the name of a supported compute dtype."""
     check(
         compute_dtype in ("float32", "bfloat16"),
         f"compute_dtype is '{compute_dtype}': choose float32 or bfloat16",
@@ -223,7 +223,7 @@ def check(condition: bool, message: str) -> None:
 
 
 def check_divides(size: int, part: int, what: str) -> None:
-    """Raise SfdError unless a side of `size` divides by `part`, with the nearest sides that do."""
+    """Raise SfdError unless a side of `size` divides by `part`; the message has the nearest sides that do."""
     low = size // part * part
     near = f"{low} or {low + part}" if low else str(part)
-    check(size % part == 0, f"images of {size} px do not divide by {part}, {what}: {near} px would do")
+    check(size % part == 0, f"images of {size} px do not divide by {part}, {what}: use {near} px")

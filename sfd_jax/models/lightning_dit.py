@@ -75,7 +75,7 @@ SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
-    """Say which LightningDiT; the defaults are SFD's, without REPA.
+    """Configure a LightningDiT; the defaults are SFD's, without REPA.
 
     Attributes:
       width, depth, num_heads: D, L, K.
@@ -84,7 +84,7 @@ class DiTConfig:
       in_channels: C, texture and semantics together.
       num_classes: labels are 0..num_classes-1; the null label is num_classes.
       null_label: the label table has a row for the null label.
-      two_clocks: one time embedding a clock, D/2 wide each; otherwise one that reads t_texture.
+      two_clocks: one time embedding for each clock, D/2 wide; otherwise one that reads t_texture.
       use_qknorm: normalise queries and keys per head before the rotation.
       use_swiglu: SwiGLU of hidden width int(2/3 mlp_ratio D), instead of GELU of mlp_ratio D.
       use_rope: 2D rotary embedding (beside the position table, which is always added).
@@ -122,7 +122,7 @@ class DiTConfig:
         check_fields("model", self)
         d, k = self.width, self.num_heads
         check(d % k == 0, f"width {d} does not divide by num_heads {k}: choose another number of heads")
-        check(d % 4 == 0, f"width {d} must divide by 4: half of it tells the row, half the column")
+        check(d % 4 == 0, f"width {d} must divide by 4: half of it encodes the row, half the column")
         check(
             not self.use_rope or (d // k) % 4 == 0,
             f"head width {d // k} (width {d} / num_heads {k}) must divide by 4 with use_rope",
@@ -139,7 +139,7 @@ class DiTConfig:
 
     @property
     def kept_by_dots(self) -> int:
-        """Return the bytes of one row that the blocks keep with remat "dots": what the matmuls with weights give."""
+        """Return the bytes of one row that the blocks keep with remat "dots": the outputs of matmuls with weights."""
         hidden = int(self.width * self.mlp_ratio)
         wide = 2 * int(2 / 3 * hidden) if self.use_swiglu else hidden
         tokens = (self.input_size // self.patch_size) ** 2
@@ -151,7 +151,7 @@ def dit_config(size: str, **overrides) -> DiTConfig:
     """Return the config of a released size ("S", "B", "L", "XL", "1p0B", "1p6B").
 
     Raises:
-      SfdError: no such size, or an override that is no field of DiTConfig.
+      SfdError: no such size, or an override that is not a field of DiTConfig.
     """
     if size not in SIZES:
         raise SfdError(f"no LightningDiT size '{size}': {nearest(size, SIZES)}")
@@ -162,7 +162,7 @@ def dit_config(size: str, **overrides) -> DiTConfig:
 
 
 class LightningDiT(nnx.Module):
-    """Predict the velocity of a latent; a fresh network answers zero."""
+    """Predict the velocity of a latent; a freshly initialised network returns zero."""
 
     execution = PLAIN
 
@@ -194,7 +194,7 @@ class LightningDiT(nnx.Module):
 
         Args:
           latents: (B, H, W, C), texture first, on the path between noise and data.
-          t_semantic, t_texture: (B,) in [0, 1]; a single-clock network reads t_texture alone.
+          t_semantic, t_texture: (B,) in [0, 1]; a single-clock network reads only t_texture.
           labels: (B,) int32 in [0, num_classes], the last being the null label.
           return_repa: also return the projected hidden states.
 
@@ -202,7 +202,7 @@ class LightningDiT(nnx.Module):
           velocity (B, H, W, C) float32; with `return_repa` the pair (velocity, repa (B, N, F)).
 
         Raises:
-          SfdError: latents of another grid or channel count, or REPA asked of a network without it.
+          SfdError: latents of another grid or channel count, or `return_repa` without a projector.
         """
         c = self.config
         expected = (c.input_size, c.input_size, c.in_channels)
@@ -212,7 +212,7 @@ class LightningDiT(nnx.Module):
         )
         check(
             not return_repa or c.repa_features > 0,
-            "REPA features were asked of a network without projector: set repa_features",
+            "this network has no REPA projector: set repa_features",
         )
         grid = c.input_size // c.patch_size
         tokens = self.patch_embed(latents.astype(jnp.float32))

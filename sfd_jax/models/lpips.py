@@ -1,8 +1,8 @@
-"""LPIPS: how different two images look, by the features of a VGG16 trained on ImageNet.
+"""LPIPS: perceptual distance of two images, by the features of a VGG16 trained on ImageNet.
 
 Pixels (B, H, W, 3) in [-1, 1] go through five slices of VGG16 (up to relu1_2, relu2_2, relu3_3, relu4_3,
 relu5_3). At each slice both images' features are made unit vectors over channels; their squared
-differences, weighted a channel, are averaged over positions; the five are summed.
+differences, weighted by channel, are averaged over positions; the five are summed.
 
 Parameters (ours <- PyTorch key of the `lpips` package and of taming-transformers):
 
@@ -30,7 +30,7 @@ SCALE = np.array([0.458, 0.448, 0.450], np.float32).reshape(1, 1, 1, 3)
 
 @dataclasses.dataclass(frozen=True)
 class LpipsConfig:
-    """Say how large; the defaults are VGG16's.
+    """Configure the network's size; the defaults are VGG16's.
 
     Attributes:
       channels: of each slice.
@@ -44,7 +44,7 @@ class LpipsConfig:
         check_fields("model", self)
         check(
             len(self.channels) == len(self.depths) > 0,
-            f"LPIPS with {len(self.channels)} channels and {len(self.depths)} depths: give one each a slice",
+            f"LPIPS with {len(self.channels)} channels and {len(self.depths)} depths: give one of each for every slice",
         )
 
 

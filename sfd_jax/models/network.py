@@ -1,8 +1,8 @@
 """A network as a pure function of plain arrays: the boundary between NNX and the rest of the code.
 
-NNX builds the module once; outside of this file parameters are nested dicts with string keys, which
-is what checkpoints hold, what shardings are derived from and what the optimizer updates. Nothing
-else of NNX (graph definitions, variables, random state) leaves this file.
+NNX builds the module once; outside this file parameters are nested dicts with string keys, which
+checkpoints hold, shardings are derived from and the optimizer updates. Nothing else of NNX (graph
+definitions, variables, random state) leaves this file.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from sfd_jax.registry import Registry
 from sfd_jax.settings import from_group
 from sfd_jax.trees import shape_faults, shapes_by_name
 
-# Fields of configs written before an `Execution` took their place: read and passed over.
+# Fields of old configs, now replaced by `Execution`: read and ignored.
 FORMER_FIELDS = {"scan_blocks", "remat"}
 
 Params = dict[str, Any]
@@ -37,8 +37,8 @@ class Network:
 
     Args:
       name: a key of `sfd_jax.models.NETWORKS`.
-      config: that network's config, as its dataclass or as a dict of its fields (lists are taken
-        for tuples, so a dict read from JSON will do).
+      config: that network's config, as its dataclass or as a dict of its fields (lists become
+        tuples, so a dict read from JSON works).
 
     Raises:
       SfdError: unknown name, unknown or missing field, or a config that cannot be built.
@@ -65,7 +65,7 @@ class Network:
     def apply(self, params: Params, *args, method: str = "__call__", **kwargs) -> Any:
         """Call the network (or another of its methods) with `params`; pure and jit-able.
 
-        How it is computed is what the surrounding `execution.executing` says.
+        The surrounding `execution.executing` decides how it is computed.
 
         Raises:
           SfdError: `params` is not the tree of `abstract_params` (each differing path is named).
@@ -77,10 +77,10 @@ class Network:
         return getattr(module, method)(*args, **kwargs)
 
     def check(self, params: Params) -> None:
-        """Raise SfdError where `params` is not the tree of `abstract_params`; each differing path is named."""
+        """Raise SfdError, naming each differing path, where `params` is not the tree of `abstract_params`."""
         if lines := shape_faults(shapes_by_name(params), shapes_by_name(self.abstract_params())):
             raise SfdError(
-                f"these parameters are not of this {self.name} config (was it saved with another one?): "
+                f"these parameters do not fit this {self.name} config (were they saved with another one?): "
                 f"{self.described()}\n" + "\n".join(lines)
             )
 
@@ -94,11 +94,11 @@ class Network:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
     def described(self) -> str:
-        """Return the config for the eye."""
+        """Return the config as text."""
         return ", ".join(f"{key} {value}" for key, value in self.config_dict().items())
 
     def metadata(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of the network, for `network_of`."""
+        """Return what a checkpoint records of the network, for `network_of`."""
         known = {"network": self.name, "network_config": self.config_dict()}
         module = NETWORKS.registered_in(self.name)
         return known | {"registered_in": module} if module else known
@@ -114,22 +114,24 @@ class Network:
 
 
 def network_of(metadata: Mapping[str, Any], kind: str | Collection[str], **changes) -> Network:
-    """Build the network that a checkpoint's metadata tell of.
+    """Build the network that a checkpoint's metadata describes.
 
     Args:
       metadata: see `training.checkpoint`; "given_as" (a command's flag) names the checkpoint in messages.
-      kind: the key of `NETWORKS` that is needed, or several of which any will do.
-      **changes: fields of the config to set otherwise, where that network's config has them.
+      kind: the key of `NETWORKS` that is needed, or several valid ones.
+      **changes: config fields to change, where that network's config has them.
 
     Raises:
-      SfdError: the checkpoint is of another network; both are named. Or it is of one whose module is not imported.
+      SfdError: the checkpoint holds another network (both are named), or one whose module is not imported.
     """
     found, kinds = metadata.get("network"), (kind,) if isinstance(kind, str) else kind
     if metadata.get("registered_in"):
         NETWORKS.find(found, metadata["registered_in"])
     if found not in kinds:
         expected = " or ".join(f"'{kind}'" for kind in kinds)
-        raise SfdError(f"{checkpoint_name(metadata)} holds '{found}', expected {expected}: give one of that")
+        raise SfdError(
+            f"{checkpoint_name(metadata)} holds '{found}', expected {expected}: give a checkpoint of that network"
+        )
     network = Network(found, metadata["network_config"])
     changes = {name: value for name, value in changes.items() if value and hasattr(network.config, name)}
     return Network(found, {**network.config_dict(), **changes})

@@ -1,7 +1,7 @@
-"""What tokens know of place and of time: fixed tables and features, nothing learned.
+"""Position tables, rotary embedding and time features; nothing here is learned.
 
 Tables are computed by NumPy in float64 when a network is traced, so they are constants of the
-compiled program and belong to no parameter tree.
+compiled program and not parameters.
 """
 
 import functools
@@ -22,7 +22,7 @@ def sincos_2d(width: int, grid_size: int) -> np.ndarray:
       grid_size: tokens along a side.
 
     Returns:
-      (N, D) float32, tokens in row order. The first half of the width tells the COLUMN, the second
+      (N, D) float32, tokens in row order. The first half of the width encodes the COLUMN, the second
       the row (the original's meshgrid puts w first); each half is sines, then cosines.
 
     Source: LightningDiT, models/lightningdit.py, get_2d_sincos_pos_embed (from MAE).
@@ -70,8 +70,8 @@ def rotary_2d(head_width: int, grid_size: int) -> Rotary:
 def rotate(x: jax.Array, tables: Rotary) -> jax.Array:
     """Turn queries or keys (B, N, K, E) by their positions, in float32; tables of `rotary_2d`.
 
-    Neighbours are fetched by rolling the last axis: a reshape to (..., E/2, 2) would say the same
-    but leaves a TPU with two-wide rows.
+    Neighbours are fetched by rolling the last axis: a reshape to (..., E/2, 2) would be equivalent
+    but gives a TPU rows of width 2.
     """
     cos, sin_next, sin_previous = (jnp.asarray(table)[None, :, None, :] for table in tables)
     x = x.astype(jnp.float32)

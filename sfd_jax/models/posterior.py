@@ -1,4 +1,4 @@
-"""The diagonal Gaussian posterior that both autoencoders end their encoder with."""
+"""The diagonal Gaussian posterior of both autoencoders' encoders."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ def split_moments(moments: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def sample_posterior(mean: jax.Array, logvar: jax.Array | None, noise: jax.Array | None) -> jax.Array:
-    """Return mean + exp(logvar / 2) * noise; the mean itself where logvar or noise is None."""
+    """Return mean + exp(logvar / 2) * noise; the mean where logvar or noise is None."""
     if logvar is None or noise is None:
         return mean
     return mean + jnp.exp(0.5 * logvar) * noise

@@ -1,6 +1,6 @@
-"""Image resizing as two small matrices, for the kinds of resize that JAX has no function for.
+"""Image resizing as two small matrices, for the kinds of resize that JAX does not have.
 
-A separable resize is rows @ image @ columns^T; the matrices depend on the sizes alone and are
+A separable resize is rows @ image @ columns^T; the matrices depend only on the sizes and are
 computed by NumPy when a network is traced. Positions are taken in float32, as the originals do: in
 float64 they would differ by up to 1e-5 of a pixel, more than everything after them. Evaluation and feature
 extraction need the exact resize of the released pipelines: another antialias or pixel centre moves FID by tenths.
@@ -22,7 +22,7 @@ def resize_bicubic(images: jax.Array, height: int, width: int, offset: float = 0
     Args:
       images: (B, H, W, C).
       height, width: of the result.
-      offset: added to the output size where the scale is computed, and only there; DINOv2 without
+      offset: added to the output size only where the scale is computed; DINOv2 without
         registers resizes its positions with 0.1.
     """
     rows = bicubic_matrix(images.shape[1], height, offset)
@@ -75,7 +75,7 @@ def tf1_matrix(size_in: int, size_out: int) -> np.ndarray:
 
 
 def _resize(images, rows, columns):
-    # Bytes carry more digits than bfloat16: the resize is exact on every backend.
+    # Bytes have more digits than bfloat16, so float32 at highest precision.
     images = images.astype(jnp.float32)
     images = jnp.einsum("oh,bhwc->bowc", rows, images, precision="highest")
     return jnp.einsum("ow,bhwc->bhoc", columns, images, precision="highest")

@@ -1,4 +1,4 @@
-"""Semantic VAE: compresses the features of a visual encoder, token by token or across tokens.
+"""Semantic VAE: compress the features of a visual encoder, token by token or across tokens.
 
 Maps features (B, N, F) to semantic latents (B, N, Z) and back. Released: transformer, F = 768,
 Z = 16, on 256 DINOv2 patch tokens. No positions are added: the features carry them.
@@ -31,7 +31,7 @@ from sfd_jax.ranges import check_fields
 
 @dataclasses.dataclass(frozen=True)
 class SemanticVAEConfig:
-    """Say which Semantic VAE; the defaults are the released one.
+    """Configure a Semantic VAE; the defaults are the released one.
 
     Attributes:
       arch: "linear", "mlp", "resnet" or "transformer".
@@ -41,7 +41,7 @@ class SemanticVAEConfig:
       num_layers: layers of the gated MLP ("mlp", and beside the residual blocks in "resnet").
       num_res_blocks: residual blocks ("resnet").
       transformer_heads, transformer_blocks: attention heads and blocks ("transformer").
-      variational: the encoder gives mean and log-variance; otherwise the latent alone.
+      variational: the encoder gives mean and log-variance; otherwise only the latent.
       compute_dtype: "float32" or "bfloat16", dtype of the matmuls.
     """
 
@@ -121,7 +121,7 @@ def resnet_encoder_layers(
 def resnet_decoder_layers(
     c: SemanticVAEConfig, features_in: int, features_out: int, rngs: nnx.Rngs
 ) -> list[nnx.Module]:
-    # Not quite the encoder's mirror: here the first layer, too, is gated.
+    # Not quite the encoder reversed: here the first layer is gated too.
     d = c.hidden_dim
     return [
         Gated(c, features_in, d, rngs=rngs),

@@ -1,4 +1,4 @@
-"""A tower of equal blocks: parameters stacked along a leading axis L, run as one compiled loop.
+"""A stack of equal blocks: parameters stacked along a leading axis L, run as one compiled loop.
 
 One loop body instead of L copies keeps compilation short, and stacked parameters are few large
 arrays, which shard and checkpoint well.
@@ -42,12 +42,12 @@ def run_stack(
 ) -> jax.Array:
     """Pass `x` through the blocks `start` to `stop` of a stack.
 
-    Weights are gathered inside the loop, so that those of one block alone are whole at a time.
+    Weights are gathered inside the loop, so that only one block's are whole at a time.
 
     Args:
       blocks: what `stack` built.
       execution: `scan`, `remat`, `gather` and `split` are used here.
-      x: (B, ...), what the first block reads; every block returns its like.
+      x: (B, ...), input of the first block; every block returns the same shape.
       extras: further arguments, the same for each block.
     """
     graphdef, state = nnx.split(blocks)

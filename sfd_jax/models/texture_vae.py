@@ -17,7 +17,7 @@ Parameters keep the names of the PyTorch keys, one for one, with `/` for `.`:
   decoder/up/{i}/upsample/conv                        all levels but the finest
   quant_conv, post_quant_conv                         (1,1,2Z,2Z) and (1,1,Z,Z)
 
-`loss.*` (LPIPS, discriminator) of the released files is no part of the network.
+`loss.*` (LPIPS, discriminator) of the released files is not part of the network.
 
 Source: latent-diffusion, ldm/modules/diffusionmodules/model.py (from taming-transformers); MAR,
 models/vae.py.
@@ -37,7 +37,7 @@ from sfd_jax.ranges import check_fields
 
 @dataclasses.dataclass(frozen=True)
 class TextureVAEConfig:
-    """Say which texture VAE; the defaults are the released f16d32.
+    """Configure a texture VAE; the defaults are the released f16d32.
 
     Attributes:
       z_channels: Z.
@@ -66,7 +66,7 @@ class TextureVAEConfig:
             self.variant in ("ldm", "mar"),
             f"no texture VAE variant '{self.variant}': choose ldm or mar",
         )
-        check(len(self.ch_mult) > 0, "ch_mult is empty: give one multiple a level")
+        check(len(self.ch_mult) > 0, "ch_mult is empty: give one multiple for each level")
         for width in self.widths:
             check(
                 width % self.norm_groups == 0,
@@ -186,7 +186,7 @@ class Decoder(nnx.Module):
 
 
 class Level(nnx.Module):
-    """Residual blocks at one grid size, each with attention or none, then a `change` of grid to the next level."""
+    """Residual blocks at one grid size, each with or without attention, then a `change` to the next level's grid."""
 
     def __init__(
         self,
@@ -272,7 +272,7 @@ class Attention(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Halve the grid by a stride-2 convolution, padded at the bottom and right alone."""
+    """Halve the grid by a stride-2 convolution, padded only at the bottom and right."""
 
     def __init__(self, config: TextureVAEConfig, channels: int, *, rngs: nnx.Rngs):
         padding, dtype = ((0, 1), (0, 1)), jnp.dtype(config.compute_dtype)

@@ -1,6 +1,6 @@
-"""Training: a task (what), a step (how, once) and a loop (how long), and the checkpoints it leaves.
+"""Training: the task (parameters and loss), the step, the loop, and checkpoints.
 
-A new thing to train is a module with a function that returns a Task; `fit` does the rest.
+To train something new, write a function that returns a Task; `fit` does the rest.
 """
 
 from sfd_jax.training.checkpoint import Checkpointer, load_metadata, load_params, save_params

@@ -1,16 +1,16 @@
-"""Checkpoints: everything needed to go on, and the parameters that every other command reads.
+"""Checkpoints: the full training state to resume from, and the parameters that other commands read.
 
-A folder of checkpoints holds one folder a step, visible only once complete:
+A folder of checkpoints holds one folder for each step, which appears only when complete:
 
     <step>/params, <step>/ema_params   the network's, nested dicts of float32 arrays
-    <step>/progress                    optimizer state, counters, and whatever else is trained beside the
-                                       network (classifier heads); only in checkpoints of a run
+    <step>/progress                    optimizer state, counters, and parameters trained beside the network
+                                       (classifier heads); only in checkpoints of a run
     <step>/metadata                    JSON: network, its config, latent statistics, class names, step, source;
                                        and the checksums of itself and of every array (checksums.py)
 
-What is read is compared with its checksum. Checkpoints written before there were any are read with a line that says so.
-`save_params` writes the same layout with `params` alone, so converted and trained weights are read alike.
-Orbax writes to local disks and to gs:// paths, in the background where it can.
+Everything read is compared with its checksum. Older checkpoints without checksums are read with a warning line.
+`save_params` writes the same layout with only `params`, so converted and trained weights are read alike.
+Orbax writes to local disks and to gs:// paths, in the background where possible.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ _STATE_ITEMS = ("params", "ema_params", "progress")
 _DAMAGED = "copy it here again, or remove that folder to use the checkpoint before it"
 _INCOMPLETE = "an incomplete copy? Copy it here again, or remove that folder to use the checkpoint before it"
 
-# Each of Orbax's threads logs a failed write with its traceback; the one SfdError raised here says it all.
+# Each of Orbax's threads logs a failed write with its traceback; the one SfdError raised here is enough.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
 
@@ -48,7 +48,7 @@ _unraisable = sys.unraisablehook
 
 
 def _without_echoes(report) -> None:
-    # A read that failed leaves TensorStore's other reads calling into an event loop that is closed by then.
+    # After a failed read, TensorStore's other reads call into an event loop that is already closed.
     code = getattr(report.object, "cr_code", None)
     if str(report.exc_value) != "Event loop is closed" and "orbax" not in getattr(code, "co_filename", ""):
         _unraisable(report)
@@ -61,12 +61,12 @@ class Checkpointer:
     """Save and restore the training state in `directory`, keeping the newest and every n-th step."""
 
     def __init__(self, directory: epath.PathLike, keep_last: int = 2, keep_every: int = 0):
-        """Open the folder, making it where needed and removing what a killed save left behind.
+        """Open the folder; make it where needed and remove the remains of a killed save.
 
         Args:
           directory: folder of checkpoints, local or gs://.
           keep_last: newest checkpoints kept, at least 1.
-          keep_every: checkpoints whose step is a multiple of it are kept for good; 0 for none.
+          keep_every: checkpoints whose step is a multiple of it are kept forever; 0 for none.
 
         Raises:
           SfdError: the folder cannot be made or written to.
@@ -84,7 +84,7 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, metadata: dict) -> None:
-        """Save in the background; returns once the state may be donated.
+        """Save in the background; return when the state may be donated.
 
         Args:
           step: the state's step.
@@ -97,7 +97,7 @@ class Checkpointer:
         items = _save_args(_to_items(state), {**metadata, "step": step})
         self.wait()
         with _writing(f"checkpoint of step {step} cannot be written to {self.directory}"):
-            _check_room(self.directory, state)
+            _check_space(self.directory, state)
             self._manager.save(step, args=items, force=True)
 
     def restore(self, abstract_state: TrainState, step: int | None = None) -> TrainState:
@@ -108,7 +108,7 @@ class Checkpointer:
           step: which checkpoint; the newest by default.
 
         Raises:
-          SfdError: there is none, it cannot be read, or an array is damaged, missing, extra or misshapen: the
+          SfdError: there is none, it cannot be read, or arrays are damaged, missing, extra or misshapen; the
             message names all of them.
         """
         step = self.latest_step() if step is None else step
@@ -116,7 +116,9 @@ class Checkpointer:
             raise SfdError(f"{self.directory} holds no complete checkpoint")
         items, metadata = _read(self.directory / str(step), _to_items(abstract_state))
         if metadata["step"] != step:
-            raise SfdError(f"{self.directory / str(step)} holds step {metadata['step']}; give the folder its name back")
+            raise SfdError(
+                f"{self.directory / str(step)} holds step {metadata['step']}; rename the folder to {metadata['step']}"
+            )
         return _from_items(items)
 
     def wait(self) -> None:
@@ -126,7 +128,7 @@ class Checkpointer:
             self._manager.check_for_errors()
 
     def close(self) -> None:
-        """Finish the saves under way and release the folder; failures were `wait`'s to report."""
+        """Finish pending saves and release the folder; `wait` reports failures."""
         with contextlib.suppress(Exception):
             self._manager.close()
 
@@ -135,7 +137,7 @@ def save_params(directory: epath.PathLike, params: dict, metadata: dict) -> None
     """Save parameters so that `load_params` finds them.
 
     Args:
-      directory: folder of checkpoints; the step is taken from the metadata, 0 where it names none.
+      directory: folder of checkpoints; the step is that of the metadata, or 0.
       params: nested dict with string keys of arrays.
       metadata: JSON-able dict, see the module docstring.
 
@@ -159,16 +161,16 @@ def load_params(
     Args:
       directory: the work folder of a run, a folder of checkpoints, or one checkpoint.
       step: which checkpoint; the newest by default.
-      which: "ema" or "raw"; a folder that holds one set of parameters gives that one for both.
-      abstract: tree of ShapeDtypeStructs to read into, with shardings where the arrays shall be spread over
-        a mesh; without it the arrays come as float32 numpy arrays of the stored shapes.
+      which: "ema" or "raw"; a folder with one set of parameters returns that one for both.
+      abstract: tree of ShapeDtypeStructs to read into, with shardings to split the arrays over a mesh;
+        without it the arrays come as float32 numpy arrays of the stored shapes.
 
     Returns:
       (params, metadata).
 
     Raises:
-      SfdError: no such checkpoint; parameters are missing, the average of a run too; or arrays are damaged or do not
-        fit `abstract`: all are named.
+      SfdError: no such checkpoint; parameters (of a run, also the average) are missing; or arrays are damaged or do
+        not fit `abstract`: all are named.
     """
     if which not in ("ema", "raw"):
         raise SfdError(f"which='{which}': a checkpoint holds 'ema' and 'raw' parameters")
@@ -179,7 +181,7 @@ def load_params(
 
 
 def load_metadata(directory: epath.PathLike, step: int | None = None) -> dict:
-    """Read a checkpoint's metadata alone.
+    """Read only a checkpoint's metadata.
 
     Raises:
       SfdError: no such checkpoint, or its metadata are missing or damaged.
@@ -195,14 +197,14 @@ def find_checkpoint(directory: epath.PathLike, step: int | None = None) -> epath
       step: which one; the newest by default.
 
     Raises:
-      SfdError: there is none; the message lists the steps there are.
+      SfdError: there is none; the message lists the existing steps.
     """
     root = _folder(directory)
     if not root.exists():
         raise SfdError(f"no checkpoint folder {root}")
     if root.is_file():
         raise SfdError(
-            f"{root} is a file, no checkpoint folder; `sfd convert {root} --out=DIR` makes one of a released file"
+            f"{root} is a file, not a checkpoint folder; `sfd convert {root} --out=DIR` makes one from a released file"
         )
     if any((root / item).exists() for item in (*_STATE_ITEMS, "metadata")):
         if step is not None and root.name != str(step):
@@ -221,7 +223,7 @@ def find_checkpoint(directory: epath.PathLike, step: int | None = None) -> epath
 
 
 def _folder(directory: epath.PathLike) -> epath.Path:
-    """Return a folder as Orbax wants it: local ones absolute, gs:// ones as they are."""
+    """Return a folder as Orbax needs it: local paths absolute, gs:// paths unchanged."""
     text = user_path(directory)
     return epath.Path(text if "://" in text else os.path.abspath(text))
 
@@ -242,7 +244,7 @@ def _from_items(items: dict) -> TrainState:
 
 
 def _split_heads(params: dict) -> tuple[dict, dict]:
-    """Split {"network", "heads"}, as tasks with classifiers have it; other params are all network."""
+    """Split {"network", "heads"} of tasks with classifiers; other params are all network."""
     return (params["network"], params["heads"]) if params.keys() == {"network", "heads"} else (params, {})
 
 
@@ -250,19 +252,19 @@ def _join_heads(params: dict, heads: dict) -> dict:
     return {"network": params, "heads": heads} if heads else params
 
 
-def _check_room(directory: epath.Path, tree) -> None:
-    """Raise OSError before writing anything where a local disk cannot take this host's part of the arrays."""
+def _check_space(directory: epath.Path, tree) -> None:
+    """Raise OSError, before anything is written, where a local disk lacks space for this host's part of the arrays."""
     if not os.path.isdir(directory):
         return  # a bucket
     shards = [shard for array in jax.tree.leaves(tree) for shard in array.addressable_shards]
     needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
     free = shutil.disk_usage(directory).free
     if free < needed:
-        raise OSError(f"it takes {needed / 2**20:,.1f} MiB and the disk has {free / 2**20:,.1f} MiB left")
+        raise OSError(f"it needs {needed / 2**20:,.1f} MiB and the disk has {free / 2**20:,.1f} MiB free")
 
 
 def _save_args(items: dict, metadata: dict) -> ocp.args.Composite:
-    """Return what Orbax is to write; the checksums are taken before the arrays may be donated."""
+    """Return the arguments of Orbax's save; the checksums are taken before the arrays may be donated."""
     metadata = _json(metadata)
     sums = checksums(items)
     stored = {"metadata": metadata, "checksums": sums, "sha256": _sha256(metadata, sums)}
@@ -275,29 +277,29 @@ def _sha256(metadata: dict, sums: dict) -> str:
 
 
 def _read_metadata(path: epath.Path) -> tuple[dict, dict | None]:
-    """Return a checkpoint's metadata and its checksums by path, item first; None in one written without."""
+    """Return a checkpoint's metadata and its checksums by path, item first; None where it has none."""
     if not (path / "metadata").exists():
         raise SfdError(f"checkpoint {path} lacks its metadata: {_INCOMPLETE}")
     with _reading(path / "metadata"), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         stored = checkpointer.restore(path / "metadata", args=ocp.args.JsonRestore())
-    if "step" in stored:  # as it was written before there were checksums
+    if "step" in stored:  # the old form without checksums
         return stored, None
     if stored.keys() != {"metadata", "checksums", "sha256"} or stored["sha256"] != _sha256(
         stored["metadata"], stored["checksums"]
     ):
-        raise SfdError(f"checkpoint {path} is damaged: its metadata do not have their checksum; {_DAMAGED}")
+        raise SfdError(f"checkpoint {path} is damaged: its metadata fail their checksum; {_DAMAGED}")
     return stored["metadata"], stored["checksums"]
 
 
 def _items_of(path: epath.Path, metadata: dict, sums: dict | None) -> set[str]:
-    """Return the names of the items of arrays that a checkpoint was written with."""
+    """Return the names of the items with arrays that a checkpoint was written with."""
     if sums is not None:
         return {name.split(".", 1)[0] for name in sums}
     return set(_STATE_ITEMS) if "task" in metadata or (path / "progress").exists() else {"params"}
 
 
 def _read(path: epath.Path, targets: dict) -> tuple[dict, dict]:
-    """Read items of one checkpoint, each into its abstract tree, or as stored where that is None; and the metadata."""
+    """Read items of one checkpoint, each into its abstract tree or, where that is None, as stored; and the metadata."""
     metadata, sums = _read_metadata(path)
     items = _items_of(path, metadata, sums)
     if missing := [name for name in targets if not (path / name).exists()]:
@@ -305,13 +307,13 @@ def _read(path: epath.Path, targets: dict) -> tuple[dict, dict]:
         raise SfdError(f"checkpoint {path} lacks its {' and '.join(missing)}: {why}")
     restored = _read_items(path, targets)
     if sums is None:
-        say(f"{path} was written without checksums: damage in it would not be noticed")
+        say(f"{path} has no checksums: damage in it would go unnoticed")
         return restored, metadata
     found = checksums(restored)
     wanted = {name: value for name, value in sums.items() if name.split(".", 1)[0] in targets}
     if damaged := sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)):
         raise SfdError(
-            f"checkpoint {path} is damaged: {len(damaged)} arrays do not have their checksum; {_DAMAGED}:\n  "
+            f"checkpoint {path} is damaged: {len(damaged)} arrays fail their checksum; {_DAMAGED}:\n  "
             + "\n  ".join(damaged)
         )
     return restored, metadata
@@ -323,7 +325,7 @@ def _read_items(path: epath.Path, targets: dict) -> dict:
         for name in targets:
             with _reading(path / name):
                 found = checkpointer.metadata(path / name).item_metadata
-                if found is None:  # Orbax's answer to whatever it cannot read
+                if found is None:  # Orbax returns None for what it cannot read
                     raise ValueError("the list of its arrays is damaged or missing")
                 stored[name] = found.tree
         with _reading(path / " and ".join(targets)):
@@ -346,7 +348,7 @@ def _check_arrays(path: epath.Path, targets: dict, stored: dict) -> None:
     found = named_leaves(stored, ".")
     for name, wanted in named_leaves(targets, ".").items():
         if name in found and np.dtype(found[name].dtype) != np.dtype(wanted.dtype):
-            faults.append(f"  of another type: {name} is {found[name].dtype}, expected {wanted.dtype}")
+            faults.append(f"  other dtype: {name} is {found[name].dtype}, expected {wanted.dtype}")
     if faults:
         raise SfdError(
             f"checkpoint {path} does not fit this network; {len(faults)} arrays differ (was it trained with "
@@ -355,7 +357,7 @@ def _check_arrays(path: epath.Path, targets: dict, stored: dict) -> None:
 
 
 def _composite() -> ocp.Checkpointer:
-    """Return a reader and writer of one checkpoint, to be used in a `with`."""
+    """Return a reader and writer of one checkpoint, for use in a `with`."""
     handlers = {name: ocp.PyTreeCheckpointHandler() for name in _STATE_ITEMS}
     handlers["metadata"] = ocp.JsonCheckpointHandler()
     return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
@@ -370,7 +372,7 @@ def _json(metadata: dict) -> dict:
 
 @contextlib.contextmanager
 def _writing(fault: str) -> Iterator[None]:
-    # Orbax and TensorStore raise a full disk or a read-only one as many types; all mean the same here.
+    # Orbax and TensorStore raise many types for a full or read-only disk; all mean the same here.
     try:
         yield
     except SfdError:
@@ -386,7 +388,7 @@ def _writing(fault: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _reading(path: epath.Path) -> Iterator[None]:
-    """Name the item at `path` in whatever Orbax and TensorStore raise for a file that they cannot read."""
+    """Turn any exception of Orbax or TensorStore for an unreadable file into an SfdError that names `path`."""
     try:
         yield
     except SfdError:
@@ -400,14 +402,14 @@ def _reading(path: epath.Path) -> Iterator[None]:
 
 
 def _of_other_hosts(error: BaseException | None) -> bool:
-    """Return whether an operation over several hosts failed, which says nothing of the folder."""
+    """Return whether an operation over several hosts failed, which is not a fault of the folder."""
     while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
         error = error.__cause__ or error.__context__
     return error is not None and jax.process_count() > 1
 
 
 def _reason(error: Exception) -> str:
-    """Return the one line of an error that helps; TensorStore hides the system's own word in a long message."""
+    """Return the useful line of an error; TensorStore hides the system's own message in a long one."""
     text = str(error) if isinstance(error, (OSError, ValueError)) and str(error) else f"{type(error).__name__}: {error}"
     code = re.search(r"os_error_code='(\d+)'", text)
     return os.strerror(int(code[1])) if code else text.strip().splitlines()[0][:300]

@@ -1,10 +1,10 @@
-"""Checksums of arrays that do not depend on how the arrays are spread over devices or hosts.
+"""Checksums of arrays that do not depend on how the arrays are split over devices or hosts.
 
 Orbax 0.12 writes Zarr chunks without a checksum (its Zarr 3 codecs cannot be chosen either), so a flipped bit of
 uncompressible weights is read without an error. The checksum is taken of the global array: a sum, modulo 2^32, of
 one word for each element, mixed with the element's position. Since the mixing is a bijection, a change of one
 element always changes the sum; other changes go unnoticed with a probability of 2^-32. Integer sums are exact in
-any order, so every mesh gives the same one.
+any order, so every mesh gives the same checksum.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 
 from sfd_jax.trees import named_leaves
 
-_CHUNK = 2**18  # elements mixed at once on the host, so that the intermediate values stay in its caches
+_CHUNK = 2**18  # elements mixed at once on the host, so that the intermediate values stay in its cache
 
 
 def checksums(tree: Any) -> dict[str, str]:
@@ -29,13 +29,13 @@ def checksums(tree: Any) -> dict[str, str]:
     """
     named = named_leaves(tree, ".")
     far = [leaf for leaf in named.values() if not _near(leaf)]
-    of_devices = iter(np.asarray(_on_device(far)) if far else ())  # one program: hosts meet once
+    of_devices = iter(np.asarray(_on_device(far)) if far else ())  # one program, so that hosts synchronise once
     sums = {name: _on_host(leaf) if _near(leaf) else next(of_devices) for name, leaf in named.items()}
     return {name: f"{int(value):08x}" for name, value in sums.items()}
 
 
 def _mixed(words, index):
-    """Mix words with their positions, uint32 of numpy or jax alike (the finalizer of MurmurHash3)."""
+    """Mix words with their positions, uint32 of numpy or jax (the finalizer of MurmurHash3)."""
     x = words ^ (index * np.uint32(0x9E3779B1))
     x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
@@ -43,7 +43,7 @@ def _mixed(words, index):
 
 
 def _near(leaf) -> bool:
-    """Return whether the host can read an array where it lies, which spares a compilation for each shape."""
+    """Return whether the host can read an array directly, which saves a compilation for each shape."""
     if not isinstance(leaf, jax.Array):
         return True
     return leaf.is_fully_addressable and next(iter(leaf.devices())).platform == "cpu"
@@ -67,7 +67,7 @@ def _sum(array: jax.Array) -> jax.Array:
 
 def _on_host(array) -> int:
     flat = np.ascontiguousarray(array).reshape(-1)
-    flat = flat.view(f"uint{8 * min(4, flat.dtype.itemsize)}")  # of 64 bits two words
+    flat = flat.view(f"uint{8 * min(4, flat.dtype.itemsize)}")  # two words for 64 bits
     total = 0
     for first in range(0, len(flat), _CHUNK):
         words = flat[first : first + _CHUNK].astype(np.uint32)

@@ -1,7 +1,7 @@
 """Train the two-clock diffusion transformer: the loss of `diffusion/losses.py` around a network.
 
 Batches: `latents` (B, H, W, C) normalised, `labels` (B,) int32, and with REPA `repa_features` (B, N, F),
-or what the targets are made from (frozen_features.py).
+or the inputs that these are computed from (frozen_features.py).
 
 Parameters: the network's own tree; where the clocks are trained too, {"network": ..., "clocks": ...}.
 """
@@ -31,14 +31,14 @@ def diffusion_task(
       layout: which channels are texture.
       clocks: the pair of clocks that training times are mapped to.
       config: of the loss.
-      targets: what makes REPA's targets inside the step; None takes those of the batch.
+      targets: computes REPA's targets inside the step; None takes those of the batch.
 
     Returns:
       A Task whose metrics are the loss's terms, and the error of each group of channels by quarter of its
       own clock.
 
     Raises:
-      SfdError: network, layout, clocks and loss do not go together; both values are named.
+      SfdError: network, layout, clocks and loss contradict each other; both values are named.
     """
     check_parts(network, layout, clocks, config)
     dit = network.config
@@ -78,7 +78,7 @@ def diffusion_task(
 
 
 def check_parts(network: Network, layout: LatentLayout, clocks: Clocks, config: LossConfig) -> None:
-    """Raise SfdError where the parts of the method contradict each other; touches no device."""
+    """Raise SfdError where the parts of the method contradict each other; uses no device."""
     dit = network.config
     if layout.channels != dit.in_channels:
         raise SfdError(
@@ -87,14 +87,14 @@ def check_parts(network: Network, layout: LatentLayout, clocks: Clocks, config: 
         )
     if config.repa_weight > 0 and not dit.repa_features:
         raise SfdError(
-            f"loss.repa_weight={config.repa_weight} needs the projector that model.repa_features="
-            f"{dit.repa_features} leaves out; give the features' width, or set loss.repa_weight=0"
+            f"loss.repa_weight={config.repa_weight} needs a projector, but model.repa_features="
+            f"{dit.repa_features} means none; give the features' width, or set loss.repa_weight=0"
         )
     for name, term in config.terms.items():
         if term.reads_hidden and not dit.repa_features:
             raise SfdError(
-                f"loss term '{name}' reads projected hidden states, and model.repa_features={dit.repa_features} leaves "
-                "the projector out; give a width"
+                f"loss term '{name}' reads projected hidden states, but model.repa_features={dit.repa_features} means "
+                "no projector; give a width"
             )
     if config.label_dropout > 0 and not dit.null_label:
         raise SfdError(
@@ -102,6 +102,6 @@ def check_parts(network: Network, layout: LatentLayout, clocks: Clocks, config: 
         )
     if not dit.two_clocks and not isinstance(clocks, Synchronous):
         raise SfdError(
-            f"model.two_clocks={dit.two_clocks} reads one clock, but the clocks {clocks} are two; "
+            f"model.two_clocks={dit.two_clocks} reads one clock, but {clocks} has two different ones; "
             "set clocks.name=synchronous or model.two_clocks=True"
         )

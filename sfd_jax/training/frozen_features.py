@@ -1,10 +1,10 @@
-"""Visual features made inside the training step by a network that is not trained, so that none are on disk.
+"""Visual features computed inside the training step by a frozen network, so that none need be stored.
 
     online   a visual encoder on the batch's pixels: the features that would be stored
     semvae   the Semantic VAE's decoder on the batch's clean semantic latents: the features up to what the
-             Semantic VAE loses, from latents alone
+             Semantic VAE loses, from latents only
 
-REPA takes its targets from them, and the Semantic VAE can be trained on the first kind.
+REPA uses them as targets, and the Semantic VAE can be trained on the first kind.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ class FrozenFeatures:
     """Features as a function of a batch.
 
     Attributes:
-      params: of the network, float32; goes into `Task.frozen`.
+      params: of the network, float32; for `Task.frozen`.
       compute: (params, batch) -> features (B, N, F).
     """
 
@@ -32,21 +32,21 @@ class FrozenFeatures:
 
 
 def online_features(encoder: VisualEncoder, params: dict) -> FrozenFeatures:
-    """Make features from `pixels` (B, H, W, 3), uint8 or float32 in [-1, 1]."""
+    """Compute features from `pixels` (B, H, W, 3), uint8 or float32 in [-1, 1]."""
     return FrozenFeatures(params, lambda params, batch: encoder.features(params, batch["pixels"]))
 
 
 def semvae_features(
     network: Network, params: dict, layout: LatentLayout, statistics: LatentStatistics, tile_grid: int
 ) -> FrozenFeatures:
-    """Make features from the semantic group of `latents` (B, H, W, C), normalised and clean.
+    """Compute features from the semantic group of `latents` (B, H, W, C), normalised and clean.
 
     Args:
       network: a "semantic_vae".
       params: its parameters.
       layout: which channels are semantic.
-      statistics: what the latents were normalised with.
-      tile_grid: latent pixels a side that the Semantic VAE saw at once (16 released; 512 px are four such tiles).
+      statistics: of the normalisation of the latents.
+      tile_grid: latent pixels a side that the Semantic VAE encoded at once (16 released; 512 px are four such tiles).
     """
 
     def compute(params: dict, batch: dict) -> jax.Array:

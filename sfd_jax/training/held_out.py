@@ -1,4 +1,4 @@
-"""Numbers on held-out data while a run goes: every row counts once, padding not at all."""
+"""Metrics on held-out data during a run: every row counts once, padding does not count."""
 
 import hashlib
 import os
@@ -17,20 +17,20 @@ from sfd_jax.errors import SfdError
 from sfd_jax.training.state import TrainState
 from sfd_jax.training.step import add_metrics, mean_metrics
 
-# (params, batch) -> name to (B,): one number a row, without randomness. Frozen parameters come third.
+# (params, batch, *frozen) -> name to (B,): one number for each row, without randomness.
 Measure = Callable[..., dict[str, jax.Array]]
 
 
 def check_held_out(source: Any, held_out: Any, *, compared: int = 16, searched: int = 2000) -> None:
-    """Raise SfdError where held-out rows are training rows: the numbers would not be what their names say.
+    """Raise SfdError where held-out rows are training rows, so that metrics would not be held-out ones.
 
-    Image files of one folder are compared by their names. A few rows are compared by their content: with all training
-    rows of a small set, and of a large one with the row of the same number where both have as many.
+    Image files of one folder are compared by their names. A few rows are compared by their content: in a small set
+    with all training rows, in a large one with the row of the same number if both sets have the same size.
 
     Args:
       source, held_out: random access to records.
-      compared: held-out rows to look at, spread evenly.
-      searched: training rows up to which all are searched.
+      compared: held-out rows to compare, spread evenly.
+      searched: largest number of training rows of which all are searched.
     """
     chosen = np.unique(np.linspace(0, len(held_out) - 1, min(compared, len(held_out))).astype(int)).tolist()
     if len(source) <= searched:
@@ -45,10 +45,10 @@ def check_held_out(source: Any, held_out: Any, *, compared: int = 16, searched: 
         and len({os.path.realpath(dataset.root) for dataset in datasets}) == 1
         and np.intersect1d(*(dataset.paths for dataset in datasets)).size
     )
-    # One picture may be in a data set twice.
+    # A single match may be a duplicate within the data set.
     if same_files or shared >= min(2, len(chosen)):
         raise SfdError(
-            "the held-out data are training data: held_out_ figures would be of what was trained on. Name another "
+            "the held-out data are training data, so held_out_ metrics would be training metrics. Give another "
             "data.held_out_split or data.held_out_path, or none"
         )
 
@@ -68,11 +68,11 @@ def held_out_metrics(
     """Make the `evaluate` argument of `fit`: means of a measure of the averaged parameters.
 
     Args:
-      measure: what to compute of each row.
+      measure: computes one number for each row.
       batches: makes the iterator over this host's batches, as `data.pipeline.make_eval_batches` does: all of one
         size, with `mask` (B,) False where a row only fills up its batch.
-      mesh: the run's mesh, which the batch size times the number of hosts divides by.
-      frozen: from `put_frozen`; handed on to the measure.
+      mesh: the run's mesh; its size divides the batch size times the number of hosts.
+      frozen: from `put_frozen`; passed to the measure.
 
     Returns:
       (state, step) -> {"held_out_NAME": mean over all rows}.

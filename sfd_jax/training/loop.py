@@ -1,7 +1,7 @@
 """The training loop: one function, every side effect in order.
 
-A run's folder holds `run.json` (what run it is), `checkpoints/`, `metrics.jsonl`, `tensorboard/` and `heartbeats/`.
-Started again with the same folder the run goes on from its newest complete checkpoint and ends with the numbers of
+A run's folder holds `run.json` (the run's settings), `checkpoints/`, `metrics.jsonl`, `tensorboard/` and `heartbeats/`.
+Started again with the same folder, a run resumes from its newest complete checkpoint and ends with the numbers of
 an uninterrupted one, since batches, noise and dropout are functions of (seed, step).
 """
 
@@ -35,7 +35,7 @@ EXIT_PREEMPTED = TryAgain.status
 
 
 class Preempted(SystemExit):
-    """End the process with status 75 after a SIGTERM, everything saved; the same command goes on."""
+    """End the process with status 75 after a SIGTERM, with everything saved; the same command resumes."""
 
     def __init__(self):
         super().__init__(EXIT_PREEMPTED)
@@ -54,7 +54,7 @@ def fit(
     evaluate: Callable[[TrainState, int], dict[str, float]] | None = None,
     progress: bool = True,
 ) -> TrainState:
-    """Train until `config.steps`, going on from the folder's newest checkpoint.
+    """Train until `config.steps`, resuming from the folder's newest checkpoint.
 
     Args:
       task: what is trained.
@@ -65,9 +65,9 @@ def fit(
       mesh: from `make_mesh`.
       seed: seed of initial parameters and of the loss's randomness.
       metadata: JSON-able dict saved with each checkpoint (see checkpoint.py); its "config" and
-        "latent_statistics" are part of what makes this run this run.
-      params: parameters to start from instead of drawn ones, where there is no checkpoint; their hash becomes part
-        of the run, which goes on from a checkpoint with them or with None.
+        "latent_statistics" are part of the run's identity.
+      params: parameters to start from instead of random ones, where there is no checkpoint; their hash becomes part
+        of the run's identity, and to resume it they may be given again or be None.
       evaluate: (state, step) -> numbers for the log, called before each checkpoint.
       progress: show a progress bar on host 0.
 
@@ -77,7 +77,7 @@ def fit(
     Raises:
       SfdError: the folder is another run's, is in use or cannot be written, a batch has the wrong size, or
         `config.max_bad_steps` steps in a row were not finite.
-      Preempted: SIGTERM came, at any host; the state is saved after the step that is being done or compiled.
+      Preempted: SIGTERM on any host; the state is saved after the step that is running or compiling.
     """
     with FolderLock(workdir) as lock:
         workdir, metadata = epath.Path(workdir), metadata or {}
@@ -89,18 +89,18 @@ def _fit(lock, task, batches, config, workdir, mesh, seed, metadata, params, eva
     metadata = _complete(metadata, task, seed, params)
     claimed = _claim(workdir, metadata, config)
 
-    # --- State: the newest checkpoint, else the given parameters, else fresh ones; born sharded -------------
+    # --- State: the newest checkpoint, else the given parameters, else random ones; created sharded ---------
     optimizer = make_optimizer(config.optimizer, config.steps)
     train_step = make_train_step(task, optimizer, config, mesh)
     checkpointer = Checkpointer(workdir / "checkpoints", config.keep_last, config.keep_every)
     first = checkpointer.latest_step() or 0
     if not first and claimed.get("init") and params is None:
-        raise SfdError(f"{workdir} was begun with --init and has no checkpoint yet: give the same --init again")
+        raise SfdError(f"{workdir} was started with --init and has no checkpoint yet: give the same --init again")
     metadata["init"] = claimed.get("init")
     metadata["average"] = {"decay": config.ema_decay, "from": "given weights" if metadata["init"] else "drawn weights"}
     if first:
         state = checkpointer.restore(abstract_state(task, optimizer, mesh))
-        say(f"{task.name}: goes on from step {first} of {config.steps}")
+        say(f"{task.name}: resuming from step {first} of {config.steps}")
     elif params is not None:
         state = state_from_params(params, optimizer, mesh)
     else:
@@ -114,7 +114,7 @@ def _fit(lock, task, batches, config, workdir, mesh, seed, metadata, params, eva
         with (
             Heartbeat(workdir, "train") as heartbeat,
             MetricsLog(workdir, first) as log,
-            preemption_watch() as shall_leave,
+            preemption_watch() as preempted,
             _bar(task.name, first, config.steps, progress) as bar,
         ):
             iterator, total, logged, clock = batches(first), None, first, time.monotonic()
@@ -123,8 +123,8 @@ def _fit(lock, task, batches, config, workdir, mesh, seed, metadata, params, eva
                 try:
                     rows = next(iterator)
                 except Exception:
-                    # A machine that shuts down tells the loader's processes too: new ones for the last steps. Any
-                    # other fault comes again.
+                    # A machine that shuts down stops the loader's processes too: start new ones for the last steps.
+                    # Any other fault is raised again.
                     iterator = batches(step - 1)
                     rows = next(iterator)
                 batch = put_batch(_checked(rows, config, mesh), mesh)
@@ -132,12 +132,12 @@ def _fit(lock, task, batches, config, workdir, mesh, seed, metadata, params, eva
                 with jax.transfer_guard("disallow"):  # an accidental copy to the host would stall every step
                     state, metrics = train_step(state, batch, key)
                     total = add_metrics(total, metrics)
-                # One step ahead of the devices and no more, else a SIGTERM would find dozens of steps still to be done.
+                # At most one step ahead of the devices: after a SIGTERM, dozens of queued steps would have to finish.
                 jax.block_until_ready(before)
                 heartbeat.at(step - 1)
                 bar.update()
 
-                leave = shall_leave(step)
+                leave = preempted(step)
                 save_now = leave or step == config.steps or step % config.checkpoint_every == 0
                 if not (save_now or step % config.log_every == 0):
                     continue
@@ -149,20 +149,20 @@ def _fit(lock, task, batches, config, workdir, mesh, seed, metadata, params, eva
                 values["steps_per_second"] = (step - logged) / seconds
                 total, logged = None, step
                 bar.set_postfix_str(" ".join(f"{k} {values[k]:.4g}" for k in ("loss", "grad_norm") if k in values))
-                # A checkpoint out of turn is in a hurry, and an uninterrupted run would not evaluate here.
+                # Not before an extra checkpoint: that is urgent, and an uninterrupted run would not evaluate here.
                 if evaluate and (step == config.steps or step % config.checkpoint_every == 0):
                     heartbeat.phase = "evaluate"
                     values |= evaluate(state, step)
                     heartbeat.phase = "train"
                 log.write(step, values, safely=save_now)
-                if save_now:  # after the row: a run that goes on from here will not write it again
+                if save_now:  # after the row: a run that resumes from here does not write it again
                     checkpointer.save(step, state, metadata)
                 if leave:
                     checkpointer.wait()
-                    say(f"{task.name}: told to leave; step {step} is saved, the same command goes on from it")
+                    say(f"{task.name}: preempted; step {step} is saved, the same command resumes from it")
                     raise Preempted()
             heartbeat.at(config.steps)
-            checkpointer.wait()  # while SIGTERM is still heard
+            checkpointer.wait()  # while SIGTERM is still caught
             barrier(f"{task.name}: all is saved", timeout=3600.0)
     finally:
         checkpointer.close()
@@ -178,7 +178,7 @@ def check_workdir(
     metadata: dict | None = None,
     params: dict | None = None,
 ) -> None:
-    """Raise SfdError where `fit` with these arguments would refuse the folder as another run's; nothing is written."""
+    """Raise SfdError where `fit` would refuse the folder as another run's; nothing is written."""
     _claim(workdir, _complete(metadata or {}, task, seed, params), config, write=False)
 
 
@@ -225,7 +225,7 @@ def _bar(name: str, first: int, steps: int, progress: bool) -> tqdm:
 
 
 def _checked(batch: dict[str, np.ndarray], config: TrainConfig, mesh: Mesh) -> dict[str, np.ndarray]:
-    """Return what the loss reads of a batch, its size checked; `index` is for the host alone."""
+    """Return the arrays that the loss reads, after a check of their size; `index` stays on the host."""
     rows = len(host_rows(mesh, config.global_batch_size))
     for name, array in batch.items():
         if len(array) != rows:
@@ -241,7 +241,7 @@ def _stop_if_bad(state: TrainState, step: int, config: TrainConfig, saved: int |
     if bad >= config.max_bad_steps:
         raise SfdError(
             f"loss or gradient was not finite in {config.max_bad_steps} steps in a row, from step {step - bad + 1} "
-            f"on (train.max_bad_steps); the newest checkpoint is of step {saved or 0}. Look at the rows before in "
+            f"on (train.max_bad_steps); the newest checkpoint is of step {saved or 0}. Look at the rows before it in "
             "metrics.jsonl and at the data; a lower optimizer.learning_rate, optimizer.clip_norm=1 or "
-            "model.compute_dtype=float32 are the usual cures"
+            "model.compute_dtype=float32 usually help"
         )

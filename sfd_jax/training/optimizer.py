@@ -1,4 +1,4 @@
-"""AdamW, learning-rate schedules and gradient clipping; and whether an average of the weights has run long enough."""
+"""AdamW, learning-rate schedules, gradient clipping, and a check that the EMA's decay fits the run's length."""
 
 import dataclasses
 import math
@@ -23,14 +23,14 @@ class OptimizerConfig:
     Attributes:
       learning_rate: peak learning rate.
       b1, b2, eps: Adam's decays and its guard against division by zero.
-      weight_decay: decoupled, on every parameter, as PyTorch's AdamW does without groups.
+      weight_decay: decoupled, on every parameter, as in PyTorch's AdamW without parameter groups.
       schedule: after the warm-up, "constant"; "cosine" down to `final_fraction` at the last step; or
         "constant_cosine": constant up to `constant_steps`, then cosine.
       warmup_steps: linear warm-up from `warmup_fraction` of the peak.
       warmup_fraction: where the warm-up starts.
       constant_steps: step at which "constant_cosine" begins to fall.
       final_fraction: of the peak, where the cosine ends.
-      clip_norm: greatest global norm of the gradient; 0 clips nothing.
+      clip_norm: largest global norm of the gradient; 0 for no clipping.
 
     Raises:
       SfdError: unknown schedule, or a number outside its range.
@@ -127,32 +127,32 @@ INITIAL_SHARE = 0.05
 
 
 def check_average(decay: float, steps: int) -> list[str]:
-    """Say where a run's averaged weights will still hold many of the weights that it began with.
+    """Return a note where a run's averaged weights will still contain a large share of the initial ones.
 
     Args:
       decay: d of ema = d * ema + (1 - d) * params, which after n steps holds d^n of the first weights.
       steps: length of the run.
 
     Returns:
-      No sentence, or one with the share at the end and the decay that leaves 1 %.
+      [], or a sentence with the share at the end and the decay that leaves 1 %.
     """
     if (share := decay**steps) <= INITIAL_SHARE:
         return []
     rest = 1 - 0.01 ** (1 / steps)
     unit = 10.0 ** (math.floor(math.log10(rest)) - 1)
-    enough = 1 - math.ceil(rest / unit) * unit  # to two digits of its distance from 1, on the safe side
+    enough = 1 - math.ceil(rest / unit) * unit  # 1 - decay to two digits, rounded up
     return [
-        f"train.ema_decay={decay} is long for {steps:,} steps: at the end the averaged weights, which sampling reads, "
+        f"train.ema_decay={decay} is too large for {steps:,} steps: at the end the averaged weights, used by sampling, "
         f"still hold {share:.1%} of the initial ones. Set train.ema_decay={enough:.10g} (1 % left), or sample with "
         "--weights=raw"
     ]
 
 
 def average_notes(metadata: Mapping[str, Any]) -> list[str]:
-    """Say where a checkpoint's averaged weights still hold many of the random weights that its run began with.
+    """Return a note where a checkpoint's averaged weights still contain a large share of the random initial ones.
 
     Args:
-      metadata: of the checkpoint; "which" says whether the averaged ("ema") or the raw weights are taken.
+      metadata: of the checkpoint; "which" says whether the averaged ("ema") or the raw weights are used.
     """
     train = (metadata.get("config") or {}).get("train") or {}
     average = metadata.get("average") or {"decay": train.get("ema_decay"), "from": "drawn weights"}
@@ -163,5 +163,5 @@ def average_notes(metadata: Mapping[str, Any]) -> list[str]:
         return []
     return [
         f"{checkpoint_name(metadata)}: at step {step:,} the averaged weights still hold {share:.1%} of "
-        f"the initial ones (ema_decay={decay}); in sampling --weights=raw takes the network as trained"
+        f"the initial ones (ema_decay={decay}); sample with --weights=raw to use the trained weights"
     ]

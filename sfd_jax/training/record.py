@@ -1,4 +1,4 @@
-"""`run.json`: which run a work folder belongs to, so that no other one writes into it."""
+"""`run.json`: the run that a work folder belongs to, so that no other run writes into it."""
 
 import json
 from typing import Any
@@ -13,8 +13,8 @@ from sfd_jax.files import differences, write_anywhere
 from sfd_jax.ranges import of_a_part
 from sfd_jax.settings import to_dict
 
-# What may differ when a run goes on: how often it speaks and saves, where it runs and how it saves memory (both change
-# the rounding and nothing else), what is done afterwards.
+# Settings that may differ when a run is resumed: how often it logs and saves, where it runs and how it saves memory
+# (both change only the rounding), and what is done afterwards.
 FREE_KEYS = (
     "log_every",
     "checkpoint_every",
@@ -26,26 +26,26 @@ FREE_KEYS = (
     "scan_blocks",
     "accumulation",
 )
-# Where data and frozen networks lie, where the record tells by hashes which they are.
+# Paths of data and frozen networks, which the record identifies by hashes.
 PLACES = ("path", "held_out_path", "semantic_vae", "visual_encoder", "lpips")
-# Groups of the config.
+# Groups of the config that may differ.
 FREE_GROUPS = ("mesh", "sample", "evaluate", "demo")
 
 
 def claim_workdir(workdir: epath.PathLike, record: dict, may_extend: bool, *, write: bool = True) -> dict:
-    """Write the run's record into its folder, or check that the folder holds this very run.
+    """Write the run's record into its folder, or check that the folder holds the same run.
 
     Args:
       workdir: folder of the run; made where needed.
       record: JSON-able dict of everything that decides the run's numbers.
-      may_extend: whether `steps` may differ too, as it may under a schedule that does not depend on it.
+      may_extend: whether `steps` may differ too; for schedules that do not depend on it.
       write: False only compares.
 
     Returns:
       The record that the folder holds.
 
     Raises:
-      SfdError: the folder is another run's (each differing key is named), lost its record, or cannot be written.
+      SfdError: the folder is another run's (each differing key is named), lacks its record, or cannot be written.
     """
     path = epath.Path(workdir) / "run.json"
     try:
@@ -57,21 +57,21 @@ def claim_workdir(workdir: epath.PathLike, record: dict, may_extend: bool, *, wr
         if is_host0():
             if checkpoints.exists() and any(folder.name.isdigit() for folder in checkpoints.iterdir()):
                 raise SfdError(
-                    f"{path.parent} holds checkpoints but no run.json, which tells what run they are of (an incomplete "
-                    "copy?); copy it here too, or take another --workdir"
+                    f"{path.parent} holds checkpoints but no run.json with the run's settings (an incomplete copy?); "
+                    "copy it here too, or give another --workdir"
                 )
             if write:
                 write_anywhere(path, json.dumps(record, indent=1, sort_keys=True))
         return record
     except SfdError:
         raise
-    except Exception as error:  # a bucket's client has types of its own, and may be missing
+    except Exception as error:  # a bucket's client has its own types, and may be missing
         raise SfdError(f"work folder {path.parent} cannot be used: {error}; choose one that can be written") from error
 
 
 def _compare(path: epath.Path, old: dict, new: dict, may_extend: bool) -> None:
     free = (*FREE_KEYS, *(("steps",) if may_extend else ()), *(PLACES if "data_hash" in old else ()))
-    # A begun run needs no weights to start from any more; one begun before they were recorded cannot tell.
+    # A resumed run needs no initial weights; old records do not contain their hash.
     if new.get("init") is None or "init" not in old:
         free += ("init",)
     if "data_hash" not in old:
@@ -83,24 +83,24 @@ def _compare(path: epath.Path, old: dict, new: dict, may_extend: bool) -> None:
     ]
     if differing:
         raise SfdError(
-            f"work folder {path.parent} belongs to another run ({path} differs); nothing was changed. Take "
+            f"work folder {path.parent} belongs to another run ({path} differs); nothing was changed. Give "
             "another --workdir, or set these back:\n  " + "\n  ".join(differing)
         )
 
 
 def upgraded(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a stored config, or what holds one, as it would be written now; for comparisons.
+    """Return a stored config, or a dict that contains one, as it would be written now; for comparisons.
 
-    Clocks have their own settings alone: once all of them had a `delta_t`. Of how to sample what has no effect is not
-    told, and nothing but None means "not given".
+    Older configs gave every kind of clocks a `delta_t`; now each has only its own settings. In "sample", settings
+    without effect are left out, and only None means "not given".
     """
-    told = {}
+    result = {}
     for name, value in config.items():
         if name == "clocks" and isinstance(value, dict) and value.get("name") in CLOCKS:
             value = clocks_config(make_clocks(value))
         elif name == "sample" and isinstance(value, dict):
             value = to_dict(SampleJob.from_group(value))
-        elif isinstance(value, dict) and name != "terms":  # which have names of their own
+        elif isinstance(value, dict) and name != "terms":  # whose fields have any names
             value = upgraded(value)
-        told[name] = value
-    return told
+        result[name] = value
+    return result

@@ -1,6 +1,6 @@
-"""Train the Semantic VAE: reconstruct a visual encoder's features from a few channels a token.
+"""Train the Semantic VAE: reconstruct a visual encoder's features from a few channels for each token.
 
-Batches: `features` (B, N, F), or `pixels` (B, H, W, 3) to make them from; `labels` (B,) where the latent is
+Batches: `features` (B, N, F), or `pixels` (B, H, W, 3) to compute them from; `labels` (B,) where the latent is
 also classified.
 
 Source: SFD paper, section 3 (Semantic VAE), and the released training script.
@@ -21,7 +21,7 @@ from sfd_jax.training.frozen_features import FrozenFeatures
 from sfd_jax.training.task import Task
 from sfd_jax.training.terms import apply_head, cross_entropy, gaussian_kl, hits, linear_head
 
-# Axis of (B, N, F) along which two features are compared.
+# Axis of (B, N, F) along which the cosine is taken.
 COSINE_AXES = {"token": 1, "feature": 2}
 
 
@@ -32,7 +32,7 @@ class SemanticVAELoss:
     Attributes:
       mse_weight, l1_weight: squared and absolute error, means over everything.
       cosine_weight: 1 - cosine similarity along `cosine_axis`.
-      cosine_axis: "token" as the released training has it, or "feature" as its evaluation does.
+      cosine_axis: "token" as in the released training, or "feature" as in its evaluation.
       kl_weight: KL to the unit Gaussian, summed over tokens and channels of a sample.
       classification_weight: cross-entropy of a linear classifier on the mean latent, itself averaged over
         tokens; 0 trains no classifier.
@@ -51,8 +51,8 @@ class SemanticVAELoss:
         check_fields("loss", self)
         if not (self.mse_weight or self.l1_weight or self.cosine_weight):
             raise SfdError(
-                "loss.mse_weight=0, loss.l1_weight=0 and loss.cosine_weight=0: nothing would teach the network to "
-                "reconstruct; give one a weight"
+                "loss.mse_weight=0, loss.l1_weight=0 and loss.cosine_weight=0: nothing trains the reconstruction; give "
+                "one of them a weight"
             )
         if self.cosine_axis not in COSINE_AXES:
             raise SfdError(f"loss.cosine_axis '{self.cosine_axis}': choose token or feature")
@@ -69,7 +69,7 @@ def semantic_vae_task(network: Network, weights: SemanticVAELoss, source: Frozen
     Args:
       network: variational or plain; the plain one has no KL term.
       weights: of the loss.
-      source: what makes the features inside the step; None takes those of the batch.
+      source: computes the features inside the step; None takes those of the batch.
 
     Returns:
       A Task whose params are the network's, or {"network", "heads"} with a classifier.
@@ -112,16 +112,16 @@ def semantic_vae_task(network: Network, weights: SemanticVAELoss, source: Frozen
 def measure_semantic_vae(
     network: Network, params: dict, batch: dict, *frozen: dict, source: FrozenFeatures | None = None
 ) -> dict[str, jax.Array]:
-    """Return how features come back through the mean latent, one number a row.
+    """Measure the reconstruction from the mean latent, one number for each row.
 
     Args:
       network: the "semantic_vae".
       params: the task's.
-      batch: `features` (B, N, F), or what `source` makes them from.
+      batch: `features` (B, N, F), or the inputs that `source` computes them from.
       frozen, source: as in the task.
 
     Returns:
-      "mse", "l1", "cosine" (similarity along features, as the released evaluation has it) and, where the
+      "mse", "l1", "cosine" (similarity along features, as in the released evaluation) and, where the
       network has a posterior, "kl": (B,) each.
     """
     params = params.get("network", params)

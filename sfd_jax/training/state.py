@@ -1,4 +1,4 @@
-"""The training state: everything a step changes, born sharded."""
+"""The training state: everything that a step changes, created sharded."""
 
 import dataclasses
 
@@ -15,15 +15,15 @@ from sfd_jax.training.task import Task
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a training step maps to its successor.
+    """Input and output of a training step.
 
     Attributes:
       step: int32, batches seen; also the position in the data and in every stream of randomness.
       params: nested dict of float32 arrays.
-      ema_params: the same tree, averaged over the steps; what sampling reads.
+      ema_params: the same tree, averaged over the steps; used by sampling.
       opt_state: the optimizer's state; its own count is of updates, so `step - skipped`.
       bad_steps: int32, steps in a row up to now whose loss or gradient was not finite.
-      skipped: int32, such steps in all.
+      skipped: int32, total number of such steps.
     """
 
     step: jax.Array
@@ -59,10 +59,10 @@ def init_state(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, 
       seed: seed of the run; parameters are drawn from its stream "init".
 
     Returns:
-      A TrainState sharded as `abstract_state` says, the same on every mesh.
+      A TrainState with the shardings of `abstract_state` and the same values on every mesh.
     """
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(task, optimizer, mesh))
-    # It runs once, and LLVM took six times as long as the rest of its compilation to make it fast.
+    # It runs once, and LLVM's optimisation took six times as long as the rest of the compilation.
     quick = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
     make = lambda key: _first_state(task.init(key), optimizer)
     init = jax.jit(make, out_shardings=shardings, compiler_options=quick)

@@ -1,7 +1,7 @@
 """One training step: a pure function from (state, batch, key) to (state, metrics), compiled once.
 
-Nothing in it touches the host: metrics come back as (sum, count) pairs that stay on the device until a log
-line needs them. The state is donated, so that old and new parameters never live side by side.
+The step does not touch the host: metrics are (sum, count) pairs that stay on the device until a log
+line needs them. The state is donated, so that old and new parameters do not both take memory.
 """
 
 import dataclasses
@@ -32,16 +32,16 @@ class TrainConfig:
       optimizer: AdamW and its schedule.
       steps: length of the run.
       global_batch_size: rows a step, over all hosts.
-      accumulation: parts into which a step cuts its batch, one after the other, to save memory.
+      accumulation: number of parts in which a step processes its batch one after the other, to save memory.
       ema_decay: d in ema = d * ema + (1 - d) * params.
       log_every, checkpoint_every: steps between log lines and between checkpoints.
       keep_last: newest checkpoints kept.
-      keep_every: checkpoints at multiples of it are kept for good; 0 keeps none.
+      keep_every: checkpoints at multiples of it are kept forever; 0 for none.
       max_bad_steps: non-finite steps in a row before the run stops.
-      scan_blocks: run a network's blocks as one compiled loop; off, unrolled (slower to compile); None: the best for
-        the devices. This and `remat` are config.model's.
-      remat: what blocks keep for the backward pass: "none" recomputes nothing, "full" everything, "dots" everything but
-        the matmuls with weights, "auto" is what fits the devices.
+      scan_blocks: run a network's blocks as one compiled loop; False: unrolled (slower to compile); None: the best for
+        the devices. This and `remat` come from config.model.
+      remat: what blocks recompute in the backward pass: "none" nothing, "full" everything, "dots" everything but the
+        matmuls with weights, "auto" as much as the devices' memory requires.
     """
 
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -82,13 +82,13 @@ def make_train_step(
       task: Task with `init` and `loss`.
       optimizer: from `make_optimizer`.
       config: `accumulation`, `ema_decay`, `max_bad_steps`, `scan_blocks`, `remat` and the schedule are used here.
-      mesh: the mesh whose shardings the state has.
-      execution: how the task's networks are computed, instead of what is chosen for the mesh.
+      mesh: the mesh that holds the state.
+      execution: how the task's networks are computed; None chooses it for the mesh.
 
     Returns:
       step(state, batch, key) -> (state, metrics): `batch` from `put_batch`, `key` the run's stream key (the
       step is folded in here), `metrics` name -> (sum, count) of float32 scalars. `state` is donated. A step
-      whose loss or gradient is not finite changes nothing but the counters; so does every step after
+      whose loss or gradient is not finite changes only the counters; so does every step after
       `max_bad_steps` of them in a row, so that the loop may notice later.
 
     Raises:
@@ -101,7 +101,7 @@ def make_train_step(
 def trace_train_step(
     task: Task, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh, batch: dict
 ) -> jax.stages.Traced:
-    """Trace the step of `make_train_step` from shapes alone, to be compiled for devices that need not be there.
+    """Trace the step of `make_train_step` from shapes, to compile it ahead of time for devices that need not exist.
 
     Args:
       task, optimizer, config, mesh: as for `make_train_step`; `task.frozen` may hold shapes instead of arrays.
@@ -163,7 +163,7 @@ def _jit_step(task: Task, optimizer, config: TrainConfig, mesh: Mesh, execution:
         metrics["param_norm"] = optax.tree.norm(new_state.params)
         metrics["learning_rate"] = schedule(state.step - state.skipped)
         metrics = {name: _pair(value) for name, value in metrics.items()}
-        # A skipped step counts nowhere, else one NaN would hide the interval's averages.
+        # A skipped step is left out, or one NaN would spoil the interval's averages.
         metrics = jax.tree.map(lambda x: jnp.where(go, x, 0.0), metrics)
         metrics["skipped"] = (jnp.where(go, 0.0, 1.0), jnp.ones(()))
         return new_state, metrics
@@ -179,7 +179,7 @@ def _jit_step(task: Task, optimizer, config: TrainConfig, mesh: Mesh, execution:
 
 
 def put_frozen(task: Task, mesh: Mesh) -> tuple:
-    """Put a task's frozen parameters on the mesh, split as trained ones are: the loss's arguments after the key."""
+    """Put a task's frozen parameters on the mesh, sharded like trained ones: the loss's arguments after the key."""
     return () if task.frozen is None else (put_same(task.frozen, param_shardings(task.frozen, mesh)),)
 
 
@@ -206,7 +206,7 @@ def _loss_and_grads(loss_fn, params, batch, key, parts: int, mesh: Mesh):
         (loss, metrics), grads = value_and_grad(params, batch, key)
         return loss, dict(metrics), grads
 
-    # Part p takes rows p, p + parts, ...: each device cuts its own rows and none travel.
+    # Part p takes rows p, p + parts, ...: each device splits its own rows, and none are moved.
     sharding = NamedSharding(mesh, PartitionSpec(None, AXES))
     cut = lambda x: jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
     batches = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(cut(x), sharding), batch)

@@ -1,4 +1,4 @@
-"""What is trained: parameters to start from, and a loss over batches."""
+"""A training task: initial parameters, and a loss over batches."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,21 +12,21 @@ Metrics = dict[str, jax.Array | tuple[jax.Array, jax.Array]]
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A training problem as two pure functions; `fit` knows nothing else of it.
+    """A training problem as two pure functions; `fit` uses nothing else.
 
     Attributes:
       name: for log lines and the run's record.
-      network: the Network behind it (None where there is none); its config goes into the checkpoint.
+      network: the trained Network, or None; its config goes into the checkpoint.
       init: key -> params, a nested dict with string keys of float32 arrays: the network's, or
-        {"network": the network's, "heads": what is trained beside it and used by no one later}, or
+        {"network": the network's, "heads": those of classifiers that only training uses}, or
         {"network": the network's, "clocks": those of clocks that are trained}.
       loss: (params, batch, key) -> (scalar loss, metrics). To the arrays of the data's batch the step adds
         `row_indices` (B,) int32, each row's place in the global batch: what a row draws is a function of it and
         of the key (randomness.py). The loss is a mean over rows, so that accumulated small batches equal a
         big one; a metric is a scalar, or a pair (sum, count).
-      frozen: parameters that the loss reads and nobody trains, e.g. of a network that makes targets. They lie on
-        the mesh once and are inputs of the compiled step, not constants in it; the loss gets them as a fourth
-        argument. Checkpoints hold their hash, not them.
+      frozen: parameters that the loss reads but that are not trained, e.g. of a network that computes targets. They
+        are put on the mesh once and are inputs of the compiled step, not constants in it; the loss gets them as a
+        fourth argument. Checkpoints hold only their hash.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Terms that several losses share; each keeps the batch axis, so that the caller takes the mean."""
+"""Terms that several losses share; each keeps the batch axis, and the caller takes the mean."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
 
 
 def hits(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return (right answers, answers) of logits (B, K): an accuracy as a (sum, count) metric."""
+    """Return (correct, total) of logits (B, K): an accuracy as a (sum, count) metric."""
     return jnp.sum(jnp.argmax(logits, axis=-1) == labels), jnp.asarray(labels.shape[0])
 
 

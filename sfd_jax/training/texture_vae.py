@@ -1,8 +1,7 @@
 """Train a texture VAE: reconstruct pixels through a posterior on a small grid.
 
-Batches: `pixels` (B, H, W, 3) in [-1, 1]. The released texture VAE was trained with LPIPS and a
-discriminator and is not trained again here; this trains small ones, such as the digits'. A perceptual
-distance may be handed in.
+Batches: `pixels` (B, H, W, 3) in [-1, 1]. This trains small VAEs, such as the digits', optionally with a
+perceptual distance; the released one was trained with LPIPS and a discriminator.
 """
 
 import dataclasses
@@ -28,7 +27,7 @@ class TextureVAELoss:
       l1_weight, mse_weight: absolute and squared error, means over pixels and colours.
       kl_weight: KL to the unit Gaussian, summed over the latent of an image. (LDM sums the error too: its
         weight divided by 3 H W is ours.)
-      perceptual_weight: of the perceptual distance, where one is handed in.
+      perceptual_weight: of the perceptual distance, where one is given.
     """
 
     l1_weight: float = 1.0
@@ -52,15 +51,15 @@ def texture_vae_task(
       network: the network.
       weights: of the loss.
       perceptual: (reconstruction, pixels), both (B, H, W, 3) in [-1, 1] -> distances (B,); e.g. LPIPS.
-      frozen: its parameters, where it has any: handed to it as third argument.
+      frozen: its parameters, if any: its third argument.
 
     Raises:
-      SfdError: no error of the reconstruction has a weight.
+      SfdError: no term of the reconstruction has a weight.
     """
     if not (weights.l1_weight or weights.mse_weight or (perceptual and weights.perceptual_weight)):
         raise SfdError(
-            "loss.l1_weight=0 and loss.mse_weight=0, and no perceptual distance: nothing would teach the network to "
-            "reconstruct; give one a weight"
+            "loss.l1_weight=0 and loss.mse_weight=0, and no perceptual distance: nothing trains the reconstruction; "
+            "give one of them a weight"
         )
 
     def loss(params: dict, batch: dict, key: jax.Array, *frozen: dict):
@@ -85,13 +84,13 @@ def texture_vae_task(
 
 
 def measure_texture_vae(network: Network, params: dict, batch: dict, *frozen: dict) -> dict[str, jax.Array]:
-    """Return how images come back through the mean latent, one number a row.
+    """Measure the reconstruction from the mean latent, one number for each row.
 
     Args:
       network: the "texture_vae".
       params: its parameters.
       batch: `pixels` (B, H, W, 3) in [-1, 1].
-      frozen: the perceptual distance's, which is not measured here.
+      frozen: parameters of the perceptual distance, which is not measured here.
 
     Returns:
       "l1", "mse", "psnr" (in decibels, of the clipped reconstruction) and "kl": (B,) each.

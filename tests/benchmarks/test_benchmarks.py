@@ -1,4 +1,4 @@
-"""The benchmarks run: each in a tiny mode in a process of its own, whose JSON is read. No time is asserted."""
+"""Each benchmark runs in a tiny mode in a process of its own, and its JSON is checked. No time is asserted."""
 
 import importlib.util
 import json
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-# The rest of scripts/benchmarks is run by the tests of what it measures.
+# The other scripts of scripts/benchmarks are only run with --help.
 TINY = {
     "train_step": ["--size=S", "--depth=2", "--width=96", "--batch=2", "--rounds=1", "--repa", "--no_compile"],
     "sample": ["--depth=1", "--batch=1", "--rounds=1", "--solver=euler", "--nfe=6"],
@@ -28,7 +28,7 @@ def run(root, quick, name, *flags):
 
 @pytest.mark.parametrize("name", TINY)
 def test_tiny_run(root, quick, tmp_path, name):
-    # Beside PyTorch they compare what both compute or read, and stop without a record where it differs.
+    # With PyTorch they compare both results first, and stop without a record if these differ.
     both = name in ("train_step", "loader") and importlib.util.find_spec("torch")
     versus = ["--versus=torch"] if both else []
     done = run(root, quick, name, *TINY[name], *versus, f"--json={tmp_path}/out.json")
@@ -49,7 +49,7 @@ def test_tiny_run(root, quick, tmp_path, name):
     assert "| " in done.stdout  # the table
 
 
-def test_every_benchmark_explains_itself(root, quick):
+def test_every_benchmark_has_help(root, quick):
     scripts = sorted(path.stem for path in (root / "scripts" / "benchmarks").glob("*.py"))
     for name in set(scripts) - {"_common", "torch_dit"}:
         done = run(root, quick, name, "--help")

@@ -1,4 +1,4 @@
-"""Torch files made by hand, so that reading them is tested where torch is absent too."""
+"""Torch files assembled by hand, so that reading is tested without torch too."""
 
 import io
 import struct
@@ -58,7 +58,7 @@ class TorchFile:
         return self.rebuild(str(key), array.size, 0, array.shape, strides, storage)
 
     def rebuild(self, key, length, offset, shape, strides, storage="FloatStorage") -> bytes:
-        """The call of _rebuild_tensor_v2 for any numbers, true ones or not."""
+        """The call of _rebuild_tensor_v2 for any numbers, valid or not."""
         view = b"N" if self.legacy else b""
         persistent = (
             b"("

@@ -5,8 +5,8 @@ example must be read or be refused by SfdError, within a bound of memory and of 
 the containers: a pickle inside a zip is changed before its checksum is computed, as are arrays in an npz
 and the header of a .safetensors file.
 
-Every allocation of one file in four is traced, which takes three times as long as the reading; of the others the
-process's peak of resident memory is looked at, which misses what is claimed and never touched.
+For one file in four every allocation is traced, which takes three times as long as the reading. For the others the
+process's peak resident memory is compared, which misses memory that is allocated but never touched.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from sfd_jax.evaluation.image_sets import open_image_set
 from sfd_jax.evaluation.reference import open_reference
 
 SECONDS = 5
-BATCH = 20  # files in an example of hypothesis, which takes longer to draw one than a file to read
+BATCH = 20  # files in an example of hypothesis, since drawing one takes longer than reading a file
 COUNT = itertools.count()  # of the files so far
 FOLDER = pathlib.Path(tempfile.mkdtemp(prefix="sfd_fuzz_", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
 A = np.arange(6, dtype=np.float32).reshape(2, 3)

@@ -59,13 +59,13 @@ def test_average_by_default_raw_by_flag(released):
     assert imported.metadata["step"] == 1234
 
 
-def test_the_prefix_of_a_wrapper_is_removed(tmp_path, torch_file):
+def test_a_wrappers_prefix_is_removed(tmp_path, torch_file):
     state = dit_state()
     tree = {"model": {f"module.{key}": array for key, array in state.items()}}
     path = write(tmp_path / "ddp.pt", torch_file(tree).zip_bytes())
     imported = import_checkpoint(path)
     assert same_bytes(export_checkpoint(imported.params, imported.metadata)[0], state)
-    with pytest.raises(SfdError, match=r"no ema weights \(it holds 'model'\); take --weights raw"):
+    with pytest.raises(SfdError, match=r"no ema weights \(it holds 'model'\); give --weights raw"):
         import_checkpoint(path, Stated(which="ema"))
 
 
@@ -109,7 +109,7 @@ def test_inspect_prints_and_converts_nothing(released, tmp_path, capsys):
 
 
 def test_a_config_in_the_file_informs_but_the_weights_decide(tmp_path, torch_file):
-    """The released OmegaConf config is read as a plain dict; one that contradicts is set aside."""
+    """The released OmegaConf config is read as a plain dict; one that contradicts the weights is ignored."""
 
     def config(**values):
         def node(kind, key, value):
@@ -122,9 +122,9 @@ def test_a_config_in_the_file_informs_but_the_weights_decide(tmp_path, torch_fil
         return raw(node("dictconfig\nDictConfig", "_content", torch_file({})._value({"model": inner})))
 
     state = dit_state(repa_features=3, repa_width=4)
-    told = dict(in_chans=5, semantic_chans=2, semfirst_delta_t=0.25, repa_depth=1)
+    stored = dict(in_chans=5, semantic_chans=2, semfirst_delta_t=0.25, repa_depth=1)
     for in_chans, delta_t, repa_depth in ((5, 0.25, 1), (48, 0.3, 2)):
-        tree = {"ema": state, "config": config(**told | {"in_chans": in_chans})}
+        tree = {"ema": state, "config": config(**stored | {"in_chans": in_chans})}
         imported = import_checkpoint(write(tmp_path / f"{in_chans}.pt", torch_file(tree).zip_bytes()))
         assert imported.metadata["foreign"]["config"]["model"]["semfirst_delta_t"] == 0.25
         assert imported.metadata["config"]["clocks"]["delta_t"] == delta_t
@@ -132,7 +132,7 @@ def test_a_config_in_the_file_informs_but_the_weights_decide(tmp_path, torch_fil
         assert any("weights win" in note for note in imported.notes) == (in_chans == 48)
 
 
-def test_semantic_vae_config_is_yaml_and_tells_the_heads(tmp_path, torch_file):
+def test_heads_are_read_from_the_semantic_vaes_yaml_config(tmp_path, torch_file):
     config = dict(arch="transformer", input_dim=7, bottleneck_dim=3, hidden_dim=10, transformer_heads=5)
     network = Network("semantic_vae", config | dict(transformer_blocks=2))
     module = FORMATS["semantic_vae"]
@@ -145,7 +145,7 @@ def test_semantic_vae_config_is_yaml_and_tells_the_heads(tmp_path, torch_file):
     _, exported = export_checkpoint(imported.params, imported.metadata)
     model = yaml.safe_load(exported["config"])["model"]
     assert model["params"]["transformer_heads"] == 5 and exported["input_dim"] == 7
-    # Without the config nothing tells, and the error says what to state.
+    # Without the config the error says what to give.
     path = write(tmp_path / "t.pt", torch_file({"model_state_dict": state}).zip_bytes())
     with pytest.raises(SfdError, match="--set transformer_heads"):
         import_checkpoint(path)
@@ -175,7 +175,7 @@ def test_unknown_and_damaged_files_say_what_is_wrong(tmp_path, torch_file, relea
     safetensors.numpy.save_file(dit_state(), tmp_path / "z.safetensors")
     data = (tmp_path / "z.safetensors").read_bytes()
     for length in (4, 100, len(data) - 4):
-        with pytest.raises(SfdError, match="no complete safetensors"):
+        with pytest.raises(SfdError, match="not a complete safetensors"):
             import_checkpoint(write(tmp_path / "cut.safetensors", data[:length]))
 
 
@@ -200,7 +200,7 @@ def test_export_needs_a_known_suffix(released, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", pytest.param("pt", marks=pytest.mark.torch)])
-def test_an_export_that_cannot_be_written_is_a_sentence(released, tmp_path, suffix):
+def test_an_export_that_cannot_be_written_is_named(released, tmp_path, suffix):
     if suffix == "pt":
         pytest.importorskip("torch", reason="needs the extra `torch`: pip install sfd_jax[torch]")
     path, *_ = released
@@ -217,22 +217,22 @@ def test_an_export_that_cannot_be_written_is_a_sentence(released, tmp_path, suff
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["0001234.pt", "o"]
 
 
-def test_statistics_of_the_two_groups_the_other_way_round(tmp_path, torch_file):
+def test_swapped_statistics_are_noted_or_refused(tmp_path, torch_file):
     for name, channels in (("texture", 3), ("semantic", 2)):
         ones = np.ones((1, channels, 1, 1), np.float32)
         write(tmp_path / f"{name}.pt", torch_file({"mean": ones, "std": ones}).zip_bytes())
     texture, semantic = tmp_path / "texture.pt", tmp_path / "semantic.pt"
     file = write(tmp_path / "f.pt", torch_file({"ema": dit_state()}).zip_bytes())
     imported = import_checkpoint(file, Stated(texture_statistics=semantic, semantic_statistics=texture))
-    assert "2 channels texture and 3 semantic: by the statistics given" in imported.notes
+    assert "2 texture and 3 semantic channels: from the given statistics" in imported.notes
     tree = {"ema": dit_state(), "config": json.dumps({"in_chans": 5, "semantic_chans": 2})}
-    told = write(tmp_path / "told.pt", torch_file(tree).zip_bytes())
-    assert import_checkpoint(told, Stated(texture_statistics=texture, semantic_statistics=semantic))
+    with_config = write(tmp_path / "with_config.pt", torch_file(tree).zip_bytes())
+    assert import_checkpoint(with_config, Stated(texture_statistics=texture, semantic_statistics=semantic))
     with pytest.raises(SfdError, match="2 texture and 3 semantic channels do not fit .* 2 of them semantic"):
-        import_checkpoint(told, Stated(texture_statistics=semantic, semantic_statistics=texture))
+        import_checkpoint(with_config, Stated(texture_statistics=semantic, semantic_statistics=texture))
 
 
-# --- The pack's own files, where they are at hand ---------------------------------------------------
+# --- The parity pack's own files, where it is installed ---------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_statistics_of_the_two_groups_the_other_way_round(tmp_path, torch_file):
         ("semvae.pt", None, None),
     ],
 )
-def test_the_packs_files_hold_the_drawn_weights_and_come_back(parity_dir, name, which, seed):
+def test_the_packs_files_hold_the_drawn_weights_and_round_trip(parity_dir, name, which, seed):
     files = parity_dir / "files"
     if not (files / "files.json").exists():
         pytest.skip("this parity pack has no files in the released formats")
@@ -253,7 +253,7 @@ def test_the_packs_files_hold_the_drawn_weights_and_come_back(parity_dir, name, 
     shapes = drawn["semvae_params" if "semvae" in name else "params"]
     imported = import_checkpoint(files / name, Stated(which=which))
     state, _ = export_checkpoint(imported.params, imported.metadata)
-    # Which seed drew the Semantic VAE, files.json does not say.
+    # files.json does not say which seed drew the Semantic VAE.
     seeds = [drawn[seed]] if seed else [0, drawn["seed_model"], drawn["seed_ema"]]
     assert any(
         all(np.array_equal(state[key], drawn_weight(key, shape, s)) for key, shape in shapes.items()) for s in seeds

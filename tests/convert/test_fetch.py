@@ -20,7 +20,7 @@ from sfd_jax.training.checkpoint import load_params
 
 
 class Hub:
-    """A hub in memory: files by (repository, path), a log of requests, and faults to be had."""
+    """A hub in memory: files by (repository, path), a log of requests, and faults to inject."""
 
     def __init__(self):
         self.files: dict[str, dict[str, bytes]] = {}
@@ -96,7 +96,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A running hub; the cache is empty, and every address leads there."""
+    """A running hub; the cache is empty, and every address points to the hub."""
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     httpd.store = Hub()
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
@@ -105,7 +105,7 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setenv("SFD_MIRROR", address)
     monkeypatch.setenv("SFD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)  # what is kept is a multiple of it
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)  # a partial file is a multiple of it
     yield httpd.store
     httpd.shutdown()
     httpd.server_close()
@@ -115,7 +115,7 @@ REPO = hub.CATALOGUE["sfd_xl"].where
 DATA = bytes(range(256)) * 3000
 
 
-def test_a_broken_download_goes_on_where_it_stopped(server, tmp_path):
+def test_a_broken_download_is_resumed(server, tmp_path):
     server.files[REPO] = {"model_weights/sfd_xl/0400000.pt": DATA[::-1], "model_weights/sfd_xl/4000000.pt": DATA}
     server.drop_after = 100_000
     (path,) = hub.fetch("sfd_xl")
@@ -123,14 +123,14 @@ def test_a_broken_download_goes_on_where_it_stopped(server, tmp_path):
     assert path.read_bytes() == DATA
     ranges = [wanted for url, wanted in server.requests if url.startswith("/cdn")]
     assert ranges == [None, "bytes=100000-"]
-    # Once here, the server is not asked again; another file of the entry is another matter.
-    asked = len(server.requests)
-    assert hub.fetch("sfd_xl") == [path] and len(server.requests) == asked
+    # A file in the cache needs no request; another file of the entry does.
+    count = len(server.requests)
+    assert hub.fetch("sfd_xl") == [path] and len(server.requests) == count
     assert hub.fetch("sfd_xl", "0400000")[0].read_bytes() == DATA[::-1]
     assert not list(path.parent.glob("*.part"))
 
 
-def test_an_interrupted_command_goes_on_too(server):
+def test_an_interrupted_command_is_resumed_too(server):
     server.files[REPO] = {"model_weights/sfd_xl/1.pt": DATA}
     digest = hashlib.sha256(DATA).hexdigest()
     part = hub.cache_dir() / "downloads" / "sfd_xl" / f"1.pt.{digest[:8]}.part"
@@ -146,7 +146,7 @@ def test_a_server_without_ranges_sends_all_again(server):
     assert hub.fetch("sfd_xl")[0].read_bytes() == DATA
 
 
-def test_damage_on_the_way_is_noticed_and_nothing_is_kept(server):
+def test_a_damaged_download_is_refused_and_removed(server):
     server.files[REPO] = {"model_weights/sfd_xl/1.pt": DATA}
     server.spoil = True
     with pytest.raises(SfdError, match="SHA-256"):
@@ -154,7 +154,7 @@ def test_damage_on_the_way_is_noticed_and_nothing_is_kept(server):
     assert not [p for p in (hub.cache_dir() / "downloads").rglob("*") if p.is_file()]
 
 
-def test_the_sum_in_a_file_name_is_checked(server):
+def test_the_checksum_in_a_file_name_is_checked(server):
     source = hub.CATALOGUE["inception"]
     where = f"/mseitzer/pytorch-fid/releases/download/fid_weights/{source.files}"
     server.files["other"] = {where: DATA}
@@ -169,7 +169,7 @@ def test_a_file_outside_the_hub(server):
     assert hub.fetch("adm_reference_256")[0].read_bytes() == DATA
 
 
-def test_the_token_goes_to_the_hub_alone(server, monkeypatch):
+def test_the_token_goes_only_to_the_hub(server, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     server.files[REPO] = {"model_weights/sfd_xl/1.pt": DATA}
     where = "/diffusion/jul-2021/ref_batches/imagenet/256/" + hub.CATALOGUE["adm_reference_256"].files
@@ -183,11 +183,11 @@ def test_the_token_goes_to_the_hub_alone(server, monkeypatch):
 PAGE = b"<!DOCTYPE html><html><title>Log in</title></html>"
 
 
-def test_a_page_in_place_of_a_file_is_named_and_not_kept(server):
-    """A portal or a moved address answers every request with a page, and says 200."""
+def test_a_web_page_instead_of_a_file_is_named_and_removed(server):
+    """A portal or a moved address answers every request with a page and status 200."""
     for name, folder, said in (
-        ("adm_reference_256", "/diffusion/jul-2021/ref_batches/imagenet/256/", "what came is a web page"),
-        ("inception", "/mseitzer/pytorch-fid/releases/download/fid_weights/", "what came is a web page.*removed"),
+        ("adm_reference_256", "/diffusion/jul-2021/ref_batches/imagenet/256/", "the download is a web page"),
+        ("inception", "/mseitzer/pytorch-fid/releases/download/fid_weights/", "the download is a web page.*removed"),
     ):
         server.files["other"] = {folder + hub.CATALOGUE[name].files: PAGE}
         with pytest.raises(SfdError, match=said):
@@ -195,17 +195,17 @@ def test_a_page_in_place_of_a_file_is_named_and_not_kept(server):
     assert not [path for path in hub.cache_dir().rglob("*") if path.is_file()]
 
 
-def test_a_page_in_place_of_a_file_of_the_hub_is_not_kept(server):
+def test_a_web_page_instead_of_a_file_of_the_hub_is_removed(server):
     server.files[REPO], server.page = {"model_weights/sfd_xl/1.pt": DATA}, PAGE
-    with pytest.raises(SfdError, match="what came is a web page"):
+    with pytest.raises(SfdError, match="the download is a web page"):
         hub.fetch("sfd_xl")
     assert not [path for path in hub.cache_dir().rglob("*") if path.is_file()]
     server.page = b""
     assert hub.fetch("sfd_xl")[0].read_bytes() == DATA
 
 
-def test_a_part_behind_which_the_server_has_nothing_is_begun_again(server):
-    """As a command leaves it that was killed between the last byte and the new name."""
+def test_a_complete_part_is_downloaded_again(server):
+    """A command killed between the last byte and the renaming leaves one."""
     where = "/diffusion/jul-2021/ref_batches/imagenet/256/" + hub.CATALOGUE["adm_reference_256"].files
     server.files["other"] = {where: DATA}
     part = hub.cache_dir() / "downloads" / "adm_reference_256" / f"{hub.CATALOGUE['adm_reference_256'].files}.None.part"
@@ -214,7 +214,7 @@ def test_a_part_behind_which_the_server_has_nothing_is_begun_again(server):
     assert hub.fetch("adm_reference_256")[0].read_bytes() == DATA
 
 
-def test_a_wrong_file_put_there_by_hand_is_named(server):
+def test_a_wrong_file_copied_there_by_hand_is_named(server):
     folder = hub.cache_dir() / "downloads" / "texture_vae"
     folder.mkdir(parents=True)
     (folder / "ldm-imagenet256-f16d32-50ep.ckpt").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
@@ -222,10 +222,10 @@ def test_a_wrong_file_put_there_by_hand_is_named(server):
         hub.fetch("texture_vae")
 
 
-def test_offline_says_what_to_put_where_and_takes_it_from_there(monkeypatch, tmp_path):
+def test_offline_the_message_says_which_file_to_copy_where(monkeypatch, tmp_path):
     monkeypatch.setenv("SFD_CACHE", str(tmp_path))
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nothing listens
     with pytest.raises(SfdError) as error:
         hub.fetch("texture_vae")
     folder = tmp_path / "downloads" / "texture_vae"
@@ -244,7 +244,7 @@ def test_unknown_names_and_files(server):
     with pytest.raises(SfdError, match="404"):
         hub.fetch("semantic_vae")
     server.files[REPO] = {"README.md": b"x"}
-    with pytest.raises(SfdError, match="holds no semantic_vae"):
+    with pytest.raises(SfdError, match="no longer holds semantic_vae"):
         hub.fetch("semantic_vae")
     server.files[REPO] = {"model_weights/sfd_xl/1.pt": DATA}
     with pytest.raises(SfdError, match=r"no file '9'; it has 1\.pt"):
@@ -273,8 +273,8 @@ def test_the_command_fetches_converts_and_caches(server, torch_file, capsys):
         assert main(["sfd_autoguidance_b"]) == 0
         target = hub.cache_dir() / "sfd_autoguidance_b" / "70000"
         assert capsys.readouterr().out.splitlines()[-1] == str(target)
-        asked = len(server.requests)
-    assert len(server.requests) == asked
+        count = len(server.requests)
+    assert len(server.requests) == count
     loaded, metadata = load_params(target)
     assert metadata["latent_statistics"]["semantic_mean"] == [1.0, 1.0]
     np.testing.assert_array_equal(loaded["label_embed"]["embedding"], np.ones((4, 16)))

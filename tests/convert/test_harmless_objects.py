@@ -1,4 +1,4 @@
-"""What training scripts leave beside the weights is read as data, or left out with a note."""
+"""Objects that training scripts save beside the weights are read as data, or left out with a note."""
 
 import argparse
 import collections
@@ -106,7 +106,7 @@ def test_objects_are_left_out_with_a_note(tmp_path, torch_file, value, protocol)
     assert left_out(tree)[0].startswith("left out: x is an object of ")
 
 
-def test_a_class_that_is_nowhere_is_recorded_and_a_function_refused(tmp_path, torch_file):
+def test_an_unknown_class_is_recorded_and_an_unknown_function_refused(tmp_path, torch_file):
     for name, match in (
         ("nowhere.train TrainState", None),
         ("nowhere.train restore", r"refused.*nowhere\.train\.restore"),
@@ -140,7 +140,7 @@ def test_a_class_that_is_nowhere_is_recorded_and_a_function_refused(tmp_path, to
         "builtins compile",
     ],
 )
-def test_what_would_run_is_refused_by_name(tmp_path, torch_file, name):
+def test_calls_with_effects_are_refused_by_name(tmp_path, torch_file, name):
     raw = torch_file.Raw(f"c{name.replace(' ', chr(10))}\n(X\x01\x00\x00\x00atR".encode("latin-1"))
     path = tmp_path / "f.pt"
     path.write_bytes(torch_file({"ema": {"a": A}, "state": raw}).zip_bytes())
@@ -164,7 +164,7 @@ def test_what_would_run_is_refused_by_name(tmp_path, torch_file, name):
     ],
     ids=["with_state", "parameter", "from_type", "attributes"],
 )
-def test_tensors_in_other_clothes(tmp_path, torch_file, call):
+def test_wrapped_tensors(tmp_path, torch_file, call):
     file = torch_file({})
     file.storages = [A.tobytes()]
     file.pickle = b"\x80\x02" + call(file, file.rebuild("0", 6, 0, (2, 3), (3, 1))) + b"."
@@ -174,7 +174,7 @@ def test_tensors_in_other_clothes(tmp_path, torch_file, call):
 
 
 @pytest.mark.torch
-def test_what_torch_itself_saves(tmp_path):
+def test_files_that_torch_saves(tmp_path):
     torch = pytest.importorskip("torch", reason="needs the extra `torch`: pip install sfd_jax[torch]")
     buffer = torch.nn.Parameter(torch.ones(2))
     buffer.no_decay = True

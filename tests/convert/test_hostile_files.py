@@ -1,4 +1,4 @@
-"""Files that a few bytes make expensive: each is refused in a sentence, in little time and memory."""
+"""Small files that ask for much memory or time: each is refused quickly and with little memory."""
 
 import io
 import json
@@ -20,7 +20,7 @@ A = np.arange(6, dtype=np.float32).reshape(2, 3)
 
 
 def refused(path, match):
-    """Read a file and load all that it holds; it must end in SfdError, and cost next to nothing."""
+    """Read a file and load everything in it; this must raise SfdError and cost almost nothing."""
     tracemalloc.start()
     start = time.process_time()
     try:
@@ -50,7 +50,7 @@ def nested(protocol=2):
 
 
 PICKLES = {
-    "memo index": (b"}r\x00\x00\x00\x10", None),  # reads: the index is only a number
+    "memo index": (b"}r\x00\x00\x00\x10", None),  # can be read: the index is only a number
     "length of text": (b"X\xff\xff\xff\x7f", "damaged"),
     "length of bytes": (b"\x8e" + struct.pack("<Q", 2**62), "damaged"),
     "length of a bytearray": (b"\x96" + struct.pack("<Q", 2**40), "damaged"),
@@ -58,7 +58,7 @@ PICKLES = {
     "a long integer": (b"}\x8c\x01a\x8b" + struct.pack("<I", 5000) + b"\x7f" * 5000 + b"s", "integer of 39,999 bits"),
     "shared lists": (nested(), "memory"),
     "shared tuples as keys": (b"}(K\x01\x85" + b"2\x86" * 40 + b"K\x01u", None),
-    "a list in itself": (b"]q\x00h\x00a", "without end"),
+    "a list in itself": (b"]q\x00h\x00a", "in themselves"),
     "deep lists": (b"]" * 5000 + b"a" * 4999, "deep"),
     "many dicts": (b"(" + b"}" * 420_000 + b"l", "memory"),
     "copies of one list": (
@@ -92,7 +92,7 @@ def test_pickles_that_ask_for_more_than_they_hold(tmp_path, torch_file, name):
         (("0", 6, 0, (3,), (2**30,)), "larger than its storage"),
     ],
 )
-def test_tensors_that_are_not_there(tmp_path, torch_file, numbers, match):
+def test_tensors_without_data(tmp_path, torch_file, numbers, match):
     call = torch_file({}).rebuild(*numbers)
     refused(zipped(tmp_path / "f.pt", torch_file, b"}\x8c\x01a" + call + b"s"), match)
 
@@ -157,7 +157,7 @@ def test_members_that_unpack_to_more_than_they_may(tmp_path, torch_file):
     call = torch_file({}).rebuild("0", 2**25, 0, (1,), (1,))
     members = {"a/data.pkl": b"\x80\x02}X\x01\x00\x00\x00a" + call + b"s.", "a/data/0": bytes(2**27)}
     refused(archive(tmp_path / "f.pt", members, method=zipfile.ZIP_DEFLATED), "memory")
-    # The directory says 24 bytes, and a gigabyte comes out.
+    # The directory says 24 bytes, but it unpacks to a gigabyte.
     call = torch_file({}).rebuild("0", 6, 0, (6,), (1,))
     members["a/data.pkl"] = b"\x80\x02}X\x01\x00\x00\x00a" + call + b"s."
     refused(archive(tmp_path / "f.pt", members, method=zipfile.ZIP_DEFLATED, fields=[(24, "<I", 24)]), "checksum")
@@ -169,7 +169,7 @@ def test_members_that_unpack_to_more_than_they_may(tmp_path, torch_file):
     np.testing.assert_array_equal(read_torch_file(path)["a"], np.arange(6))
 
 
-def test_keys_that_are_numbers(tmp_path, torch_file):
+def test_numbers_as_keys(tmp_path, torch_file):
     file = torch_file({})
     one = b"}K\x01" + file.rebuild("0", 6, 0, (6,), (1,)) + b"s"
     path = zipped(tmp_path / "f.pt", torch_file, b"}(" + file._text("ema") + one + file._text("ema_model") + one + b"u")
@@ -201,7 +201,7 @@ def test_a_file_that_changed_since_its_header_was_read(tmp_path, torch_file, con
 
 @pytest.mark.parametrize("container", ["zip", "legacy"])
 def test_views_read_only_their_own_part(tmp_path, torch_file, container, monkeypatch):
-    """Contiguous views and columns alike: what is read is the storage a few times, not once a view."""
+    """Contiguous views and columns: the storage is read a few times, not once for each view."""
     flat = np.random.default_rng(0).standard_normal((400, 500)).astype(np.float32)
     file = torch_file({}, legacy=container == "legacy")
     rows = [file._text(f"r{i}") + file.rebuild("0", flat.size, 500 * i, (500,), (1,)) for i in range(400)]
@@ -258,7 +258,7 @@ def test_configs_in_yaml_that_explode(tmp_path, torch_file, name):
     assert time.process_time() - start < 5
 
 
-def test_configs_are_read_as_json_has_them(tmp_path, torch_file):
+def test_configs_become_json_values(tmp_path, torch_file):
     text = "model: &m {depth: 2, when: 2024-01-02}\nother: *m\n"
     path = tmp_path / "f.pt"
     path.write_bytes(torch_file({"ema": {"a": A}, "config": text}).zip_bytes())
@@ -273,7 +273,7 @@ ONES = np.ones((1, 3, 1, 1), np.float32)
 @pytest.mark.parametrize(
     "tree, match",
     [
-        (A, "needs arrays 'mean' and 'std', and holds one"),
+        (A, "needs arrays 'mean' and 'std', but holds one"),
         ({"mean": ONES}, "holds 'mean'"),
         ({"mean": ONES, "std": 1.0}, "needs arrays"),
         ({"mean": ONES, "std": np.ones((1, 4, 1, 1), np.float32)}, "one value a channel"),
@@ -289,14 +289,14 @@ ONES = np.ones((1, 3, 1, 1), np.float32)
         ({"mean": ONES, "std": np.inf * ONES}, "std inf"),
     ],
 )
-def test_statistics_that_cannot_be(tmp_path, torch_file, tree, match):
+def test_impossible_statistics_are_refused(tmp_path, torch_file, tree, match):
     path = tmp_path / "s.pt"
     path.write_bytes(torch_file(tree).zip_bytes())
     with pytest.raises(SfdError, match=match):
         read_statistics(path)
 
 
-def test_statistics_that_can(tmp_path, torch_file):
+def test_statistics_are_read(tmp_path, torch_file):
     path = tmp_path / "s.pt"
     path.write_bytes(torch_file({"mean": 2 * ONES, "std": ONES}).zip_bytes())
     mean, std = read_statistics(path)

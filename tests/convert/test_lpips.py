@@ -18,7 +18,7 @@ def state_dict(channels=(2, 3, 5, 7, 7)):
             state[f"net.slice{i + 1}.{number}.weight"] = generator.standard_normal((channel, inputs, 3, 3))
             state[f"net.slice{i + 1}.{number}.bias"] = generator.standard_normal(channel)
             inputs = channel
-        for key in (f"lin{i}.model.1.weight", f"lins.{i}.model.1.weight"):  # the package holds them twice
+        for key in (f"lin{i}.model.1.weight", f"lins.{i}.model.1.weight"):  # the package stores them twice
             state[key] = generator.random((1, channel, 1, 1))
     state["scaling_layer.shift"] = np.zeros((1, 3, 1, 1))
     return {key: array.astype(np.float32) for key, array in state.items()}

@@ -1,4 +1,4 @@
-"""The tables: every array has its place in both directions, and architectures are read off shapes."""
+"""The tables: every array is converted in both directions, and architectures are read from shapes."""
 
 import jax
 import ml_dtypes
@@ -62,13 +62,13 @@ def random_params(network, seed=0):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_round_trip_is_exact_and_the_architecture_is_read_off(name):
+def test_round_trip_is_exact_and_the_architecture_is_read(name):
     format, module, network = make(name)
     params = random_params(network)
     state = export_state(module.TABLE, params, network)
     assert {f for f, m in FORMATS.items() if m.recognises(state)} == {format}
 
-    # What shapes cannot tell is given: heads where nothing is as wide as one, groups.
+    # Fields that the shapes do not determine are given: heads without q/k norm, groups.
     config = network.config_dict()
     silent = {"num_heads", "transformer_heads", "norm_groups"} if name != "dit" else set()
     given = {k: v for k, v in config.items() if k in silent}
@@ -100,7 +100,7 @@ def test_hugging_face_names_hold_the_same_network():
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_released_sizes_are_read_off_without_memory(size):
+def test_released_sizes_are_read_without_memory(size):
     network = Network("lightning_dit", SIZES[size] | dict(repa_features=768))
     table = FORMATS["lightning_dit"].TABLE
     shapes = key_shapes(table, network) | {key: array.shape for key, array in table.fixed(network.config).items()}
@@ -109,7 +109,7 @@ def test_released_sizes_are_read_off_without_memory(size):
     assert Network("lightning_dit", fields).config == network.config
 
 
-def test_heads_without_trace_come_from_the_released_size_or_are_asked_for():
+def test_heads_not_in_the_shapes_come_from_the_released_size_or_the_user():
     plain = dict(use_qknorm=False, use_rope=False, use_rmsnorm=False)
     module = FORMATS["lightning_dit"]
 
@@ -178,7 +178,7 @@ def test_export_is_as_strict():
 @pytest.mark.parametrize("key", ["blocks.0.norm1.weight", "blocks.2.attn.q_norm.weight", "x_embedder.proj.bias"])
 @pytest.mark.parametrize("change", ["rename", "reshape"])
 def test_one_changed_key_is_the_one_that_is_named(key, change):
-    """Reading the architecture off by majority keeps one odd array from bending the whole."""
+    """The architecture is read by majority, so that one odd array does not change it."""
     _, module, network = make("dit")
     state = export_state(module.TABLE, random_params(network), network)
     array = state.pop(key)
@@ -190,7 +190,7 @@ def test_one_changed_key_is_the_one_that_is_named(key, change):
     assert len(faults) == (2 if change == "rename" else 1) and all(key in line for line in faults)
 
 
-def test_a_fixed_table_that_is_not_fixed_is_refused():
+def test_a_changed_fixed_table_is_refused():
     _, module, network = make("dit")
     state = export_state(module.TABLE, random_params(network), network)
     state["pos_embed"] = state["pos_embed"] + 1e-3

@@ -1,4 +1,4 @@
-"""Reading PyTorch files: right numbers, and nothing of theirs ever runs."""
+"""Reading PyTorch files: right numbers, and no code from them runs."""
 
 import logging
 import os
@@ -41,8 +41,8 @@ def test_strides_and_offsets_are_followed(tmp_path, torch_file):
     np.testing.assert_array_equal(tree, np.arange(12.0).reshape(3, 4)[:, 1:3].T)
 
 
-# What a hostile pickle may ask for: modules that exist, some that would do harm when imported, and
-# names close to those on the list.
+# Names that a hostile pickle may ask for: existing modules, some harmful when imported, and names
+# close to those on the list.
 HOSTILE = [
     "os system",
     "posix system",
@@ -91,7 +91,7 @@ def test_other_names_are_refused_by_name(tmp_path, torch_file, name, container):
 
 
 class Bomb:
-    """What an attacker's script would pickle, with each of the ways to have a call made."""
+    """Objects that an attacker would pickle, one for each way to cause a call."""
 
     def __init__(self, command):
         self.command = command
@@ -109,7 +109,7 @@ def test_real_hostile_pickles_do_not_run(tmp_path, torch_file, protocol):
     with pytest.raises(SfdError, match=r"refused.*system"):
         read_torch_file(path)
     assert not marker.exists()
-    pickle.loads(file.pickle)  # the bomb is live: without the guard it would have gone off
+    pickle.loads(file.pickle)  # the pickle is really harmful: without the guard the command would have run
     assert marker.exists()
 
 
@@ -131,7 +131,7 @@ def test_other_opcodes_are_refused_too(tmp_path, torch_file, opcodes, monkeypatc
 
 
 def test_listed_names_build_only_records(tmp_path, torch_file):
-    """Calls of listed names keep their arguments and do nothing: no logger, no codec but latin-1."""
+    """Calls of listed names keep their arguments and do nothing: no logger, and only latin-1 as codec."""
     calls = {
         "logger": b"clogging\ngetLogger\n(X\x04\x00\x00\x00sfd1tR",
         "codec": b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x03\x00\x00\x00hextR",
@@ -163,7 +163,7 @@ def test_tensors_cannot_reach_beyond_their_storage(tmp_path, torch_file, numbers
         read_torch_file(write(tmp_path / "f.pt", file.zip_bytes()))
 
 
-def test_a_storage_cannot_be_lied_about_afterwards(tmp_path, torch_file):
+def test_a_storage_cannot_be_changed_afterwards(tmp_path, torch_file):
     """BUILD may set attributes of what is on the stack; a longer `length` would read past the end."""
     file = torch_file({})
     file.storages = [A.tobytes()]
@@ -186,7 +186,7 @@ def test_recorders_cannot_be_changed(tmp_path, torch_file, name):
 
 
 @pytest.mark.parametrize("container", ["zip", "legacy"])
-def test_cut_short_files_are_told(tmp_path, torch_file, container):
+def test_truncated_files_are_refused(tmp_path, torch_file, container):
     file = torch_file({"ema": {"a": A, "b": B}}, legacy=container == "legacy")
     data = file.zip_bytes() if container == "zip" else file.legacy_bytes()
     for length in [0, 3, 10, 40, len(data) // 2, len(data) - 21, len(data) - 1]:
@@ -204,7 +204,7 @@ def test_a_flipped_bit_in_a_weight_is_noticed(tmp_path, torch_file):
         np.asarray(tree["a"])
 
 
-def test_what_is_no_weight_file_is_named(tmp_path, torch_file):
+def test_files_without_weights_are_named(tmp_path, torch_file):
     with pytest.raises(SfdError, match="no file"):
         read_torch_file(tmp_path / "none.pt")
     with pytest.raises(SfdError, match="not a PyTorch file"):

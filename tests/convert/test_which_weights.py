@@ -1,4 +1,4 @@
-"""Which weights of a file are meant: averages under any name, wrappers in keys, steps, numbers that are none."""
+"""Which weights of a file are used: averages under any name, wrappers in keys, steps, weights that are not finite."""
 
 import json
 
@@ -77,7 +77,7 @@ AVERAGES = {
     "ema-pytorch": {
         "ema": prefixed(RAW, "online_model.") | prefixed(MEAN, "ema_model.") | {"initted": NUMBER, "step": NUMBER}
     },
-    "one prefix alone": {"model": prefixed(MEAN, "ema_model.")},
+    "only one prefix": {"model": prefixed(MEAN, "ema_model.")},
     "a bare state dict": prefixed(RAW, "net.") | prefixed(MEAN, "net_ema."),
     "names without dots": {"state_dict": prefixed(RAW, "model.") | DOTLESS | {"model_ema.decay": NUMBER}},
     "all but the fixed tables": {"model": RAW, "ema": TRAINED},
@@ -85,7 +85,7 @@ AVERAGES = {
 
 
 @pytest.mark.parametrize("name", AVERAGES)
-def test_averages_are_used_under_whatever_name(name):
+def test_averages_are_used_under_any_name(name):
     file = choose(AVERAGES[name])
     assert file.which == "ema"
     fixed = {key: RAW[key] for key in RAW if key not in TRAINED}
@@ -106,20 +106,20 @@ def test_averages_are_used_under_whatever_name(name):
         ({"ema": list(MEAN.values())}, "a list of arrays without names"),
         ({"model": RAW, "ema": [[key, array] for key, array in MEAN.items()]}, "several averages: 'ema/0' .* [.]{3};"),
         ({"model": RAW, "ema": {0: NUMBER[None], "w.b": NUMBER[None]}}, "does not fit the order"),
-        ({"model": RAW, "ema_params": {}}, "'ema_params' should be an average and holds no arrays"),
-        ({"model": RAW, "ema": {}}, "'ema' should be an average and holds no arrays"),
-        ({"model": RAW, "ema": {"decay": 0.9, "updates": 3}}, "'ema' should be an average and holds no arrays"),
+        ({"model": RAW, "ema_params": {}}, "'ema_params' should be an average but holds no arrays"),
+        ({"model": RAW, "ema": {}}, "'ema' should be an average but holds no arrays"),
+        ({"model": RAW, "ema": {"decay": 0.9, "updates": 3}}, "'ema' should be an average but holds no arrays"),
         ({"model": RAW, "helper": Record("timm.utils.ModelEmaV2")}, "'helper' should be an average"),
         ({"state_dict": RAW, "callbacks": {"EMA": {}}}, "'callbacks/EMA' should be an average"),
         ({"model": RAW, "ema": prefixed(MEAN, "other_")}, "should be the average of 'model' but has other keys"),
         ({"model": RAW, "ema_0.999": MEAN, "ema_0.9999": MEAN}, "several averages: 'ema_0.999' .*'ema_0.9999'"),
-        ({"model": RAW, "teacher": MEAN}, "nothing tells which are averaged: 'model' .*'teacher'"),
-        ({"model": RAW, "best_state": MEAN}, "nothing tells which are averaged"),
-        ({"model": RAW, "teacher": TRAINED}, "nothing tells which are averaged"),
+        ({"model": RAW, "teacher": MEAN}, "does not say which are averaged: 'model' .*'teacher'"),
+        ({"model": RAW, "best_state": MEAN}, "does not say which are averaged"),
+        ({"model": RAW, "teacher": TRAINED}, "does not say which are averaged"),
         ({"student": RAW, "teacher": MEAN}, "several sets of weights: 'student' .*'teacher'"),
     ],
 )
-def test_raw_weights_never_stand_in_for_an_average_unasked(tree, said):
+def test_raw_weights_never_replace_an_average_silently(tree, said):
     with pytest.raises(SfdError, match=said):
         choose(tree)
     for name in ("model", "state_dict", "student"):
@@ -135,14 +135,14 @@ def test_names_without_dots_that_fit_several_are_refused():
 
 @pytest.mark.parametrize("key", ["blocks.0.attn.proj.weight", "pos_embed", "y_embedder.embedding_table.weight"])
 @pytest.mark.parametrize("shape", [(), (0,), (0, 0, 0)])
-def test_shapes_that_no_network_has_are_a_sentence(tmp_path, key, shape):
+def test_impossible_shapes_are_refused(tmp_path, key, shape):
     state = {k: v for k, v in RAW.items() if not k.startswith("blocks.1.")} | {key: np.zeros(shape, np.float32)}
     safetensors.numpy.save_file(state, tmp_path / "f.safetensors")
     with pytest.raises(SfdError, match="f.safetensors'"):
         import_checkpoint(tmp_path / "f.safetensors")
 
 
-def test_one_of_several_is_taken_by_name():
+def test_one_of_several_is_chosen_by_name():
     tree = {"model": RAW, "ema_0.999": RAW, "ema_0.9999": MEAN}
     assert holds(choose(tree, "ema_0.9999"), MEAN) and choose(tree, "ema_0.9999").which == "ema"
     with pytest.raises(SfdError, match="no weights named 'ema_0.99'; did you mean"):
@@ -155,7 +155,7 @@ METERS = {"loss_meters": {"average_meter": [Record("train.AverageMeter")]}, "bes
 @pytest.mark.parametrize(
     "beside", [{"use_ema": True}, {"ema": None}, {"ema_decay": 0.9}, {"config": {"ema": {}}}, METERS]
 )
-def test_settings_of_an_average_are_no_average(beside):
+def test_settings_of_an_average_are_not_an_average(beside):
     file = choose({"model": RAW} | beside)
     assert file.which == "raw" and holds(file, RAW)
 
@@ -186,8 +186,8 @@ def test_no_key_of_a_known_network_reads_as_an_average():
     assert [(s.name, s.which, len(s.arrays)) for s in found] == [("", "raw", len(set(keys)))]
 
 
-def test_raw_weights_without_an_average_are_said_to_be_so(tmp_path, torch_file):
-    for tree, said in (({"model": RAW}, "holds no average beside 'model'"), (RAW, "nothing tells whether they are av")):
+def test_raw_weights_without_an_average_are_noted(tmp_path, torch_file):
+    for tree, said in (({"model": RAW}, "holds no average beside 'model'"), (RAW, "does not say whether they are av")):
         (tmp_path / "f.pt").write_bytes(torch_file(tree).zip_bytes())
         assert any(said in note for note in import_checkpoint(tmp_path / "f.pt").notes)
         assert not any("averag" in note for note in import_checkpoint(tmp_path / "f.pt", Stated(which="raw")).notes)
@@ -235,7 +235,7 @@ def test_wrappers_before_all_keys_are_removed(prefix):
         assert all(any(f"'{part}.' from {len(RAW)}" in n for n in file.notes) for part in prefix.split(".")[:-1])
 
 
-def test_a_copy_that_is_called_the_online_one_is_raw():
+def test_a_copy_with_online_in_its_name_is_raw():
     file = choose({"model": prefixed(RAW, "online_model.")})
     assert holds(file, RAW) and file.which == "raw" and "weights: those of 'model/online_model.'" in file.notes
 
@@ -257,7 +257,7 @@ def test_keys_that_become_equal_are_both_named():
         choose({"model": RAW | {f"_orig_mod.{key}": RAW[key]}})
 
 
-def test_what_is_no_array_among_weights_is_left_out_with_a_note():
+def test_entries_that_are_not_arrays_are_left_out_with_a_note():
     file = choose({"model": RAW | {"_extra_state": "x", "version": 3}})
     assert holds(file, RAW) and any("_extra_state, version" in note for note in file.notes)
 
@@ -296,7 +296,7 @@ def test_the_step(tmp_path, torch_file, name, beside, step):
     assert any(note.startswith("step 0") for note in imported.notes) == (step == 0)
 
 
-def test_step_and_config_may_stand_one_level_down():
+def test_step_and_config_may_be_one_level_down():
     file = choose({"checkpoint": {"model": RAW, "ema": {"shadow": MEAN, "step": 9}, "step": 4, "config": {"a": 1}}})
     assert file.extras == {"step": 4} and file.config == {"a": 1} and holds(file, MEAN)
 
@@ -332,7 +332,7 @@ def test_a_flag_allows_weights_that_are_not_finite(tmp_path, capsys):
     capsys.readouterr()
 
 
-def test_numbers_too_large_for_the_type_that_is_written_are_told(tmp_path):
+def test_numbers_too_large_for_the_written_dtype_are_refused(tmp_path):
     """float64 into our float32, and our float32 into a file's float16."""
     state = dict(RAW)
     state["final_layer.linear.weight"] = RAW["final_layer.linear.weight"].astype(np.float64) * 1e300
@@ -352,12 +352,12 @@ def test_numbers_too_large_for_the_type_that_is_written_are_told(tmp_path):
     [
         ({}, {}, ("delta_t 0.3: as released", "7 classes and a null label: as released"), ("prediction",)),
         ({}, {"semfirst_delta_t": 0.2, "class_dropout_prob": 0.1}, (), ("delta_t", "null label")),
-        (dict(two_clocks=False), {}, ("prediction: velocity", "all 5 channels texture"), ("sigma",)),
-        (dict(two_clocks=False, learn_sigma=True), {}, ("learned sigma, which is dropped here, speaks for DiT",), ()),
+        (dict(two_clocks=False), {}, ("prediction: velocity", "all 5 channels are texture"), ("sigma",)),
+        (dict(two_clocks=False, learn_sigma=True), {}, ("learned sigma, which is dropped, suggests DiT",), ()),
         (dict(two_clocks=False), {"prediction": "velocity", "path_type": "Linear"}, (), ("prediction",)),
     ],
 )
-def test_what_a_diffusion_network_was_taken_for_is_said(tmp_path, torch_file, changes, config, said, unsaid):
+def test_assumptions_about_a_diffusion_network_are_noted(tmp_path, torch_file, changes, config, said, unsaid):
     tree = {"ema": dit_state(**changes)} | ({"config": json.dumps(config)} if config else {})
     (tmp_path / "f.pt").write_bytes(torch_file(tree).zip_bytes())
     notes = import_checkpoint(tmp_path / "f.pt").notes
@@ -366,7 +366,7 @@ def test_what_a_diffusion_network_was_taken_for_is_said(tmp_path, torch_file, ch
 
 
 @pytest.mark.parametrize("config", [{"prediction": "noise"}, {"path_type": "GVP"}])
-def test_a_network_that_says_it_predicts_something_else_is_refused(tmp_path, torch_file, config):
+def test_another_prediction_in_the_files_config_is_refused(tmp_path, torch_file, config):
     tree = {"ema": dit_state(two_clocks=False), "config": json.dumps({"transport": config})}
     (tmp_path / "f.pt").write_bytes(torch_file(tree).zip_bytes())
     ((name, value),) = config.items()

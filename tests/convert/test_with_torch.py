@@ -1,4 +1,4 @@
-"""With PyTorch at hand: its files read as it reads them, ours loaded by it, layers equal to its own."""
+"""With PyTorch installed: its files are read as it reads them, it loads ours, and layers equal its own."""
 
 from collections import OrderedDict
 
@@ -73,7 +73,7 @@ def test_checksums_may_be_left_out_of_a_file_but_not_of_one_storage(tmp_path):
     torch.save({"ema": torch.ones(3)}, tmp_path / "f.pt")
     torch.serialization.set_crc32_options(True)
     np.testing.assert_array_equal(read_torch_file(tmp_path / "f.pt")["ema"], np.ones(3))
-    with torch.serialization.skip_data():  # leaves room for numbers that are to be written later
+    with torch.serialization.skip_data():  # leaves space for numbers that are written later
         torch.save({"ema": torch.ones(3)}, tmp_path / "f.pt")
     with pytest.raises(SfdError, match="checksum"):
         np.asarray(read_torch_file(tmp_path / "f.pt")["ema"])
@@ -103,13 +103,13 @@ def test_writes_what_torch_reads(tmp_path):
 
 
 def test_an_export_loads_strictly_where_it_came_from(tmp_path, capsys):
-    """Import a file that torch wrote, export it, load it with torch: the same to the last bit."""
+    """Import a file that torch wrote, export it, load it with torch: bit-identical."""
     network = Network(
         "lightning_dit",
         dict(width=16, depth=2, num_heads=2, input_size=3, in_channels=5, num_classes=7, repa_features=3),
     )
     state = export_state(FORMATS["lightning_dit"].TABLE, random_params(network), network)
-    theirs = torch.nn.Module()  # the shape of their module, as nested names
+    theirs = torch.nn.Module()  # a module with their nested names
     for key, array in state.items():
         *path, last = key.split(".")
         node = theirs
@@ -156,7 +156,7 @@ def test_the_semantic_vaes_block_is_torchs_own_encoder_layer():
     state = {}
     for side, module in towers.items():
         for parameter in module.parameters():
-            parameter.data += 0.3 * torch.randn_like(parameter)  # none at its plain start
+            parameter.data += 0.3 * torch.randn_like(parameter)  # away from the initial values
         for key, tensor in module.eval().state_dict().items():
             for theirs, released in names.items():
                 key = key.replace(theirs, released)

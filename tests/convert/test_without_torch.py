@@ -1,4 +1,4 @@
-"""Reading needs no torch; writing asks for it in a sentence."""
+"""Reading needs no torch; writing asks for it in an error message."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Which folders are classes: in folders and in tars alike, hidden entries left out, all else named or refused."""
+"""Which folders are classes, on disk and in tars: hidden entries are left out, others named or refused."""
 
 import io
 import os
@@ -33,7 +33,7 @@ def png() -> bytes:
 
 @pytest.fixture(params=["folder", "tar"])
 def lay(request, tmp_path):
-    """Return what writes files into a folder or a tar, empty for names that end in a slash, and opens it."""
+    """Return a function that writes files into a folder or a tar (a final slash: empty folder) and opens it."""
 
     def write(names, split="train", name="net"):
         root = tmp_path / name
@@ -61,7 +61,7 @@ def test_hidden_entries_are_neither_classes_nor_images(lay):
     assert source.notes == [] and source.label_counts() == {0: 1, 1: 1}
 
 
-def test_hidden_entries_are_no_samples(tmp_path):
+def test_hidden_entries_are_not_samples(tmp_path):
     for name in (
         "0.png",
         "1.png",
@@ -84,19 +84,19 @@ def test_hidden_entries_are_no_samples(tmp_path):
         (
             ["train/n1/a.png", "val/n1/a.png"],
             "validation",
-            "no split 'validation': it holds train, val.*one of: train, val",
+            "no split 'validation': it holds train, val.*one of these splits: train, val",
         ),
-        (["train/n1/a.png", "val/n1/a.png"], "", "is no folder of classes.*one of: train, val"),
-        (["val/n1/a.png"], "train", "no split 'train': it holds val.*one of: val"),
-        (["train/n1/a.png", "extra/a.png"], "", "one of: train"),
+        (["train/n1/a.png", "val/n1/a.png"], "", "is not a folder of classes.*one of these splits: train, val"),
+        (["val/n1/a.png"], "train", "no split 'train': it holds val.*one of these splits: val"),
+        (["train/n1/a.png", "extra/a.png"], "", "one of these splits: train"),
         (["n1/a.png", "n2/a.png"], "val", "no split 'val': it holds n1, n2.*give an empty split"),
         (
             ["k/ILSVRC/Data/CLS-LOC/train/n1/a.png", "k/ILSVRC/Annotations/"],
             "train",
             "no split .train.*Give .*Data/CLS-LOC/train as the split",
         ),
-        (["ImageNet/n01440764/a.png", "other/n01443537/a.png"], "", "are no classes: below ImageNet"),
-        (["bottle/train/good/a.png", "cable/train/good/a.png"], "", "are no classes: below bottle"),
+        (["ImageNet/n01440764/a.png", "other/n01443537/a.png"], "", "are not classes: ImageNet holds"),
+        (["bottle/train/good/a.png", "cable/train/good/a.png"], "", "are not classes: bottle holds"),
         (
             ["val/ILSVRC2012_val_00000001.JPEG"],
             "val",
@@ -110,8 +110,8 @@ def test_hidden_entries_are_no_samples(tmp_path):
         (["n1/a.png", "n2/a.png", "b.png"], "", "1 images that have no class, such as b.png, and 2 folders"),
         (["notes.txt"], "", "no images in .*net"),
         (["1/a.png", "01/a.png"], "", "'01' and '1' are one number"),
-        (["1/a.png", "-1/a.png"], "", "'-1' is no label"),
-        (["20240101/a.png", "20240102/a.png"], "", "'20240101' is no label"),
+        (["1/a.png", "-1/a.png"], "", "'-1' is not a label"),
+        (["20240101/a.png", "20240102/a.png"], "", "'20240101' is not a label"),
     ],
 )
 def test_what_holds_no_classes_is_refused_with_what_was_found(lay, names, split, words):
@@ -120,23 +120,23 @@ def test_what_holds_no_classes_is_refused_with_what_was_found(lay, names, split,
 
 
 def test_wrong_root_is_refused_on_disk_and_found_in_a_tar(tmp_path):
-    """A folder around everything is what `tar` makes of a folder; on disk the way to its classes can be given."""
+    """`tar` of a folder puts a folder around everything; on disk the user can give the path to the classes."""
     for name in ("d/e/n1/a.png", "d/e/n2/a.png"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_bytes(png())
-    with pytest.raises(SfdError, match="are no classes: below d lie d/e/n1, d/e/n2.*such as d/e in it"):
+    with pytest.raises(SfdError, match="are not classes: d holds d/e/n1, d/e/n2.*such as d/e in it"):
         open_images("folder", str(tmp_path), "train", 8)
     with tarfile.open(tmp_path / "d.tar", "w") as tar:
         tar.add(tmp_path / "d", arcname="./d")
     assert open_images("tar", str(tmp_path / "d.tar"), "train", 8).class_names == ["n1", "n2"]
 
 
-def test_splits_that_are_there(lay, tmp_path):
+def test_existing_split_is_read(lay, tmp_path):
     source = lay(["train/n1/a.png", "val/n1/a.png", "val/n2/a.png", "val/n2/b.png"], "val")
     assert source.class_names == ["n1", "n2"] and len(source) == 3 and source.notes == []
 
 
-def test_a_folder_of_classes_is_itself_by_an_empty_split_or_its_own_name(lay):
+def test_a_folder_of_classes_is_read_for_an_empty_split_or_the_split_in_its_name(lay):
     names = ["n1/a.png", "n2/a.png"]
     for name, split, notes in (("net", "", 0), ("val", "val", 0), ("x_train", "train", 0), ("other", "train", 1)):
         source = lay(names, split, name)
@@ -159,15 +159,15 @@ def test_class_folders_that_are_numbers_are_labels(lay):
     assert mixed.class_names == ["1", "10", "2", "cat"] and "not all class folders" in mixed.notes[0]
 
 
-def test_deeper_folders_count_for_the_class_above(lay):
+def test_images_in_subfolders_belong_to_the_class_folder(lay):
     source = lay([f"train/{name}" for name in ("n1/images/b.png", "n1/images/a.png", "n2/images/a.png")])
     assert source.class_names == ["n1", "n2"] and source.notes == []
     assert [Path(source.name(i)).name for i in range(3)] == ["a.png", "b.png", "a.png"]
     source = lay(["train/dog/poodle/a.png", "train/dog/beagle/a.png", "train/cat/a.png"], name="deep")
-    assert source.class_names == ["cat", "dog"] and "count for the class above: dog" in source.notes[0]
+    assert source.class_names == ["cat", "dog"] and "belong to the class folder above them: dog" in source.notes[0]
 
 
-def test_links_lead_somewhere_and_not_in_circles(tmp_path):
+def test_dangling_and_circular_links_are_refused(tmp_path):
     (tmp_path / "store" / "x").mkdir(parents=True)
     (tmp_path / "store" / "x" / "a.png").write_bytes(png())
     net = tmp_path / "net"
@@ -176,11 +176,11 @@ def test_links_lead_somewhere_and_not_in_circles(tmp_path):
     source = open_images("folder", str(net), "", 8)
     assert source.class_names == ["n1"] and len(source) == 1
     (net / "n2").symlink_to(tmp_path / "gone")
-    with pytest.raises(SfdError, match="n2 is a link that leads nowhere"):
+    with pytest.raises(SfdError, match="n2 is a link whose target is missing"):
         open_images("folder", str(net), "", 8)
     (net / "n2").unlink()
     (tmp_path / "store" / "x" / "again").symlink_to(tmp_path / "store")
-    with pytest.raises(SfdError, match="again is a link to a folder that it lies in"):
+    with pytest.raises(SfdError, match="again is a link to one of its own parent folders"):
         open_images("folder", str(net), "", 8)
 
 
@@ -188,7 +188,7 @@ def test_a_class_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     for name in ("n1", "n2"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.png").write_bytes(png())
-    scandir = os.scandir  # permissions do not bind the root user, who may run this
+    scandir = os.scandir  # the root user, who may run this, ignores permissions
 
     def denied(path):
         if os.fspath(path).endswith("n2"):
@@ -209,7 +209,7 @@ def test_files_that_are_left_out_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
-def test_no_path_is_not_the_folder_one_stands_in(tmp_path, monkeypatch, kind):
+def test_an_empty_path_is_not_the_working_folder(tmp_path, monkeypatch, kind):
     (tmp_path / "n1").mkdir()
     (tmp_path / "n1" / "a.png").write_bytes(png())
     monkeypatch.chdir(tmp_path)

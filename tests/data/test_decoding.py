@@ -1,4 +1,4 @@
-"""From bytes to pixels: the ADM crop to the bit, grey of many bits, bombs, and the memory they take."""
+"""From bytes to pixels: the exact ADM crop, grey of many bits, decompression bombs, and memory."""
 
 import io
 import struct
@@ -20,7 +20,7 @@ RAMP = np.linspace(0, 65535, 1024).reshape(32, 32)  # its high bytes have the me
 
 
 def adm_crop(image: Image.Image, size: int) -> np.ndarray:
-    """The original's steps, which make the whole resized image."""
+    """Crop by the original's steps, which make the whole resized image."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
@@ -29,7 +29,7 @@ def adm_crop(image: Image.Image, size: int) -> np.ndarray:
     return pixels[top : top + size, left : left + size]
 
 
-def test_thin_images_are_cropped_to_the_bit(monkeypatch):
+def test_thin_images_are_cropped_exactly(monkeypatch):
     """Sides up to 2,000, both ways up, halved or not, made larger or smaller."""
     monkeypatch.setattr(decoding, "THIN", 3)
     random, thin = np.random.default_rng(0), 0
@@ -49,8 +49,8 @@ def test_crop_is_the_original_on_both_sides_of_the_limit(size):
     np.testing.assert_array_equal(center_crop(image, 8), adm_crop(image, 8))
 
 
-def test_no_crop_takes_more_than_its_multiple():
-    """In processes of their own, whose peak is nobody else's: 64 target squares of 3 x 256 x 256 bytes are 12.6 MB."""
+def test_memory_of_a_crop_is_bounded():
+    """In a process of its own, for its peak memory: 64 target squares of 3 x 256 x 256 bytes are 12.6 MB."""
     code = (
         "import resource; from PIL import Image; from sfd_jax.data.decoding import center_crop\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
@@ -70,7 +70,7 @@ def image_file(tmp_path, name: str, *images: Image.Image, **settings):
 
 
 def both_ways(path, size: int = 32) -> np.ndarray:
-    """Return the pixels as extraction and as evaluation read them, which are the same."""
+    """Return the pixels after checking that extraction and evaluation read the same."""
     source = open_images("folder", str(path.parents[1]), "", size)
     [place] = [i for i in range(len(source)) if source.name(i) == str(path)]
     extracted = source[place]["pixels"]
@@ -134,7 +134,7 @@ def tiff(data: bytes, bits: int, order: str = ">", photometric: int = 1) -> byte
     )
 
 
-def test_dark_pgm_is_dark_but_a_range_that_is_not_clear_is_refused(tmp_path):
+def test_dark_pgm_is_dark_but_a_unclear_range_is_refused(tmp_path):
     dark = np.full((32, 32), 255)
     assert (both_ways(image_file(tmp_path / "a", "a.pgm", Image.fromarray(dark.astype(np.uint16)))) == 0).all()
     for place, (values, reason) in enumerate(
@@ -178,7 +178,7 @@ def test_every_mode_gives_the_same_pixels_both_ways(tmp_path):
     assert (both_ways(grey) == 200).all()
     turned = Image.fromarray(np.arange(32 * 32, dtype=np.uint8).reshape(32, 32))
     exif = turned.getexif()
-    exif[0x0112] = 6  # "turn by 90 degrees", which is left alone
+    exif[0x0112] = 6  # "turn by 90 degrees", which is ignored
     np.testing.assert_array_equal(
         both_ways(image_file(tmp_path, "l.png", turned, exif=exif))[..., 0], np.asarray(turned)
     )
@@ -192,10 +192,10 @@ def test_bombs_are_broken_both_ways(tmp_path, filters):
         for place, size in enumerate([(side, side), (2 * side, side), (20_000, 20_000)]):
             path = image_file(tmp_path / str(place), "bomb.png", Image.new("1", size))
             assert path.stat().st_size < 100_000
-            broken_both_ways(path, "larger than the 89,478,485 pixels")
+            broken_both_ways(path, "larger than the limits of 89,478,485 pixels")
 
 
-def test_what_pillow_warns_of_is_not_printed(tmp_path):
+def test_pillows_warnings_are_not_printed(tmp_path):
     """In a process of its own: pytest has its own filters of warnings."""
     path = image_file(tmp_path, "bomb.png", Image.new("1", (10_000, 10_000)))
     code = (
@@ -203,18 +203,18 @@ def test_what_pillow_warns_of_is_not_printed(tmp_path):
         "except Exception as e: print(e)"
     )
     run = subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True)
-    assert "larger than the 89,478,485 pixels" in run.stdout and run.stderr == ""
+    assert "larger than the limits of 89,478,485 pixels" in run.stdout and run.stderr == ""
 
 
-def test_a_file_without_end_is_not_read_to_its_end(tmp_path, monkeypatch):
+def test_a_huge_file_is_read_up_to_the_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(decoding, "MAX_BYTES", 1000)
     path = image_file(tmp_path, "a.bmp", Image.new("RGB", (100, 100)))
     assert len(decoding.read_bytes(path)) == 1001
-    broken_both_ways(path, "1,000 bytes that are read")
+    broken_both_ways(path, "1,000 bytes; make it smaller")
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_damage_of_every_kind_is_a_broken_image(tmp_path):
+def test_any_damage_is_a_broken_image(tmp_path):
     """Bytes changed at random: pixels or a reason, never another exception; and no program is started for EPS."""
     random = np.random.default_rng(0)
     picture = Image.fromarray(random.integers(0, 256, (24, 24, 3), np.uint8))

@@ -1,4 +1,4 @@
-"""`sfd extract` on a made folder of odd images, with tiny random networks, end to end."""
+"""`sfd extract` on a folder of odd images, with tiny random networks, end to end."""
 
 import json
 
@@ -66,7 +66,7 @@ def flags(work, out, *more):
 
 def test_images_to_shards(work, capsys):
     out, semantic = work / "latents", f"--semantic_vae={work / 'semantic_vae'}"
-    assert main(flags(work, out, semantic)) == 2  # one broken image is one too many
+    assert main(flags(work, out, semantic)) == 2  # the broken image is not tolerated
     assert "dog/03.jpg" in capsys.readouterr().err
     assert main(flags(work, out, semantic, "--max_broken=1", "--repa")) == 2  # another run's folder
     refusal = capsys.readouterr().err
@@ -89,7 +89,7 @@ def test_images_to_shards(work, capsys):
         name: params_hash(load_params(work / folder)[0])
         for name, folder in (("texture_vae", "texture_vae"), ("visual", "dinov2"), ("semantic_vae", "semantic_vae"))
     }
-    assert store.origin == {"weights": hashes, "image_size": 16, "labels": [0, 1]}  # what checkpoints keep of it
+    assert store.origin == {"weights": hashes, "image_size": 16, "labels": [0, 1]}  # what checkpoints record of it
     (out / "latents-00001.ar").unlink()
     params, metadata = load_params(work / "texture_vae")
     save_params(work / "other", jax.tree.map(lambda leaf: 2 * leaf, params), metadata)
@@ -164,7 +164,7 @@ def test_check_store_names_each_fault(work, tmp_path):
     assert "no latents in" in check_store(tmp_path)[0]
 
 
-def test_released_statistics_come_along(parity_dir, tmp_path, capsys):
+def test_released_statistics_are_kept(parity_dir, tmp_path, capsys):
     released = parity_dir / "files" / "latents"
     assert main(["extract", f"--repack={released}", f"--out={tmp_path}", "--repa"]) == 0
     manifest = json.loads((tmp_path / "manifest.json").read_text())
@@ -182,13 +182,13 @@ def test_released_statistics_come_along(parity_dir, tmp_path, capsys):
         (["--out=x", "--images=digits", "--texture_vae=a", "--repa"], "--visual"),
     ],
 )
-def test_impossible_flags_are_answered(arguments, message, capsys):
+def test_impossible_flags_are_refused(arguments, message, capsys):
     assert main(["extract", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_released_statistics_that_do_not_describe_the_latents_are_said(parity_dir, tmp_path, capsys, monkeypatch):
-    """Of the right shapes, so that only the measured ones can tell."""
+def test_released_statistics_that_do_not_fit_the_latents_are_reported(parity_dir, tmp_path, capsys, monkeypatch):
+    """They have the right shapes, so that only the measured statistics show the difference."""
     released = parity_dir / "files" / "latents"
     source, statistics = ReleasedLatents(released), {}
     for group, theirs in source.names.items():
@@ -208,10 +208,10 @@ def test_encoders_that_do_not_fit_each_other_or_the_images(work, tmp_path, capsy
         return capsys.readouterr().err
 
     semantic = f"--semantic_vae={work / 'semantic_vae'}"
-    assert "images of 15 px do not divide by 2, the texture VAE's downsampling: 14 or 16 px" in answer(
+    assert "images of 15 px do not divide by 2, the texture VAE's downsampling: use 14 or 16 px" in answer(
         semantic, "--image_size=15"
     )
-    assert "images of 5 px do not divide by 2, the texture VAE's downsampling (tile_size): 4 or 6" in answer(
+    assert "images of 5 px do not divide by 2, the texture VAE's downsampling (tile_size): use 4 or 6" in answer(
         semantic, "--image_size=10", "--tile_size=5"
     )
     assert "images of 20 px do not divide by 8, the tile_size" in answer(semantic, "--image_size=20")

@@ -1,4 +1,4 @@
-"""The hash of a training set: the same wherever it lies, another for other content."""
+"""The hash of a training set: independent of its location, different for other content."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""Tars that are cut, damaged, or something else: refused with the member's name; and the index beside them."""
+"""Tars that are cut, damaged or something else are refused with the member's name; and the index beside them."""
 
 import gzip
 import io
@@ -67,7 +67,7 @@ def inner_cut(where) -> bytes:
     return tar_of({"n1.tar": inner("n1")[:where], "n2.tar": inner("n2")})
 
 
-def test_whole_ones_are_read(tmp_path):
+def test_complete_tars_are_read(tmp_path):
     for name, data in {"whole": WHOLE, "one_block_of_zeros": WHOLE[: END + BLOCK]}.items():
         (tmp_path / f"{name}.tar").write_bytes(data)
         source = open_images("tar", str(tmp_path / f"{name}.tar"), "train", 8)
@@ -77,20 +77,20 @@ def test_whole_ones_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (WHOLE[:SECOND], "x.tar is not a whole.*it ends without a block of zeros behind n1.tar"),
-        (WHOLE[: SECOND + 100], "it ends without a block of zeros behind n1.tar"),
-        (WHOLE[:END], "it ends without a block of zeros behind n3.tar"),
-        (WHOLE[: END - 700], "(unexpected end of data|it is cut in n3.tar) behind n"),
-        (damaged_header(), "damaged header, or a second tar, behind n1.tar"),
-        (WHOLE + WHOLE, "damaged header, or a second tar, behind n3.tar"),
-        (inner_cut(2 * BLOCK), "n1.tar in .*x.tar is not a whole.*behind n1_1.JPEG"),
-        (inner_cut(4 * BLOCK), "n1.tar in .*x.tar is not a whole.*behind n1_2.JPEG"),
-        (inner_cut(BLOCK + 20), "n1.tar in .*x.tar is not a whole.*it is cut in n1_1.JPEG"),
+        (WHOLE[:SECOND], "x.tar is not a complete.*it ends without a block of zeros after n1.tar"),
+        (WHOLE[: SECOND + 100], "it ends without a block of zeros after n1.tar"),
+        (WHOLE[:END], "it ends without a block of zeros after n3.tar"),
+        (WHOLE[: END - 700], "(unexpected end of data|it is cut in n3.tar) after n"),
+        (damaged_header(), "damaged header, or a second tar, after n1.tar"),
+        (WHOLE + WHOLE, "damaged header, or a second tar, after n3.tar"),
+        (inner_cut(2 * BLOCK), "n1.tar in .*x.tar is not a complete.*after n1_1.JPEG"),
+        (inner_cut(4 * BLOCK), "n1.tar in .*x.tar is not a complete.*after n1_2.JPEG"),
+        (inner_cut(BLOCK + 20), "n1.tar in .*x.tar is not a complete.*it is cut in n1_1.JPEG"),
         (tar_of({"n1.tar": b"<html>error</html>" * 40, "n2.tar": inner("n2")}), "n1.tar in .*x.tar.*a web page"),
         (tar_of({"n1.tar": b"", "n2.tar": inner("n2")}), "n1.tar in .*x.tar.*it is empty"),
         (
             tar_of({"n1.tar": b"nonsense" * 100, "n2.tar": inner("n2")}),
-            "n1.tar in .*x.tar is not a whole.*behind its start",
+            "n1.tar in .*x.tar is not a complete.*after its start",
         ),
         (
             tar_of({"n1.tar": gzip.compress(inner("n1")), "n2.tar": inner("n2")}),
@@ -102,7 +102,7 @@ def test_whole_ones_are_read(tmp_path):
         ),
         (tar_of({"n1.tar": tar_of({"deeper.tar": inner("n1")}), "n2.tar": inner("n2")}), "folders without images: n1"),
         (tar_of({"n1.tar": tar_of({}), "n2.tar": inner("n2")}), "folders without images: n1"),
-        (gzip.compress(WHOLE), "x.tar is not a whole, uncompressed tar: it is compressed with gzip"),
+        (gzip.compress(WHOLE), "x.tar is not a complete, uncompressed tar: it is compressed with gzip"),
         (b"version https://git-lfs.github.com/spec/v1\n", "x.tar .* pointer of Git LFS"),
         (b"", "x.tar .* it is empty"),
         (
@@ -117,13 +117,13 @@ def test_whole_ones_are_read(tmp_path):
         (sparse_tar(), "n1/a.JPEG in .*is a link, sparse"),
     ],
 )
-def test_others_are_refused_with_the_member(tmp_path, data, words):
+def test_damaged_tars_are_refused_with_the_member(tmp_path, data, words):
     (tmp_path / "x.tar").write_bytes(data)
     with pytest.raises(SfdError, match=words):
         open_images("tar", str(tmp_path / "x.tar"), "train", 8)
 
 
-def test_a_name_that_comes_twice_is_refused(tmp_path):
+def test_a_repeated_name_is_refused(tmp_path):
     buffer = io.BytesIO(tar_of({"n1/a.JPEG": jpeg()}))
     with tarfile.open(fileobj=buffer, mode="a") as tar:
         info = tarfile.TarInfo("./n1/a.JPEG")
@@ -135,7 +135,7 @@ def test_a_name_that_comes_twice_is_refused(tmp_path):
 
 
 def test_every_cut_is_noticed(tmp_path):
-    """Cut at any length, the tar is refused, or whole but for padding."""
+    """Cut at any length, the tar is refused unless only padding is lost."""
     for length in range(0, len(WHOLE), 300):
         (tmp_path / f"{length}.tar").write_bytes(WHOLE[:length])
         try:

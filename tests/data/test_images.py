@@ -22,7 +22,7 @@ from sfd_jax.data.images import (
 from sfd_jax.errors import SfdError
 
 
-def test_crop_equals_its_steps_done_by_hand():
+def test_crop_equals_its_steps_by_hand():
     """70x46 to 11: halved by numpy where the sizes are even, then Pillow's own resizes, then a cut."""
     pixels = np.random.default_rng(0).integers(0, 256, (46, 70, 3), np.uint8)
     halved = Image.fromarray(halve(pixels)).resize((17, 11), Image.BOX)  # 35x23: 23 >= 22 halves again
@@ -47,13 +47,13 @@ def halve(pixels):
 def test_crop_of_any_shape_is_square(size):
     crop = center_crop(Image.new("RGB", size, (10, 20, 30)), 16)
     assert crop.shape == (16, 16, 3)
-    np.testing.assert_array_equal(crop, np.broadcast_to([10, 20, 30], crop.shape))  # a flat image stays
+    np.testing.assert_array_equal(crop, np.broadcast_to([10, 20, 30], crop.shape))  # a flat image stays flat
 
 
 def test_odd_images_become_rgb():
     grey = np.arange(35, dtype=np.uint8).reshape(5, 7)
     assert (np.asarray(to_rgb(grey)) == grey[..., None]).all()
-    deep = Image.fromarray(grey.astype(np.uint16) * 257)  # 16 bits: the high byte counts
+    deep = Image.fromarray(grey.astype(np.uint16) * 257)  # 16 bits: the high byte is kept
     assert (np.asarray(to_rgb(deep)) == grey[..., None]).all()
     cmyk = Image.new("CMYK", (3, 2), (0, 255, 255, 0))
     assert to_rgb(encoded(cmyk, "JPEG")).mode == "RGB"
@@ -72,7 +72,7 @@ def test_folder_reads_labels_names_and_broken_files(tmp_path):
     (tmp_path / "train" / "pear" / "1.png").write_bytes(b"not an image")
     whole = (tmp_path / "train" / "pear" / "2.png").read_bytes()
     (tmp_path / "train" / "pear" / "2.png").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "train" / "pear" / "notes.txt").write_text("passed over")
+    (tmp_path / "train" / "pear" / "notes.txt").write_text("ignored")
     source = open_images("folder", str(tmp_path), "train", 8)
     assert len(source) == 6 and source.class_names == ["apple", "pear"]
     assert [source[i]["label"] for i in range(4)] == [0, 0, 0, 1]
@@ -90,7 +90,7 @@ def test_folder_reads_labels_names_and_broken_files(tmp_path):
 
 
 def test_tar_of_class_tars_and_tar_of_folders(tmp_path):
-    """ILSVRC's layout, with images told apart by their colour; the second opening uses the index."""
+    """ILSVRC's layout, with images distinguished by their colour; the second opening uses the index."""
     colours = {("n02", "b.JPEG"): 40, ("n02", "a.JPEG"): 80, ("n01", "c.JPEG"): 120}
     images = {key: encoded(Image.new("RGB", (9, 20), (value,) * 3), "PNG") for key, value in colours.items()}
     nested = tmp_path / "nested.tar"
@@ -111,7 +111,7 @@ def test_tar_of_class_tars_and_tar_of_folders(tmp_path):
     index.write_bytes(b"damaged")
     assert len(open_images("tar", str(nested), "train", 8)) == 3
     (tmp_path / "no.tar").write_bytes(b"x" * 2000)
-    with pytest.raises(SfdError, match="not a whole, uncompressed tar"):
+    with pytest.raises(SfdError, match="not a complete, uncompressed tar"):
         open_images("tar", str(tmp_path / "no.tar"), "train", 8)
     (tmp_path / "classless.tar").write_bytes(tar_bytes({"a.JPEG": images["n01", "c.JPEG"]}))
     with pytest.raises(SfdError, match="1 images that have no class, such as a.JPEG"):
@@ -119,15 +119,15 @@ def test_tar_of_class_tars_and_tar_of_folders(tmp_path):
 
 
 def test_tfds_is_read_without_tensorflow(monkeypatch):
-    """With a stand-in for the package: what it is asked for, and what is made of its records."""
-    asked = {}
+    """With a stand-in for the package: the arguments it gets, and the records made from its own."""
+    arguments = {}
     png = encoded(Image.new("RGB", (9, 9), (7, 8, 9)), "PNG")
 
     class Source(list):
         dataset_info = types.SimpleNamespace(features={"label": types.SimpleNamespace(names=["x", "y"])})
 
     def data_source(name, *, split, decoders):
-        asked.update(name=name, split=split, decoders=decoders)
+        arguments.update(name=name, split=split, decoders=decoders)
         return Source([{"image": png, "label": np.int64(1)}])
 
     package = types.ModuleType("tensorflow_datasets")
@@ -135,7 +135,7 @@ def test_tfds_is_read_without_tensorflow(monkeypatch):
     package.decode = types.SimpleNamespace(SkipDecoding=lambda: "bytes")
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", package)
     source = open_images("tfds", "imagenet2012", "train", 8)
-    assert asked == {"name": "imagenet2012", "split": "train", "decoders": {"image": "bytes"}}
+    assert arguments == {"name": "imagenet2012", "split": "train", "decoders": {"image": "bytes"}}
     assert source.class_names == ["x", "y"] and source[0]["label"] == 1
     np.testing.assert_array_equal(source[0]["pixels"][0, 0], [7, 8, 9])
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
@@ -160,7 +160,7 @@ def test_digits_split_is_fixed_and_stratified():
     np.testing.assert_array_equal(np.bincount(held_out_labels), [36] * 10)
     # Every digit is in exactly one of the two: their sums add up to the whole set's.
     assert images.sum() + held_out.sum() == digits_8x8("all")[0].sum()
-    # The split itself, so that no later change moves it unseen.
+    # The split itself, so that no later change goes unnoticed.
     assert (labels[:8].tolist(), held_out_labels[:8].tolist()) == SPLIT
 
 
@@ -179,7 +179,7 @@ def test_digits_as_images():
     np.testing.assert_array_equal(item["pixels"], np.repeat(expected[..., None], 3, -1))
 
 
-def test_unknown_names_are_answered_with_the_nearest():
+def test_errors_for_unknown_names_give_the_nearest():
     with pytest.raises(SfdError, match="did you mean 'digits'"):
         open_images("digit", "", "train", 32)
     with pytest.raises(SfdError, match="did you mean 'held_out'"):

@@ -17,7 +17,7 @@ COUNT, SIZE = 23, 7
 
 
 class Noise:
-    """Images of noise; `broken` ones fail, and reading `bomb` ends the process, in a manner of speaking."""
+    """Images of noise; `broken` ones fail, and reading `bomb` stands for the end of the process."""
 
     image_size = SIZE
     class_names = ["a", "b"]
@@ -95,7 +95,7 @@ def test_statistics_are_those_of_the_stored_values(tmp_path):
 
 
 def test_moments_survive_a_large_offset():
-    """A sum of squares would lose everything here."""
+    """A plain sum of squares would lose all digits here."""
     values = 1e8 + np.random.default_rng(0).standard_normal((31, 5, 3))
     merged = Moments.merge([Moments.of(part) for part in values])
     # float64 resolves 1.5e-8 at 1e8, which is the error that the means carry.
@@ -106,7 +106,7 @@ def test_batch_size_and_hosts_change_no_byte(tmp_path):
     run(tmp_path / "one")
     run(tmp_path / "two", batch_size=7)
     waits = []
-    for host in (1, 0):  # host 1 first: its barrier would wait, here it only notes
+    for host in (1, 0):  # host 1 first: its barrier records the name instead of waiting
         if host == 0:
             run(tmp_path / "three", share=Share(0, 2, waits.append))
             continue
@@ -117,7 +117,7 @@ def test_batch_size_and_hosts_change_no_byte(tmp_path):
 
 
 def test_devices_change_no_byte(tmp_path):
-    """Latents computed image by image do not see how a batch lies on the devices."""
+    """Latents of an image do not depend on how the batch is split over devices."""
     run(tmp_path / "one", batch_size=8)
     mesh = jax.make_mesh((len(jax.devices()),), ("data",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
@@ -125,7 +125,7 @@ def test_devices_change_no_byte(tmp_path):
     assert contents(tmp_path / "one") == contents(tmp_path / "all")
 
 
-def test_a_killed_extraction_goes_on(tmp_path):
+def test_a_killed_extraction_is_continued(tmp_path):
     run(tmp_path / "whole")
     killed = tmp_path / "killed"
     with pytest.raises(KeyboardInterrupt):
@@ -135,7 +135,7 @@ def test_a_killed_extraction_goes_on(tmp_path):
         LatentStore(killed)
     done = {path.name: path.stat().st_mtime_ns for path in killed.glob("*.ar")}
     assert done
-    # What a SIGKILL leaves: half a shard under its temporary name, and facts without a shard.
+    # After a SIGKILL: half a shard under its temporary name, and facts without a shard.
     (killed / "latents-00003.ar.part").write_bytes(b"half")
     (killed / "latents-00004.json").write_text((killed / "latents-00000.json").read_text())
     run(killed)
@@ -151,7 +151,7 @@ def test_damage_names_the_shard_and_can_be_repaired(tmp_path):
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 0x10
     shard.write_bytes(data)
-    store = LatentStore(tmp_path)  # the length is right, so opening cannot see it
+    store = LatentStore(tmp_path)  # the length is right, so opening does not notice
     with pytest.raises(SfdError, match="latents-00002.ar does not match its checksum; delete it"):
         store.verify()
     with pytest.raises(SfdError, match="latents-00002.ar cannot be read"):
@@ -218,7 +218,7 @@ def test_latents_that_are_not_finite_are_refused(tmp_path):
         extract(Noise(), broken, tmp_path, ExtractConfig(batch_size=4), about={}, weights={})
 
 
-def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path):
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(SfdError, match="cannot write"):
         run(tmp_path / "file")
@@ -325,7 +325,7 @@ def test_a_shard_in_the_place_of_another_is_named(tmp_path):
 
 
 def test_hosts_count_each_others_broken_images(tmp_path):
-    """Host 1 has had two, so host 0 ends with its first one."""
+    """Host 1 found two, so host 0 stops at its first one."""
     with pytest.raises(SfdError, match="not finished"):  # host 0 has not written its shards
         run(tmp_path, Noise(broken=(6, 7)), share=Share(1, 2, lambda name: None), max_broken=2)
     with pytest.raises(SfdError, match="3 broken images, more than the 2 allowed") as caught:
@@ -334,7 +334,7 @@ def test_hosts_count_each_others_broken_images(tmp_path):
 
 
 def test_broken_images_that_another_host_finds_last_count_as_well(tmp_path):
-    """Host 0 is done with one broken image when host 1 finds the second; then host 0 writes no manifest."""
+    """Host 0 finished with one broken image before host 1 finds the second; then host 0 writes no manifest."""
 
     def barrier(name):
         with pytest.raises(SfdError, match="not finished"):  # host 0 has written no manifest yet
@@ -346,7 +346,7 @@ def test_broken_images_that_another_host_finds_last_count_as_well(tmp_path):
 
 
 @pytest.mark.parametrize("label", [-1, 0.5, 2**31, float("nan")])
-def test_a_label_that_is_no_whole_number_is_not_stored(tmp_path, label):
+def test_a_label_that_is_not_a_whole_number_is_refused(tmp_path, label):
     fields = latent_fields((1, 1, 1), (1, 1, 1), dtype="float32", flips=False)
     writer = LatentStoreWriter(tmp_path, Plan(1, 1, fields, {}, {}, None))
     with pytest.raises(SfdError, match="image 0 has the label"), writer.open_shard(0) as records:

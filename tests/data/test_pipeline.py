@@ -1,4 +1,4 @@
-"""Batches: a function of (seed, step, rows), every element once an epoch, flips once an image."""
+"""Batches: a function of (seed, step, rows); every element once per epoch, one flip for all arrays of an image."""
 
 import dataclasses
 
@@ -45,7 +45,7 @@ def batches(**settings):
 
 def test_an_epoch_holds_every_element_once_and_epochs_differ():
     stream = np.concatenate([batches().at(step)["index"] for step in range(COUNT)])
-    epochs = stream.reshape(8, COUNT)  # 13 batches of 8 are 8 epochs of 13: batches cross the edges
+    epochs = stream.reshape(8, COUNT)  # 13 batches of 8 are 8 epochs of 13: batches cross the ends of epochs
     for epoch in epochs:
         assert sorted(epoch) == list(range(COUNT))
     assert len({tuple(epoch) for epoch in epochs}) == 8
@@ -66,7 +66,7 @@ def test_hosts_share_the_same_global_batches(hosts):
 @pytest.mark.parametrize("cache", [False, True])
 def test_resuming_at_any_step_continues_the_stream(cache):
     iterator = batches(cache=cache)(0)
-    stream = [next(iterator) for _ in range(9)]  # over four epoch edges
+    stream = [next(iterator) for _ in range(9)]  # over the ends of four epochs
     for start in (1, 2, 7):
         resumed = next(batches(cache=cache)(start))
         for name, values in stream[start].items():

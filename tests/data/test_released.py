@@ -1,4 +1,4 @@
-"""The released shards: read as they are, and repacked; on made ones and on those of the parity pack."""
+"""The released shards: read as they are, and repacked; on generated ones and on those of the parity pack."""
 
 import pickle
 
@@ -68,7 +68,7 @@ def test_check_names_labels_missing_shards_and_missing_flips(shards, tmp_path):
     assert len(faults) == 2 and "1,000 images, not the expected 1,281,167" in faults[0] and "no flipped" in faults[1]
 
 
-def test_training_reads_released_shards_and_ours_alike(shards, tmp_path):
+def test_training_reads_released_shards_and_our_store_alike(shards, tmp_path):
     folder, _ = shards
     repack(ReleasedLatents(folder, repa=True), tmp_path / "ours", ExtractConfig(dtype="float32", shard_size=4))
     ours = open_latents(tmp_path / "ours", repa=True)
@@ -90,7 +90,7 @@ def test_training_reads_released_shards_and_ours_alike(shards, tmp_path):
 
 
 def of(statistics):
-    """Return what stands for the reader of `*_stats.pt`."""
+    """Return a stand-in for the reader of `*_stats.pt`."""
     texture, semantic = (
         tuple(getattr(statistics, f"{group}_{name}") for name in ("mean", "std")) for group in ("texture", "semantic")
     )
@@ -114,7 +114,7 @@ def test_repacking_keeps_every_record(shards, tmp_path):
     np.testing.assert_allclose(measured, whole["latents"].mean((0, 2, 3), np.float64), rtol=1e-7)
 
 
-def test_damaged_and_unlike_shards_are_named(shards, tmp_path):
+def test_damaged_and_differing_shards_are_named(shards, tmp_path):
     folder, _ = shards
     last = folder / "latents_rank10_shard000.safetensors"
     data = last.read_bytes()
@@ -181,7 +181,7 @@ def test_a_shard_that_disagrees_is_named_when_it_is_opened(shards, changes, word
     assert "latents_rank02_shard001.safetensors" in str(caught.value)
 
 
-def test_groups_of_two_grids_and_values_that_are_no_numbers(shards):
+def test_groups_of_two_grids_and_values_that_are_not_finite(shards):
     folder, whole = shards
     rewrite(
         folder,
@@ -203,13 +203,13 @@ def test_groups_of_two_grids_and_values_that_are_no_numbers(shards):
         ReleasedLatents(folder)
 
 
-def test_missing_shards_are_said_and_copies_refused(shards):
+def test_missing_shards_are_reported_and_copies_refused(shards):
     folder, _ = shards
     assert "rank 0, rank 1, rank 3" in ReleasedLatents(folder).notes[0]
     (folder / "latents_rank02_shard001.safetensors").rename(folder / "latents_rank02_shard004.safetensors")
     assert "rank 2 shard 1, rank 2 shard 2, rank 2 shard 3, " in ReleasedLatents(folder).notes[0]
     (folder / "latents_rank10_shard001 (1).safetensors").write_bytes(b"")
-    assert "not read, named otherwise than shards are: latents_rank10_shard001 (1)" in ReleasedLatents(folder).notes[1]
+    assert "not read, because not named as shards: latents_rank10_shard001 (1)" in ReleasedLatents(folder).notes[1]
     (folder / "latents_rank2_shard4.safetensors").write_bytes(
         (folder / "latents_rank02_shard004.safetensors").read_bytes()
     )

@@ -145,7 +145,7 @@ def test_wrong_configs_are_refused(config, says):
 
 
 def test_unregistered_clocks_and_missing_modules_are_named():
-    with pytest.raises(SfdError, match="Smooth are clocks that no name stands for: register the class"):
+    with pytest.raises(SfdError, match="Smooth are clocks without a registered name: register the class"):
         clocks_config(Smooth())
     with pytest.raises(SfdError, match="--plugin=their_clocks"):
         make_clocks({"name": "theirs"}, "their_clocks")
@@ -181,7 +181,7 @@ def test_classes_that_cannot_hold_settings_are_refused(monkeypatch):
     class Named(Bare):
         name: str = "x"
 
-    frozen = r"is no frozen dataclass: decorate it with @dataclasses.dataclass\(frozen=True\)"
+    frozen = r"is not a frozen dataclass: decorate it with @dataclasses.dataclass\(frozen=True\)"
     for cls, says in ((Bare, frozen), (Inherits, frozen), (Thawed, frozen), (Named, "has a field called 'name'")):
         monkeypatch.setitem(CLOCKS, "odd", cls)
         for use in (lambda: make_clocks({"name": "odd"}), lambda cls=cls: clocks_config(cls())):

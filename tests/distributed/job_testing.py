@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-# What is computed is small: most of a process's time would be LLVM's.
+# The programs are small: optimising them in LLVM would take most of a process's time.
 XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 

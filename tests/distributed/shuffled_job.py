@@ -39,7 +39,7 @@ class Records:
 
 
 def drawing(task):
-    """Return the task with what each record draws among its metrics: a sum in which all other rows are zero."""
+    """Return the task with each record's draws among its metrics: a sum in which all other rows are zero."""
 
     def loss(params, batch, key):
         value, metrics = task.loss(params, batch, key)
@@ -58,7 +58,7 @@ def drawing(task):
 
 def main(out, order, parts):
     start()
-    sharding.MIN_ELEMENTS = 1  # else nothing of this size would be split
+    sharding.MIN_ELEMENTS = 1  # or nothing of this size would be split
     mesh = jax.sharding.Mesh(np.array(jax.devices())[json.loads(order)].reshape(4, 2), ("data", "fsdp"))
     # With eps 1 Adam's updates are as smooth in the gradient as the gradient itself (see test_sharded_dit.py).
     config = TrainConfig(

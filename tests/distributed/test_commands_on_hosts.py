@@ -1,4 +1,4 @@
-"""Two processes extract, train, sample and evaluate what one does, by the commands, on four devices either way."""
+"""Two processes extract, train, sample and evaluate with the results of one, on four devices in both cases."""
 
 import json
 import shutil
@@ -26,12 +26,12 @@ NETWORKS = {
 }
 
 
-NAME = "fd_encoder_w24_d1_p14_reg1"  # of the visual encoder, which is no DINOv2
+NAME = "fd_encoder_w24_d1_p14_reg1"  # of the visual encoder, which is not a released DINOv2
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """Three checkpoints, 20 images in ten classes, and 12 images to be judged."""
+    """Three checkpoints, 20 images in ten classes, and 12 images to evaluate."""
     folder, random = tmp_path_factory.mktemp("commands"), np.random.default_rng(0)
     for directory, (name, config) in NETWORKS.items():
         network = Network(name, config)
@@ -58,8 +58,8 @@ def test_two_hosts_do_what_one_does(work, tmp_path):
     (one, two), processes = jobs, [process for job in jobs.values() for process in job.values()]
     ends = [process.communicate(timeout=600) for process in processes]
     assert [process.returncode for process in processes] == [0] * 3, ends
-    # Gloo, which stands for the network between chips here, prints on its own, from several threads: the number that
-    # ends its message may come on a line by itself, and so may what follows the number that begins it.
+    # Gloo, used here instead of the network between chips, prints from several threads: the number at the end of its
+    # message may be on a line by itself, and so may the text after the number at its beginning.
     of_gloo = lambda line: "[Gloo]" in line or "connected peer ranks" in line or line.strip().isdigit()
     alone, first, second = [[line for line in printed.splitlines() if not of_gloo(line)] for printed, _ in ends]
 
@@ -78,14 +78,14 @@ def test_two_hosts_do_what_one_does(work, tmp_path):
 
     with np.load(one / "samples" / "samples.npz") as a, np.load(two / "samples" / "samples.npz") as b:
         difference = np.abs(a["arr_0"].astype(int) - b["arr_0"])
-        assert difference.max() <= 1 and (difference > 0).mean() < 0.01  # truncation to bytes at an edge
+        assert difference.max() <= 1 and (difference > 0).mean() < 0.01  # truncation to bytes
         np.testing.assert_array_equal(a["arr_1"], b["arr_1"])
         assert a["arr_0"].std() > 5
 
     scores = [json.loads((folder / "scores.json").read_text())["scores"][NAME] for folder in (one, two)]
     assert scores[0] > 1e-3 and scores[1] == pytest.approx(scores[0], rel=1e-4)
 
-    # Host 0 alone speaks; the paths differ.
+    # Only host 0 prints; the paths differ.
     assert [line.replace(str(two), str(one)) for line in first[-3:]] == alone[-3:]
     assert NAME in "".join(first) and not second
     beats = sorted(path.relative_to(two).as_posix() for path in two.rglob("heartbeats/*"))
@@ -97,7 +97,7 @@ def test_two_hosts_do_what_one_does(work, tmp_path):
 
 @pytest.mark.slow
 def test_broken_images_are_counted_over_all_hosts(work, tmp_path):
-    """One broken image on each of two hosts: none has two, and the job has; what is written stays for the next try."""
+    """One broken image on each of two hosts is two in the job; finished shards are kept for the next start."""
     shutil.copytree(work / "images", tmp_path / "images")
     for name in ("class0/10.png", "class2/12.png"):  # numbers 1 and 5, in the first shard of each host
         (tmp_path / "images" / name).write_bytes(b"no image")
@@ -112,11 +112,11 @@ def test_broken_images_are_counted_over_all_hosts(work, tmp_path):
     ]
     processes = launch(["-m", "sfd_jax.cli.main", "extract", *flags, "--max_broken=1"], 2).values()
     ends = [process.communicate(timeout=300) for process in processes]
-    # Who sees both first ends; the other may be waiting for it.
-    told, statuses = "".join(error for _, error in ends), [process.returncode for process in processes]
+    # The process that counts both first ends; the other may be waiting for it.
+    errors, statuses = "".join(error for _, error in ends), [process.returncode for process in processes]
     assert 2 in statuses and {*statuses} <= {2, 75, -signal.SIGABRT}, ends
-    assert "2 broken images, more than the 1 allowed" in told
-    assert "class0/10.png" in told and "class2/12.png" in told
+    assert "2 broken images, more than the 1 allowed" in errors
+    assert "class0/10.png" in errors and "class2/12.png" in errors
     assert not (tmp_path / "latents" / "manifest.json").exists()
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "latents").glob("*.ar")}
     assert main(["extract", *flags, "--max_broken=2"]) == 0

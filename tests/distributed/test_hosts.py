@@ -1,6 +1,6 @@
-"""What one process can be told of a job, the facts that must agree, and SIGTERM where it is alone.
+"""Variables of a job, facts that must agree, and SIGTERM, in one process.
 
-test_trouble.py does the same with processes that are killed and signalled.
+test_trouble.py uses several processes, some killed and signalled.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ from sfd_jax.errors import SfdError, TryAgain
         ({"SFD_EXPECT_DEVICES": "many"}, "SFD_EXPECT_DEVICES=many must be a whole number"),
     ],
 )
-def test_variables_that_cannot_be(variables, message, monkeypatch):
+def test_impossible_variables_are_refused(variables, message, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SfdError, match=message):
@@ -53,7 +53,7 @@ def test_variables_that_cannot_be(variables, message, monkeypatch):
 def test_multihost_leaves_the_search_to_jax(monkeypatch):
     monkeypatch.setenv("SFD_MULTIHOST", "1")
     given = {}
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **told: given.update(told))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: given.update(arguments))
     monkeypatch.setattr(hosts, "_expect", lambda *_: None)
     hosts.start()
     assert given == {"initialization_timeout": 360, "heartbeat_timeout_seconds": 60}
@@ -62,11 +62,11 @@ def test_multihost_leaves_the_search_to_jax(monkeypatch):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", nowhere)
-    with pytest.raises(SfdError, match="a cluster that JAX knows must tell it: coordinator_address should be defined"):
+    with pytest.raises(SfdError, match="a cluster that JAX knows must describe: coordinator_address should be defined"):
         hosts.start()
 
 
-def test_alone_nothing_is_waited_for():
+def test_a_single_process_does_not_wait():
     hosts.start()
     hosts.barrier("alone", timeout=0.0)
     hosts.end(0)
@@ -79,11 +79,11 @@ def test_alone_nothing_is_waited_for():
 
 @pytest.fixture(scope="module")
 def two():
-    """What two processes that agree tell of themselves."""
+    """Reports of two processes that agree."""
     facts = json.dumps(preflight.facts_of(Job({"config": {"train": {"steps": 4}}, "images": 20})))
-    told = [{"host": f"h{index}", "faults": [], "facts": json.loads(facts)} for index in range(2)]
-    preflight.check_facts(told, [0.0, 0.1])
-    return told
+    reports = [{"host": f"h{index}", "faults": [], "facts": json.loads(facts)} for index in range(2)]
+    preflight.check_facts(reports, [0.0, 0.1])
+    return reports
 
 
 @pytest.mark.parametrize(
@@ -99,18 +99,18 @@ def two():
     ],
 )
 def test_facts_that_do_not_agree(two, change, message):
-    told = copy.deepcopy(two)
-    change(told[1]["facts"])
+    reports = copy.deepcopy(two)
+    change(reports[1]["facts"])
     with pytest.raises(SfdError, match=r"the hosts cannot begin:\n  process 1 \(h1\): .*" + message):
-        preflight.check_facts(told, [0.0, 0.0])
+        preflight.check_facts(reports, [0.0, 0.0])
 
 
 def test_clocks_and_faults_are_named(two):
-    told = copy.deepcopy(two)
-    told[0]["faults"].append("no latents/train here")
+    reports = copy.deepcopy(two)
+    reports[0]["faults"].append("no latents/train here")
     message = r"process 0 \(h0\): no latents/train here\n  process 1 \(h1\): its clock is -42 s off that of process 0"
     with pytest.raises(SfdError, match=message):
-        preflight.check_facts(told, [0.0, -42.0])
+        preflight.check_facts(reports, [0.0, -42.0])
 
 
 def test_what_each_host_must_have(tmp_path):
@@ -119,7 +119,7 @@ def test_what_each_host_must_have(tmp_path):
     probe, faults = preflight._look_for_needs(Job(folder=folder, needs=(tmp_path / "data", None, tmp_path)), 1)
     assert probe is None and faults[0] == f"no {tmp_path / 'data'} here"
     assert faults[1].startswith(f"cannot write to {folder}:") and len(faults) == 2
-    # Where host 0 alone writes, the others need not be able to.
+    # Where only host 0 writes, the others need no access.
     assert preflight._look_for_needs(Job(folder=folder, shared=False), 1) == (None, [])
 
 
@@ -138,7 +138,7 @@ def test_sigterm_ends_work_that_has_nothing_to_save(capsys):
     before = signal.getsignal(signal.SIGTERM)
 
     def command(_):
-        with contextlib.suppress(Exception):  # as there are, around a bucket's client
+        with contextlib.suppress(Exception):  # as in a bucket's client
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(10)
         return 1
@@ -149,7 +149,7 @@ def test_sigterm_ends_work_that_has_nothing_to_save(capsys):
 
 
 def test_sigterm_before_the_first_step(tmp_path, monkeypatch):
-    """While parameters are made, which is when programs begin to be compiled."""
+    """While parameters are made, when the first programs are compiled."""
     monkeypatch.setattr(toy_job, "trouble", lambda phase: phase == "compile" and os.kill(os.getpid(), signal.SIGTERM))
     mesh = make_mesh(devices=jax.devices()[:1])
     assert run_command(lambda _: toy_job.fit_toy(tmp_path, mesh, 4) and 0, "train", []) == 75

@@ -1,4 +1,4 @@
-"""One command at a time in a folder, on a disk and where there is no flock; a killed holder never blocks."""
+"""One command at a time in a folder, with flock and without; a killed holder never blocks."""
 
 import json
 import os
@@ -72,32 +72,32 @@ def test_a_lease_of_another_machine_is_watched_and_then_taken_over(lease, tmp_pa
     start = time.monotonic()
     with FolderLock(tmp_path) as mine:
         assert 3 <= time.monotonic() - start < 8
-        assert "process 1 on other (since x) may be at work here; waiting 3 s" in capsys.readouterr().out
-        # This process is stopped for long, and another one takes over.
+        assert "process 1 on other (since x) may still be running here; waiting up to 3 s" in capsys.readouterr().out
+        # As if this process were stopped for a long time, while another one takes over.
         (tmp_path / ".lock").write_text(json.dumps({"host": "other", "token": "z"}))
         deadline = time.monotonic() + 5
-        with pytest.raises(SfdError, match="another one has gone on here since"):
+        with pytest.raises(SfdError, match="another one has taken over the folder"):
             while time.monotonic() < deadline:
                 mine.check()
                 time.sleep(0.05)
     assert json.loads((tmp_path / ".lock").read_text())["token"] == "z"  # not ours to remove
 
 
-def test_of_two_that_take_a_lease_at_once_one_has_it(lease, monkeypatch, tmp_path):
+def test_of_two_that_take_a_lease_at_once_one_gets_it(lease, monkeypatch, tmp_path):
     first = FolderLock(tmp_path)
     monkeypatch.setattr(lock.time, "sleep", lambda _: FolderLock(tmp_path)._write())  # another one, meanwhile
     with pytest.raises(SfdError, match="in use by"):
         first.__enter__()
 
 
-def test_a_damaged_lock_file_blocks_nobody(kind, tmp_path):
+def test_a_damaged_lock_file_does_not_block(kind, tmp_path):
     (tmp_path / ".lock").write_bytes(b"\xff\x00")
     with FolderLock(tmp_path):
         assert os.listdir(tmp_path) == [".lock"]
 
 
 def test_a_process_of_a_loaders_process_keeps_its_files(tmp_path):
-    """The first gives the lock's descriptor up, and a file of its own takes the number."""
+    """The first closes the lock's descriptor, and a file of its own gets the number."""
     code = """
 import os, sys
 from sfd_jax.distributed.lock import FolderLock

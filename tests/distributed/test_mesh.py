@@ -11,7 +11,7 @@ from sfd_jax.distributed import batch_sharding, make_mesh, param_shardings, put_
 from sfd_jax.errors import SfdError
 
 
-def test_minus_one_takes_what_is_left():
+def test_minus_one_takes_the_remaining_devices():
     assert dict(make_mesh(-1, 2).shape) == {"data": 4, "fsdp": 2}
     assert dict(make_mesh(1, -1).shape) == {"data": 1, "fsdp": 8}
     assert dict(make_mesh(-1, -1).shape) == {"data": 1, "fsdp": 8}
@@ -19,7 +19,7 @@ def test_minus_one_takes_what_is_left():
 
 
 @pytest.mark.parametrize("data, fsdp", [(-2, -1), (0, 8), (-2, -4), (8, True)])
-def test_sizes_that_are_none(data, fsdp):
+def test_impossible_sizes_are_refused(data, fsdp):
     with pytest.raises(SfdError, match="mesh.(data|fsdp)=.*: give an integer from 1"):
         make_mesh(data, fsdp)
 
@@ -32,7 +32,7 @@ def test_sizes_that_do_not_fill_the_devices(data, fsdp):
 
 @dataclasses.dataclass(frozen=True)
 class FakeChip:
-    """What the mesh asks of a device of a two-slice job."""
+    """The attributes that the mesh reads of a device of a two-slice job."""
 
     id: int
     slice_index: int

@@ -49,7 +49,7 @@ def test_rows_of_a_host_on_a_slice():
     devices = lambda name, **options: topologies.get_topology_desc(name, platform="tpu", **options).devices
     mesh = make_mesh(devices=devices("v5e:4x4"))
     assert [device.process_index for device in mesh.devices.flat] == [0, 0, 1, 1, 1, 1, 0, 2, 3, 3, 3, 3, 2, 2, 2, 0]
-    assert host_rows(mesh, 32).tolist() == [0, 1, 2, 3, 12, 13, 30, 31]  # those of process 0, which this one is
+    assert host_rows(mesh, 32).tolist() == [0, 1, 2, 3, 12, 13, 30, 31]  # of process 0, this one
     # A v4 chip has two cores, which are one device ("megacore") unless the topology says otherwise.
     with pytest.raises(SfdError, match="chip_config_name='megacore'"):
         make_mesh(devices=devices("v4:2x2x4"))

@@ -1,4 +1,4 @@
-"""One process of a job that gets into trouble: `toy_job.py WHAT`, with the job's folder in RUN.
+"""One process of a job with a fault: `toy_job.py WHAT`, with the job's folder in RUN.
 
 What happens to process SUFFERER (default 1) is TROUBLE, "phase:what", e.g. "step:kill".
 """
@@ -30,7 +30,7 @@ def trouble(phase: str) -> None:
 
 
 def count_together(_) -> None:
-    """Do nothing but wait for each other, as `extract` and `evaluate` do: no work that saves."""
+    """Only wait for each other, as `extract` and `evaluate` do: work that does not save."""
     trouble("flags")
     from sfd_jax.distributed import hosts
     from sfd_jax.distributed.preflight import Job
@@ -64,7 +64,7 @@ def fit_toy(folder, mesh, steps: int):
 
     def batches(start):
         for batch in toy_batches()(start):
-            if steps > 100:  # a run that only a signal ends need not hurry
+            if steps > 100:  # a run that only a signal ends may be slow
                 time.sleep(0.01)
             yield {name: array[rows] for name, array in batch.items()}
 
@@ -93,6 +93,6 @@ def fit_toy(folder, mesh, steps: int):
 if __name__ == "__main__":
     from sfd_jax.distributed import sharding
 
-    sharding.MIN_ELEMENTS = 1  # else nothing of this size would be split
+    sharding.MIN_ELEMENTS = 1  # or nothing of this size would be split
     sys.modules["torch"] = None  # tensorboardX would import it, for seconds
     sys.exit(run_command({"count": count_together, "train": train}[sys.argv[1]], sys.argv[1], []))

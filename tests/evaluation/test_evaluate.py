@@ -271,6 +271,6 @@ def test_names_of_encoder_extractors(config, more, name):
 def test_an_encoder_whose_patches_do_not_divide_the_image_is_refused():
     network = Network("dinov2", dict(width=8, depth=1, num_heads=2, image_size=30, patch_size=15))
     with pytest.raises(
-        SfdError, match="images of 224 px do not divide by 15, the encoder's patches: 210 or 225 px would do"
+        SfdError, match="images of 224 px do not divide by 15, the encoder's patches: use 210 or 225 px"
     ):
         encoder_extractor(({}, {"network": "dinov2", "network_config": network.config_dict()}))

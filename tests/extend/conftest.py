@@ -1,4 +1,4 @@
-"""What a person with an idea has at hand: latents, a texture VAE, and the commands."""
+"""Fixtures for extensions: latents, a texture VAE, and the commands."""
 
 import sys
 
@@ -37,7 +37,7 @@ def latents(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def texture_vae(tmp_path_factory):
-    """A drawn texture VAE of the latents' channels."""
+    """A random texture VAE with the latents' channels."""
     network, random = Network("texture_vae", dict(ch=4, ch_mult=(1, 2), z_channels=8, norm_groups=2)), np.random
     draw = random.default_rng(1).standard_normal
     params = jax.tree.map(lambda x: (draw(x.shape) / 4).astype(np.float32), network.abstract_params())

@@ -1,4 +1,4 @@
-"""The walk "A clock" of docs/extend.md: one class, one registration, one config value."""
+"""The section "A clock" of docs/extend.md: one class, one registration, one config value."""
 
 import json
 import sys
@@ -39,7 +39,7 @@ class Power(Clocks):
 @CLOCKS.register("trained_power")
 @dataclasses.dataclass(frozen=True)
 class TrainedPower(Power):
-    """The same, its power trained with the network from the given one on."""
+    """The same, with the power trained with the network, starting from the given one."""
 
     def init(self, key):
         return {"log_power": jnp.log(jnp.float32(self.power))}
@@ -51,7 +51,7 @@ class TrainedPower(Power):
 
 @pytest.fixture
 def plugin(tmp_path, monkeypatch):
-    """The flag that brings the module, which nobody has imported before and nobody finds afterwards."""
+    """The flag that loads the module, which is not imported before and is removed afterwards."""
     (tmp_path / "my_sfd_clock.py").write_text(PLUGIN)
     forget()
     yield f"--plugin={tmp_path / 'my_sfd_clock.py'}"
@@ -67,17 +67,17 @@ def forget():
 def test_a_clock_with_a_setting_of_its_own(sfd, plugin, samplers, texture_vae, tmp_path, capsys):
     run, mine = tmp_path / "run", ("--config.clocks.name=power", "--config.clocks.power=3")
     assert sfd("train", plugin, f"--workdir={run}", *mine) == 0
-    told = {"name": "power", "power": 3.0}
-    assert load_metadata(run)["config"]["clocks"] == told
-    assert json.loads((run / "run.json").read_text())["config"]["clocks"] == told
+    clocks = {"name": "power", "power": 3.0}
+    assert load_metadata(run)["config"]["clocks"] == clocks
+    assert json.loads((run / "run.json").read_text())["config"]["clocks"] == clocks
 
     assert sfd("sample", plugin, f"--checkpoint={run}", f"--out={tmp_path / 'out'}") == 0
     [sampler] = samplers
     assert sampler.clocks == sys.modules["my_sfd_clock"].Power(3.0) and sampler.clocks.power == 3.0
-    assert json.loads((tmp_path / "out" / "recipe.json").read_text())["clocks"] == told
+    assert json.loads((tmp_path / "out" / "recipe.json").read_text())["clocks"] == clocks
     assert np.load(tmp_path / "out" / "samples.npz")["arr_0"].shape == (8, 8, 8, 3)
 
-    # Another parameter is another run; so is another clock, and one out of its range is none.
+    # Another parameter or clock is another run; a parameter out of range is refused.
     capsys.readouterr()
     for flags, says in (
         ([mine[0], "--config.clocks.power=2.5"], "config.clocks.power: there 3.0, here 2.5"),
@@ -88,7 +88,7 @@ def test_a_clock_with_a_setting_of_its_own(sfd, plugin, samplers, texture_vae, t
         assert sfd("train", plugin, f"--workdir={run}", *flags) == 2
         assert says in capsys.readouterr().err
 
-    # Whoever has the checkpoint and not the module is told of it.
+    # With the checkpoint but without the module, the error names the module.
     forget()
     with pytest.raises(SfdError, match="--plugin=my_sfd_clock"):
         make_sampler(load_params(run), load_params(texture_vae), SampleConfig())
@@ -104,7 +104,7 @@ def test_a_clock_that_is_trained_with_the_network(sfd, plugin, samplers, texture
     assert params.keys() == averaged.keys() == {"network", "clocks"}
     assert 0.001 < abs(raw - start) < 0.031 and abs(ema - start) < abs(raw - start)  # three steps of Adam at 0.01
 
-    # The sampler integrates over what was learned: the average, or the raw one where that is asked for.
+    # The sampler uses the learned parameters: the average, or the raw ones with --weights=raw.
     cfg = ("--guidance=cfg", "--guidance_scale=2", "--guidance_interval_start=0.2")
     assert sfd("sample", plugin, f"--checkpoint={run}", f"--out={tmp_path / 'out'}", *cfg) == 0
     of_raw = make_sampler(load_params(run, which="raw"), load_params(texture_vae), SampleConfig())
@@ -112,7 +112,7 @@ def test_a_clock_that_is_trained_with_the_network(sfd, plugin, samplers, texture
         assert float(sampler.clocks.params["log_power"]) == value
         np.testing.assert_allclose(sampler.clocks.times(np.float32(0.5))[1], 0.5 ** np.exp(value), rtol=1e-6)
 
-    # A run that starts from it goes on with its clocks, or leaves them and says so; no released format has a place.
+    # A run that starts from it keeps its clocks or drops them with a note; the released format cannot store them.
     network, clocks = Network("lightning_dit", load_metadata(run)["network_config"]), type(of_raw.clocks)()
     assert load_init(str(run), network, clocks, 0)["clocks"]["log_power"] == np.float32(ema)
     assert load_init(str(run), network, FixedOffset(), 0).keys() == params["network"].keys()

@@ -1,4 +1,4 @@
-"""The walk of docs/extend.md: a visual encoder from a package outside of sfd_jax, with the real commands."""
+"""The section of docs/extend.md on visual encoders: one from a package outside of sfd_jax, with the real commands."""
 
 import re
 import sys
@@ -24,7 +24,7 @@ BESIDE = {
 
 
 def forget():
-    """Undo what the import of the package did, so that the next command starts without it."""
+    """Undo the import of the package, so that the next command starts without it."""
     for registry in (NETWORKS, ENCODERS, FORMATS):
         registry.pop("patches", None)
     for name in [name for name in sys.modules if name.partition(".")[0] == "my_encoder"]:
@@ -33,7 +33,7 @@ def forget():
 
 @pytest.fixture
 def work(tmp_path, monkeypatch, root):
-    """A working folder with the package, released weights of it, images, and the other two networks."""
+    """A working folder with the package, weights in its own format, images, and the other two networks."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_encoder").mkdir()
@@ -62,7 +62,7 @@ def run(*arguments):
 
 
 def features_by_hand(pixels):
-    """What the released arrays say of images (B,8,8,3): patches of 2 x 2, a linear map, ReLU, a linear map."""
+    """Compute the features of images (B,8,8,3) from the original arrays: patches of 2 x 2, linear, ReLU, linear."""
     state = load_file("released.safetensors")
     patches = (pixels / 127.5 - 1).reshape(len(pixels), 4, PATCH, 4, PATCH, 3)
     hidden = np.einsum("byixjc,ocij->byxo", patches, state["embed.weight"]) + state["embed.bias"]
@@ -97,7 +97,7 @@ def test_an_encoder_from_outside_is_converted_extracted_with_and_trained_on(work
         # float16 keeps 11 bits of values of order 1.
         np.testing.assert_allclose(found, features_by_hand(pixels[:, :, ::-1] if flipped else pixels), atol=4e-3)
 
-    # A config file that imports the package brings it as well.
+    # A config file that imports the package registers it too.
     (work / "recipe.py").write_text(
         "import runpy\n\nimport my_encoder\n\n"
         f"get_config = lambda: runpy.run_path({str(root / 'configs' / 'sfd.py')!r})['get_config']('s,tiny')\n"

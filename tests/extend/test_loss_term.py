@@ -1,4 +1,4 @@
-"""The walk "A loss term" of docs/extend.md: one file with terms, with and without hidden states, and a config."""
+"""The section "A loss term" of docs/extend.md: a file with terms, with and without hidden states, and a config."""
 
 import json
 import sys
@@ -24,7 +24,7 @@ from sfd_jax.settings import setting
 @TERMS.register("magnitude")
 @dataclasses.dataclass(frozen=True)
 class Magnitude(LossTerm):
-    """Keep the velocity of each position as long as it should be."""
+    """Match the norm of the velocity at each position."""
 
     power: float = setting(2.0, "of the difference", range=Range(float, 1, 4))
 
@@ -36,7 +36,7 @@ class Magnitude(LossTerm):
 @TERMS.register("spread")
 @dataclasses.dataclass(frozen=True)
 class Spread(LossTerm):
-    """Keep the hidden states of an image's positions apart."""
+    """Keep the hidden states of an image's positions different."""
 
     reads_hidden = True
 
@@ -58,7 +58,7 @@ def get_config(argument="s,tiny"):
 
 @pytest.fixture
 def plugin(tmp_path):
-    """The flag that brings the module, which nobody has imported before and nobody finds afterwards."""
+    """The flag that loads the module, which is not imported before and is removed afterwards."""
     (tmp_path / "my_sfd_terms.py").write_text(PLUGIN)
     yield f"--plugin={tmp_path / 'my_sfd_terms.py'}"
     sys.modules.pop("my_sfd_terms", None)
@@ -66,21 +66,21 @@ def plugin(tmp_path):
         TERMS.pop(name, None)
 
 
-def test_terms_of_ones_own(sfd, plugin, tmp_path, capsys):
+def test_custom_terms(sfd, plugin, tmp_path, capsys):
     run, file = tmp_path / "run", tmp_path / "my_config.py"
     file.write_text(CONFIG)
     mine = (plugin, f"--workdir={run}", f"--config={file}:s,tiny")
     assert sfd("train", *mine) == 0
-    told = {"magnitude": {"weight": 0.5, "power": 2.0}, "spread": {"weight": 0.25}}
-    assert load_metadata(run)["config"]["loss"]["terms"] == told
-    assert json.loads((run / "run.json").read_text())["config"]["loss"]["terms"] == told
+    terms = {"magnitude": {"weight": 0.5, "power": 2.0}, "spread": {"weight": 0.25}}
+    assert load_metadata(run)["config"]["loss"]["terms"] == terms
+    assert json.loads((run / "run.json").read_text())["config"]["loss"]["terms"] == terms
     rows = read_metrics(run)
     for row in rows:
         parts = [row["loss_velocity"], row["loss_cosine"], 0.5 * row["loss_magnitude"], 0.25 * row["loss_spread"]]
         np.testing.assert_allclose(row["loss"], sum(parts), rtol=1e-5)
     assert rows[0]["loss_magnitude"] > 1 and 0 < rows[-1]["loss_spread"] < rows[0]["loss_spread"]  # it is trained
 
-    # Their settings are the run's; on the command line they are given as all others, registered ones anew too.
+    # Their settings belong to the run; on the command line they are set like all others, newly registered ones too.
     capsys.readouterr()
     for flags, status, says in (
         (["--config.loss.terms.magnitude.power=3"], 2, "loss.terms.magnitude.power: there 2.0, here 3.0"),

@@ -1,4 +1,4 @@
-"""Networks under test: random parameters, and calls under jit (eager ones compile op by op)."""
+"""Networks under test: random parameters, and calls under jit (eager calls compile op by op)."""
 
 import functools
 
@@ -16,7 +16,7 @@ def call(network, params, *args, method="__call__", **options):
 def random_params(network, seed=0):
     """Draw every leaf: matrices normal by fan-in, scales near one, the rest small.
 
-    Zero-initialised leaves too: a fresh transformer answers zero, whatever is wrong inside.
+    Zero-initialised leaves too: a freshly initialised transformer returns zero, whatever is wrong inside.
     """
     rng = np.random.default_rng(seed)
 

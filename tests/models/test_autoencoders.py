@@ -26,13 +26,13 @@ def made(name, **config):
 
 
 @pytest.mark.parametrize("arch", ["linear", "mlp", "resnet", "transformer"])
-def test_only_the_transformer_looks_across_tokens(arch):
+def test_only_the_transformer_mixes_tokens(arch):
     network, params = made("semantic_vae", **SEMANTIC, arch=arch)
     features = jax.random.normal(jax.random.key(1), (2, 5, 7))
     noise = jax.random.normal(jax.random.key(2), (2, 5, 3))
     out, mean, logvar = call(network, params, features, noise)
     assert out.shape == features.shape and mean.shape == logvar.shape == noise.shape
-    # No positions: permuted tokens give permuted answers (another order of sums in attention).
+    # No positions: permuted tokens give permuted outputs (another order of sums in attention).
     order = jnp.array([3, 0, 4, 1, 2])
     permuted, _, _ = call(network, params, features[:, order], noise[:, order])
     np.testing.assert_allclose(permuted, out[:, order], rtol=1e-4, atol=1e-4)
@@ -88,7 +88,7 @@ def test_downsampling_pads_at_the_bottom_and_right():
 
     config = TextureVAEConfig(**TEXTURE)
     layer = Downsample(config, 1, rngs=nnx.Rngs(0))
-    # A kernel that picks its last tap reads pixel 2i + 2, which lies outside for the last i.
+    # A kernel that picks its last tap reads pixel 2i + 2, which is padding for the last i.
     layer.conv.kernel[...] = jnp.zeros((3, 3, 1, 1)).at[2, 2].set(1.0)
     image = jnp.arange(16.0).reshape(1, 4, 4, 1)
     np.testing.assert_array_equal(layer(image)[0, :, :, 0], [[10.0, 0.0], [0.0, 0.0]])

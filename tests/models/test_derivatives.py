@@ -1,4 +1,4 @@
-"""Every network can be differentiated forwards and backwards: of one linear map, u (J v) = (J^T u) v."""
+"""Every network can be differentiated forwards and backwards: u (J v) = (J^T u) v for its Jacobian J."""
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ CASES = {
     },
     "dinov2": ("dinov2", DINO, whole, [(1, 4, 6, 3)]),
     "dinov2, swiglu": ("dinov2", DINO | {"ffn": "swiglu", "num_registers": 0}, whole, [(1, 4, 6, 3)]),
-    # So many channels that none of the pixels is zero in all of them, where the distance has no derivative.
+    # Enough channels that no pixel is zero in all of them, where the distance has no derivative.
     "lpips": ("lpips", dict(channels=(16, 24), depths=(1, 1)), whole, [(1, 8, 8, 3)] * 2),
     "inception": ("inception", {}, whole, [(1, 16, 16, 3)]),
 }
@@ -64,7 +64,7 @@ def dot(a, b):
 
 
 def like(tree, seed):
-    """Draw a tree of the shapes of another one, each leaf about as large as that one."""
+    """Draw a tree like another one, with leaves of about the same magnitude."""
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     scale = lambda leaf: jnp.sqrt(jnp.mean(leaf**2)) + 0.01
@@ -101,13 +101,13 @@ def three(f, at):
 )
 def test_tangents_and_gradients_are_of_one_linear_map(name, execution):
     forward, linearized, backward = numbers(name, execution, three)
-    assert abs(backward) > 1e-4  # of two unrelated vectors, not of zeros
+    assert abs(backward) > 1e-4  # random vectors, not zeros
     np.testing.assert_allclose([forward, linearized], backward, atol=1e-5)
 
 
 @pytest.mark.parametrize("execution", [PLAIN, TUNED], ids=["plain", "tuned"])
 def test_the_gradient_of_a_tangent(execution):
-    """What a loss that holds a tangent needs: the derivative of u (J v) along w, also by another tangent."""
+    """For losses that contain a tangent: the derivative of u (J v) along w, also by another tangent."""
 
     def two(f, at):
         v, w = like(at, 2), like(at, 4)
@@ -123,12 +123,12 @@ def test_the_gradient_of_a_tangent(execution):
 
 
 def test_inception_is_differentiated():
-    """Traced alone: its convolutions and pools are JAX's own, and compiling all of it takes minutes."""
+    """Only traced: its convolutions and pools are JAX's own, and compiling it takes minutes."""
     _, config, function, shapes = CASES["inception"]
     network = Network("inception", config)
     at = (network.abstract_params(), *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
     assert jax.eval_shape(lambda *at: three(lambda *args: function(network, *args), at), *at).shape == (3,)
 
 
-def test_every_network_is_here():
+def test_every_network_is_covered():
     assert {case[0] for case in CASES.values()} == set(NETWORKS)

@@ -31,7 +31,7 @@ def test_tokens_of_any_image_size(encoder):
 
 
 def test_each_patch_has_its_token(encoder):
-    # With attention switched off a token knows its own patch alone.
+    # Without attention a token depends only on its own patch.
     network, params = encoder
     mute = {**params, "blocks": {**params["blocks"], "scale1": {"gamma": jnp.zeros((2, 8))}}}
     image = jax.random.normal(jax.random.key(1), (1, 10, 15, 3))
@@ -47,11 +47,11 @@ def test_positions(encoder):
     network, params = encoder
     table = params["pos_embed"][:, 1:]
     np.testing.assert_array_equal(network.apply(params, 3, 3, method="positions"), table)
-    # Any resize keeps a constant table.
+    # Every resize keeps a constant table.
     constant = {**params, "pos_embed": jnp.ones_like(params["pos_embed"])}
     resized = network.apply(constant, 2, 4, method="positions")
     np.testing.assert_allclose(resized, np.ones((1, 8, 8)), rtol=1e-6)
-    # Without registers: no antialias, so another answer.
+    # Without registers: no antialias, so another result.
     config = {**TINY, "num_registers": 0}
     bare = Network("dinov2", config)
     bare_params = {k: v for k, v in params.items() if k != "register_tokens"}
@@ -96,7 +96,7 @@ def test_bicubic_by_hand():
 
 
 def test_tensorflow_1_bilinear_by_hand():
-    # Output i reads position i * 2 / 5; beyond the last pixel it stays there.
+    # Output i reads position i * 2 / 5; beyond the last pixel it is clamped.
     row = jnp.array([0.0, 10.0]).reshape(1, 1, 2, 1)
     out = resize_bilinear_tf1(jnp.repeat(row, 2, axis=1), 3, 5)
     np.testing.assert_allclose(out[0, 0, :, 0], [0, 4, 8, 10, 10], rtol=1e-6)

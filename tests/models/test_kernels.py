@@ -1,4 +1,4 @@
-"""Tuned operations: the numbers and gradients of their plain forms, and derivatives in both directions."""
+"""Tuned operations: values and gradients equal those of the plain forms, and derivatives in both directions."""
 
 import jax
 import jax.numpy as jnp
@@ -25,28 +25,28 @@ def same(found, wanted, tolerance):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("attention", [kernels.attention, kernels.tuned_attention])
-def test_attention_and_its_derivatives_are_jax_own(attention, dtype):
+def test_attention_and_its_derivatives_equal_jaxs(attention, dtype):
     *qkv, d_out = draw(*[(2, 7, 3, 5)] * 4, dtype=dtype)
 
     @jax.jit
-    def answers(qkv, d_out):
+    def results(qkv, d_out):
         def both(f):
             out, pull = jax.vjp(f, *qkv)
             return (out, *pull(d_out)), jax.jvp(f, qkv, qkv[::-1])
 
         return [both(f) for f in (attention, jax.nn.dot_product_attention)]
 
-    (backward, forward), (wanted, wanted_forward) = answers(qkv, d_out)
+    (backward, forward), (wanted, wanted_forward) = results(qkv, d_out)
     same(backward, wanted, TOLERANCE[dtype])
     same(forward, wanted_forward, 4 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("shape", [(3, 8), (2, 3, 4, 8)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_product_and_its_gradients_are_jaxs(shape, dtype):
+def test_product_and_its_gradients_equal_jaxs(shape, dtype):
     x, kernel, d_out = draw(shape, (8, 6), (*shape[:-1], 6), dtype=dtype)
     out, pull = jax.vjp(jax.jit(kernels.cpu_product), x, kernel)
-    # Compiled as ours is: outside of jit, jax 0.11 rounds partial sums of bfloat16 products otherwise.
+    # Under jit like ours: outside of jit, jax 0.11 rounds partial sums of bfloat16 products differently.
     wanted, pull_wanted = jax.vjp(jax.jit(jnp.matmul), x, kernel)
     # A rounding or two of sums of at most 24.
     same((out, *pull(d_out)), (wanted, *pull_wanted(d_out)), 1e-5 if dtype == jnp.float32 else 2**-7)
@@ -72,10 +72,10 @@ def test_tuned_operations_in_a_loop(remat):
         step = jax.checkpoint(block, policy=remat) if remat else block
         return lambda kernels, x: jnp.sum(jax.lax.scan(step, x, kernels)[0] ** 2)
 
-    def answers(f):
+    def results(f):
         tangent = lambda *args: jax.jvp(f, args, args)
         return jax.grad(f, (0, 1))(*inputs), tangent(*inputs), jax.grad(lambda *a: tangent(*a)[1], (0, 1))(*inputs)
 
-    inputs = [x / 2 for x in draw((3, 4, 4), (2, 5, 4))]  # where attention is no step function
-    tuned = jax.jit(lambda: answers(loss(kernels.tuned_attention, kernels.cpu_product)))()
-    same(tuned, jax.jit(lambda: answers(loss(kernels.attention, kernels.product)))(), 2e-6)
+    inputs = [x / 2 for x in draw((3, 4, 4), (2, 5, 4))]  # small, so that attention is not a step function
+    tuned = jax.jit(lambda: results(loss(kernels.tuned_attention, kernels.cpu_product)))()
+    same(tuned, jax.jit(lambda: results(loss(kernels.attention, kernels.product)))(), 2e-6)

@@ -59,7 +59,7 @@ def test_tilings_follow_from_pixels_and_from_latents_alike():
         assert tiling == Tiling.of_latents(image_size, image_size // 16, tile_size // 16)
     assert Tiling.whole(32, 12, VISUAL.network) == Tiling(32, 4)
     for wrong, said in (
-        (lambda: Tiling.of_pixels(512, 250, 16), "images of 250 px do not divide by 16, .*tile_size.: 240 or 256"),
+        (lambda: Tiling.of_pixels(512, 250, 16), "images of 250 px do not divide by 16, .*tile_size.: use 240 or 256"),
         (lambda: Tiling.of_pixels(400, 256, 16), "images of 400 px do not divide by 256, the tile_size"),
         (lambda: Tiling.of_latents(250, 16, 16), "images of 250 px do not divide by 16, the latents a side"),
         (lambda: Tiling.of_latents(384, 24, 16), "tile_grid=16 does not divide a grid of 24 latents"),
@@ -77,7 +77,7 @@ def test_an_encoder_that_does_not_keep_to_the_grid_is_named(params, monkeypatch)
         jax.eval_shape(VISUAL.features, params["visual"], images(2, 8))
 
 
-def test_quarters_are_encoded_each_on_its_own(params):
+def test_quarters_are_encoded_separately(params):
     """A 16 px image is four 8 px quarters for the visual encoder, and one image for the texture VAE."""
     pixels = images(2, 16)
     whole = encode(params, pixels, [0, 1], semantic_posterior="mean", repa=True)
@@ -100,7 +100,7 @@ def test_flips_are_the_encoding_of_the_mirrored_image(params):
         assert np.abs(both[f"{group}_flip"] - both[group]).max() > 1e-3
 
 
-def test_noise_depends_on_the_index_alone(params):
+def test_noise_depends_only_on_the_index(params):
     pixels = images(3, 8)
     batch = encode(params, pixels, [7, 8, 9])
     turned = encode(params, pixels[::-1], [9, 8, 7])
@@ -126,12 +126,12 @@ def test_pca_projects_centred_features(params):
     np.testing.assert_allclose(found["semantic"].reshape(2, 16, 2), expected, atol=1e-5)
 
 
-def test_texture_alone_and_unlike_grids(params):
+def test_texture_only_and_unequal_grids(params):
     index = jax.ShapeDtypeStruct((1,), jnp.int32)
     alone = jax.eval_shape(LatentEncoder(TEXTURE, flips=False), params, images(1, 8), index)
     assert alone["semantic"].shape == (1, 4, 4, 0)
     with pytest.raises(SfdError, match="do not divide by 8, the tile_size"):
         jax.eval_shape(LatentEncoder(TEXTURE, VISUAL, SEMANTIC), params, images(1, 12), index)
     coarse = VisualEncoder(VISUAL.network, Tiling(tile_size=8, grid=2))
-    with pytest.raises(SfdError, match="one grid"):
+    with pytest.raises(SfdError, match="have a grid of 4 x 4 and semantic ones of 2 x 2"):
         jax.eval_shape(LatentEncoder(TEXTURE, coarse, SEMANTIC), params, images(1, 8), index)

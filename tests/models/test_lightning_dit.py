@@ -49,8 +49,8 @@ def close(a, b, tolerance):
     assert float(jnp.max(jnp.abs(a - b))) <= tolerance * scale
 
 
-def test_fresh_network_answers_zero(inputs):
-    # Zero modulation and zero last layer: the start that adaLN-zero is named for.
+def test_fresh_network_returns_zero(inputs):
+    # Zero modulation and zero last layer, as in adaLN-zero.
     network = build()
     out = call(network, jax.jit(network.init)(jax.random.key(0)), *inputs)
     assert out.shape == inputs[0].shape and out.dtype == jnp.float32
@@ -87,7 +87,7 @@ def test_initial_distributions():
 def test_scan_and_remat_change_nothing(inputs):
     shallow = dict(depth=2, repa_depth=1)
 
-    def answer(execution):
+    def result(execution):
         def loss(params):
             with executing(execution):
                 velocity, repa = network.apply(params, *inputs, return_repa=True)
@@ -96,25 +96,25 @@ def test_scan_and_remat_change_nothing(inputs):
         return jax.jit(jax.grad(loss, has_aux=True))(random_params(network))
 
     network = build(**shallow)
-    wanted, velocity = answer(PLAIN)
+    wanted, velocity = result(PLAIN)
     assert all(np.any(leaf) for leaf in jax.tree.leaves(wanted))  # every parameter is used
     for change in (dict(remat="full"), dict(remat="dots", scan=False)):
-        found, same = answer(Execution(**change))
+        found, same = result(Execution(**change))
         # The same arithmetic in another order of fusion: a few float32 roundings.
         close(same, velocity, 2e-6)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
             close(a, b, 2e-5)
 
 
-def test_remat_recomputes_what_it_says(inputs):
-    """Matmuls in the gradient's program: "full" repeats all of a block, "dots" those of attention alone."""
+def test_remat_recomputes_as_documented(inputs):
+    """Matmuls in the gradient's program: "full" repeats all of a block, "dots" only those of attention."""
     counts, network = {}, build(depth=1, repa_features=0)
     loss = lambda params: jnp.sum(network.apply(params, *inputs))
     for remat in ("none", "dots", "full"):
         with executing(Execution(remat=remat)):
             program = jax.jit(jax.grad(loss)).lower(network.abstract_params())
         counts[remat] = program.as_text().count("dot_general")
-    # Logits and values; and qkv, proj, both halves of w12 and the modulation, and w3, whose answer nothing needs.
+    # Logits and values; and qkv, proj, both halves of w12 and the modulation, and w3, whose output is not needed.
     assert counts["dots"] - counts["none"] == 2
     assert counts["full"] - counts["dots"] in (5, 6)
 
@@ -140,7 +140,7 @@ def test_bfloat16_is_near_float32(params, inputs, velocity):
 def test_repa_reads_the_hidden_states_after_repa_depth_blocks(params, inputs):
     _, repa = call(build(), params, *inputs, return_repa=True)
     assert repa.shape == (3, 9, 11)
-    # A network that is cut behind that depth has the same hidden states there.
+    # A network that ends at that depth has the same hidden states there.
     cut = {**params, "blocks": jax.tree.map(lambda p: p[:2], params["blocks"])}
     _, wanted = call(build(depth=2), cut, *inputs, return_repa=True)
     close(repa, wanted, 1e-6)
@@ -173,14 +173,14 @@ def test_a_single_clock_reads_the_texture_clock(inputs):
     assert np.any(out != other)
 
 
-def test_samples_do_not_see_each_other(params, inputs, velocity):
+def test_samples_are_independent(params, inputs, velocity):
     one = call(build(), params, *(x[1:2] for x in inputs))
     close(one, velocity[1:2], 2e-6)  # another batch size may sum in another order
 
 
 @pytest.mark.parametrize("use_rope", [True, False])
 def test_positions_matter(inputs, use_rope):
-    # Without positions a transformer would turn with its image.
+    # Without positions a transposed image would give transposed outputs.
     latents, *rest = inputs
     network = build(use_rope=use_rope, patch_size=1)
     params = random_params(network)
@@ -211,7 +211,7 @@ def test_plain_dit_options(inputs):
     assert set(qk["q_norm"]) == {"scale", "bias"}  # LayerNorm with parameters
 
 
-def test_rotary_product_depends_on_the_offset_alone():
+def test_rotary_product_depends_only_on_the_offset():
     # q at a, k at b: the product is the same for all pairs with the same row and column offset.
     grid, width = 5, 12
     tables = rotary_2d(width, grid)
@@ -231,7 +231,7 @@ def test_position_table_by_hand():
     np.testing.assert_allclose(table[2, 1], wanted, rtol=1e-6)
 
 
-# The released models count their fixed position table (N x D) as parameters; here it is none.
+# The released models count their fixed position table (N x D) as parameters; here it is not one.
 RELEASED = {"B": 137_632_304, "XL": 682_765_424, "1p0B": 1_037_191_472}
 
 

@@ -38,15 +38,15 @@ def test_config_survives_json(name):
     assert again == network and hash(again) == hash(network)
 
 
-def test_fields_that_moved_out_of_configs_are_passed_over():
-    """As checkpoints have them that were written when scan and remat were fields of the network's config."""
+def test_fields_that_moved_out_of_configs_are_ignored():
+    """In old checkpoints scan and remat are fields of the network's config."""
     for name in ("lightning_dit", "dinov2"):
         network = Network(name, SMALL[name])
         old = {**network.config_dict(), "remat": "dots", "scan_blocks": None}
         assert Network(name, old) == network
 
 
-def test_init_is_a_function_of_the_key_alone():
+def test_init_depends_only_on_the_key():
     network = Network("semantic_vae", SMALL["semantic_vae"])
     init = jax.jit(network.init)
     first, again, other = (init(jax.random.key(seed)) for seed in (3, 3, 4))
@@ -55,7 +55,7 @@ def test_init_is_a_function_of_the_key_alone():
 
 
 def test_more_than_ten_layers_keep_their_order():
-    # String keys sort "10" before "2": the list must be put back by number.
+    # String keys sort "10" before "2": the list must be restored by number.
     config = {**SMALL["semantic_vae"], "transformer_blocks": 11}
     network = Network("semantic_vae", config)
     params = random_params(network)
@@ -84,7 +84,7 @@ def test_wrong_parameters_are_named_with_their_shapes():
     assert "misshapen encoder/layers/0/kernel is (5, 3), expected (5, 4)" in message
 
 
-def test_unknown_names_are_answered_with_the_nearest():
+def test_errors_for_unknown_names_give_the_nearest():
     with pytest.raises(SfdError, match="'semantic_vae'"):
         Network("semantic_vea", {})
     with pytest.raises(SfdError, match="'hidden_dim'"):

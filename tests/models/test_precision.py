@@ -48,10 +48,10 @@ def shape(*sizes, dtype=jnp.float32):
 
 
 def gradients(network, *args, method="__call__"):
-    """Lower the network with the gradient of all that it gives, by parameters and inputs."""
+    """Lower the network with the gradient of all its outputs, by parameters and inputs."""
 
     def loss(params, *args):
-        with executing(choose_execution(make_mesh())):  # as every step has it
+        with executing(choose_execution(make_mesh())):  # as in every step
             leaves = jax.tree.leaves(network.apply(params, *args, method=method))
         return sum(jnp.sum(leaf**2) for leaf in leaves if leaf.dtype == jnp.float32)
 
@@ -173,7 +173,7 @@ def test_every_product_of_float32_is_float32(name, dtype):
     programs = PROGRAMS[name](dtype)
     found = [product for program in np.atleast_1d(programs) for product in products(program)]
     assert found and {kind for kind, _ in found} <= {"f32", "bf16"}
-    # In bfloat16 too: what is left in float32 there (patches, times, modulation, the last layer) is so by design.
+    # In bfloat16 networks too, some products are float32 by design (patches, times, modulation, the last layer).
     assert all(highest for kind, highest in found if kind == "f32"), found
     if dtype == "float32":
         assert {kind for kind, _ in found} == {"f32"}

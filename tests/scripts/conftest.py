@@ -12,8 +12,8 @@ import pytest
 
 from tests.scripts.gcloud_stand_in import kill_jobs
 
-# Stands in for tpu_setup.sh: makes the environment with a command that writes down what it was given and then does as
-# the file `command` in the worker's home says: the exit status of each start in turn, or "stay" until SIGTERM.
+# Replaces tpu_setup.sh: makes the environment with a command that records its arguments and then follows the file
+# `command`: the exit status of each start in turn, or "stay" until SIGTERM.
 SETUP = r"""#!/usr/bin/env bash
 set -e
 cd "$(dirname "$0")"
@@ -35,10 +35,10 @@ echo prepared >>"$HOME/prepared"
 
 
 class Cloud:
-    """The stand-in's world, and the scripts run against it."""
+    """The simulated cloud, and a way to run the scripts against it."""
 
     def __init__(self, root: Path, folder: Path, like: "Cloud | None" = None):
-        """Make it in a folder; `like` another one's repository, whose prepared workers `up` then copies."""
+        """Create it in a folder; with `like`, copy that one's repository and, in `up`, its prepared workers."""
         self.folder, self.world, self.like = folder, folder / "world", like
         self.repository, tools = folder / "a checkout", folder / "bin"
         self.scripts = self.repository / "scripts" / "tpu"
@@ -93,11 +93,11 @@ class Cloud:
         path.write_text(json.dumps(old | values))
 
     def command(self, *plan: str) -> None:
-        """What the command does at each start, on whichever worker; the last one again and again."""
+        """Set what the command does at each start, on any worker; the last entry is repeated."""
         (self.world / "command").write_text("".join(f"{line}\n" for line in plan))
 
     def reset(self) -> None:
-        """An empty cloud again, in which no call was made."""
+        """Empty the cloud and forget all calls."""
         for home in self.homes():
             kill_jobs(home)
             shutil.rmtree(home)
@@ -119,7 +119,7 @@ class Cloud:
         return sorted((self.world / "homes").glob("*"))
 
     def given(self, home: Path) -> list[str]:
-        """The arguments that the command was given on a worker."""
+        """Return the arguments of the command on a worker."""
         return (home / "given").read_text().split("\0")[:-1]
 
     def run(
@@ -137,7 +137,7 @@ class Cloud:
         )
 
     def up(self, workers: int = 2, ready: bool = True) -> None:
-        """A slice of up to two workers that is there, and prepared where `ready`."""
+        """Create a slice of up to two workers, and set it up if `ready`."""
         self.set(workers=workers)
         if self.like and "SLICES" not in self.environment:
             for home in self.like.homes()[:workers]:

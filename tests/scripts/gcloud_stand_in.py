@@ -1,15 +1,15 @@
-"""A stand-in for `gcloud`, put first on PATH: it records its calls and plays a small cloud of local folders.
+"""A stand-in for `gcloud`, put first on PATH: it records its calls and simulates a small cloud in local folders.
 
 The folder GCLOUD_WORLD holds `calls.jsonl` (one argv a line), `world.json` and a home folder for each worker. A
 worker's ssh command is run for real, by bash, in its home. `world.json`:
 
     state     the queued resource's state; "ABSENT" where there is none
-    pending   states that come one after the other, one at each look
-    coming    those that come after a creation
+    pending   its next states, one for each query
+    coming    its states after a creation
     nodes     {name: state of the slice's node}
     workers   workers of a node
     type      accelerator type of the nodes
-    silent    workers that gcloud leaves out without a word
+    silent    workers that gcloud skips without an error
     fail      numbers of the calls (from 0, in order) that fail; "from N" is [N, -1]
 """
 
@@ -58,7 +58,7 @@ def answer_of(words, flags, argv, world):
             become(world, world["pending"].pop(0))
         return "" if world["state"] == "ABSENT" else world["state"] + "\n"
     if (kind, verb) == ("queued-resources", "create"):
-        assert world["state"] == "ABSENT", "it is there already"
+        assert world["state"] == "ABSENT", "it exists already"
         count = int(flags.get("node-count", 1))
         world["names"] = [flags["node-id"]] if count == 1 else [f"{flags['node-prefix']}-{i}" for i in range(count)]
         world["type"] = flags["accelerator-type"]
@@ -78,7 +78,7 @@ def answer_of(words, flags, argv, world):
 
 
 def become(world, state):
-    """Move the queued resource to a state; its nodes and their disks come and go with it."""
+    """Set the state of the queued resource; create or delete its nodes and their disks accordingly."""
     world["state"] = state
     if state == "ACTIVE" and not world["nodes"]:
         world["nodes"] = {name: "READY" for name in world["names"]}
@@ -93,7 +93,7 @@ def become(world, state):
 
 
 def kill_jobs(folder):
-    """SIGKILL the jobs that a worker's home folder tells of, where they are still what it says."""
+    """SIGKILL the jobs whose PIDs are in a worker's home folder, if they are still jobs."""
     for file in folder.glob("sfd_jobs/*/pid"):
         pid = int(file.read_text())
         try:
@@ -117,7 +117,7 @@ def chosen(node, flags, world):
 def ssh(node, flags, world):
     status = 0
     for folder in chosen(node, flags, world):
-        # gcloud splits the command at spaces and ssh joins it again: the login shell reads what was given.
+        # gcloud splits the command at spaces and ssh joins it again: the login shell parses it.
         environment = {**os.environ, "HOME": str(folder), "WORKER": folder.name}
         done = subprocess.run(["bash", "-c", flags["command"]], cwd=folder, env=environment)
         status = status or done.returncode

@@ -1,4 +1,4 @@
-"""The notebook of scripts/colab: stored without outputs, and run to its end on the digits."""
+"""The notebook of scripts/colab: stored without outputs, and run to the end on the digits."""
 
 import base64
 import importlib.util
@@ -16,21 +16,21 @@ def stored(root):
     return nbformat.read(root / "scripts/colab/sfd_demo.ipynb", as_version=4)
 
 
-def test_it_is_stored_without_outputs(stored):
+def test_the_notebook_is_stored_without_outputs(stored):
     cells = [cell for cell in stored.cells if cell.cell_type == "code"]
     assert cells and not any(cell.outputs or cell.execution_count for cell in cells)
-    assert all(len(cell.source.splitlines()) <= 30 for cell in cells), "logic belongs into the library"
+    assert all(len(cell.source.splitlines()) <= 30 for cell in cells), "logic belongs in the library"
 
 
 @pytest.mark.slow
-def test_it_trains_and_draws_the_digits(stored, root, quick, tmp_path, monkeypatch):
+def test_the_notebook_trains_and_draws_digits(stored, root, quick, tmp_path, monkeypatch):
     from nbclient import NotebookClient
 
     monkeypatch.setenv("SFD_NOTEBOOK_CONFIG", "configs/digits.py:tiny")
     monkeypatch.setenv("SFD_NOTEBOOK_FOLDER", str(tmp_path / "demo_out"))
     for name, value in quick.items():
         monkeypatch.setenv(name, value)
-    # The kernel is this Python, whatever kernels the machine has.
+    # Use this Python as the kernel.
     kernel = tmp_path / "kernels/kernels/python3"
     kernel.mkdir(parents=True)
     kernel.joinpath("kernel.json").write_text(
@@ -51,7 +51,7 @@ def test_it_trains_and_draws_the_digits(stored, root, quick, tmp_path, monkeypat
     assert set(pictures) == {"samples", "clocks"}
     height, width, _ = pictures["samples"].shape
     assert height == 10 * 132 and width > 4 * 132, "ten classes, four digits each, enlarged four times"
-    # Each of the forty places holds a picture, none of them a flat one.
+    # Each of the forty tiles has a picture that is not flat.
     tiles = pictures["samples"][:, -4 * 132 :].reshape(10, 132, 4, 132, 3)
     assert (tiles.std(axis=(1, 3, 4)) > 2).all()
     assert not (root / "scripts/colab/demo_out").exists()
@@ -68,7 +68,7 @@ def install(root):
 
 
 @pytest.mark.parametrize("accelerator", ["tpu", "cuda", ""])
-def test_what_is_installed_follows_the_accelerator(install, monkeypatch, accelerator):
+def test_the_installed_extra_depends_on_the_accelerator(install, monkeypatch, accelerator):
     calls = []
     monkeypatch.setattr(install, "extra", lambda: accelerator)
     monkeypatch.setattr(install, "missing", lambda wanted: ["jax"])
@@ -81,7 +81,7 @@ def test_what_is_installed_follows_the_accelerator(install, monkeypatch, acceler
     assert calls[0][-1] == f"{install.ROOT}[{'demo,' + accelerator if accelerator else 'demo'}]"
 
 
-def test_other_versions_than_the_pins_are_seen(install, monkeypatch, tmp_path):
+def test_versions_other_than_the_pins_are_noticed(install, monkeypatch, tmp_path):
     assert install.missing("") == [] and install.missing("tpu") in ([], ["libtpu"])
     old = "flax==0.0.1 ; python_full_version < '3'"  # for another Python than this one
     (tmp_path / "constraints.txt").write_text(f"# pins\njax==0.0.1 ; python_full_version >= '3'\n{old}\n")

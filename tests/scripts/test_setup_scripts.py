@@ -1,4 +1,4 @@
-"""scripts/setup.sh, tpu_setup.sh and the look at the devices, with stand-ins for Python, pip and uv."""
+"""scripts/setup.sh, tpu_setup.sh and check_devices.py, with stand-ins for Python, pip and uv."""
 
 import importlib.util
 import shutil
@@ -211,24 +211,24 @@ def test_tpu_setup_brings_a_python_where_the_image_has_an_old_one(checkout):
     assert run(checkout, "tpu_setup.sh").returncode == 0 and len(pip_calls(checkout)) == 3
 
 
-# --- the look at the devices ------------------------------------------------------------------------------------------
+# --- check_devices.py -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def look(root):
+def check_devices(root):
     spec = importlib.util.spec_from_file_location("check_devices", root / "scripts/tpu/check_devices.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_the_look_names_who_holds_the_chips(look, tmp_path):
+def test_processes_that_hold_the_chips_are_named(check_devices, tmp_path):
     chip = tmp_path / "accel0"
     chip.touch()
     code = "import sys; file = open(sys.argv[1]); print(flush=True); sys.stdin.read()"
     holder = subprocess.Popen([sys.executable, "-c", code, str(chip)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     holder.stdout.readline()
-    fault = look.check(5, [str(chip)])
+    fault = check_devices.check(5, [str(chip)])
     holder.communicate()
     assert f"held by process {holder.pid} ({sys.executable}" in fault
 
@@ -238,16 +238,16 @@ def test_the_look_names_who_holds_the_chips(look, tmp_path):
     [
         ("print('4 local devices of 16: TPU v5e (tpu)')", ""),
         ("import time; time.sleep(9)", "did not answer within 0 s"),
-        ("print('1 local devices'); raise SystemExit(3)", "no TPU is seen here: JAX took another platform"),
-        ("raise RuntimeError('ABORTED: in use')", "no TPU is seen here: RuntimeError: ABORTED: in use"),
+        ("print('1 local devices'); raise SystemExit(3)", "JAX finds no TPU: JAX chose another platform"),
+        ("raise RuntimeError('ABORTED: in use')", "JAX finds no TPU: RuntimeError: ABORTED: in use"),
     ],
 )
-def test_the_look_says_what_is_wrong(look, tmp_path, monkeypatch, capsys, ask, sentence):
+def test_missing_devices_are_explained(check_devices, tmp_path, monkeypatch, capsys, ask, sentence):
     chip = tmp_path / "accel0"
     chip.touch()
-    monkeypatch.setattr(look, "ASK", ask)
-    fault = look.check(0.4 if "sleep" in ask else 20, [str(chip)])
+    monkeypatch.setattr(check_devices, "ASK", ask)
+    fault = check_devices.check(0.4 if "sleep" in ask else 20, [str(chip)])
     assert (fault == "") if sentence == "" else sentence in fault
     if not sentence:
         assert "4 local devices" in capsys.readouterr().out
-    assert "no TPU chips" in look.check(5, [])
+    assert "no TPU chips" in check_devices.check(5, [])

@@ -1,4 +1,4 @@
-"""The launch scripts against a stand-in for gcloud: what they ask for, and what they do when a call fails."""
+"""The launch scripts against a stand-in for gcloud: their calls, and their behaviour when a call fails."""
 
 import json
 import re
@@ -24,7 +24,7 @@ ODD = [
 SCRIPTS = ("create", "setup", "launch", "stop", "watch", "logs", "delete")
 
 
-def test_shellcheck_has_nothing_to_say(root):
+def test_shellcheck_finds_nothing(root):
     checker = shutil.which("shellcheck") or str(Path(sys.executable).with_name("shellcheck"))
     assert Path(checker).exists(), "shellcheck comes with the extra `dev`: bash scripts/setup.sh dev"
     files = [
@@ -50,7 +50,7 @@ def test_help_and_missing_settings(cloud, script):
     assert cloud.calls() == []
 
 
-def test_a_dry_run_prints_what_a_run_calls(cloud):
+def test_a_dry_run_prints_the_calls_of_a_run(cloud):
     def shown(script, *arguments):
         done = cloud.run(script, "--dry-run", *arguments)
         assert done.returncode == 0, done.stderr
@@ -66,7 +66,7 @@ def test_a_dry_run_prints_what_a_run_calls(cloud):
         return [call for call in cloud.calls()]
 
     def same(words):
-        """Without the folder that a copy starts from."""
+        """Drop the folder of copied files, which differs."""
         return [Path(word).name if word.startswith("/") else word for word in words]
 
     assert shown("create", "--spot") and cloud.calls() == []
@@ -84,7 +84,7 @@ def test_a_dry_run_prints_what_a_run_calls(cloud):
         assert [same(words) for words in called(script, *arguments)] == expected, script
 
 
-def test_create_asks_for_what_was_wanted_and_waits(cloud):
+def test_create_requests_a_slice_and_waits(cloud):
     cloud.set(pending=[])
     done = cloud.run(
         "create",
@@ -102,7 +102,7 @@ def test_create_asks_for_what_was_wanted_and_waits(cloud):
     )
     assert {"--node-count=3", "--node-prefix=pod"} <= set(request)
     assert "PROVISIONING" in done.stdout and cloud.state == "ACTIVE"
-    # Again: it is there, nothing is asked for.
+    # Again: it exists, nothing is requested.
     cloud.forget_calls()
     assert cloud.run("create").returncode == 0
     assert "create" not in [word for call in cloud.calls() for word in call]
@@ -112,24 +112,24 @@ def test_create_asks_for_what_was_wanted_and_waits(cloud):
     "flags, sentence",
     [
         (("--topology=v5e:4x4",), "is v5litepod-16, but --accelerator-type=v5litepod-8"),
-        (("--topology=v9:4x4", "--accelerator-type="), "v9:4x4: the chips known are"),
+        (("--topology=v9:4x4", "--accelerator-type="), "v9:4x4: the known chips are"),
         (("--topology=v5e:4xx", "--accelerator-type="), "write CHIP:SHAPE"),
         (("--accelerator-type=v9-8",), "--runtime-version=... (or the variable RUNTIME_VERSION)"),
         (("--slices=two",), "--slices=two: give a whole number"),
         (("--tpu-name=Pod_1",), "small letters"),
         (("--spot=yes",), "--spot takes no value"),
-        (("pod",), "'pod' is no flag"),
+        (("pod",), "'pod' is not a flag"),
     ],
 )
-def test_create_refuses_what_makes_no_sense(cloud, flags, sentence):
+def test_create_refuses_invalid_settings(cloud, flags, sentence):
     done = cloud.run("create", *flags)
     assert done.returncode == 2 and sentence in done.stderr and cloud.calls() == []
 
 
-def test_create_says_that_it_will_not_come(cloud):
+def test_create_reports_a_failed_request(cloud):
     cloud.set(coming=["PROVISIONING", "FAILED"])
     done = cloud.run("create")
-    assert done.returncode == 1 and "FAILED and will not come" in done.stderr and "delete" in done.stderr
+    assert done.returncode == 1 and "FAILED and will not become ready" in done.stderr and "delete" in done.stderr
 
 
 def test_arguments_arrive_as_they_were_given(cloud):
@@ -155,10 +155,10 @@ def test_slices_are_reached_together(cloud):
         cloud.wait_for((home / "sfd_jobs/train/status").exists)
         environment = (home / "environment").read_text().splitlines()
         assert {"SFD_EXPECT_PROCESSES=4", "SFD_EXPECT_DEVICES=16"} <= set(environment)
-    # A slice that is not there is said, not left out.
+    # A missing slice is reported, not ignored.
     cloud.set(nodes={"pod-0": "READY"})
     done = cloud.run("launch", "--", "train")
-    assert done.returncode == 1 and "1 of 2 slices are there" in done.stderr
+    assert done.returncode == 1 and "1 of 2 slices exist" in done.stderr
 
 
 def test_setup_keeps_the_environment_and_leaves_a_running_job_alone(cloud):
@@ -187,7 +187,7 @@ def test_setup_keeps_the_environment_and_leaves_a_running_job_alone(cloud):
     assert (cloud.homes()[0] / "sfd_jax/.venv/mark").exists()
 
 
-def test_setup_does_not_touch_a_checkout_of_the_users(cloud):
+def test_setup_does_not_touch_a_users_checkout(cloud):
     cloud.up(ready=False)
     own = cloud.homes()[1] / "sfd_jax"
     own.mkdir()
@@ -196,14 +196,14 @@ def test_setup_does_not_touch_a_checkout_of_the_users(cloud):
     assert done.returncode == 1 and "move it away" in done.stderr and (own / "work").read_text() == "unsaved"
 
 
-def test_uncommitted_changes_are_said_not_brought(cloud):
+def test_uncommitted_changes_are_reported_and_not_copied(cloud):
     cloud.up(ready=False)
     (cloud.repository / "tpu_setup.sh").write_text("exit 9\n")
     done = cloud.run("setup")
     assert done.returncode == 0 and "uncommitted" in done.stdout
 
 
-def test_launch_again_fills_in_and_refuses_another_command(cloud):
+def test_launch_again_starts_missed_workers_and_refuses_another_command(cloud):
     cloud.up()
     cloud.command("stay")
     assert cloud.run("launch", "--", "train", "--a").returncode == 0
@@ -213,7 +213,7 @@ def test_launch_again_fills_in_and_refuses_another_command(cloud):
     assert pids == [(home / "sfd_jobs/train/pid").read_text() for home in cloud.homes()]
     done = cloud.run("launch", "--", "train", "--b")
     assert done.returncode == 1 and "another command" in done.stderr
-    # Stopped, it has saved and says so.
+    # Stopped, it saves and reports that.
     done = cloud.run("stop")
     assert done.returncode == 0 and done.stdout.count("exited 75") == 2
     assert all("saved" in (home / "sfd_jobs/train/log").read_text() for home in cloud.homes())
@@ -230,7 +230,7 @@ def test_a_job_that_does_not_save_in_time_is_killed(cloud):
     assert subprocess.run(["pgrep", "-f", str(command)], capture_output=True).returncode == 1
 
 
-def test_logs_come_from_all_workers_and_old_ones_stay(cloud):
+def test_logs_come_from_all_workers_and_old_ones_are_kept(cloud):
     cloud.up()
     cloud.run("launch", "--", "train")
     for home in cloud.homes():
@@ -247,8 +247,8 @@ def test_logs_come_from_all_workers_and_old_ones_stay(cloud):
 
 
 @pytest.mark.parametrize("script", ["create", "setup", "launch", "logs", "stop", "delete"])
-def test_each_call_that_fails_stops_with_a_sentence_and_a_second_run_goes_on(cloud, script):
-    """The n-th call fails, for each n that there is; then the same command does what an undisturbed one does."""
+def test_each_failing_call_stops_with_a_message_and_a_second_run_continues(cloud, script):
+    """For each n, the n-th call fails; then the same command ends as an undisturbed one does."""
     arguments = ("--", "train", "--flag") if script == "launch" else ()
 
     def prepare():
@@ -272,7 +272,7 @@ def test_each_call_that_fails_stops_with_a_sentence_and_a_second_run_goes_on(clo
         assert done.returncode == 1, (number, done)
         assert f"tpu/{script}: " in done.stderr and "Traceback" not in done.stderr
         if (script, number) != ("logs", 2):  # the second worker's log is still fetched
-            assert len(cloud.calls()) == number + 1 or script == "logs", "it went on after a call that failed"
+            assert len(cloud.calls()) == number + 1 or script == "logs", "it continued after a failed call"
         cloud.set(fail=[])
         done = cloud.run(script, *arguments)
         assert done.returncode == 0, (number, done.stderr)
@@ -286,8 +286,8 @@ def test_each_call_that_fails_stops_with_a_sentence_and_a_second_run_goes_on(clo
                 cloud.wait_for((home / "given").exists)
 
 
-def test_a_worker_that_gcloud_leaves_out_is_missed(cloud):
-    """gcloud ends with 0 though it reached one of two workers: no script takes that for done."""
+def test_a_worker_that_gcloud_skips_is_noticed(cloud):
+    """gcloud ends with 0 although it reached only one of two workers: no script accepts that."""
     cloud.up(ready=False)
     cloud.set(silent=[1])
     done = cloud.run("setup")
@@ -299,7 +299,7 @@ def test_a_worker_that_gcloud_leaves_out_is_missed(cloud):
         done = cloud.run(script, *arguments)
         assert done.returncode == 1 and "on 1 of 2 workers only" in done.stderr
     done = cloud.run("watch", "--looks=2", "--", "train")
-    assert done.returncode == 1 and "1 of 2 workers answer, for 2 looks" in done.stderr
+    assert done.returncode == 1 and "1 of 2 workers answer, in 2 checks" in done.stderr
 
 
 # --- watch ------------------------------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ def starts(cloud):
     return json.dumps(cloud.calls()).count("sfd_worker.sh start")
 
 
-def test_watch_makes_sets_up_launches_and_ends_with_the_job(cloud):
+def test_watch_creates_sets_up_launches_and_ends_with_the_job(cloud):
     done = cloud.run("watch", "--spot", "--delete-when-done", "--", *ODD)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "is done on all 2 workers" in done.stdout and cloud.state == "ABSENT"
@@ -318,7 +318,7 @@ def test_watch_makes_sets_up_launches_and_ends_with_the_job(cloud):
     assert order == ["create", "scp", "delete"]
 
 
-def test_watch_starts_again_what_was_preempted_or_killed(cloud):
+def test_watch_restarts_preempted_and_killed_jobs(cloud):
     cloud.set(workers=1)
     cloud.command("75", "137", "134", "143", "75", "0")
     done = cloud.run("watch", "--", "train")
@@ -335,14 +335,14 @@ def test_watch_starts_again_what_was_preempted_or_killed(cloud):
     ]
 
 
-def test_watch_gives_up_at_once_on_a_fault(cloud):
+def test_watch_stops_at_once_on_a_fault(cloud):
     cloud.up()
     cloud.command("2")
     done = cloud.run("watch", "--", "train")
     assert done.returncode == 2 and "ended with status 2" in done.stderr
-    assert "the command does: 2" in done.stdout, "it shows the logs' ends"
+    assert "the command does: 2" in done.stdout, "it prints the last lines of the logs"
     assert starts(cloud) == 1 and cloud.state == "ACTIVE" and "costs" in done.stderr
-    # Watched again, it tries once more; and then again, now that the user has mended it.
+    # Started again, it tries once more; and then again, after the user has fixed the fault.
     cloud.command("1")
     assert cloud.run("watch", "--", "train").returncode == 1 and starts(cloud) == 2
     cloud.command("0")
@@ -350,13 +350,13 @@ def test_watch_gives_up_at_once_on_a_fault(cloud):
     assert done.returncode == 0 and starts(cloud) == 3, done.stdout + done.stderr
 
 
-def test_watch_is_patient_but_not_for_ever(cloud):
+def test_watch_retries_a_limited_number_of_times(cloud):
     cloud.set(workers=1)
     cloud.command("75")
     done = cloud.run("watch", "--attempts=3", "--", "train")
-    assert done.returncode == 1 and "3 attempts in a row came to nothing" in done.stderr
+    assert done.returncode == 1 and "3 attempts in a row failed" in done.stderr
     assert starts(cloud) == 3
-    # A queued resource that fails every time is not asked for without end either.
+    # The same holds for a queued resource that always fails.
     cloud.run("delete")
     cloud.forget_calls()
     cloud.set(coming=["FAILED"])
@@ -366,7 +366,7 @@ def test_watch_is_patient_but_not_for_ever(cloud):
 
 
 @pytest.mark.parametrize("how", ["SUSPENDED", "PREEMPTED"])
-def test_watch_makes_a_lost_slice_anew(cloud, how):
+def test_watch_creates_a_lost_slice_again(cloud, how):
     cloud.up(workers=1)
     cloud.command("stay", "0")
     assert cloud.run("launch", "--", "train").returncode == 0
@@ -383,15 +383,15 @@ def test_watch_makes_a_lost_slice_anew(cloud, how):
 
 
 @pytest.mark.slow
-def test_watch_survives_a_failing_call_and_goes_on_after_many(cloud):
-    """At the first call of each kind: one failure is survived; if none answers any more watch stops, and run again it
-    ends as an undisturbed one does, since nothing is kept but the cloud."""
+def test_watch_survives_a_failing_call_and_resumes_after_many(cloud):
+    """At the first call of each kind: one failure is survived; if all further calls fail, watch stops, and run again it
+    ends as an undisturbed one does, since it keeps no state of its own."""
     cloud.set(workers=1, coming=["ACTIVE"])
     assert cloud.run("watch", "--", "train").returncode == 0
     kinds = {}
     for number, call in enumerate(cloud.calls()):
-        told = [word.split()[8] for word in call if word.startswith("--command=if")]
-        kinds.setdefault((call[2], call[3], *told), number)
+        verb = [word.split()[8] for word in call if word.startswith("--command=if")]
+        kinds.setdefault((call[2], call[3], *verb), number)
     assert {kind[-1] for kind in kinds} == {"list", "create", "scp", "ssh", "start", "status"}
     for kind, number in kinds.items():
         for fail in ([number], [number, -1]) if kind[-1] in ("create", "start", "status") else ([number, -1],):
@@ -432,7 +432,7 @@ def test_watch_refuses_a_slice_that_runs_another_command(cloud):
 
 
 def test_watch_stops_a_job_whose_heartbeat_is_old(cloud, root):
-    """The worker reads the heartbeats with the environment's Python, which here is this one."""
+    """The worker reads the heartbeats with the environment's Python, here this one."""
     cloud.up(workers=1)
     (home,) = cloud.homes()
     cloud.tool(home / "sfd_jax/.venv/bin/python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')
@@ -445,7 +445,7 @@ def test_watch_stops_a_job_whose_heartbeat_is_old(cloud, root):
     now = (home / "sfd_jobs/train/pid").stat().st_mtime + 5
     beat = {"process": 0, "processes": 1, "time": now, "step": 41, "step_time": now - 900, "status": None}
     (beats / "process_00000.json").write_text(json.dumps(beat))
-    # One of an earlier start on more hosts, which is nobody's any more.
+    # A file of an earlier start on more hosts.
     (beats / "process_00001.json").write_text(json.dumps(beat | {"time": now - 9000, "step_time": now - 9000}))
     done = cloud.run("watch", "--stall=600", *command)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -30,7 +30,7 @@ class Bucket:
         self.lock = threading.Lock()
 
     def put(self, name: str, data: bytes, match: str | None = None) -> dict | None:
-        """Write an object; None where its generation is not the one demanded (0: absent)."""
+        """Write an object; None where its generation is not the required one (0: absent)."""
         with self.lock:
             if match is not None and int(match) != self.objects.get(name, (b"", 0))[1]:
                 return None
@@ -203,11 +203,11 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serve():
-    """Yield (environment variables that lead all clients here, the Bucket); it answers to any bucket's name."""
+    """Yield (environment variables that point all clients here, the Bucket); it serves any bucket's name."""
     bucket = Bucket()
     handler = type("Handler", (Handler,), {"bucket": bucket, "uploads": {}})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.handle_error = lambda *_: None  # a client that hangs up, killed or not, is its own affair
+    server.handle_error = lambda *_: None  # ignore clients that hang up
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{server.server_port}"

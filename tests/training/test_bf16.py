@@ -1,4 +1,4 @@
-"""bf16 training stays finite: what must be float32 is, and large latents, features and weights do no harm."""
+"""bf16 training stays finite: sensitive operations are float32; large latents, features and weights are fine."""
 
 import dataclasses
 
@@ -16,8 +16,8 @@ from sfd_jax.training.randomness import stream_key
 from sfd_jax.training.state import state_from_params
 
 BF16 = dataclasses.replace(DIT, depth=1, compute_dtype="bfloat16")
-# All that a network does in bfloat16 beside moving numbers: matmuls, bias, and the SiLU between two matmuls with its
-# gradient. Norms (rsqrt), softmax (exp, reduce_max, div), the loss (sqrt) and the clocks (sin, cos) need more.
+# All operations of a network in bfloat16 besides moving numbers: matmuls, bias, and the SiLU between two matmuls with
+# its gradient. Norms (rsqrt), softmax (exp, reduce_max, div), the loss (sqrt) and the clocks (sin, cos) need more.
 ARITHMETIC = {"dot_general", "add", "add_any", "mul", "sub", "neg", "logistic", "reduce_sum", "max"}
 MOVES = {
     "broadcast_in_dim",
@@ -53,7 +53,7 @@ def equations(jaxpr):
 
 
 @pytest.mark.parametrize("more", [{}, {"use_rmsnorm": False, "use_swiglu": False, "use_shift": False}])
-def test_what_is_computed_in_bfloat16(more):
+def test_operations_in_bfloat16(more):
     task = make_task(dataclasses.replace(BF16, **more))
     batch = {**make_batch(), "row_indices": jnp.arange(16)}
     step = jax.value_and_grad(lambda params: task.loss(params, batch, jax.random.key(1))[0])
@@ -61,7 +61,7 @@ def test_what_is_computed_in_bfloat16(more):
     is_half = lambda x: getattr(x.aval, "dtype", None) == jnp.bfloat16
     half = [e for e in equations(jaxpr.jaxpr) if any(map(is_half, e.invars))]
     names = {equation.primitive.name for equation in half}
-    assert "dot_general" in names  # the search sees inside scans and custom gradients
+    assert "dot_general" in names  # the search includes scans and custom gradients
     allowed = ARITHMETIC | (
         {"tanh", "integer_pow", "one_minus_square"} if more else set()
     )  # GELU, the last with jax 0.11
@@ -74,7 +74,7 @@ def test_what_is_computed_in_bfloat16(more):
 
 
 def test_norms_return_float32():
-    """Given halves as well: what is normalised is modulated next, in float32."""
+    """For bfloat16 inputs too: the result is modulated next, in float32."""
     rngs, x = nnx.Rngs(0), jnp.ones((2, 4), jnp.bfloat16)
     for norm in (layers.rms_norm(4, rngs=rngs), layers.layer_norm(4, rngs=rngs), layers.group_norm(4, 2, rngs=rngs)):
         assert norm(x).dtype == jnp.float32
@@ -128,7 +128,7 @@ def test_large_numbers_stay_finite_and_too_large_ones_are_skipped(step):
             *(s.params["final"]["linear"]["kernel"] for s in (old, new))
         )
 
-    # 1e25 squared is beyond float32: the step is skipped and counted, and nothing else changes.
+    # 1e25 squared overflows float32: the step is skipped and counted, and nothing else changes.
     old, new, metrics = step(1e25, 1, 1)
     assert (int(new.step), int(new.skipped), int(new.bad_steps)) == (1, 1, 1) and metrics["skipped"] == 1
     for name in ("params", "ema_params", "opt_state"):

@@ -51,7 +51,7 @@ def check_same(state, workdir, whole):
     jax.tree.map(np.testing.assert_array_equal, load_params(workdir)[0], state.ema_params)
 
 
-def test_a_run_goes_on_from_a_bucket(bucket, whole):
+def test_a_run_resumes_from_a_bucket(bucket, whole):
     run = "gs://bucket/runs/a"
     train(run, toy_config(steps=4))
     check_same(train(run), run, whole)
@@ -86,7 +86,7 @@ def test_a_second_start_in_a_bucket_is_refused(bucket, whole, monkeypatch):
     assert refused == [True] and "runs/twice/.lock" not in bucket.objects
 
 
-def test_what_is_kept_in_a_bucket(bucket):
+def test_which_checkpoints_are_kept_in_a_bucket(bucket):
     from sfd_jax.training import init_state, make_optimizer
 
     config = toy_config()
@@ -100,7 +100,7 @@ def test_what_is_kept_in_a_bucket(bucket):
 
 @pytest.mark.slow
 def test_sigkill_during_a_save_to_a_bucket(bucket, whole):
-    """Killed while step 4's arrays are on their way: they are no checkpoint, and the run goes on from step 2."""
+    """Killed while step 4's arrays are uploaded: they are not a checkpoint, and the run resumes from step 2."""
     run, here = "gs://bucket/runs/killed", Path(__file__).parent
     script = f"""
         import os, signal, sys

@@ -1,4 +1,4 @@
-"""Checkpoints: what comes back, what is kept, and what is said when something does not fit."""
+"""Checkpoints: round trip, which are kept, and errors for what does not fit or is damaged."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def state(mesh):
     )
 
 
-def test_what_is_kept(tmp_path, state, mesh):
+def test_which_checkpoints_are_kept(tmp_path, state, mesh):
     checkpointer = Checkpointer(tmp_path / "checkpoints", keep_last=2, keep_every=4)
     for step in range(1, 8):
         checkpointer.save(step, state, {})
@@ -51,7 +51,7 @@ def test_what_is_kept(tmp_path, state, mesh):
     assert Checkpointer(tmp_path / "checkpoints").latest_step() == 7
 
 
-def test_state_params_and_metadata_come_back(tmp_path, state, mesh):
+def test_round_trip_of_state_params_and_metadata(tmp_path, state, mesh):
     checkpointer = Checkpointer(tmp_path / "checkpoints")
     checkpointer.save(3, state, {"class_names": ["a"]})
     checkpointer.wait()
@@ -103,7 +103,7 @@ def test_converted_params_are_read_like_trained_ones_and_never_overwritten(tmp_p
         save_params(tmp_path / "other", params, {"array": np.ones(2)})
 
 
-def test_folders_named_from_where_one_stands(tmp_path, monkeypatch):
+def test_relative_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_params("converted", {"w": np.ones(3, np.float32)}, {})
     assert load_params("converted")[1] == {"step": 0} and load_metadata("converted/0") == {"step": 0}
@@ -115,7 +115,7 @@ def test_absent_and_damaged_checkpoints(tmp_path, state):
     with pytest.raises(SfdError, match="holds no complete checkpoint"):
         load_params(tmp_path)
     (tmp_path / "0000100.pt").write_bytes(b"PK")
-    with pytest.raises(SfdError, match="0000100.pt is a file, no checkpoint folder; `sfd convert"):
+    with pytest.raises(SfdError, match="0000100.pt is a file, not a checkpoint folder; `sfd convert"):
         load_params(tmp_path / "0000100.pt")
     save_params(tmp_path, state.params, {})
     for data in (tmp_path / "0" / "params").rglob("d/*"):
@@ -140,7 +140,7 @@ def read_all(folder, target):
     return jax.device_get((state, load_params(folder), load_params(folder, which="raw")))
 
 
-def test_a_flipped_bit_in_any_file_is_named_or_read_by_nobody(saved):
+def test_a_flipped_bit_in_any_file_is_named_or_not_read(saved):
     folder, target, whole = saved
     rng, refused, named = np.random.default_rng(0), set(), 0
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.stat().st_size]
@@ -158,7 +158,7 @@ def test_a_flipped_bit_in_any_file_is_named_or_read_by_nobody(saved):
         file.write_bytes(data)
     assert (
         refused == {"params", "ema_params", "progress", "metadata"} and named >= 3
-    )  # of six bits in the kernels; few are read by nobody
+    )  # of six bits in the kernels; few are not read
     assert jax.tree.all(jax.tree.map(np.array_equal, read_all(folder, target), whole))
 
 
@@ -173,18 +173,18 @@ def test_a_checkpoint_that_lacks_an_item_says_which(saved, item):
             load_params(folder, which={"params": "raw"}.get(item, "ema"))
 
 
-def test_checkpoints_without_checksums_are_read_with_a_line(saved, capsys):
+def test_checkpoints_without_checksums_are_read_with_a_warning(saved, capsys):
     folder, target, whole = saved
     file = folder / "metadata" / "metadata"
-    file.write_text(json.dumps(json.loads(file.read_text())["metadata"]))  # as it was written before
+    file.write_text(json.dumps(json.loads(file.read_text())["metadata"]))  # the old form
     jax.tree.map(np.testing.assert_array_equal, read_all(folder, target), whole)
-    assert "written without checksums" in capsys.readouterr().out
+    assert "has no checksums" in capsys.readouterr().out
     shutil.rmtree(folder / "ema_params")
     with pytest.raises(SfdError, match="lacks its ema_params"):
         load_params(folder)
 
 
-def test_checksums_do_not_depend_on_where_an_array_lies():
+def test_checksums_do_not_depend_on_the_device():
     rng = np.random.default_rng(0)
     mesh = make_mesh(2, 4)
     for dtype in ("float32", "bfloat16", "int32", "bool"):
@@ -199,14 +199,14 @@ def test_checksums_do_not_depend_on_where_an_array_lies():
         swapped = array.copy()
         swapped[0, 0, 0], swapped[0, 0, 1] = array[0, 0, 1], array[0, 0, 0]
         assert np.array_equal(swapped, array) or checksums.checksums({"a": swapped})["a"] != value
-    large = rng.integers(0, 2**32, 2**18 + 5, np.uint32)  # more than is mixed at once
+    large = rng.integers(0, 2**32, 2**18 + 5, np.uint32)  # larger than a chunk
     assert checksums._on_host(large) == int(checksums._on_device([jnp.asarray(large)])[0])
 
 
-def test_a_folder_of_another_step_and_arrays_of_another_type(saved):
+def test_a_folder_of_another_step_and_arrays_of_another_dtype(saved):
     folder, target, _ = saved
     half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), target.params)
-    with pytest.raises(SfdError, match="of another type: params.kernel is float32, expected bfloat16"):
+    with pytest.raises(SfdError, match="other dtype: params.kernel is float32, expected bfloat16"):
         load_params(folder, which="raw", abstract=half)
     folder.rename(folder.parent / "5")
     with pytest.raises(SfdError, match="5 holds step 3"):
@@ -220,7 +220,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 
 def test_a_write_that_fails_in_the_background(tmp_path, state, mesh):
-    """A limit on file size stands in for a full disk: the same failed write, from the same thread."""
+    """A limit on file size acts like a full disk: the same failed write, from the same thread."""
     resource = pytest.importorskip("resource")
     checkpointer = Checkpointer(tmp_path / "checkpoints")
     checkpointer.save(1, state, {})

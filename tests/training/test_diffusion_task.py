@@ -43,7 +43,7 @@ def make_batch(rows=16):
 
 
 def test_a_fresh_network_predicts_zero_so_the_loss_is_known():
-    """Velocity 0: the squared error is the target's own square, and the cosine term is 1."""
+    """With velocity 0 the squared error is the target's square, and the cosine term is 1."""
     task = make_task(repa_weight=0.0)
     batch = {**make_batch(4096), "row_indices": jnp.arange(4096)}
     _, metrics = jax.jit(task.loss)(task.init(jax.random.key(0)), batch, jax.random.key(1))
@@ -53,7 +53,7 @@ def test_a_fresh_network_predicts_zero_so_the_loss_is_known():
     np.testing.assert_allclose([mean["error_texture"], mean["error_semantic"]], 2.0, rtol=0.03)
     np.testing.assert_allclose(mean["loss_velocity"], (3 * 2 + 2 * 2 * 2) / 5, rtol=0.03)
     assert mean["loss_repa"] == 0
-    # t = sigmoid(N(0,1)) and tau = 1.3 t: texture waits at 0 below t = 0.23, semantics are done above 0.77.
+    # t = sigmoid(N(0,1)) and tau = 1.3 t: texture stays at 0 below t = 0.23, semantics are at 1 above 0.77.
     counts = [float(metrics[f"error_{group}_q{q}"][1]) / 4096 for group in ("texture", "semantic") for q in (1, 4)]
     below = lambda t: 0.5 * (1 + math.erf(np.log(t / (1 - t)) / 2**0.5))  # P(sigmoid(N(0, 1)) < t)
     expected = [below(0.55 / 1.3), 1 - below(1.05 / 1.3), below(0.25 / 1.3), 1 - below(0.75 / 1.3)]

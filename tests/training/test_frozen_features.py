@@ -1,4 +1,4 @@
-"""Targets made inside the step: networks that are read and not trained, and the batches they read."""
+"""Targets computed inside the step by frozen networks, and the batches that these read."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from sfd_jax.training.randomness import stream_key
 
 
 def task_with_teacher(teacher: np.ndarray):
-    """The toy task, whose targets a frozen matrix makes from the inputs."""
+    """The toy task with targets that a frozen matrix computes from the inputs."""
     toy = toy_task()
 
     def loss(params, batch, key, frozen):
@@ -36,7 +36,7 @@ TEACHER = np.random.default_rng(3).standard_normal((INPUTS, OUTPUTS)).astype(np.
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_targets_made_in_the_step_are_those_of_the_data(parts):
+def test_targets_computed_in_the_step_equal_those_of_the_data(parts):
     config, mesh = toy_config(accumulation=parts), make_mesh(2, 4)
     optimizer, key = make_optimizer(config.optimizer, config.steps), stream_key(1, "loss", mesh)
     batch = {name: rows for name, rows in next(toy_batches()(0)).items() if name != "index"}
@@ -49,7 +49,7 @@ def test_targets_made_in_the_step_are_those_of_the_data(parts):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *ends)
 
 
-def test_checkpoints_hold_the_hash_of_frozen_weights_and_not_them(tmp_path):
+def test_checkpoints_hold_only_the_hash_of_frozen_weights(tmp_path):
     mesh, run = make_mesh(1, 1, devices=jax.devices()[:1]), tmp_path / "run"
     through = fit(
         task_with_teacher(TEACHER), toy_batches(), toy_config(), tmp_path / "through", mesh=mesh, progress=False
@@ -79,7 +79,7 @@ def test_semvae_features_are_decoded_from_raw_latents_tile_by_tile():
     latents = np.concatenate([raw[..., :3], (raw[..., 3:] - [0.5, -2.0]) / [3.0, 0.25]], axis=-1).astype(np.float32)
     made = semvae_features(network, params, LatentLayout(3, 2), statistics, tile_grid=2)
     features = np.asarray(made.compute(params, {"latents": latents})).reshape(3, 4, 4, 6)
-    for top, left in ((0, 0), (0, 2), (2, 0), (2, 2)):  # attention sees one quarter at a time
+    for top, left in ((0, 0), (0, 2), (2, 0), (2, 2)):  # attention is within one quarter
         tokens = raw[:, top : top + 2, left : left + 2, 3:].reshape(3, 4, 2)
         expected = network.apply(params, tokens, method="decode").reshape(3, 2, 2, 6)
         # Two orders of the same float32 sums.
@@ -151,7 +151,7 @@ def test_pixels_are_those_the_latents_were_made_from():
         (["--config.data.repa_source=semva"], "did you mean 'semvae'"),
     ],
 )
-def test_what_a_source_needs_is_said_at_the_command(flags, message, tmp_path, capsys):
+def test_a_missing_input_of_a_source_is_reported_by_the_command(flags, message, tmp_path, capsys):
     from sfd_jax.cli.train import main
 
     assert run_command(main, "train", ["--config=configs/sfd.py:xl,tiny", f"--workdir={tmp_path / 'run'}", *flags]) == 2

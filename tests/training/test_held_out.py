@@ -1,4 +1,4 @@
-"""Held-out figures come from held-out rows, or the run is refused."""
+"""Held-out metrics come from held-out rows, or the run is refused."""
 
 import os
 import tarfile
@@ -39,15 +39,15 @@ PARTS = [
 ]
 
 
-# Of a set too large to be searched only the whole is recognised.
+# In a set too large to be searched only the same set is recognised.
 @pytest.mark.parametrize(("pair", "searched"), [(pair, 2000) for pair in SAME + PARTS] + [(pair, 10) for pair in SAME])
-def test_training_images_are_no_held_out_ones(folder, pair, searched):
+def test_training_images_as_held_out_ones_are_refused(folder, pair, searched):
     source, held_out = (open_images(kind, str(folder / path), split, 8) for kind, path, split in pair)
     with pytest.raises(SfdError, match="held-out data are training data"):
         check_held_out(source, held_out, searched=searched)
 
 
 @pytest.mark.parametrize("searched", [2000, 10])
-def test_held_out_images_are_taken(folder, searched):
+def test_held_out_images_are_accepted(folder, searched):
     check_held_out(open_images("digits", "", "train", 8), open_images("digits", "", "held_out", 8), searched=searched)
     check_held_out(*(open_images("folder", str(folder), split, 8) for split in ("train", "val")), searched=searched)

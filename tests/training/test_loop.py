@@ -1,4 +1,4 @@
-"""The loop: resume to the bit, kills, one folder one run, and what it writes."""
+"""The loop: exact resume, kills, one run for each folder, and the files it writes."""
 
 import dataclasses
 import json
@@ -61,7 +61,7 @@ def test_resume_equals_an_uninterrupted_run(whole, tmp_path):
     assert_same(resumed, train(tmp_path))  # finished: nothing is done
 
 
-def test_sigkill_in_mid_run_loses_nothing_saved(whole, tmp_path):
+def test_sigkill_loses_nothing_saved(whole, tmp_path):
     """The process kills itself while drawing batch 6: steps 2 and 4 are saved, rows go up to 5."""
     here = Path(__file__).parent
     script = f"""
@@ -81,7 +81,7 @@ def test_sigkill_in_mid_run_loses_nothing_saved(whole, tmp_path):
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert read_metrics(tmp_path)[-1]["step"] == 5
-    # What a kill during a save and during a row leaves behind.
+    # The remains of a kill during a save and during a row.
     (tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
@@ -92,7 +92,7 @@ def test_sigkill_in_mid_run_loses_nothing_saved(whole, tmp_path):
     assert without_time(read_metrics(tmp_path)) == without_time(read_metrics(folder))
 
 
-def test_sigterm_saves_and_leaves_with_a_status(whole, tmp_path):
+def test_sigterm_saves_and_exits_with_status_75(whole, tmp_path):
     def batches(start):
         for step, batch in enumerate(toy_batches()(start), start + 1):
             if step == 3:
@@ -108,8 +108,8 @@ def test_sigterm_saves_and_leaves_with_a_status(whole, tmp_path):
     assert_same(whole[0], train(tmp_path))
 
 
-def test_sigterm_that_the_loader_heard_too(whole, tmp_path):
-    """A machine that shuts down signals all processes: the loader breaks off before the step is done."""
+def test_sigterm_that_stops_the_loader_too(whole, tmp_path):
+    """A machine that shuts down signals all processes: the loader stops before the step is done."""
 
     def batches(start):
         for step, batch in enumerate(toy_batches()(start), start + 1):
@@ -139,14 +139,14 @@ def test_resume_on_another_mesh(whole, tmp_path):
     jax.tree.map(close, whole[0], jax.device_get(state))
 
 
-def test_given_parameters_are_where_a_fresh_run_starts(whole, tmp_path):
+def test_a_new_run_starts_from_given_parameters(whole, tmp_path):
     state, folder = whole
     params, _ = load_params(folder, which="raw")
     still = dataclasses.replace(toy_config(steps=1), optimizer=OptimizerConfig(learning_rate=1e-30))
     started = train(tmp_path, still, params=params)
     assert_same(state.params, started.params)
     assert_same(state.params, started.ema_params)
-    # They are part of the run, which needs them no more once it has a checkpoint.
+    # Their hash is part of the run, which does not need them again after its first checkpoint.
     assert (
         load_params(tmp_path)[1]["init"]
         == json.loads((tmp_path / "run.json").read_text())["init"]
@@ -165,7 +165,7 @@ def test_given_parameters_are_where_a_fresh_run_starts(whole, tmp_path):
         train(tmp_path, still)
 
 
-def test_a_record_from_before_hashes_and_a_lost_one(whole, tmp_path):
+def test_a_record_without_hashes_and_a_missing_one(whole, tmp_path):
     train(tmp_path, toy_config(steps=4))
     record = json.loads((tmp_path / "run.json").read_text())
     del record["init"]
@@ -176,7 +176,7 @@ def test_a_record_from_before_hashes_and_a_lost_one(whole, tmp_path):
         train(tmp_path)
 
 
-def test_what_saves_memory_and_the_place_of_data_may_change(tmp_path):
+def test_memory_settings_and_paths_of_data_may_change(tmp_path):
     metadata = {
         "network_config": {"width": 8, "remat": "none", "scan_blocks": None},
         "data_hash": "a",
@@ -221,7 +221,7 @@ def test_another_run_may_not_use_the_folder(whole):
 
 
 def test_a_second_start_is_refused_and_touches_nothing(whole, tmp_path):
-    """From within the run's own loop: it is at work, with a checkpoint and one under way."""
+    """From within the run's own loop, with one checkpoint and another being saved."""
     seen = []
 
     def batches(start):
@@ -242,13 +242,13 @@ def test_a_second_start_is_refused_and_touches_nothing(whole, tmp_path):
 
 
 def listing(folder):
-    """What a run leaves alone for a moment: its background writes checkpoints and heartbeats."""
+    """Files that do not change for a moment: checkpoints and heartbeats are written in the background."""
     parts = (folder, folder / "tensorboard")
     files = [file for part in parts for file in part.iterdir() if file.name not in ("checkpoints", "heartbeats")]
     return {str(file): file.stat().st_mtime_ns for file in files}
 
 
-def test_steps_may_change_only_where_the_schedule_does_not_hang_on_them(tmp_path):
+def test_steps_may_change_only_if_the_schedule_does_not_depend_on_them(tmp_path):
     config = toy_config(steps=2)
     falling = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, schedule="cosine"))
     train(tmp_path, falling)
@@ -283,7 +283,7 @@ def test_metadata_evaluation_and_tensorboard(tmp_path):
 
 
 def tensorboard_scalars(folder: Path) -> dict[str, dict[int, float]]:
-    """Read event files as TensorBoard does: records of length, check sum, bytes, check sum."""
+    """Read event files as TensorBoard does: records of length, checksum, bytes, checksum."""
     from tensorboardX.proto.event_pb2 import Event
 
     scalars = {}
@@ -298,13 +298,13 @@ def tensorboard_scalars(folder: Path) -> dict[str, dict[int, float]]:
     return scalars
 
 
-def test_an_average_too_long_for_the_run_is_said_where_it_begins_with_drawn_weights(tmp_path, capsys):
+def test_an_ema_too_slow_for_the_run_is_noted_if_it_starts_from_random_weights(tmp_path, capsys):
     config, params = toy_config(steps=2), toy_task().init(jax.random.key(0))
     train(tmp_path / "drawn", config)
-    assert "note: train.ema_decay=0.9 is long for 2 steps" in (out := capsys.readouterr().out)
+    assert "note: train.ema_decay=0.9 is too large for 2 steps" in (out := capsys.readouterr().out)
     assert "still hold 81.0% of the initial ones. Set train.ema_decay=0.1 " in out
     train(tmp_path / "given", config, params=params)
     train(tmp_path / "short", dataclasses.replace(config, ema_decay=0.1))
     assert "note:" not in capsys.readouterr().out
-    told = {name: load_params(tmp_path / name)[1]["average"] for name in ("drawn", "given")}
-    assert told == {"drawn": {"decay": 0.9, "from": "drawn weights"}, "given": {"decay": 0.9, "from": "given weights"}}
+    found = {name: load_params(tmp_path / name)[1]["average"] for name in ("drawn", "given")}
+    assert found == {"drawn": {"decay": 0.9, "from": "drawn weights"}, "given": {"decay": 0.9, "from": "given weights"}}

@@ -1,4 +1,4 @@
-"""Records of runs and demos begun by earlier versions."""
+"""Records of runs and demos started by earlier versions."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def record(**clocks):
     return {"config": {"clocks": clocks, "loss": {"repa_weight": 1.0}, "seed": 0}}
 
 
-def test_a_run_begun_when_all_clocks_had_a_delta_t_goes_on(tmp_path):
+def test_a_run_whose_record_gives_all_clocks_a_delta_t_resumes(tmp_path):
     claim_workdir(tmp_path, record(name="sequential", delta_t=0.3), may_extend=False)
     claim_workdir(tmp_path, record(name="sequential"), may_extend=False)
     with pytest.raises(SfdError, match='config.clocks.name: there "sequential", here "fixed_offset"'):
@@ -21,7 +21,7 @@ def test_a_run_begun_when_all_clocks_had_a_delta_t_goes_on(tmp_path):
     assert upgraded(old) == old
 
 
-def test_groups_at_any_depth_are_told_as_they_would_be_now():
+def test_groups_at_any_depth_are_upgraded():
     once = {
         "diffusion": {"clocks": {"name": "fixed_offset", "delta_t": 0.3}},
         "sample": {"solver": "dopri5", "num_steps": 50, "calls": 0, "timestep_shift": 1.0, "rtol": 0.01, "num": 9},
@@ -29,14 +29,14 @@ def test_groups_at_any_depth_are_told_as_they_would_be_now():
     assert upgraded(once) == once | {"sample": to_dict(SampleJob(rtol=0.01, num=9))}
 
 
-def test_settings_of_parts_may_not_change_whatever_they_are_called(tmp_path):
+def test_settings_of_parts_may_not_change_whatever_their_names(tmp_path):
     def own(**changed):
         values = {"path": "a", "workers": 1, "remat": False, "sample": 1.0} | changed
         clocks, term = {"name": "mine", **values}, {"weight": 1.0, **values}
         return {"config": {"clocks": clocks, "loss": {"terms": {"sample": term, "mesh": term}}}, "data_hash": "0"}
 
     claim_workdir(tmp_path, own(), may_extend=True)
-    assert upgraded(own()) == own()  # a term called `sample` does not say how to sample
+    assert upgraded(own()) == own()  # a term called `sample` is not the config group
     for changed in ({"path": "b"}, {"workers": 2}, {"remat": True}, {"sample": 2.0}):
         [name] = changed
         with pytest.raises(SfdError) as error:

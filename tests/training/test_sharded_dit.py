@@ -14,7 +14,7 @@ from sfd_jax.training.randomness import stream_key
 from sfd_jax.training.state import state_from_params
 
 # Adam's first update is g / (|g| + eps): with eps 1 it is as smooth in the gradient as the gradient itself, where the
-# usual 1e-8 would blow up the rounding of gradients near zero. So parameters after the step tell of the gradients.
+# usual 1e-8 would amplify the rounding of gradients near zero. So parameters after the step show the gradients.
 CONFIG = TrainConfig(
     OptimizerConfig(learning_rate=1.0, eps=1.0, weight_decay=0.1), steps=5, global_batch_size=16, ema_decay=0.5
 )
@@ -42,14 +42,14 @@ def alone():
     (state, metrics), _ = step_on(make_mesh(1, 1, devices=jax.devices()[:1]))
     assert metrics["loss_repa"] > 0 and metrics["loss_cosine"] > 0
     moved = jax.tree.map(lambda new, old: np.abs(new - old).max(), state.params, random_params())
-    assert min(jax.tree.leaves(moved)) > 1e-3  # each parameter has a gradient to tell of
+    assert min(jax.tree.leaves(moved)) > 1e-3  # each parameter has a gradient
     return state, metrics
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape, accumulation", [((1, 8), 1), ((2, 4), 2), ((8, 1), 1)])
 def test_a_step_on_eight_devices_equals_one_device(shape, accumulation, alone, monkeypatch):
-    monkeypatch.setattr("sfd_jax.distributed.sharding.MIN_ELEMENTS", 1)  # else nothing of this size would be split
+    monkeypatch.setattr("sfd_jax.distributed.sharding.MIN_ELEMENTS", 1)  # or nothing of this size would be split
     (state, metrics), on_devices = step_on(make_mesh(*shape), accumulation)
     # Sums run in another order.
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

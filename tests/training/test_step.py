@@ -1,4 +1,4 @@
-"""The step: known answers, and what may not change it (mesh, accumulation, a bad batch)."""
+"""The step: known results, and invariance to mesh, accumulation and a bad batch."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ TOY = toy_task()
 ALONE = make_mesh(1, 1, devices=jax.devices()[:1])
 
 
-@functools.lru_cache  # compiling is what these tests spend their time on
+@functools.lru_cache  # compiling takes most of these tests' time
 def compiled(task, config, mesh):
     optimizer = make_optimizer(config.optimizer, config.steps)
     return make_train_step(task, optimizer, config, mesh), optimizer
@@ -72,14 +72,14 @@ def test_ema_starts_as_the_parameters():
     jax.tree.map(np.testing.assert_array_equal, state.params, state.ema_params)
 
 
-def test_schedules_at_their_corners():
+def test_schedules_at_their_boundaries():
     config = OptimizerConfig(learning_rate=2.0, warmup_steps=10, warmup_fraction=0.01)
     constant = make_schedule(config, 100)
     assert [float(constant(n)) for n in (0, 5, 10, 99)] == pytest.approx([0.02, 1.01, 2.0, 2.0])
     falling = make_schedule(
         dataclasses.replace(config, schedule="constant_cosine", constant_steps=60, final_fraction=0.1), 100
     )
-    # Half way down a cosine lies the mean of its ends: (1 + 0.1) / 2 of the peak.
+    # Halfway down a cosine is the mean of its ends: (1 + 0.1) / 2 of the peak.
     assert [float(falling(n)) for n in (0, 10, 60, 80, 100)] == pytest.approx([0.02, 2.0, 2.0, 1.1, 0.2])
     cosine = make_schedule(dataclasses.replace(config, schedule="cosine", warmup_steps=0), 100)
     assert [float(cosine(n)) for n in (0, 50, 100)] == pytest.approx([2.0, 1.0, 0.0], abs=1e-6)
@@ -108,8 +108,8 @@ def test_mesh_changes_nothing_and_one_trace_suffices(shape, monkeypatch):
     assert kernel.sharding.shard_shape(kernel.shape) == (5, 16 // shape[1])
 
 
-def test_state_is_born_sharded(monkeypatch):
-    """Parameters, EMA and both moments come out of one jitted init in eighths, no two the same."""
+def test_state_is_created_sharded(monkeypatch):
+    """One jitted init makes parameters, EMA and both moments in eighths, all different."""
     monkeypatch.setattr("sfd_jax.distributed.sharding.MIN_ELEMENTS", 1)
     mesh = make_mesh(1, 8)
     state = init_state(TOY, make_optimizer(OptimizerConfig(), 1), mesh, seed=1)
@@ -120,7 +120,7 @@ def test_state_is_born_sharded(monkeypatch):
 
 
 def test_accumulation_equals_one_big_batch():
-    task = TOY  # its noise goes by the rows' places, so it is cut along
+    task = TOY  # its noise depends on the row indices, so it is split with the rows
     whole, history = run(task, toy_config(), ALONE, toy_batches())
     parts, part_history = run(task, toy_config(accumulation=4), ALONE, toy_batches())
     # The mean of four means is rounded differently from one mean.
@@ -140,20 +140,20 @@ def test_a_bad_step_changes_only_the_counters():
     assert (int(state.step), int(state.bad_steps), int(state.skipped)) == (3, 1, 1)
     assert history[2]["loss"] == (0.0, 0.0) and history[2]["skipped"] == (1.0, 1.0)
 
-    # The next good step clears the row but not the total.
+    # The next good step resets the count in a row but not the total.
     state, _ = run(TOY, toy_config(), ALONE, toy_batches(bad_steps=(2,)), steps=3)
     assert (int(state.bad_steps), int(state.skipped)) == (0, 1)
 
 
 def test_too_many_bad_steps_freeze_the_state():
-    """So that the loop, which looks only at log steps, cannot miss them."""
+    """So that the loop, which checks only at log steps, cannot miss them."""
     config = toy_config(max_bad_steps=2)
     state, _ = run(TOY, config, ALONE, toy_batches(bad_steps=(2, 3)), steps=5)
     assert (int(state.bad_steps), int(state.skipped)) == (4, 4)
 
 
 def test_noise_depends_on_the_step():
-    """Two steps with the same batch and frozen parameters see different losses."""
+    """Two steps with the same batch and frozen parameters have different losses."""
     same = lambda start: iter([next(toy_batches()(0)) for _ in range(2)])
     config = toy_config(optimizer=OptimizerConfig(learning_rate=1e-30))
     _, history = run(TOY, dataclasses.replace(config), ALONE, same, steps=2)

@@ -1,4 +1,4 @@
-"""The tasks beside diffusion: each loss against numpy, and what their checkpoints give to the commands."""
+"""The tasks other than diffusion: each loss against numpy, and their checkpoints as the commands read them."""
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +94,7 @@ def test_texture_vae_loss():
     assert metrics["perceptual"] == 7.0
 
 
-def test_lpips_alone_teaches_a_texture_vae():
+def test_lpips_alone_trains_a_texture_vae():
     config = TextureVAEConfig(z_channels=2, ch=4, ch_mult=(1, 1), num_res_blocks=1, norm_groups=2)
     network, lpips = Network("texture_vae", config), Network("lpips", dict(channels=(5, 7), depths=(1, 2)))
     rng = np.random.default_rng(0)
@@ -102,7 +102,7 @@ def test_lpips_alone_teaches_a_texture_vae():
         lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), lpips.abstract_params()
     )
     frozen["weights"] = jax.tree.map(jnp.abs, frozen["weights"])
-    frozen["slices"]["0"]["0"]["bias"] -= 1.0  # at many places all channels are dead: ReLU must stop the NaN there
+    frozen["slices"]["0"]["0"]["bias"] -= 1.0  # all channels are 0 at many positions: no NaN may come from there
     weights = TextureVAELoss(l1_weight=0.0, mse_weight=0.0, kl_weight=0.0, perceptual_weight=1.0)
     task = texture_vae_task(network, weights, lambda ours, theirs, params: lpips.apply(params, ours, theirs), frozen)
     pixels = rng.uniform(-1, 1, (4, 16, 16, 3)).astype(np.float32)
@@ -123,7 +123,7 @@ def test_lpips_alone_teaches_a_texture_vae():
         assert metrics["perceptual"] == loss
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
     assert losses[-1] < 0.8 * losses[0]
-    # The whole way back: the encoder's first convolution learns from it too.
+    # The gradient reaches the encoder's first convolution.
     for kernel in (grads["decoder"]["conv_out"], grads["decoder"]["conv_in"], grads["encoder"]["conv_in"]):
         assert np.abs(kernel["kernel"]).max() > 0
 
@@ -147,7 +147,7 @@ def test_shift_and_scale_moves_within_bounds():
     assert 0.2 < area.min() < 0.4 and 1.9 < area.max() < 2.4
 
 
-def test_visual_encoder_learns_and_leaves_its_network_alone_in_the_checkpoint(tmp_path):
+def test_visual_encoder_learns_and_its_checkpoint_holds_only_its_network(tmp_path):
     config = DinoV2Config(width=8, depth=1, num_heads=2, image_size=8, patch_size=4, num_registers=2)
     network = Network("dinov2", config)
     task = visual_encoder_task(network, VisualEncoderLoss(num_classes=2, label_smoothing=0.1, shift=1.0))
@@ -176,5 +176,5 @@ def test_visual_encoder_learns_and_leaves_its_network_alone_in_the_checkpoint(tm
     params, metadata = load_params(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(state.ema_params["network"]))
     assert Network(metadata["network"], metadata["network_config"]) == network
-    resumed = fit(task, batches, train, tmp_path, mesh=mesh, progress=False)  # heads come back too
+    resumed = fit(task, batches, train, tmp_path, mesh=mesh, progress=False)  # heads are restored too
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(resumed))

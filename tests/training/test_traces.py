@@ -1,4 +1,4 @@
-"""Programs are traced and compiled once: nothing after the first step or the first batch of samples."""
+"""Programs are traced and compiled once: not after the first step or the first batch of samples."""
 
 import jax
 import jax.monitoring
@@ -31,7 +31,7 @@ def work():
 
     jax.monitoring.register_event_duration_secs_listener(note)
     yield names
-    listening.clear()  # a listener cannot be taken back by a public name
+    listening.clear()  # JAX has no public function to remove a listener
 
 
 def test_training_steps(work):
@@ -47,7 +47,7 @@ def test_training_steps(work):
         return step(state, put_batch({"latents": latents, "labels": np.arange(8, dtype=np.int32) % 3}, mesh), key)[0]
 
     state = take(0)
-    assert work  # the listener hears
+    assert work  # the listener works
     work.clear()
     for seed in (1, 2, 3):
         state = take(seed)

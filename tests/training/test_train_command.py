@@ -1,4 +1,4 @@
-"""`sfd train` with the tiny form of the shipped recipe, on a store made here."""
+"""`sfd train` with the tiny variant of the shipped recipe, on a generated store."""
 
 import json
 import re
@@ -50,13 +50,13 @@ def train(workdir, latents, *flags):
 
 
 @pytest.mark.slow
-def test_the_shipped_recipe_trains_and_goes_on(latents, tmp_path, capsys):
+def test_the_shipped_recipe_trains_and_resumes(latents, tmp_path, capsys):
     run = tmp_path / "run"
     small = ("--config.model.depth=2", "--config.model.remat=none")  # quicker to compile
     assert train(run, latents, "--config.train.steps=2", *small) == 0
     assert train(run, latents, *small) == 0
     out = capsys.readouterr()
-    assert "20 images, 8 per step, 4 steps" in out.out and "goes on from step 2 of 4" in out.out
+    assert "20 images, 8 per step, 4 steps" in out.out and "resuming from step 2 of 4" in out.out
     assert "blocks/attention/qkv/kernel" in out.out  # the overview of parameters
     rows = read_metrics(run)
     assert [row["step"] for row in rows] == [2, 4]
@@ -78,7 +78,7 @@ def test_the_shipped_recipe_trains_and_goes_on(latents, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_what_the_advice_on_memory_says_can_be_done_on_a_begun_run(latents, tmp_path, capsys):
+def test_the_advice_on_memory_can_be_applied_to_a_started_run(latents, tmp_path, capsys):
     small = ("--config.model.depth=2", "--config.model.remat=none", "--config.train.global_batch_size=16")
     run = tmp_path / "run"
     assert train(run, latents, *small) == 0
@@ -88,7 +88,7 @@ def test_what_the_advice_on_memory_says_can_be_done_on_a_begun_run(latents, tmp_
     for flags in (advice, ["--config.model.scan_blocks=False"]):
         shutil.rmtree(run / "checkpoints" / "4")
         assert train(run, moved, *small, *flags) == 0
-        assert "goes on from step 2 of 4" in capsys.readouterr().out
+        assert "resuming from step 2 of 4" in capsys.readouterr().out
     manifest = json.loads((moved / "manifest.json").read_text())
     manifest["shards"][1]["sha256"] = "0" * 64  # other latents
     (moved / "manifest.json").write_text(json.dumps(manifest))
@@ -116,7 +116,7 @@ def test_check_names_faults_without_training(latents, tmp_path, capsys):
     [
         ("--config.data.path=", "give the latents"),
         ("--config.data.path=nowhere", "nowhere"),
-        ("--config.model.repa_features=0", "loss.repa_weight=1.0 needs the projector"),
+        ("--config.model.repa_features=0", "loss.repa_weight=1.0 needs a projector"),
         (
             "--config.latents.semantic_channels=5",
             "8 texture and 4 semantic channels, but latents.texture_channels=8 and",
@@ -129,7 +129,7 @@ def test_check_names_faults_without_training(latents, tmp_path, capsys):
         ("--config.data.flip=False", "did you mean 'flips'"),
     ],
 )
-def test_faults_of_the_config_are_told_before_training(flag, message, latents, tmp_path, capsys):
+def test_faults_of_the_config_are_reported_before_training(flag, message, latents, tmp_path, capsys):
     assert train(tmp_path / "run", latents, flag) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -145,30 +145,32 @@ def save_drawn(folder, name, config, seed=0, **metadata):
     return str(folder), params_hash(params)
 
 
-def test_what_is_legal_and_odd_is_said_at_the_start(latents, tmp_path, capsys):
+def test_unusual_settings_are_noted_at_the_start(latents, tmp_path, capsys):
     assert train(tmp_path / "run", latents, "--check", "--config.model.num_classes=12") == 0
     out = capsys.readouterr().out
     assert "note: model.num_classes=12, but the data have images of 10 classes: the embeddings of the other 2" in out
-    assert "note: train.ema_decay=0.9999 is long for 4 steps" in out and "Set train.ema_decay=0.31 (1 % left)" in out
+    assert (
+        "note: train.ema_decay=0.9999 is too large for 4 steps" in out and "Set train.ema_decay=0.31 (1 % left)" in out
+    )
     assert train(tmp_path / "run", latents, "--check", "--config.train.ema_decay=0.31") == 0
     assert "note:" not in capsys.readouterr().out
 
 
-def test_weights_to_start_from_are_of_this_network_and_of_which_latents(latents, tmp_path, capsys):
+def test_initial_weights_must_fit_the_network_and_notes_name_other_latents(latents, tmp_path, capsys):
     store = make_store(tmp_path / "store", weights={"texture_vae": "1" * 64})
     network = network_from_config(load_config(TINY.removeprefix("--config=")))
     other = {"weights": {"texture_vae": "2" * 64}}
-    told = dict(latents=other, latent_statistics=LatentStore(latents).statistics.to_dict(), class_names=["a", "b"])
-    same = {**told, "latents": {"weights": {}}, "class_names": [f"class {i}" for i in range(10)]}
+    metadata = dict(latents=other, latent_statistics=LatentStore(latents).statistics.to_dict(), class_names=["a", "b"])
+    same = {**metadata, "latents": {"weights": {}}, "class_names": [f"class {i}" for i in range(10)]}
     vae, _ = save_drawn(tmp_path / "vae", "semantic_vae", SEMANTIC)
-    init, _ = save_drawn(tmp_path / "init", network.name, network.config_dict(), **told)
+    init, _ = save_drawn(tmp_path / "init", network.name, network.config_dict(), **metadata)
     plain, _ = save_drawn(tmp_path / "plain", network.name, network.config_dict(), **same)
     assert train(tmp_path / "run", store, "--check", f"--init={vae}") == 2
     assert f"--init={vae} holds 'semantic_vae', expected 'lightning_dit'" in capsys.readouterr().err
     assert train(tmp_path / "run", store, "--check", f"--init={init}") == 0
     out = capsys.readouterr().out
     assert "latents of another texture_vae 222222222222, not 111111111111" in out and "other class names" in out
-    assert "ema_decay" not in out  # an average that begins with trained weights
+    assert "ema_decay" not in out  # the average starts from trained weights
     assert train(tmp_path / "run", store, "--check", f"--init={plain}") == 0
     assert "note:" not in capsys.readouterr().out
 
@@ -177,7 +179,7 @@ SEMANTIC = dict(arch="linear", input_dim=24, bottleneck_dim=4)
 VISUAL = dict(width=24, depth=1, num_heads=2, image_size=28, patch_size=7, num_registers=0)
 
 
-def test_targets_are_made_by_what_made_the_latents(tmp_path, capsys):
+def test_targets_need_the_networks_that_made_the_latents(tmp_path, capsys):
     semantic, made_semantic = save_drawn(tmp_path / "semantic", "semantic_vae", SEMANTIC)
     visual, made_visual = save_drawn(tmp_path / "visual", "dinov2", VISUAL)
     narrow, made_narrow = save_drawn(tmp_path / "narrow", "semantic_vae", SEMANTIC | {"input_dim": 20})
@@ -215,15 +217,15 @@ def test_targets_are_made_by_what_made_the_latents(tmp_path, capsys):
     assert "images of 32 px, but data.images.image_size=64" in answer(
         own, *online, "--config.data.images.image_size=64"
     )
-    assert "images of 30 px do not divide by 4, the latents a side (model.input_size): 28 or 32" in answer(
+    assert "images of 30 px do not divide by 4, the latents a side (model.input_size): use 28 or 32" in answer(
         unknown, *online, "--config.data.images.image_size=30"
     )
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "more.png")
-    assert "made from 20 images, but there are 21: data.images names other ones" in answer(own, *online)
+    assert "made from 20 images, but there are 21: set data.images to" in answer(own, *online)
 
 
 def test_all_faults_are_named_at_once_with_the_flags_that_fix_them(tmp_path, capsys):
-    """What a new user meets whose latents were extracted without `--repa`, with other channels, not mirrored."""
+    """Latents extracted without `--repa` and flips and with other channels, as a new user may have them."""
     folder = tmp_path / "plain"
     fields = latent_fields((4, 4, 6), (4, 4, 3), dtype="float32", flips=False)
     writer = LatentStoreWriter(folder, Plan(8, 8, fields, {}, {}, [str(i) for i in range(10)]))
@@ -244,8 +246,8 @@ def test_all_faults_are_named_at_once_with_the_flags_that_fix_them(tmp_path, cap
     ]
     for check in ([], ["--check"]):
         assert train(tmp_path / "run", folder, *wrong, *check) == 2
-        told = capsys.readouterr().err
-        assert told.startswith("sfd train: 9 faults:\n")
+        error = capsys.readouterr().err
+        assert error.startswith("sfd train: 9 faults:\n")
         for words in (
             "optimizer.learning_rate=nan: give",
             "unknown loss.time 'none'",
@@ -258,7 +260,7 @@ def test_all_faults_are_named_at_once_with_the_flags_that_fix_them(tmp_path, cap
             "--config.model.repa_features=0 --config.loss.repa_weight=0",
             "--config.model.input_size=4",
         ):
-            assert words in told
+            assert words in error
     assert not (tmp_path / "run").exists()
     flags = (
         "--config.latents.texture_channels=6",
@@ -269,7 +271,7 @@ def test_all_faults_are_named_at_once_with_the_flags_that_fix_them(tmp_path, cap
         "--check",
     )
     capsys.readouterr()
-    assert train(tmp_path / "run", folder, *flags) == 0  # the flags do fix it
+    assert train(tmp_path / "run", folder, *flags) == 0  # the flags fix it
     assert "projector untrained" not in capsys.readouterr().out
     assert train(tmp_path / "run", folder, *flags[:3], *flags[4:]) == 0
     assert "note: loss.repa_weight=0 leaves REPA's projector untrained" in capsys.readouterr().out
@@ -291,12 +293,12 @@ def test_all_faults_are_named_at_once_with_the_flags_that_fix_them(tmp_path, cap
         (
             "train_semvae",
             ["--config.loss.mse_weight=0", "--config.loss.cosine_weight=0"],
-            ("nothing would teach the network",),
+            ("nothing trains the reconstruction",),
         ),
         (
             "train_texture_vae",
             ["--config=configs/texture_vae.py:tiny", "--config.loss.l1_weight=0", "--config.loss.mse_weight=0"],
-            ("nothing would teach the network",),
+            ("nothing trains the reconstruction",),
         ),
         (
             "train_texture_vae",
@@ -315,8 +317,8 @@ def test_the_other_training_commands_check_too(module, flags, words, tmp_path, c
 
     main = importlib.import_module(f"sfd_jax.cli.{module}").main
     assert run_command(main, module, [f"--workdir={tmp_path / 'run'}", "--check", *flags]) == 2
-    told = capsys.readouterr().err
-    assert all(word in told for word in words), told
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
     assert not (tmp_path / "run").exists()
 
 
@@ -339,7 +341,7 @@ def test_check_of_a_texture_vae_and_a_semantic_vae(latents, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_label_of_every_record_is_checked_before_training(latents, tmp_path, capsys):
-    """The one label that is too large is the last record's, which the first batch does not hold."""
+    """Only the last record's label is too large, and the first batch does not contain it."""
     store = tmp_path / "latents"
     fields = latent_fields((4, 4, 8), (4, 4, 4), dtype="float32", flips=True, repa_shape=(16, 24))
     writer = LatentStoreWriter(store, Plan(20, 20, fields, {}, {}, None))

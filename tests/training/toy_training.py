@@ -1,4 +1,4 @@
-"""A small task with everything that can go wrong in a loop: noise from the key, metrics, and batches by step."""
+"""A small task with all that a loop handles: noise from the key, metrics, and batches by step."""
 
 import jax
 import jax.numpy as jnp
