@@ -28,7 +28,8 @@ find_python() {
 minors=(13 12 14 11) # the tests run on 3.13 and 3.11
 if [ "${1:-}" = --find-python ]; then
     shift
-    find_python "${@:-${minors[@]}}"
+    [ $# -gt 0 ] || set -- "${minors[@]}"
+    find_python "$@"
     exit
 fi
 python=$(find_python "${minors[@]}")
