@@ -1,11 +1,11 @@
-"""The Semantic VAE of SFD: DINOv2 ViT-B/14 patch features (256 x 768) to 16 channels a token.
+"""The Semantic VAE of SFD: DINOv2 ViT-B/14 patch features (256 x 768) to 16 channels per token.
 
 Paper:    arXiv 2512.04926, section 3; optimisation as released.
 Hardware: released on GPUs.
 Expected: the paper gives no reconstruction score; on the digits a held-out cosine similarity above 0.9.
 Command:  sfd train_semvae --workdir=runs/semvae --config.data.path=latents/train
 
-The argument is "" or "tiny", the same recipe shrunk until a step takes a moment on a laptop.
+The argument is "" or "tiny", the same recipe at tiny sizes for tests and laptops.
 """
 
 import ml_collections
@@ -62,9 +62,9 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
             steps=1_000_000,
             global_batch_size=64,
             accumulation=1,
-            ema_decay=0.0,  # released without an average: the EMA is the parameters
+            ema_decay=0.0,  # released without EMA; 0: the EMA equals the parameters
             log_every=100,
-            checkpoint_every=2_000,  # held-out numbers come with each
+            checkpoint_every=2_000,  # held-out metrics are computed at each
             keep_last=2,
             keep_every=100_000,
             max_bad_steps=20,
@@ -75,10 +75,10 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
         dict(
             path="",  # stored features: `sfd extract --repa`, or released shards
             held_out_path="",
-            # Instead of stored features: a checkpoint of DINOv2 (S, B, L: any width), and images to make them from.
+            # Instead of stored features: a checkpoint of DINOv2 (S, B or L) and images to make them from.
             visual_encoder="",
-            # Pixels a side at which it sees an image: the whole of image_size, scaled down, as `sfd extract` does it.
-            # (The released training cut the middle 224 out of 256, the released extraction scaled.)
+            # Input size of the encoder in pixels: the image of image_size is scaled down, as in `sfd extract`.
+            # (The released training cropped the central 224 of 256, the released extraction scaled.)
             view_size=224,
             images=group(dict(kind="folder", path="", split="train", held_out_split="", image_size=256)),
             workers=8,

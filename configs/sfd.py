@@ -1,8 +1,8 @@
 """Semantic-First Diffusion on ImageNet 256x256: the released recipe.
 
 Paper:    arXiv 2512.04926 (CVPR 2026), final runs: 80 epochs = 400k steps, 800 epochs = 4M steps.
-Hardware: released on GPUs; here a TPU slice from v5e:2x2 up, or GPUs. `sfd plan` says what a slice takes; memory a
-          chip as compiled for ten slices is in README.md.
+Hardware: released on GPUs; here a TPU slice from v5e:2x2 up, or GPUs. `sfd plan` estimates the needs of a slice;
+          docs/pods.md has the memory per chip for several slices.
 Expected: FID-50k, balanced labels, released numbers (not ours), without guidance / with AutoGuidance
           xl    80 epochs 3.43 / 1.30 (weak model b at  70k steps, scale 1.6)
           xl   800 epochs 2.54 / 1.06 (weak model b at  70k steps, scale 1.5)
@@ -13,7 +13,7 @@ Command:  sfd train --config=configs/sfd.py:xl --workdir=runs/xl --config.data.p
 The argument is a size (s, b, l, xl, 1p0b, 1p6b), then, after commas, any of
   lr2e4  the "80 epochs, lr 2e-4" recipe: beta2 0.95, REPA weight 0.5 by the mean of cosine and MSE;
   weak   the AutoGuidance model: stops at 70k steps;
-  tiny   the same recipe shrunk until a step takes a moment on a laptop; tests run it.
+  tiny   the same recipe at tiny sizes, for tests and laptops.
 """
 
 import ml_collections
@@ -54,14 +54,14 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
             repa_depth=2,  # blocks before the projector
             repa_width=2048,
             scan_blocks=ml_collections.config_dict.placeholder(bool),  # None: one loop, but unrolled on a GPU
-            remat="auto",  # none | dots | full: what the backward pass computes again; auto: what fits
+            remat="auto",  # none | dots | full: what the backward pass recomputes; auto: what fits
             compute_dtype="bfloat16",
         )
     )
     config.latents = ml_collections.ConfigDict(dict(texture_channels=32, semantic_channels=16))
 
     # --- Method --------------------------------------------------------------------------------------
-    # fixed_offset | synchronous | sequential, or one's own (docs/extend.md), each with its own settings.
+    # fixed_offset | synchronous | sequential, or custom ones (docs/extend.md), each with its own settings.
     config.clocks = ml_collections.ConfigDict(dict(name="fixed_offset", delta_t=0.3))
     config.loss = ml_collections.ConfigDict(
         dict(
@@ -71,7 +71,7 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
             repa_kind="cos",  # cos | mse | cos_mse
             time="logit_normal",  # logit_normal (released) | uniform (paper)
             label_dropout=0.1,
-            terms={},  # of one's own, name -> settings: docs/extend.md
+            terms={},  # custom terms, name -> settings: docs/extend.md
         )
     )
 
@@ -85,7 +85,7 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
             weight_decay=0.0,
             schedule="constant",
             warmup_steps=0,
-            clip_norm=0.0,  # 0 clips nothing
+            clip_norm=0.0,  # 0: no clipping
         )
     )
     config.train = ml_collections.ConfigDict(
@@ -101,26 +101,26 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
             max_bad_steps=20,  # non-finite steps in a row before the run stops
         )
     )
-    # -1: whatever the other leaves; both -1: see make_mesh.
+    # -1: all devices that the other axis leaves; both -1: see make_mesh.
     config.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=-1))
     config.data = ml_collections.ConfigDict(
         dict(
             path="",  # folder of latent shards, written by `sfd extract`
             workers=8,
             flips=True,
-            repa_source="stored",  # stored | semvae | online: where REPA's targets come from (docs/repa.md)
+            repa_source="stored",  # stored | semvae | online: the source of REPA's targets (docs/repa.md)
             semantic_vae="",  # checkpoint, for semvae
             visual_encoder="",  # checkpoint of DINOv2, for online
-            tile_grid=16,  # latent pixels a side that both see at once: 256 px; 512 px are four such tiles
+            tile_grid=16,  # tile of both encoders, in latent pixels: 256 px; 512 px are four tiles
             # For online: the images that the latents were made from.
             images=dict(kind="folder", path="", split="train", image_size=256),
         )
     )
 
     # --- Sampling ------------------------------------------------------------------------------------
-    # What `sfd sample` does with this model where its flags say nothing else; `sfd sample --help` explains each.
-    # On the digits staged dopri5 has converged at 31 calls, where Euler with 100 nearly has; and on XL Euler-100
-    # scores as well as the released dopri5: README.md, "Fewer network evaluations".
+    # Defaults of `sfd sample` with this model; `sfd sample --help` explains each. On the digits, staged dopri5 has
+    # converged with 31 network evaluations, Euler with 100 nearly; on XL, Euler-100 scores as well as the released
+    # dopri5 (docs/sampling.md).
     config.sample = config_group(SampleJob(batch_size=64, guidance="autoguidance", guidance_scale=1.5))
 
     if "lr2e4" in variants:
@@ -137,7 +137,7 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
 
 
 def _shrink(config: ml_collections.ConfigDict) -> None:
-    """Keep every option of the recipe and shrink every size."""
+    """Shrink all sizes and keep all options of the recipe."""
     with config.unlocked():
         config.model.update(
             dict(width=48, depth=3, num_heads=4, input_size=4, num_classes=10, repa_features=24, repa_width=32)

@@ -1,12 +1,12 @@
 """A texture VAE of the released shape (f16d32), trained by reconstruction and KL alone.
 
 Paper:    SD-VAE f16d32 as in LightningDiT (arXiv 2501.01423); released weights need LPIPS and a discriminator
-          and score rFID 0.26. This recipe is for data of one's own, and its images are softer.
+          and score rFID 0.26. This recipe is for your own data, and its images are softer.
 Hardware: any; the argument "digits" runs on a laptop.
 Expected: digits: held-out PSNR of about 32 dB (the demo trains this recipe and measured 31.7 over all pixels).
 Command:  sfd train_texture_vae --config=configs/texture_vae.py --workdir=runs/vae --config.data.path=IMAGES
 
-The argument is "" or "digits", or "tiny", which is "digits" for four steps.
+The argument is "", "digits" or "tiny" ("digits" for four steps).
 """
 
 import ml_collections
@@ -30,7 +30,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
         )
     )
     config.loss = group(dict(l1_weight=1.0, mse_weight=0.0, kl_weight=1e-6, perceptual_weight=1.0))
-    config.lpips = ""  # checkpoint of LPIPS (`sfd convert`), the perceptual distance; none without
+    config.lpips = ""  # checkpoint of LPIPS (`sfd convert`), the perceptual distance; empty: none
     config.optimizer = group(
         dict(
             learning_rate=1e-4,

@@ -1,5 +1,5 @@
-"""The commands: each parses, calls and prints; what it calls lives in other packages, what it builds in `experiment`.
+"""The commands. Each parses flags, calls other packages (objects are built in `experiment`), and prints.
 
-To add a command: a module here with a docstring that explains it to the user and `main(argv) -> int`, and a
-line in `main.COMMANDS`. Nothing outside of this folder imports it.
+To add a command, write a module here with a docstring that is its help text and `main(argv) -> int`, and add a
+line to `main.COMMANDS`. Nothing outside this folder imports it.
 """

@@ -1,4 +1,4 @@
-"""Where `experiment/build.py` was before; kept for scripts that were written then."""
+"""The former place of `experiment/build.py`, kept for older scripts."""
 
 from sfd_jax.experiment.build import layout_from_config, network_from_config, task_from_config, train_config
 

@@ -1,23 +1,24 @@
-"""Compile the real programs for a TPU slice that is not here, and say whether they fit.
+"""Compile the real programs for a TPU slice ahead of time, without a TPU, and say whether they fit.
 
   sfd compile_pod --config=configs/sfd.py:xl --topology=v5e:4x4
-      the training step: its memory a chip, FLOPs, traffic between chips, and the time to compile
+      the training step: memory per chip, FLOPs, traffic between chips, and compile time
   sfd compile_pod --config=configs/sfd.py:xl --topology=v5e:16x16 --slices=2
       --config.train.global_batch_size=4096
       the same on two slices, with data parallelism between them
   sfd compile_pod --what=sample|decode --config=configs/sfd.py:xl --topology=v5e:2x2
-      the two programs of the sampler, the config's `sample` group: the ODE with all its models, and the texture's
-      decoder; either with the weights of all of them on the chip
+      the two programs of the sampler with the config's `sample` group: the ODE with all its models, and the texture
+      decoder; both with the weights of all networks on the chip
   sfd compile_pod --what=extract|inception --topology=v5e:2x2
       DINOv2-B, Semantic VAE and texture VAE as `sfd extract` runs them; Inception's features
 
-Nothing is allocated and no TPU is needed; libtpu is (`bash scripts/setup.sh pod`). A topology is a chip (v4, v5e,
-v5p, v6e), a colon and the slice's shape. Compiling takes a minute or two on two cores. Exit status 0 where the
-program fits into the chip's memory, 1 where it does not, 2 where something is wrong with what was asked.
+No array is allocated and no TPU is needed, but libtpu is (`bash scripts/setup.sh pod`). A topology is a chip (v4,
+v5e, v5p, v6e), a colon and the shape of the slice. Compiling takes a minute or two on two cores. Exit status: 0 if
+the program fits into the chip's memory, 1 if it does not, 2 for wrong flags.
 
-Memory is what XLA has laid out for one chip. FLOPs are counted in the traced program and split evenly, traffic in
-the compiled one, both as often as they happen (a scan's body once a layer); the traffic is the result's bytes on one
-chip. A loop that ends by its data, as dopri5's does, is counted once: what is said then is of one network evaluation.
+Memory is XLA's allocation on one chip. FLOPs are counted in the traced program and divided by the chips; traffic is
+counted in the compiled program, as bytes of results on one chip. Both count every execution (the body of a scan once
+per layer), but loops that end on a condition on the data, such as dopri5's, only once: their numbers are of one
+network evaluation.
 """
 
 import argparse
@@ -40,7 +41,7 @@ RULES = (
 
 
 def main(argv: list[str]) -> int:
-    """Compile, print the table, and return 0 where the program fits, else 1."""
+    """Compile, print the table, and return 0 if the program fits, else 1."""
     parser = command_parser("compile_pod", __doc__)
     add_topology_flags(parser)
     flag = parser.add_argument
@@ -48,10 +49,10 @@ def main(argv: list[str]) -> int:
     flag(
         "--batch_size",
         type=int,
-        help="images a chip for the other programs than train (default: the config's sample.batch_size, or 64)",
+        help="images per chip, for programs other than train (default: the config's sample.batch_size, or 64)",
     )
     flag("--weak", metavar="CONFIG", help="config of AutoGuidance's weaker model (default: --config in size b)")
-    flag("--fsdp", type=int, default=1, help="for sample and decode: as in `sfd sample` (default: %(default)s)")
+    flag("--fsdp", type=int, default=1, help="for sample and decode: see `sfd sample` (default: %(default)s)")
     args = parse_command(parser, argv, config="configs/sfd.py:xl", rules=RULES)
 
     measurement = measured(args, args.what)
@@ -64,15 +65,15 @@ def main(argv: list[str]) -> int:
 
 
 def add_topology_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that `sfd plan` has too."""
+    """Add the flags that `sfd plan` shares."""
     flag = parser.add_argument
     flag("--topology", required=True, help="chip and shape of a slice: v5e:4x4, v4:2x2x1, v5p:4x4x4, v6e:8x8, ...")
-    flag("--slices", type=int, default=1, help="so many of them (default: %(default)s)")
-    flag("--json", type=local_path, metavar="FILE", help="also write the numbers there")
+    flag("--slices", type=int, default=1, help="number of slices (default: %(default)s)")
+    flag("--json", type=local_path, metavar="FILE", help="also write the numbers to this file")
 
 
 def write_json(path: str | None, values: dict) -> None:
-    """Write the numbers where the user wants them, if anywhere."""
+    """Write the numbers to a file, if one is given."""
     if path:
         try:
             Path(path).write_text(json.dumps(values, indent=2) + "\n")
@@ -81,12 +82,12 @@ def write_json(path: str | None, values: dict) -> None:
 
 
 def measured(args: argparse.Namespace, what: str) -> "Measurement":
-    """Compile a program for the topology of the flags, without looking for a TPU that may be here."""
+    """Compile a program for the topology of the flags, without using a TPU of this machine."""
     import jax
 
-    # Nothing is to run: without this JAX looks for a TPU, and holds one if there is one.
+    # Otherwise JAX would look for a TPU and hold it.
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_compilation_cache", False)  # else a second measurement would time the cache
+    jax.config.update("jax_enable_compilation_cache", False)  # otherwise a second measurement would time the cache
 
     from sfd_jax.experiment.programs import measure_program
     from sfd_jax.pod import Topology

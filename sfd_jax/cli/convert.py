@@ -1,20 +1,20 @@
-"""Released PyTorch checkpoints in, ours out; and back.
+"""Convert released PyTorch checkpoints to ours, and back.
 
   sfd convert --inspect FILE
-      say what a file holds, without converting
+      print what a file holds, without converting
   sfd convert FILE --out=DIR [--statistics=latents_stats.pt --semantic_statistics=latents_sv_stats.pt]
       read weights and write our checkpoint
   sfd convert DIR --export=FILE
-      write our checkpoint as their file: .pt as the original code loads it (needs the extra
-      `torch`), or .safetensors
+      write our checkpoint as a .pt file for the original code (needs the extra `torch`), or as
+      .safetensors
 
 FILE is a PyTorch file (.pt, .pth, .ckpt, .bin), a safetensors file, an index of shards (*.index.json), or a
-folder that holds one of them; its content tells, not its name. Averaged weights are taken where there are
-any, under whatever name; raw ones only where there is no average or --weights=raw asks for them.
+folder that holds one of them, recognised by its content, not its name. Averaged (EMA) weights are taken if
+there are any, under any name; raw ones only if there is no average or with --weights=raw.
 Known networks: LightningDiT, Semantic VAE, texture VAE (latent-diffusion's and MAR's), DINOv2 with
-registers (original and Hugging Face names), the FID Inception network, LPIPS. The architecture is read off
-the shapes; what they do not tell is printed and can be stated with --set, and so are keys that were
-renamed or left out. No code of a file is run: one that asks for it is refused by name. Nothing is overwritten.
+registers (original and Hugging Face names), the FID Inception network, LPIPS. The architecture is derived
+from shapes; assumptions are printed and can be changed with --set; keys that were renamed or left out are
+printed too. No code of a file is run: a file that needs it is refused. Nothing is overwritten.
 """
 
 import json
@@ -32,39 +32,41 @@ RULES = (
 
 
 def main(argv: list[str]) -> int:
-    """Inspect, import or export, as the flags say."""
+    """Inspect, import or export."""
     from sfd_jax.budget import allow
 
     parser = command_parser("convert", __doc__)
     parser.add_argument("path", type=path, help="a released file, or with --export a folder of our checkpoints")
     parser.add_argument("--inspect", action="store_true", help="only print what the file holds")
-    parser.add_argument("--out", type=path, help="folder that gets our checkpoint")
+    parser.add_argument("--out", type=path, help="folder for our checkpoint")
     parser.add_argument("--export", type=local_path, help="file to write: NAME.pt or NAME.safetensors")
     parser.add_argument(
         "--weights",
         metavar="ema|raw|NAME",
-        help="averaged or raw weights, or a set by its name, see --inspect (default: the average, if any)",
+        help="EMA or raw weights, or the name of a set, see --inspect (default: EMA, if any)",
     )
-    parser.add_argument("--allow_nonfinite", action="store_true", help="convert weights that are NaN or infinite too")
+    parser.add_argument("--allow_nonfinite", action="store_true", help="also convert weights that are NaN or infinite")
     parser.add_argument("--statistics", type=local_path, help="latents_stats.pt, mean and std of texture latents")
     parser.add_argument("--semantic_statistics", type=local_path, help="latents_sv_stats.pt, of semantic latents")
-    parser.add_argument("--semantic_channels", type=int, help="semantic channels, where nothing else tells")
+    parser.add_argument(
+        "--semantic_channels", type=int, help="number of semantic channels, if nothing else determines it"
+    )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="state a field of the network's config that shapes do not tell, e.g. num_heads=16",
+        help="set a field of the network's config that shapes do not determine, e.g. num_heads=16",
     )
     parser.add_argument("--step", type=int, help="with --export: which checkpoint (default: newest)")
     parser.add_argument("--format", help="with --export: another format of the same network, e.g. dinov2_hf")
     parser.add_argument(
-        "--max_gib", type=float, help="memory that reading may take, where a file asks for more than its size explains"
+        "--max_gib", type=float, help="memory that reading may take, for files that expand to much more than their size"
     )
     args = parse_command(parser, argv, rules=RULES)
     allow(args.max_gib)
     if [bool(args.inspect), bool(args.out), bool(args.export)].count(True) != 1:
-        raise SfdError("say what to do with it: --inspect, --out=DIR or --export=FILE")
+        raise SfdError("give one of --inspect, --out=DIR and --export=FILE")
     if args.inspect:
         return _inspect(args)
     return _import(args) if args.out else _export(args)
@@ -80,15 +82,15 @@ def _inspect(args) -> int:
     print(f"{path}: {kind.what}")
     print("\n".join(describe(tree)))
     for found in find_sets(tree):
-        role = {"ema": "averaged", "raw": "raw"}.get(found.which, "its name does not tell whether averaged")
+        role = {"ema": "averaged", "raw": "raw"}.get(found.which, "averaged or raw is unknown")
         print(f"weights '{found.name}': {role}, {len(found.arrays)} arrays")
     try:
         file = choose_state(tree, args.path, args.weights)
         found = read_architecture(file, args.path, _stated(args))
     except SfdError as error:
-        print(f"not convertible as it is: {error}")
+        print(f"cannot be converted as it is: {error}")
         return 0
-    print(f"taken '{file.name}': format {found.format}, {file.which} weights: {found.network.described()}")
+    print(f"would convert '{file.name}': format {found.format}, {file.which} weights: {found.network.described()}")
     _print_notes(found.notes)
     return 0
 
@@ -111,7 +113,7 @@ def _export(args) -> int:
     from sfd_jax.training.checkpoint import load_params
 
     if args.weights not in (None, "ema", "raw"):
-        raise SfdError(f"--weights={args.weights}: a checkpoint of ours holds 'ema' and 'raw'")
+        raise SfdError(f"--weights={args.weights}: our checkpoints hold 'ema' and 'raw'")
     params, metadata = load_params(args.path, args.step, args.weights or "ema")
     state, tree = export_checkpoint(params, metadata, args.format, allow_nonfinite=args.allow_nonfinite)
     write_file(args.export, state, tree)
@@ -126,7 +128,7 @@ def _stated(args):
     for assignment in args.set:
         field, equals, value = assignment.partition("=")
         if not equals:
-            raise SfdError(f"write --set {assignment}=VALUE")
+            raise SfdError(f"--set {assignment}: write --set {assignment}=VALUE")
         try:
             given[field] = json.loads(value.lower() if value in ("True", "False") else value)
         except json.JSONDecodeError:

@@ -5,15 +5,15 @@
   sfd evaluate --reference=photos/ --image_size=256 --inception=DIR --save_statistics=photos.npz
   sfd evaluate --reconstruction --texture_vae=DIR --reference=photos/ --image_size=256 --inception=DIR --lpips=DIR
 
---samples is an npz with arr_0, a folder of PNGs, or the folder of `sfd sample`; --live measures straight
-from the sampler, with no image on disk. --reference is an ADM reference batch (whose mu, sigma, mu_s,
-sigma_s are used when present), a folder of images, or a statistics file that --save_statistics wrote.
-Statistics remember the extractor that made them, and are refused with another. --inception is the converted
-pt_inception-2015-12-05; --dinov2 adds the Frechet distance in DINOv2 features.
+--samples is an npz with arr_0, a folder of PNGs, or the folder of `sfd sample`; --live evaluates the sampler
+directly, without images on disk. --reference is an ADM reference batch (whose mu, sigma, mu_s, sigma_s are
+used if present), a folder of images, or a statistics file written by --save_statistics. Statistics store the
+extractor that made them, and are refused with another. --inception is the converted pt_inception-2015-12-05;
+--dinov2 adds the Frechet distance in DINOv2 features.
 
-The scores are printed and written to --out as JSON, together with what decides them: hashes of checkpoints,
-statistics, extractor and reference, sampler, network evaluations, labels, dtype, seed and N. A file that is there
-already is not overwritten. Lines that begin with "note:" say what was assumed.
+The scores are printed and written to --out as JSON, together with what determines them: hashes of checkpoints,
+statistics, extractor and reference, sampler, network evaluations, labels, dtype, seed and N. Existing files are
+not overwritten. Lines that begin with "note:" state assumptions.
 """
 
 import argparse
@@ -40,7 +40,7 @@ RULES = (
 
 
 def main(argv: list[str]) -> int:
-    """Measure, print, and write JSON."""
+    """Evaluate, print, and write JSON."""
     args = _parse(argv)
 
     from sfd_jax import distributed
@@ -65,41 +65,43 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    """Read the flags and refuse, before any work, what could only fail after it."""
+    """Parse the flags, and refuse early what would fail later."""
     parser = command_parser("evaluate", __doc__)
     flag = parser.add_argument
-    flag("--samples", type=local_path, metavar="PATH", help="images to be judged")
-    flag("--live", action="store_true", help="judge images straight from the sampler, whose flags are below")
+    flag("--samples", type=local_path, metavar="PATH", help="images to evaluate")
+    flag("--live", action="store_true", help="evaluate the sampler directly; its flags are below")
     flag(
-        "--reconstruction", action="store_true", help="judge --texture_vae by how it gives the reference's images back"
+        "--reconstruction",
+        action="store_true",
+        help="evaluate --texture_vae by its reconstructions of the reference's images",
     )
     flag("--reference", type=local_path, required=True, metavar="PATH", help="what to compare with")
     flag(
         "--image_size",
         type=int,
         default=None,
-        help="crop a reference folder's images to this size, as the ADM suite does (default: take them as they are)",
+        help="crop a reference folder's images to this size, as the ADM suite does (default: no change)",
     )
-    flag("--inception", type=path, metavar="DIR", help="checkpoint of the 2015 Inception, as `sfd convert` writes it")
+    flag("--inception", type=path, metavar="DIR", help="checkpoint of the 2015 Inception, made by `sfd convert`")
     flag(
         "--dinov2",
         type=path,
         metavar="DIR",
-        help="DINOv2 checkpoint: adds fd_dinov2, the Frechet distance in its class tokens; of another encoder than "
-        "the released ViT-L/14 it is called fd_ and that encoder's name",
+        help="DINOv2 checkpoint: adds fd_dinov2, the Frechet distance in its class tokens; for encoders other than "
+        "the released ViT-L/14 the score is named fd_ENCODER",
     )
     flag("--lpips", type=path, metavar="DIR", help="checkpoint of LPIPS; without it --reconstruction leaves lpips out")
     flag(
         "--metrics",
         default="fid,sfid,is,precision,recall",
-        help="comma-separated, out of fid, sfid, is, precision, recall, kid (default: %(default)s)",
+        help="comma-separated list of fid, sfid, is, precision, recall, kid (default: %(default)s)",
     )
     flag("--out", type=local_path, metavar="FILE", help="JSON file for scores and recipe")
     flag(
         "--save_statistics",
         type=local_path,
         metavar="FILE",
-        help="write the reference's statistics and features, to be used as --reference later",
+        help="write the reference's statistics and features, for use as --reference",
     )
     flag(
         "--eval_batch_size",
@@ -113,13 +115,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if sum(map(bool, (args.samples, args.live, args.reconstruction))) > 1:
         found.append("give one of --samples, --live and --reconstruction")
     if not (args.samples or args.live or args.reconstruction or args.save_statistics):
-        found.append("nothing to judge: give --samples=PATH, --live, --reconstruction or --save_statistics=FILE")
+        found.append("nothing to evaluate: give --samples=PATH, --live, --reconstruction or --save_statistics=FILE")
     if not args.inception and (args.reconstruction or args.save_statistics or not args.dinov2):
         found.append("scores need features: give --inception=DIR (`sfd fetch inception` says where to get it)")
     if args.reconstruction and not args.texture_vae:
         found.append("--reconstruction needs --texture_vae=DIR")
     if args.image_size is not None and Path(args.reference).is_file():
-        found.append(f"--image_size={args.image_size} has no effect: {args.reference} is no folder of images")
+        found.append(f"--image_size={args.image_size} has no effect: {args.reference} is not a folder of images")
     args.metrics = tuple(dict.fromkeys(filter(None, map(str.strip, args.metrics.split(",")))))
     with found:
         if args.live:
@@ -136,7 +138,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _report(args: argparse.Namespace) -> dict:
-    """Open what the flags name and judge it."""
+    """Open what the flags name and evaluate it."""
     from sfd_jax.evaluation import Comparison, open_image_set, open_reference
     from sfd_jax.experiment import evaluation
     from sfd_jax.experiment.checkpoints import open_checkpoint
@@ -161,15 +163,15 @@ def _report(args: argparse.Namespace) -> dict:
         own = reference.for_extractor(extractors["dinov2"])
         comparisons.append(Comparison(own, extractors["dinov2"], ("fid",)))
     if args.live:
-        samples, tell = evaluation.image_set_of_sampler(*open_sampler(args))
+        samples, get_recipe = evaluation.image_set_of_sampler(*open_sampler(args))
     elif args.samples:
         samples = open_image_set(args.samples)
         if args.num is not None and samples.count != args.num:
             raise SfdError(f"{args.samples} holds {samples.count} images, but --num={args.num}")
-        told = {"samples": {"path": args.samples, "hash": samples.hash()}, "sampling": samples.recipe}
-        tell = lambda: told
+        recipe = {"samples": {"path": args.samples, "hash": samples.hash()}, "sampling": samples.recipe}
+        get_recipe = lambda: recipe
     if args.save_statistics:
         report = evaluation.report_statistics(reference, extractors["inception"], args.save_statistics, devices)
         if not (args.live or args.samples):
             return report
-    return evaluation.report_samples(samples, tell, comparisons, devices)
+    return evaluation.report_samples(samples, get_recipe, comparisons, devices)

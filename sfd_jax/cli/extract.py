@@ -1,26 +1,26 @@
-"""Images to latent shards with statistics; or released shards to ours.
+"""Encode images to latent shards with statistics, or convert released shards to ours.
 
   sfd extract --images=folder --path=IMAGENET --split=train --out=DIR
       --texture_vae=CKPT --visual=CKPT --semantic_vae=CKPT
-      encode every image: texture latents, semantic latents, and both of the mirrored image
+      encode every image and its mirror image: texture and semantic latents
   sfd extract ... --pca=8
-      semantic latents from principal components instead of a Semantic VAE; fitted first
+      semantic latents from principal components, fitted first, instead of a Semantic VAE
   sfd extract --repack=FOLDER --out=DIR
-      turn latents_rankRR_shardNNN.safetensors into our shards, without encoding anything
+      convert latents_rankRR_shardNNN.safetensors to our shards, without encoding
   sfd extract ... --check
-      look for faults before a long job, in seconds, and write nothing
+      look for faults in seconds before a long job; write nothing
 
-A folder or tar holds class folders (or class tars), below the name of the split or as they are. Labels number the
-sorted names; folders that are all numbers are labels by number. Hidden entries are left out; what else is no class is
-refused. An image of more than 89,478,485 pixels is a broken one; sfd_jax/data/decoding.py tells what becomes of
-transparency, animations and grey of more than 8 bits.
+A folder or tar holds class folders (or class tars), directly or in a folder named like the split. Labels number the
+sorted names; if all names are numbers, they are the labels. Hidden entries are skipped; anything else that is not a
+class is refused. Images of more than 89,478,485 pixels count as broken; sfd_jax/data/decoding.py describes the
+handling of transparency, animations and grey of more than 8 bits.
 
-CKPT are folders that `sfd convert` or one of the training commands made. Without --visual only texture
-latents are made. 512 px images are shown to the visual encoder in quarters of 256 px.
+CKPT is a folder made by `sfd convert` or a training command. Without --visual only texture latents are made.
+The visual encoder gets 512 px images as quarters of 256 px.
 
-The shards, their manifest and the statistics appear in DIR. Killed and started again with the same
-flags, the job goes on behind the last finished shard. On several hosts, start the same command on
-all of them: they share the shards; DIR must be one folder for all.
+Shards, their manifest and the statistics are written to DIR. After a kill, the same command continues after the
+last finished shard. On several hosts, start the same command on all of them: they divide the shards; DIR must be
+one shared folder.
 """
 
 import argparse
@@ -43,18 +43,18 @@ from sfd_jax.experiment.extraction import extract_latents, job_share, open_encod
 from sfd_jax.ranges import Only
 from sfd_jax.settings import flags_from, from_args
 
-# With --repack of the settings these alone have an effect.
+# The only settings with an effect on --repack.
 REPACKED = ("repa", "dtype", "shard_size", "workers")
 
 
 def main(argv: list[str]) -> int:
-    """Open the command: extract, repack or check, as the flags say."""
+    """Extract, repack or check."""
     args = _parse(argv)
     config = from_args(ExtractConfig, args)
     if args.repack:
         return _repack(args, config)
     if not (args.images and args.texture_vae):
-        raise SfdError("say what to encode and with what: --images and --texture_vae (or --repack)")
+        raise SfdError("give --images and --texture_vae (or --repack)")
     return _extract(args, config)
 
 
@@ -69,13 +69,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     flag("--visual", type=path, metavar="CKPT", help="checkpoint of the visual encoder")
     flag("--semantic_vae", type=path, metavar="CKPT", help="checkpoint of the Semantic VAE")
     flags_from(ExtractConfig, parser)
-    flag("--expect_count", type=int, help="with --check: images there must be (ImageNet's are known)")
+    flag("--expect_count", type=int, help="with --check: the expected number of images (known for ImageNet)")
     flag("--repack", type=local_path, metavar="FOLDER", help="folder of released shards, instead of images")
     flag(
         "--statistics",
         choices=("released", "measured"),
         default="released",
-        help="with --repack: take *_stats.pt, which go with the released weights, or measure",
+        help="with --repack: take *_stats.pt, which belong to the released weights, or measure",
     )
     flag("--check", action="store_true", help="only look for faults")
     settings = [field.name for field in dataclasses.fields(ExtractConfig) if field.name not in REPACKED]
@@ -129,7 +129,7 @@ def _repack(args: argparse.Namespace, config: ExtractConfig) -> int:
 
 
 def _checked(found: Faults, out: str, plan: Plan) -> int:
-    """Print what a plan will take, and raise SfdError with all faults where there are any."""
+    """Print the size of a plan, and raise SfdError with all faults if there are any."""
     image = bytes_per_image(plan)
     print(f"{plan.total:,} images, {image:,} bytes each: {plan.total * image / 1e9:.2f} GB in all")
     found += check_writable(out, image * plan.total)
@@ -143,7 +143,7 @@ def _summary(store: LatentStore) -> str:
     size = sum(shard["bytes"] for shard in store.shards)
     lines = [
         f"{len(store):,} images in {len(store.shards)} shards, {size / 1e9:.3f} GB, "
-        f"{size / max(1, len(store)):,.0f} bytes an image: {store.directory}"
+        f"{size / max(1, len(store)):,.0f} bytes per image: {store.directory}"
     ]
     if other := _unlike(manifest):
         lines.append(f"note: {other}")
@@ -152,7 +152,7 @@ def _summary(store: LatentStore) -> str:
 
 
 def _unlike(manifest: dict) -> str:
-    """Return a sentence where released statistics do not describe the latents they came with, else ""."""
+    """Return a note if released statistics do not fit the latents they came with, else ""."""
     for group in ("texture", "semantic"):
         mean, std, true_mean, true_std = (
             np.array(manifest[kind][f"{group}_{name}"])

@@ -1,12 +1,12 @@
-"""Download released weights, check them, convert them.
+"""Download released weights, check and convert them.
 
   sfd fetch NAME [--file=PART_OF_A_NAME] [--no_convert]
   sfd fetch --list
 
-Downloads by huggingface_hub into the cache (SFD_CACHE, by default ~/.cache/sfd_jax), goes on where an
-earlier attempt stopped, checks size and SHA-256 where they are known, converts, and prints where the
-result is. What is in the cache already is used as it is. Without a connection it says which file to
-put where by hand. HF_TOKEN is sent to the hub; HF_ENDPOINT and SFD_MIRROR name other servers.
+Downloads with huggingface_hub into the cache (SFD_CACHE, by default ~/.cache/sfd_jax), resumes interrupted
+downloads, checks size and SHA-256 if they are known, converts, and prints the path of the result. Files in
+the cache are reused. Without a connection it prints which file to put where by hand. HF_TOKEN is sent to
+the hub; HF_ENDPOINT and SFD_MIRROR name other servers.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
     parser = command_parser("fetch", __doc__)
     parser.add_argument("name", nargs="?", help="what to fetch; see --list")
     parser.add_argument("--list", action="store_true", help="print what can be fetched")
-    parser.add_argument("--file", help="which file, where there are several, e.g. 0400000.pt")
+    parser.add_argument("--file", help="which file, if there are several, e.g. 0400000.pt")
     parser.add_argument("--no_convert", action="store_true", help="only download")
     rules = (Only("file no_convert", "name"), Only("name file no_convert", "list", never=True))
     args = parse_command(parser, argv, rules=rules)

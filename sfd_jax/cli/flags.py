@@ -1,13 +1,13 @@
-"""Flags of the commands: argparse for a command's own, ml_collections config_flags for `--config`.
+"""Flags of the commands: argparse for their own flags, ml_collections config_flags for `--config`.
 
-A command writes
+Use:
 
     parser = command_parser("train", __doc__)
     parser.add_argument("--workdir", required=True, help="...")
     args = parse_command(parser, argv, config="configs/sfd.py:xl")
     args.config            # a locked ConfigDict with every --config.x.y=value applied
 
-An unknown flag, an unknown config key or a value of the wrong type stops with the nearest valid name.
+Errors for unknown flags and config keys name the nearest valid one.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from sfd_jax.files import user_path
 
 
 def path(text: str, *, local: bool = False) -> str:
-    """Read a flag that is a path, local or gs://; for `type=`."""
+    """Parse a path, local or gs://; for `type=`."""
     try:
         return user_path(text, local=local)
     except SfdError as error:
@@ -39,7 +39,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def command_parser(command: str, doc: str) -> argparse.ArgumentParser:
-    """Return the argument parser of a command, its help text taken from the command's docstring."""
+    """Return the argument parser of a command, with the command's docstring as help text."""
     return _Parser(
         prog=f"sfd {command}",
         description=doc,
@@ -60,18 +60,18 @@ def parse_command(
     Args:
       parser: from `command_parser`, with the command's own flags added.
       argv: arguments after the command's name.
-      config: default of `--config` ("path.py" or "path.py:argument"), relative to the repository;
-        None where the command takes no config. A config of the same kind is demanded.
+      config: default of `--config` ("path.py" or "path.py:argument"), relative to the repository,
+        which also determines the kind of config; None if the command takes no config.
       rules: which flags have an effect only with which others.
-      pending: gets the faults of values that could be read, so that the command can add its own and stop on all.
+      pending: receives the faults instead of raising them, so that the command can add its own.
 
     Returns:
       The namespace; `config` is the ConfigDict with all overrides applied, `config_name` the string it came from,
-      and `given` the names of the flags that the user gave.
+      and `given` the names of the given flags.
 
     Raises:
       SfdError: an unknown flag or config key, a value of the wrong type or outside its range (`sfd_jax.ranges`), a
-        flag or override without effect, or no such config file. All of them are named.
+        flag or override without effect, or a missing config file. All faults are named.
     """
     if config is not None:
         parser.add_argument(
@@ -81,7 +81,7 @@ def parse_command(
             "--config.path.to.key=value overrides one of its values",
         )
     actions = {action.dest: action for action in parser._actions if action.default is not argparse.SUPPRESS}
-    blank = argparse.Namespace(**dict.fromkeys(actions))  # argparse fills in no default where there is a value
+    blank = argparse.Namespace(**dict.fromkeys(actions))  # argparse sets defaults only for missing values
     known, rest = parser.parse_known_args(_without_none(parser, argv), blank)
     overrides = [flag for flag in rest if config is not None and re.match(r"--?config\.", flag)]
     unknown = [flag for flag in rest if flag not in overrides]
@@ -108,16 +108,16 @@ def parse_command(
 def parse_training(
     command: str, doc: str, argv: list[str], config: str, flags: Mapping[str, dict] = types.MappingProxyType({})
 ) -> tuple[argparse.Namespace, Faults]:
-    """Parse the arguments of a training command, and keep the faults of values for all of them to be told at once.
+    """Parse the arguments of a training command, and collect faults, to report all of them at once.
 
     Args:
-      command, doc: its name and its docstring.
+      command, doc: its name and docstring.
       argv: arguments after its name.
       config: default of `--config`.
-      flags: further flags than --workdir and --check -> their arguments of `add_argument`.
+      flags: flags besides --workdir and --check -> their arguments of `add_argument`.
 
     Returns:
-      (namespace as of `parse_command`, faults so far).
+      (namespace of `parse_command`, faults so far).
     """
     parser = command_parser(command, doc)
     parser.add_argument("--workdir", type=path, required=True, help="folder of the run")
@@ -129,7 +129,7 @@ def parse_training(
 
 
 def _without_none(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
-    """Spell the arguments as the parser does, and leave out each `--flag=None` whose default is None."""
+    """Normalise the spelling of arguments, and remove each `--flag=None` whose default is None."""
     kept, argv = [], [_respelled(parser, argument) for argument in argv]
     while argv:
         name, _, value = argv[0].partition("=")
@@ -144,7 +144,7 @@ def _without_none(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]
 
 
 def _respelled(parser: argparse.ArgumentParser, argument: str) -> str:
-    """Take dashes for underscores in a flag's name, and the reverse; values are left alone."""
+    """Accept dashes for underscores in the name of a flag, and the reverse; values do not change."""
     name, equals, value = argument.partition("=")
     known = parser._option_string_actions
     for spelling in (name, "--" + name[2:].replace("-", "_"), re.sub("^--no_", "--no-", name)):

@@ -1,4 +1,4 @@
-"""`sfd <command> ...`: find the command, run it, and turn errors meant for the user into a sentence and a status."""
+"""`sfd <command> ...`: run a command, and turn errors into a message and an exit status."""
 
 import _thread
 import contextlib
@@ -16,7 +16,7 @@ from sfd_jax.errors import SfdError, TryAgain, nearest
 from sfd_jax.files import disk_fault
 from sfd_jax.registry import take_plugins
 
-# One line a command, in the order in which a project uses them.
+# One line per command, in the order of use in a project.
 COMMANDS = {
     "demo": "from real handwritten digits to new ones, on a laptop, with nothing downloaded",
     "extract": "images to latent shards with statistics",
@@ -28,22 +28,21 @@ COMMANDS = {
     "convert": "released PyTorch checkpoints in, ours out",
     "fetch": "download released weights, check them, convert them",
     "verify": "compare this machine's arithmetic with a parity pack",
-    "compile_pod": "compile the real programs for a TPU slice that is not here: do they fit?",
+    "compile_pod": "compile the real programs for a TPU slice ahead of time, without a TPU: do they fit?",
     "plan": "memory, time and storage of a training run on a TPU slice",
 }
 
-# What to do where a device's memory does not suffice; other commands are told nothing.
-# What is said of training can be done on a begun run: see `FREE_KEYS` of training/record.py.
+# Advice when a device is out of memory. That for training keeps the run: see `FREE_KEYS` of training/record.py.
 _training = (
-    "nothing saved is lost; go on with {}--config.train.accumulation=2 (or 4, 8, ...), or on more devices, with "
-    "--config.mesh.data=1 --config.mesh.fsdp=-1 to split the weights (a smaller train.global_batch_size makes another "
-    "run, in a new folder)"
+    "nothing saved is lost; continue with {}--config.train.accumulation=2 (or 4, 8, ...), or on more devices with "
+    "--config.mesh.data=1 --config.mesh.fsdp=-1 to shard the weights (a smaller train.global_batch_size needs a new "
+    "run in a new folder)"
 )
 SMALLER = {
     "train": _training.format("--config.model.remat=full, "),
     "train_semvae": _training.format(""),
     "train_texture_vae": _training.format(""),
-    "sample": "try a smaller --batch_size, or --fsdp to split the weights; images already made are kept",
+    "sample": "try a smaller --batch_size, or --fsdp to shard the weights; images already made are kept",
     "evaluate": "try a smaller --eval_batch_size, with --live also --batch_size",
     "extract": "try a smaller --batch_size; shards already written are kept",
 }
@@ -69,14 +68,14 @@ def main(argv: list[str]) -> int:
     if command not in COMMANDS:
         print(f"sfd: unknown command '{command}'; {nearest(command, COMMANDS)}", file=sys.stderr)
         return 2
-    # Imported within: Ctrl-C may come at any moment.
+    # Imported inside, so that Ctrl-C during the import is handled too.
     return run_command(
         lambda arguments: importlib.import_module(f"sfd_jax.cli.{command}").main(arguments), command, arguments
     )
 
 
 class Terminated(KeyboardInterrupt):
-    """Report SIGTERM, past all that handles mere errors."""
+    """Raised on SIGTERM; a KeyboardInterrupt, so that handlers of Exception do not catch it."""
 
     status = TryAgain.status
 
@@ -84,47 +83,46 @@ class Terminated(KeyboardInterrupt):
 def run_command(command_main: Callable[[list[str]], object], name: str, arguments: list[str]) -> int:
     """Run one command and return its exit status.
 
-    An SfdError becomes one message on stderr and its own status (2: fix it, 75: start again), a full disk one that
-    names the file, a device without enough memory one that says what to make smaller, Ctrl-C 130, SIGTERM 75, a
-    standard output that nobody reads any more 0; any other broken pipe is a fault. A process of several that ends with
-    a fault does not return (see distributed/hosts.py).
+    These become a message on stderr and a status: an SfdError (2: fix it, 75: start again), a full disk (with the
+    file), a device out of memory (with advice), Ctrl-C (130) and SIGTERM (75). A closed standard output gives status
+    0. Other exceptions are raised; a process of a job of several does not return then (see distributed/hosts.py).
     """
     keep_compilations()
     libtpu.hush()
-    with _signals_are_heard():
+    with _signals_raise():
         return _leave_hosts(_status(command_main, name, arguments))
 
 
 def _status(command_main, name: str, arguments: list[str]) -> int:
-    tell = lambda message: print(f"sfd {name}: {message}", file=sys.stderr, flush=True)
+    report = lambda message: print(f"sfd {name}: {message}", file=sys.stderr, flush=True)
     try:
         status = command_main(take_plugins(arguments)) or 0
         sys.stdout.flush()
         return _leave_hosts(status)
     except SfdError as error:
-        tell(error)
+        report(error)
         return error.status
     except KeyboardInterrupt as error:
-        told = isinstance(error, Terminated)
+        preempted = isinstance(error, Terminated)
         with contextlib.suppress(ValueError):  # not the main thread
-            # A second one would only disturb the end.
-            signal.signal(signal.SIGTERM if told else signal.SIGINT, signal.SIG_IGN)
-        tell(f"{'told to leave by SIGTERM' if told else 'interrupted'}; run the same command again to go on")
-        return Terminated.status if told else 130
-    except SystemExit:  # `--help`, or a SIGTERM that all hosts have heeded
+            # A second signal would only disturb the exit.
+            signal.signal(signal.SIGTERM if preempted else signal.SIGINT, signal.SIG_IGN)
+        report(f"{'preempted by SIGTERM' if preempted else 'interrupted'}; run the same command again to continue")
+        return Terminated.status if preempted else 130
+    except SystemExit:  # `--help`, or a SIGTERM on which all hosts have stopped
         _leave_hosts(0)
         raise
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
-            _drop_output()  # `sfd ... | head` has seen enough
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            _drop_output()  # as in `sfd ... | head`
             return 0
         message = disk_fault(error)
-        # By its name: a command may have failed before JAX was imported.
+        # By name, since JAX may not have been imported.
         if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(error):
-            hint = SMALLER.get(name, "take a smaller model or batch")
-            message = f"a device's memory does not suffice: {hint}\n  {str(error).strip().splitlines()[0]}"
+            hint = SMALLER.get(name, "use a smaller model or batch")
+            message = f"a device is out of memory: {hint}\n  {str(error).strip().splitlines()[0]}"
         if message:
-            tell(message)
+            report(message)
             _drop_output()
             return SfdError.status
         _leave_hosts(1, error)
@@ -132,15 +130,15 @@ def _status(command_main, name: str, arguments: list[str]) -> int:
 
 
 def _leave_hosts(status: int, error: Exception | None = None) -> int:
-    """Leave the job of several hosts that a command may have joined; returns the status."""
+    """Leave the job of several hosts, if a command has joined one; return the status."""
     if hosts := sys.modules.get("sfd_jax.distributed.hosts"):
         hosts.end(status) if error is None else hosts.broke(error)
     return status
 
 
 @contextlib.contextmanager
-def _signals_are_heard() -> Iterator[None]:
-    """Let SIGTERM raise, as Ctrl-C does; send one again that came where no exception leaves (a finalizer)."""
+def _signals_raise() -> Iterator[None]:
+    """Let SIGTERM raise, as Ctrl-C does; repeat a signal whose exception was swallowed (in a finalizer)."""
     hook = sys.unraisablehook
 
     def again(report) -> None:
@@ -165,7 +163,7 @@ def _signals_are_heard() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-def _nobody_reads() -> bool:
+def _output_is_closed() -> bool:
     """Return whether standard output is a pipe or socket whose other end is closed."""
     try:
         poll = select.poll()
@@ -176,7 +174,7 @@ def _nobody_reads() -> bool:
 
 
 def _drop_output() -> None:
-    """Lose what standard output does not take, of which Python's own flush at exit would complain again."""
+    """Discard output that cannot be written, or Python's flush at exit would complain again."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -184,9 +182,9 @@ def _drop_output() -> None:
 
 
 def keep_compilations() -> None:
-    """Let JAX keep what it compiles for the next start, where `sfd fetch` keeps files if not told otherwise."""
+    """Set JAX's compilation cache, by default in the cache folder of `sfd fetch`."""
     home = Path(os.environ.get("SFD_CACHE") or Path.home() / ".cache" / "sfd_jax")
-    # By environment, since JAX reads it when a command imports it, which most do late or not at all.
+    # In the environment, since most commands import JAX later or not at all.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(home / "compilations"))
     if "jax" in sys.modules:
         sys.modules["jax"].config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])

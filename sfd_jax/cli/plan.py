@@ -1,11 +1,11 @@
-"""Say what a training run on a TPU slice would take: memory, time, chip-hours, storage.
+"""Estimate memory, time, chip-hours and storage of a training run on a TPU slice.
 
   sfd plan --config=configs/sfd.py:xl --topology=v5e:4x4
   sfd plan --config=configs/sfd.py:1p6b --topology=v4:4x4x4 --utilisation=0.5
 
-The training step is compiled for the slice, which is not needed (see `sfd compile_pod --help`): memory and FLOPs are
-the compiler's. Times are estimates, FLOPs divided by a share of the chips' peak rate that you state; what start,
-evaluation, checkpoints and interruptions take comes on top. Exit status 1 where the step does not fit.
+The training step is compiled ahead of time, without a TPU (see `sfd compile_pod --help`): memory and FLOPs are the
+compiler's. Times are estimates: FLOPs divided by a fraction (--utilisation) of the chips' peak rate, without start,
+evaluation, checkpoints and interruptions. Exit status 1 if the step does not fit.
 """
 
 from sfd_jax.cli.compile_pod import add_topology_flags, measured, write_json
@@ -13,7 +13,7 @@ from sfd_jax.cli.flags import command_parser, parse_command
 
 
 def main(argv: list[str]) -> int:
-    """Compile the step, work out the run, and print it."""
+    """Compile the step and print the plan of the run."""
     parser = command_parser("plan", __doc__)
     add_topology_flags(parser)
     flag = parser.add_argument
@@ -21,9 +21,9 @@ def main(argv: list[str]) -> int:
         "--utilisation",
         type=float,
         default=0.4,
-        help="share of the peak matrix rate that the step reaches, an assumption (default: %(default)s)",
+        help="assumed fraction of the peak matrix rate that the step reaches (default: %(default)s)",
     )
-    flag("--images", type=int, default=None, help="in the data set (default: ImageNet's training set)")
+    flag("--images", type=int, default=None, help="number of images in the data set (default: ImageNet's training set)")
     args = parse_command(parser, argv, config="configs/sfd.py:xl")
 
     from sfd_jax.pod import make_plan, table

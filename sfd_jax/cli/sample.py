@@ -3,15 +3,14 @@
   sfd sample --checkpoint=DIR --texture_vae=DIR --out=DIR [--num=50000] [--labels=balanced] [--png]
   sfd sample --checkpoint=xl --weak=b --guidance_scale=1.5 --texture_vae=vae --out=samples_xl
 
-How to sample is what the training's config said (`--config.sample.*` of `sfd train`), with the flags over
-it; it is printed, and stands in recipe.json.
+The settings are those of the training config (`--config.sample.*` of `sfd train`), overridden by flags; they
+are printed and stored in recipe.json.
 
-The folder given by --out gets chunks as they are finished and then samples.npz (arr_0 images, arr_1
-labels, as the ADM suite reads them), grid.png and recipe.json; with --png also images/000000.png and so
-on. Killed and started again with the same flags, it goes on with what is missing. Another recipe in the
-same folder is refused. Sample i is a function of --seed and i alone: --batch_size, the number of devices
-and of hosts change nothing but float rounding (in --mode=released dopri5 shares a step size among a
-batch, as released; there batch and chunk sizes are part of the recipe).
+The folder --out gets chunks as they are finished, then samples.npz (arr_0 images, arr_1 labels, as the ADM
+suite reads them), grid.png and recipe.json; with --png also images/000000.png and so on. After a kill, the same
+command makes the missing images. A folder with another recipe is refused. Sample i depends on --seed and i
+alone: --batch_size, devices and hosts change nothing but float rounding (in --mode=released dopri5 has one step
+size per batch, as released, so batch and chunk sizes are part of the recipe).
 """
 
 from sfd_jax.cli.flags import command_parser, local_path, parse_command
@@ -23,14 +22,14 @@ def main(argv: list[str]) -> int:
     """Run the job and write its outputs."""
     parser = command_parser("sample", __doc__)
     add_sampling_flags(parser, required=True)
-    outputs = parser.add_argument_group("what to write")
+    outputs = parser.add_argument_group("output")
     flag = outputs.add_argument
     flag("--out", type=local_path, required=True, metavar="DIR", help="folder of the job")
     flag(
         "--chunk_size",
         type=int,
         default=None,
-        help="images in a chunk, the most that a kill can lose (default: about 1,000)",
+        help="images per chunk, the most that a kill can lose (default: about 1,000)",
     )
     flag("--png", action="store_true", help="also write every sample as a PNG")
     flag("--no_npz", action="store_true", help="do not join the chunks to samples.npz")
@@ -50,9 +49,7 @@ def main(argv: list[str]) -> int:
         distributed.say(f"note: {note}")
 
     def make(indices, labels):
-        made = sampler(
-            indices, labels, batch_size=batch_size
-        )  # the last batch is padded, so one compilation serves all
+        made = sampler(indices, labels, batch_size=batch_size)  # pads the last batch, to compile once
         heartbeat.at(int(indices[-1]) + 1)
         return made
 

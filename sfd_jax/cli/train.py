@@ -6,17 +6,17 @@
   sfd train ... --config.data.repa_source=semvae --config.data.semantic_vae=CKPT
       REPA without stored features; or `online` from the images: see docs/repa.md
   sfd train ... --init=CKPT
-      start from the weights of another run, or from converted ones; they become part of the run
+      start from the weights of another run, or from converted ones
   sfd train ... --check
-      look for faults before a long job, and train nothing
+      look for faults before a long job, without training
 
 The latents are those of `sfd extract`, or a folder of released shards. The work folder gets checkpoints/
-(weights, EMA, optimizer and all that sampling needs), metrics.jsonl, tensorboard/ and run.json. Started again
-with the same flags the run goes on from its newest checkpoint, bit for bit as if it had not stopped; a folder
-of another run, or one in which a run is at work, is refused. What saves memory (model.remat, model.scan_blocks,
-train.accumulation, mesh) and the place of the data may change on a begun run. After SIGTERM it saves and exits
-with status 75: start it again later. On several hosts, start the same command on all of them, with one work
-folder for all: a disk they share, or gs://.
+(weights, EMA, optimizer and all that sampling needs), metrics.jsonl, tensorboard/ and run.json. The same command
+resumes from the newest checkpoint, bit for bit as if it had not stopped; the folder of another run, or one in
+use, is refused. Settings that save memory (model.remat, model.scan_blocks, train.accumulation, mesh) and the path
+of the data may change when a run is resumed. On preemption (SIGTERM) it saves and exits with status 75: start it
+again later. On several hosts, start the same command on all of them with one work folder: on a shared disk, or
+gs://.
 """
 
 from sfd_jax.cli.flags import parse_training, path

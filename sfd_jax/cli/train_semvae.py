@@ -4,12 +4,12 @@
   sfd train_semvae ... --config.data.held_out_path=latents/val
       log MSE, L1, cosine similarity and KL of held-out features at each checkpoint
   sfd train_semvae ... --check
-      look for faults before a long job, and train nothing
+      look for faults before a long job, without training
   sfd train_semvae ... --config.data.visual_encoder=CKPT --config.data.images.path=IMAGENET
-      make the features from images inside the step, so that none need be stored
+      make the features from images inside the step instead of storing them
 
-The features are those that `sfd extract --repa` stored, or those of released shards. The checkpoint goes
-into `sfd extract --semantic_vae=runs/semvae`. Work folder, resuming and SIGTERM are as with `sfd train`.
+The features are those of `sfd extract --repa` or of released shards. Use the checkpoint with
+`sfd extract --semantic_vae=runs/semvae`. Work folder, resuming and SIGTERM are as with `sfd train`.
 """
 
 from sfd_jax.cli.flags import parse_training

@@ -3,11 +3,11 @@
   sfd train_texture_vae --config=configs/texture_vae.py --workdir=runs/vae --config.data.path=IMAGENET
   sfd train_texture_vae --config=configs/texture_vae.py:digits --workdir=runs/digits_vae
   sfd train_texture_vae ... --check
-      look for faults before a long job, and train nothing
+      look for faults before a long job, without training
 
-Reconstruction and KL loss, with --config.lpips=CKPT also LPIPS (`sfd convert` reads the `lpips` package's file),
-without discriminator: enough for small data. For ImageNet take the released one (`sfd fetch`). PSNR, L1 and MSE
-of the held-out split are logged at each checkpoint. Work folder, resuming and SIGTERM are as with `sfd train`.
+The loss is reconstruction and KL, with --config.lpips=CKPT also LPIPS (`sfd convert` reads the `lpips` package's
+file), without a discriminator: enough for small data. For ImageNet use the released one (`sfd fetch`). PSNR, L1 and
+MSE of the held-out split are logged at each checkpoint. Work folder, resuming and SIGTERM are as with `sfd train`.
 """
 
 from sfd_jax.cli.flags import parse_training

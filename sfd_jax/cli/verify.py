@@ -2,15 +2,15 @@
 
   sfd verify --pack=DIR [--dtype=float32|bfloat16] [--cases='dit_*,loss']
 
-Runs every case of the pack through the converter and our networks, loss, training step, samplers
-and evaluation on the backend at hand (CPU, GPU or TPU), and prints each number's distance from the
-released answer beside its bound. What runs is what the other commands run with the same dtype: samples
-come from the sampler of `sfd sample --dtype`, which takes the texture VAE in float32 either way. In float32
-every product is float32 on every backend, and the bounds are those that the tests hold on CPU. In bfloat16
-the bounds are a few times the errors measured on CPU: they tell a broken backend from a sound one, not how
-close samples are to the released ones. Exit status 1 if a bound is broken.
+Runs every case of the pack through the converter and our networks, loss, training step, samplers and
+evaluation on this machine's backend (CPU, GPU or TPU), and prints the error of each number against the
+released answer beside its bound. The code is that of the other commands with the same dtype: samples come
+from the sampler of `sfd sample --dtype`, whose texture VAE is always float32. In float32 every product is
+float32 on every backend, and the bounds are those of the tests on CPU. In bfloat16 the bounds are a few times
+the errors measured on CPU: they detect a broken backend, but do not show how close samples are to the released
+ones. Exit status 1 if a bound is broken.
 
-The largest cases (full_xl, full_1p0b) need some 6 GiB and minutes; --cases leaves out or picks.
+The largest cases (full_xl, full_1p0b) need about 6 GiB and minutes; --cases selects cases.
 """
 
 from sfd_jax.cli.flags import command_parser, local_path, parse_command

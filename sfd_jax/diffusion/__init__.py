@@ -1,16 +1,16 @@
 """The method of Semantic-First Diffusion as pure functions of arrays.
 
-Convention, here and everywhere: t = 0 is noise, t = 1 is data, velocity = data - noise. Global
+Convention everywhere: t = 0 is noise, t = 1 is data, velocity = data - noise. Global
 time tau runs from 0 to tau_end and a pair of clocks maps it to the time of each group of channels.
 
   clocks    tau -> (t_semantic, t_texture), with breakpoints; used by the loss and the sampler
   paths     from noise to data
-  losses    what training lowers
+  losses    the training loss
   guidance  network and labels -> velocity function
-  solvers   integrators of fixed steps, each one compiled loop
-  dopri5    the adaptive ones
+  solvers   fixed-step integrators, each one compiled loop
+  dopri5    adaptive integrators
   sampling  velocity function and noise -> latents
-  sample_config  how to sample, said once
+  sample_config  the settings of sampling
 
 This package receives a velocity function and never imports `models`.
 """

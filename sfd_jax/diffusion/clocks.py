@@ -1,18 +1,18 @@
 """Pairs of clocks: how global time tau becomes the semantic and the texture time.
 
 A pair of clocks is two monotone maps tau -> (t_semantic, t_texture), from (0, 0) at tau = 0 to
-(1, 1) at tau_end, smooth between breakpoints. It is given once and used by the loss (which draws
-tau) and by the sampler (which integrates over tau): with x_g the latent of group g,
+(1, 1) at tau_end, smooth between breakpoints. The loss (which draws tau) and the sampler (which
+integrates over tau) use the same object: with x_g the latent of group g,
 
     dx_g / dtau = velocity_g(x, t_semantic, t_texture) * dt_g / dtau,
 
-so a group whose clock stands still is frozen. The stretches between breakpoints are the stages:
+so a group is frozen while its clock is constant. The intervals between breakpoints are the stages:
 for the fixed offset, stage I moves semantics alone, stage II both, stage III texture alone.
 
-A pair of one's own is a frozen dataclass under `Clocks` that gives `tau_end`, `breakpoints` and `times`, registered
-under a name (docs/extend.md); all else follows. Its fields are its settings: config groups, checkpoints, recipes
-and samplers carry {"name": ..., **fields}, see `clocks_config` and `make_clocks`. What is trained with the network is
-no field but a tree that `init` makes and `bind` puts in.
+A custom pair is a frozen dataclass derived from `Clocks` that defines `tau_end`, `breakpoints` and `times`, registered
+under a name (docs/extend.md). Its fields are its settings: config groups, checkpoints, recipes and samplers store
+{"name": ..., **fields}, see `clocks_config` and `make_clocks`. Parameters trained with the network are not fields:
+`init` creates them and `bind` attaches them.
 
 Source: arXiv 2512.04926, section 3; later work (arXiv 2606.19662) learns the pair.
 """
@@ -39,9 +39,9 @@ def make_clocks(config: Mapping[str, Any], registered_in: str | None = None) -> 
     """Make the pair of clocks that a config describes.
 
     Args:
-      config: "name" and fields, as `clocks_config` returns them. A `delta_t` beside clocks without one is passed
-        over: every checkpoint of an earlier version has it.
-      registered_in: the module that registered the clocks of a checkpoint, where it tells.
+      config: "name" and fields, as `clocks_config` returns them. A `delta_t` is ignored for clocks
+        without one: every checkpoint of an earlier version has it.
+      registered_in: the module that registered the clocks, if the checkpoint names it.
 
     Raises:
       SfdError: an unknown name or field, or a value outside its range.
@@ -55,12 +55,12 @@ def make_clocks(config: Mapping[str, Any], registered_in: str | None = None) -> 
 
 
 def clocks_config(clocks: "Clocks") -> dict[str, Any]:
-    """Return all that a pair of clocks is, {"name": ..., **fields}; trained parameters are elsewhere."""
+    """Return the config of a pair of clocks, {"name": ..., **fields}, without trained parameters."""
     return settings.describe(CLOCKS, clocks)
 
 
 def join_params(network: dict, clocks: dict) -> dict:
-    """Return the parameters of a diffusion task: the network's own tree, or with it that of clocks that are trained.
+    """Join the parameters of the network and of trained clocks, if any, into the parameters of a diffusion task.
 
     Args:
       network: the network's parameters.
@@ -70,28 +70,28 @@ def join_params(network: dict, clocks: dict) -> dict:
       `network` itself, or {"network": network, "clocks": clocks}.
 
     Raises:
-      SfdError: `Clocks.init` gave something else than a dict.
+      SfdError: `Clocks.init` did not return a dict.
     """
     return {"network": network, "clocks": clocks} if _params(clocks) else network
 
 
 def split_params(params: dict) -> tuple[dict, dict]:
-    """Return (the network's parameters, the clocks' trained ones, {} for none): the reverse of `join_params`."""
+    """Return (the network's parameters, the clocks' or {}): the reverse of `join_params`."""
     return (params["network"], params["clocks"]) if params.keys() == {"network", "clocks"} else (params, {})
 
 
 def _params(tree: Any) -> dict:
     if not isinstance(tree, dict):
-        raise SfdError("Clocks.init gives something else than a dict of arrays; {} stands for none")
+        raise SfdError("Clocks.init must return a dict of arrays, or {} for clocks without trained parameters")
     return tree
 
 
 class Clocks(abc.ABC):
-    """Map global time to the two clocks, with the places where that map has kinks.
+    """Map global time to the two clocks, with the breakpoints of that map.
 
     Attributes:
       tau_end, breakpoints: static: functions of the fields, not of trained parameters.
-      params: trained parameters, once `bind` has put them in.
+      params: trained parameters, set by `bind`.
     """
 
     tau_end: float
@@ -105,25 +105,26 @@ class Clocks(abc.ABC):
     def times(self, tau: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Map tau, any shape, float32, to (t_semantic, t_texture) of the same shape.
 
-        Must be made of jax operations, so that it can be differentiated and traced. Trained parameters are read
-        from `self.params`.
+        Must consist of JAX operations, so that it can be differentiated and traced. Trained parameters are in
+        `self.params`.
         """
 
     def init(self, key: jax.Array) -> dict:
-        """Return fresh parameters to be trained with the network's, a nested dict of float32 arrays; here none."""
+        """Return initial parameters to train with the network's, a nested dict of float32 arrays; none by default."""
         return {}
 
     def bind(self, params: dict) -> Self:
-        """Return these clocks with trained parameters in `params`: traced ones in the loss, arrays in a sampler.
+        """Return a copy with trained parameters in `params`: tracers in the loss, arrays in a sampler.
 
         Raises:
-          SfdError: the parameters are not those of `init`.
+          SfdError: the shapes are not those of `init`.
         """
         shapes = _params(jax.eval_shape(lambda: self.init(jax.random.key(0))))
         found, wanted = jax.tree.map(jnp.shape, params), jax.tree.map(jnp.shape, shapes)
         if found != wanted:
             raise SfdError(
-                f"the trained parameters of the clocks are {found}, but {self} has {wanted}: those of other clocks?"
+                f"the trained parameters of the clocks have shapes {found}, but {self} needs {wanted}: load "
+                "parameters of these clocks"
             )
         bound = copy.copy(self)
         object.__setattr__(bound, "params", params)
@@ -131,7 +132,7 @@ class Clocks(abc.ABC):
 
     @property
     def edges(self) -> tuple[float, ...]:
-        """Return 0, the breakpoints and tau_end; stage s lies between edges s and s + 1."""
+        """Return 0, the breakpoints and tau_end; stage s is between edges s and s + 1."""
         return (0.0, *self.breakpoints, self.tau_end)
 
     def training_times(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -139,14 +140,14 @@ class Clocks(abc.ABC):
         return self.times(t * self.tau_end)
 
     def rates(self, tau: jax.Array, stage: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return dt/dtau of both clocks as seen from inside a stage.
+        """Return dt/dtau of both clocks inside a stage.
 
         Args:
           tau: any shape, float32.
-          stage: int32 of the same shape; decides the side at a breakpoint.
+          stage: int32 of the same shape; selects the side at a breakpoint.
 
         Returns:
-          (rate_semantic, rate_texture), shape of tau; 0 for a clock that stands still.
+          (rate_semantic, rate_texture), shape of tau; 0 for a constant clock.
         """
         edges = jnp.asarray(self.edges, jnp.float32)
         inside = jnp.clip(tau, edges[stage] + MARGIN, edges[stage + 1] - MARGIN)
@@ -154,7 +155,7 @@ class Clocks(abc.ABC):
         return rates
 
     def released_rates(self, tau: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return dt/dtau without knowing the stage: at a breakpoint, the larger of both sides.
+        """Return dt/dtau without a stage: at a breakpoint, the larger of both sides.
 
         For the fixed offset these are the released masks: texture moves where tau >= delta_t,
         semantics where tau <= 1, both ends included.
@@ -182,8 +183,8 @@ class Clocks(abc.ABC):
         return found[0], found[1]
 
 
-# How far inside a stage its rates are read, and its velocity where that jumps at the stage's edge:
-# several units in the last place of float32 times near 2, and far below any step.
+# Rates are evaluated at least this far inside a stage, and so is a velocity that jumps at the stage's edge.
+# It is several units in the last place of float32 times near 2, and far below any step.
 MARGIN = 1e-6
 
 
@@ -195,7 +196,7 @@ class FixedOffset(Clocks):
     Source: arXiv 2512.04926, the three phases of sampling; delta_t = 0.3 in the released system.
     """
 
-    # Beyond 1 nothing would move between the groups; 0 is one clock for both.
+    # Above 1, nothing would move between tau = 1 and tau = delta_t; 0 is one clock for both.
     delta_t: float = setting(0.3, "lead of semantics", range=Range(float, 0, 1))
 
     @property
@@ -204,7 +205,7 @@ class FixedOffset(Clocks):
 
     @property
     def breakpoints(self) -> tuple[float, ...]:
-        return tuple(sorted({kink for kink in (self.delta_t, 1.0) if 0 < kink < self.tau_end}))
+        return tuple(sorted({tau for tau in (self.delta_t, 1.0) if 0 < tau < self.tau_end}))
 
     def times(self, tau: jax.Array) -> tuple[jax.Array, jax.Array]:
         # Texture is not capped at 1: the released dopri5 steps past tau_end and interpolates back.

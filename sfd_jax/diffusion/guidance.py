@@ -1,13 +1,13 @@
 """Guidance: combine two velocities so that samples follow their condition more closely.
 
-Everything here turns `apply(latents (B,H,W,C), t_semantic (B,), t_texture (B,), labels (B,)) ->
+These functions turn `apply(latents (B,H,W,C), t_semantic (B,), t_texture (B,), labels (B,)) ->
 (B,H,W,C)`, a network with its parameters, into the velocity function that `sampling.sample` takes:
 
     velocity = other + scale * (conditional - other)
 
 where `other` is the same network without a label (classifier-free guidance) or a weaker network
 with the same label (AutoGuidance). A group of channels whose clock is below `interval_start` takes
-the conditional velocity alone. What the formula would not use is not evaluated.
+the conditional velocity alone. A network is not evaluated where the formula would not use it.
 
 Source: arXiv 2512.04926, section 4; released `models/lightningdit.py`, `forward_with_cfg` and
 `forward_with_autoguidance`.
@@ -50,17 +50,17 @@ def classifier_free(
     Args:
       apply: network with its parameters.
       labels: (B,) int32 classes.
-      null_label: the label that was trained for "no label".
-      scale: 1 is no guidance, and then one call of B rows.
+      null_label: the label that was trained as "no label".
+      scale: 1 is no guidance; then only B rows are evaluated.
       layout: which channels are texture.
-      interval_start: clock below which a group takes the conditional velocity alone; 0 for never.
-      interval_groups: which groups heed `interval_start`: "tex", "sem" or "both".
+      interval_start: clock below which a group takes the conditional velocity alone; 0 for always guided.
+      interval_groups: which groups `interval_start` applies to: "tex", "sem" or "both".
 
     Raises:
       SfdError: if `interval_groups` is unknown.
 
-    Source: released `forward_with_cfg`; it looks at the clock of the first row only, which in its
-    sampler is that of all rows. Here every row has its own.
+    Source: released `forward_with_cfg`; it tests the clock of the first row only, which in its
+    sampler is that of all rows. Here each row is tested.
     """
     check_groups(interval_groups)
     if scale == 1:
@@ -68,7 +68,7 @@ def classifier_free(
     both_labels = jnp.stack([labels, jnp.full_like(labels, null_label)], axis=1).reshape(-1)
 
     def both(latents, t_semantic, t_texture):
-        # Rows alternate, so that the two of a sample stay on the device that holds the sample.
+        # Rows alternate, so that both rows of a sample are on the device of the sample.
         doubled = [jnp.repeat(a, 2, axis=0) for a in (latents, t_semantic, t_texture)]
         pairs = apply(*doubled, both_labels).reshape(len(latents), 2, *latents.shape[1:])
         return pairs[:, 0], pairs[:, 1]
@@ -96,8 +96,8 @@ def autoguidance(
       weak_apply: the weaker network with its parameters.
       labels: (B,) int32.
       layout: which channels are texture.
-      scale: guidance scale of both groups; 1 is no guidance, and then the weak model is not called.
-      scale_semantic, scale_texture: scale of one group, where it differs.
+      scale: guidance scale of both groups; 1 is no guidance; then the weak model is not evaluated.
+      scale_semantic, scale_texture: scale of one group; `scale` by default.
       interval_start, interval_groups: as for `classifier_free`.
 
     Raises:
@@ -133,14 +133,14 @@ def _guided(main, both, scale_semantic, scale_texture, layout, interval_start, i
     def inside(latents, t_semantic, t_texture):
         velocity, other = both(latents, t_semantic, t_texture)
         semantic, texture = guided_groups(t_semantic, t_texture, interval_start, interval_groups)
-        # Scale 1 is the conditional velocity, bit for bit only by selection.
+        # Select: combining with scale 1 would not return the conditional velocity bit for bit.
         on = layout.per_channel(texture, semantic) > 0
         on = on.reshape(len(latents), *(1,) * (latents.ndim - 2), -1)
         guided = combine(velocity, other, scales.reshape((1,) * (latents.ndim - 1) + (-1,)))
         return jnp.where(on, guided, velocity)
 
     def velocity_fn(latents, t_semantic, t_texture):
-        # Before any group of any row is guided, the other velocity is not evaluated; scale 1 is no guidance.
+        # The other velocity is evaluated only if a group of some row is guided with a scale other than 1.
         semantic, texture = guided_groups(t_semantic, t_texture, interval_start, interval_groups)
         anywhere = jnp.any(semantic & (scale_semantic != 1) | texture & (scale_texture != 1))
         return jax.lax.cond(anywhere, inside, main, latents, t_semantic, t_texture)
@@ -149,11 +149,11 @@ def _guided(main, both, scale_semantic, scale_texture, layout, interval_start, i
 
 
 def combine(velocity: jax.Array, other: jax.Array, scale: jax.Array | float) -> jax.Array:
-    """Return other + scale * (velocity - other): 1 gives `velocity`, more leads away from `other`.
+    """Return other + scale * (velocity - other): 1 gives `velocity`, more moves away from `other`.
 
     Args:
       velocity, other: (B,H,W,C).
-      scale: anything that broadcasts against them.
+      scale: broadcasts against them.
     """
     return other + scale * (velocity - other)
 
@@ -161,9 +161,9 @@ def combine(velocity: jax.Array, other: jax.Array, scale: jax.Array | float) -> 
 def guided_groups(
     t_semantic: jax.Array, t_texture: jax.Array, interval_start: float, interval_groups: str
 ) -> tuple[jax.Array, jax.Array]:
-    """Say where each group is guided: (semantic, texture), (B,) bool each.
+    """Return which rows are guided, by group: (semantic, texture), (B,) bool each.
 
-    A group that does not heed the interval is guided always.
+    A group outside `interval_groups` is always guided.
     """
     semantic, texture = t_semantic >= interval_start, t_texture >= interval_start
     if interval_groups == "tex":
@@ -176,8 +176,8 @@ def guided_groups(
 def jumps(clocks: Clocks, *, interval_start: float = 0.0, interval_groups: str = "both") -> tuple[float, ...]:
     """Return the global times at which the guided velocity jumps, for `sampling.sample`.
 
-    Guidance sets in at once when a group's clock passes `interval_start`. An integrator that is
-    not told wastes most of its calls there.
+    Guidance of a group starts abruptly when its clock passes `interval_start`. An integrator that
+    does not know this time wastes most of its evaluations there.
     """
     check_groups(interval_groups)
     if not 0 < interval_start < 1:

@@ -1,16 +1,16 @@
 """The training loss of SFD: a velocity loss with two clocks, a cosine term, and REPA.
 
-For data x1, noise x0 and drawn time t, each group of channels g stands at its own clock t_g on the
-path from x0 to x1 and has its own target u_g there. With v the predicted velocity, c channels:
+For data x1, noise x0 and drawn time t, each group of channels g is at its own time t_g on the path
+from x0 to x1 and has its own target u_g there. With v the predicted velocity and c channels:
 
     velocity = mean over c and positions of weight_c (v - u)^2, weight = beta for semantics, else 1
     cosine   = mean over positions of 1 - cos(v, u), over all channels together
     repa     = distance of projected hidden states to DINOv2 patch features (cosine, mse or both)
-    total    = velocity + cosine_weight * cosine + repa_weight * repa + weights * terms of one's own
+    total    = velocity + cosine_weight * cosine + repa_weight * repa + weights * custom terms
 
-A term of one's own is a frozen dataclass under `LossTerm`, registered under a name (docs/extend.md).
+A custom term is a frozen dataclass derived from `LossTerm`, registered under a name (docs/extend.md).
 
-All randomness comes from a key and the place of the sample in the global batch, so that neither
+All randomness depends on a key and the row of the sample in the global batch alone, so that neither
 sharding nor accumulation changes it.
 
 Source: arXiv 2512.04926, section 3; released `transport/transport.py`, `training_losses`.
@@ -42,9 +42,9 @@ _BUILT_IN = ("total", "velocity", "cosine", "repa")  # parts of the loss that ar
 
 
 class Draws(NamedTuple):
-    """What a training step draws for its samples.
+    """The random values of a training step.
 
-    noise: (B,H,W,C) float32. t: (B,) float32 in (0, 1). labels: (B,) int32, some dropped.
+    noise: (B,H,W,C) float32. t: (B,) float32 in (0, 1). labels: (B,) int32, some of them the null label.
     """
 
     noise: jax.Array
@@ -53,13 +53,14 @@ class Draws(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What a term of the loss may look at; float32 but for the labels.
+    """The inputs of a loss term; float32 except the labels.
 
-    latents, velocity, target: (B,H,W,C): the point on the path, the network's answer there, and what it should be.
-    data: (B,H,W,C), the end of the path. draws: noise, its beginning, time and labels. t_semantic, t_texture: (B,).
-    layout: which channels are texture. clocks: the pair, its trained parameters in it; tau = draws.t * clocks.tau_end.
-    projected: (B,N,F) hidden states as REPA's projector gives them; None where nothing asks for them.
-    features: (B,N,F), REPA's targets, where there are any.
+    latents, velocity, target: (B,H,W,C): the point on the path, the predicted velocity there, and its target.
+    data: (B,H,W,C), the end of the path. draws: noise (the start of the path), time and labels.
+    t_semantic, t_texture: (B,). layout: which channels are texture.
+    clocks: the pair with its trained parameters; tau = draws.t * clocks.tau_end.
+    projected: (B,N,F) outputs of REPA's projector; None if no term reads them.
+    features: (B,N,F), REPA's targets, or None.
     """
 
     latents: jax.Array
@@ -80,26 +81,26 @@ class LossTerm(abc.ABC):
     """Add a term to the loss; the fields of a subclass are its settings, in the config group `loss.terms.NAME`.
 
     Attributes:
-      reads_hidden: it looks at `Prediction.projected`; the network needs a projector then.
+      reads_hidden: whether it reads `Prediction.projected`, for which the network needs a projector.
     """
 
     reads_hidden: ClassVar[bool] = False
 
-    weight: float = setting(1.0, "of the term in the total; 0 leaves it out", range=Range(float, 0, 1e6))
+    weight: float = setting(1.0, "weight of the term; 0 leaves it out", range=Range(float, 0, 1e6))
 
     def __post_init__(self):
         check_fields("loss.terms", self)
 
     @abc.abstractmethod
     def __call__(self, at: Prediction) -> jax.Array:
-        """Return the term of each sample, (B,), not yet weighted."""
+        """Return the unweighted term of each sample, (B,)."""
 
 
 TERMS: Registry[type[LossTerm]] = Registry("loss terms")
 
 
 def make_terms(config: Mapping[str, Mapping[str, Any]]) -> dict[str, LossTerm]:
-    """Make the terms of a config, name -> fields; those of weight 0 are left out.
+    """Make the terms of a config, name -> fields, except those of weight 0.
 
     Raises:
       SfdError: an unknown name or field, or a value outside its range.
@@ -110,7 +111,7 @@ def make_terms(config: Mapping[str, Mapping[str, Any]]) -> dict[str, LossTerm]:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Weigh the terms of the loss; the defaults are the final recipe of the release.
+    """Weights and distributions of the loss; the defaults are the final recipe of the release.
 
     Args:
       semantic_weight: beta, the weight of the semantic channels' squared error.
@@ -119,7 +120,7 @@ class LossConfig:
       repa_kind: "cos", "mse", or "cos_mse" for the mean of both.
       time: distribution of t: "logit_normal" (released code) or "uniform" (paper).
       label_dropout: probability of the null label.
-      terms: further ones by name, see `make_terms`.
+      terms: custom terms by name, see `make_terms`.
 
     Raises:
       SfdError: if a name is unknown or a number outside its range.
@@ -140,19 +141,19 @@ class LossConfig:
 
     @property
     def reads_hidden(self) -> bool:
-        """Whether the network is asked for its projected hidden states."""
+        """Whether the loss needs the projected hidden states of the network."""
         return self.repa_weight > 0 or any(term.reads_hidden for term in self.terms.values())
 
 
 class LossTerms(NamedTuple):
     """The loss of each sample, (B,) float32 throughout.
 
-    velocity, cosine, repa: the terms, not yet weighted against each other; 0 where left out.
-    total: their weighted sum, whose mean over the batch is what training lowers.
+    velocity, cosine, repa: the unweighted terms; 0 where left out.
+    total: their weighted sum; training minimises its mean over the batch.
     error_semantic, error_texture: mean squared error of the velocity of each group, unweighted
       (0 for a group without channels).
-    t_semantic, t_texture: where each group stood.
-    terms: those of one's own by name, not yet weighted.
+    t_semantic, t_texture: the time of each group.
+    terms: the unweighted custom terms by name.
     """
 
     velocity: jax.Array
@@ -175,19 +176,19 @@ def draw(
     null_label: int | None,
     row_indices: jax.Array | None = None,
 ) -> Draws:
-    """Draw noise, time and dropped labels for a batch.
+    """Draw noise and time for a batch, and drop labels.
 
     Args:
       key: the key of this step.
       data: (B,H,W,C), for its shape.
       labels: (B,) int32.
       config: distribution of time, label dropout.
-      null_label: what a dropped label becomes; None for a network without one.
-      row_indices: (B,) int32 place of each sample in the global batch, by which its randomness goes;
-        0..B-1 by default. A part of a batch, given its row indices, draws what it would in the whole.
+      null_label: replaces a dropped label; None for a network without one.
+      row_indices: (B,) int32 row of each sample in the global batch, which determines its random values;
+        0..B-1 by default. So part of a batch draws the same values as within the whole.
 
     Raises:
-      SfdError: if labels are to be dropped but there is no null label.
+      SfdError: if label dropout is positive but there is no null label.
     """
     if config.label_dropout > 0 and null_label is None:
         raise SfdError(
@@ -211,9 +212,9 @@ def draw(
 
 
 def sample_time(key: jax.Array, kind: str, shape: tuple[int, ...] = ()) -> jax.Array:
-    """Draw training times in (0, 1), before the clocks stretch them over [0, tau_end].
+    """Draw training times in (0, 1), which the clocks scale to [0, tau_end].
 
-    Source: "logit_normal" sigmoid(N(0, 1)) of the released code; "uniform" of the paper.
+    Source: "logit_normal", sigmoid(N(0, 1)): the released code; "uniform": the paper.
     """
     if kind == "logit_normal":
         return jax.nn.sigmoid(jax.random.normal(key, shape))
@@ -236,18 +237,18 @@ def velocity_loss(
     """Compute the loss of each sample; pure, float32.
 
     Args:
-      predict: (latents, t_semantic, t_texture, labels) -> velocity (B,H,W,C), or where `config.reads_hidden`
+      predict: (latents, t_semantic, t_texture, labels) -> velocity (B,H,W,C), or if `config.reads_hidden`
         -> (velocity, projected hidden states (B,N,F)).
       data: (B,H,W,C) normalised latents.
-      draws: noise, time and labels (`draw`, or given ones).
+      draws: noise, time and labels, as `draw` returns them.
       layout: which channels are texture.
       clocks: the pair of clocks.
       config: weights.
       path: from noise to data.
-      repa_features: (B,N,F) DINOv2 patch features; needed where `config.repa_weight` > 0.
+      repa_features: (B,N,F) DINOv2 patch features; needed if `config.repa_weight` > 0.
 
     Raises:
-      SfdError: if REPA is asked for without features.
+      SfdError: if REPA has no features, or a custom term does not return one value per sample.
     """
     if config.repa_weight > 0 and repa_features is None:
         raise SfdError(
@@ -283,7 +284,7 @@ def velocity_loss(
         terms[name] = term(at)
         if terms[name].shape != zero.shape:
             raise SfdError(
-                f"loss term '{name}' gives {terms[name].shape}, but has to give a value a sample, {zero.shape}"
+                f"loss term '{name}' returns shape {terms[name].shape} instead of one value per sample, {zero.shape}"
             )
         total = total + term.weight * terms[name]
     return LossTerms(
@@ -308,7 +309,7 @@ def repa_distance(projected: jax.Array, features: jax.Array, kind: str) -> jax.A
 
 
 def cosine_distance(a: jax.Array, b: jax.Array, axis: int = -1) -> jax.Array:
-    """Return 1 - cosine similarity along `axis`, averaged over all others but the first: (B,)."""
+    """Return 1 - cosine similarity along `axis`, averaged over all other axes but the first: (B,)."""
     return _sample_mean(1.0 - cosine_similarity(a, b, axis))
 
 
@@ -317,8 +318,8 @@ def cosine_similarity(a: jax.Array, b: jax.Array, axis: int = -1) -> jax.Array:
 
     Each norm is at least 1e-8, as in PyTorch's function of that name. A vector shorter than that
     has no direction, so it gets no gradient either; PyTorch's would be 1e8 times the other vector.
-    A network whose last layer starts at zero meets that in its first step, and Adam's second
-    moment would remember it for tens of thousands of steps.
+    A network whose last layer starts at zero has such vectors in its first step, and Adam's second
+    moment would keep the gradient for tens of thousands of steps.
     """
     return jnp.sum(_direction(a, axis) * _direction(b, axis), axis=axis)
 
@@ -327,7 +328,7 @@ def _direction(vectors: jax.Array, axis: int) -> jax.Array:
     vectors = vectors.astype(jnp.float32)
     squared = jnp.sum(vectors**2, axis=axis, keepdims=True)
     long = squared > _EPS**2
-    # The square root gets a harmless argument where it is not used: its gradient at 0 is infinite.
+    # Where the square root is not used its argument is 1: its gradient at 0 is infinite.
     unit = vectors / jnp.sqrt(jnp.where(long, squared, 1.0))
     return jnp.where(long, unit, jax.lax.stop_gradient(vectors / _EPS))
 
@@ -340,9 +341,9 @@ def _sample_mean(values: jax.Array) -> jax.Array:
 
 
 def loss_metrics(terms: LossTerms) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Return what to log, each as (sum, count), to be added over batches, hosts and steps.
+    """Return the metrics to log, each as (sum, count) to add up over batches, hosts and steps.
 
-    Beside the terms: the squared error of each group, and the same by quarter of that group's own
+    Besides the terms: the squared error of each group, in all and by quarter of the group's
     clock ("error_texture_q1" for t_texture in [0, 1/4) to "q4" for [3/4, 1]).
     """
     count = jnp.float32(len(terms.total))

@@ -11,7 +11,7 @@ import jax
 
 
 class Path(Protocol):
-    """Connect noise to data; any class with these two methods is one."""
+    """Connect noise to data; any class with these two methods will do."""
 
     def interpolate(self, data: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
         """Return the point at time t: `noise` at t = 0, `data` at t = 1."""
@@ -22,7 +22,7 @@ class Path(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LinearPath:
-    """Go straight: x_t = t data + (1 - t) noise, velocity = data - noise.
+    """Connect noise and data by a straight line: x_t = t data + (1 - t) noise, velocity = data - noise.
 
     Source: released `transport/path.py`, ICPlan.
     """
@@ -31,5 +31,5 @@ class LinearPath:
         return t * data + (1.0 - t) * noise
 
     def velocity(self, data: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-        del t  # the same all along the way
+        del t  # constant along the path
         return data - noise

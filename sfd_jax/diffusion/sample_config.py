@@ -1,11 +1,11 @@
-"""How to sample: each setting's name, type, range, help and default, once.
+"""Settings of sampling: the only place with their names, types, ranges, help and defaults.
 
-The flags of `sfd sample` and `sfd evaluate --live`, the group `sample` of configs, what a checkpoint keeps of it and a
-job's recipe are made of these classes. Each adds to the one before, so that all of it is one flat list of names:
+These classes define the flags of `sfd sample` and `sfd evaluate --live`, the group `sample` of configs, the settings
+in a checkpoint and the recipe of a job. Each class extends the one before, so the names form one flat list:
 
     SolverConfig   how to integrate
-    SampleConfig   and with what guidance: all that decides an image but its seed, index and label
-    SampleJob      and which images, how many at once
+    SampleConfig   adds guidance: all that determines an image except seed, index and label
+    SampleJob      adds which images, and the batch size
 """
 
 import dataclasses
@@ -28,27 +28,27 @@ _TOLERANCE, _SCALE = Range(float, 0, 1, above=True), Range(float, 0, 1e3)
 class SolverConfig:
     """Choose how to integrate.
 
-    Tolerances: in staged mode of a sample's steps in root mean square (`dopri5.dopri5`; trained digits ended about rtol
-    from the exact flow), in released mode as torchdiffeq's. Evaluations a step: heun and midpoint two, rk4 four, euler
-    one, ab2 one and one more in each stage.
+    Tolerances bound, in staged mode, the root mean square error of each sample's steps (`dopri5.dopri5`; trained digits
+    ended about rtol from the exact flow), and in released mode torchdiffeq's error. Evaluations per step: euler one,
+    heun and midpoint two, rk4 four, ab2 one plus one per stage.
 
     Raises:
       SfdError: a name is unknown or a number outside its range.
     """
 
-    solver: str = setting("dopri5", "the integrator; all but dopri5 take fixed steps", choices=METHODS)
+    solver: str = setting("dopri5", "the integrator; all but dopri5 have fixed steps", choices=METHODS)
     mode: str = setting(
         "staged",
-        "staged: every stage of the clocks on its own; released: the released grid, masks and controller",
+        "staged: integrate each stage of the clocks separately; released: the released grid, masks and controller",
         choices=MODES,
         was={"published": "released"},
     )
     num_steps: int = setting(
-        100, "grid points, ends included, of other solvers than dopri5", range=Range(int, 2, 10**6)
+        100, "grid points of the fixed-step solvers, both ends included", range=Range(int, 2, 10**6)
     )
     nfe: int | None = setting(
         None,
-        "network evaluations that those may take, instead of num_steps",
+        "network evaluations of the fixed-step solvers, instead of num_steps",
         range=Range(int, 1, 10**6),
         was={0: None},
         was_called="calls",
@@ -57,7 +57,7 @@ class SolverConfig:
     rtol: float = setting(1e-3, "dopri5's relative tolerance", range=_TOLERANCE)
     timestep_shift: float | None = setting(
         None,
-        "s in s u / (1 + (s - 1) u) on the normalised grid: below 1 finer near the noise, above near the data",
+        "s of the grid s u / (1 + (s - 1) u), 0 <= u <= 1: below 1 it is finer near the noise, above near the data",
         range=Range(float, 0, 1e3, above=True),
         was={0: None},
     )
@@ -69,15 +69,15 @@ class SolverConfig:
         check_fields("sample", self)
         if self.nfe and self.solver == "dopri5":
             raise SfdError(
-                f"nfe = {self.nfe} with solver {self.solver!r}: a budget of network evaluations is for the "
-                "solvers of fixed steps; dopri5 follows its tolerances"
+                f"nfe = {self.nfe} with solver {self.solver!r}: dopri5 chooses its steps by atol and rtol; leave nfe "
+                "out or choose a fixed-step solver"
             )
 
     def points(self, segments: int = 1) -> int:
         """Return the number of points on a grid that is cut into `segments`.
 
         Raises:
-          SfdError: `nfe` does not reach for a step in each segment.
+          SfdError: `nfe` is too small for one step per segment.
         """
         if self.nfe is None:
             return self.num_steps
@@ -87,32 +87,32 @@ class SolverConfig:
             least = segments * (len(tableau.nodes) if tableau else 2)
             raise SfdError(
                 f"nfe = {self.nfe}: {self.solver} in {self.mode} mode needs at least {least} network evaluations, "
-                f"a step for each of {segments} stretches between breakpoints"
+                f"one step for each of {segments} intervals between breakpoints"
             )
         return steps + 1
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig(SolverConfig):
-    """Say how to sample.
+    """Choose how to integrate and guide.
 
     Raises:
       SfdError: an unknown name, a number outside its range, or a value other than the default that would have no
         effect.
     """
 
-    guidance: str = setting("none", "which other velocity to lead away from", choices=GUIDANCE)
-    guidance_scale: float = setting(1.0, "needed with guidance; 1 would be none", range=_SCALE)
+    guidance: str = setting("none", "the kind of guidance", choices=GUIDANCE)
+    guidance_scale: float = setting(1.0, "scale of guidance, required with it; 1 means none", range=_SCALE)
     guidance_scale_semantic: float | None = setting(
-        None, "AutoGuidance's scale of the semantic channels, where it differs", range=_SCALE, was={-1: None}
+        None, "AutoGuidance scale of the semantic channels, if it differs", range=_SCALE, was={-1: None}
     )
     guidance_scale_texture: float | None = setting(
-        None, "the same of the texture channels", range=_SCALE, was={-1: None}
+        None, "AutoGuidance scale of the texture channels, if it differs", range=_SCALE, was={-1: None}
     )
     guidance_interval_start: float = setting(
         0.0, "guide a group of channels once its clock has reached this", range=Range(float, 0, 1, below=True)
     )
-    guidance_interval_groups: str = setting("both", "which groups heed the start", choices=INTERVAL_GROUPS)
+    guidance_interval_groups: str = setting("both", "the groups this start applies to", choices=INTERVAL_GROUPS)
 
     def __post_init__(self):
         super().__post_init__()
@@ -132,28 +132,28 @@ class SampleConfig(SolverConfig):
 
     @classmethod
     def from_group(cls, group: Mapping[str, Any]) -> Self:
-        """Take the fields from a config's `sample` group, which may hold others too, or from a checkpoint's.
+        """Make the settings from the `sample` group of a config or checkpoint; other keys are ignored.
 
-        A group says what to take with every solver and kind of guidance; of what its own have no use for, the
-        default is taken. (Overrides without effect are refused by `experiment.config_files.load_config`.)
+        A group may hold values for every solver and kind of guidance. Values without effect for the chosen ones become
+        defaults. (`experiment.config_files.load_config` refuses overrides without effect.)
         """
         return cls.effective(over_defaults(cls, group))
 
     @classmethod
     def effective(cls, values: Mapping[str, Any]) -> Self:
-        """Make the settings of those values that have an effect beside the others."""
+        """Make the settings, leaving out values that have no effect beside the others."""
         idle = useless(RULES["sample"], values, values)
         return cls(**{name: value for name, value in values.items() if name not in idle})
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleJob(SampleConfig):
-    """Say how to sample, and which images."""
+    """Choose how to sample, which images and how many at once."""
 
-    num: int = setting(50_000, "N, how many images")
+    num: int = setting(50_000, "N, the number of images")
     labels: str = setting(
         "balanced",
         "balanced (N/classes each, shuffled by a fixed seed), random, or classes by number or name: '207', '207,360', "
         "'otter', or with ';' where names hold commas",
     )
-    batch_size: int = setting(16, "images per device at once")
+    batch_size: int = setting(16, "images per device and batch")

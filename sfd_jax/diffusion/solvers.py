@@ -1,10 +1,10 @@
-"""What the integrators solve, and those of fixed steps; the adaptive ones are in `dopri5.py`.
+"""The equation of sampling and its fixed-step integrators; the adaptive ones are in `dopri5.py`.
 
 The equation is dy/dtau = rate(tau, segment) * velocity(y, tau, segment). The velocity is the
-network's answer, the rate says how fast the clock of each group runs there (0 where a group is
-frozen). Both depend on the segment: the interval [0, tau_end] is cut at edges into segments inside
-which the field is smooth. Each integrator is one `lax` loop, of which an iteration is one network
-call, so that the network is traced and compiled once whatever the method.
+network's output, the rate is the speed of the clock of each group (0 where a group is frozen).
+Both depend on the segment: edges cut the interval [0, tau_end] into segments inside which the
+field is smooth. Each integrator is one `lax` loop with one network evaluation per iteration, so
+that every method traces and compiles the network once.
 
 Axis letters: B samples, S segments, N slopes of a step.
 """
@@ -33,12 +33,12 @@ class Field(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """What an integration gives back.
+    """The result of an integration.
 
-    final: (B,...) at the last edge; NaN for a sample that did not get there.
-    at_edges: (S,B,...) at every edge but the first, or None where not asked for.
-    nfe: () int32, calls of the network, each one over the whole batch.
-    sample_nfe: (B,S) int32, calls that each sample needed itself, by segment.
+    final: (B,...) at the last edge; NaN for a sample that did not reach it.
+    at_edges: (S,B,...) at every edge but the first, or None if not requested.
+    nfe: () int32, network evaluations, each of the whole batch.
+    sample_nfe: (B,S) int32, evaluations that each sample needed, by segment.
     converged: (B,) bool, whether the sample reached the last edge with finite values.
     """
 
@@ -51,15 +51,14 @@ class Solution(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Tableau:
-    """An explicit Runge-Kutta method: slope i is read at tau + nodes[i] h, y + h rows[i] slopes."""
+    """An explicit Runge-Kutta method: slope i is taken at tau + nodes[i] h, y + h rows[i] slopes."""
 
     nodes: tuple[float, ...]
     rows: tuple[tuple[float, ...], ...]
     solution: tuple[float, ...]
 
 
-# The names that torchdiffeq gives these tables: euler, heun2, midpoint, and rk4, which there is
-# Kutta's 3/8 rule.
+# Their names in torchdiffeq: euler, heun2, midpoint, and rk4, which is Kutta's 3/8 rule there.
 TABLEAUS = {
     "euler": Tableau((0,), ((),), (1,)),
     "heun": Tableau((0, 1), ((), (1,)), (1 / 2, 1 / 2)),
@@ -82,59 +81,59 @@ def integrate_grid(
     jumps: Sequence[bool] | None = None,
     keep_edges: bool = False,
 ) -> Solution:
-    """Integrate on given points with a method of fixed steps.
+    """Integrate on given points with a fixed-step method.
 
-    A method is written down as one row per network evaluation: where to read the velocity, and what to
-    add to y after it, as combinations of the newest slopes. "ab2" is Adams-Bashforth of order 2
-    for uneven steps, one call a step. Its two-step formula needs a smooth field, so it starts
-    anew in every segment, with one midpoint step.
+    A method is a table with one row per network evaluation: where to evaluate the velocity, and what to
+    add to y afterwards, as combinations of the newest slopes. "ab2" is Adams-Bashforth of order 2
+    for uneven steps, one evaluation per step. Its two-step formula needs a smooth field, so it
+    starts again in every segment, with one midpoint step.
 
     Args:
       field: the right-hand side.
       y0: (B,...) float32 at the first point.
       points: one increasing float32 array for each segment, its two edges included.
       method: a name of `TABLEAUS`, or "ab2".
-      jumps: (S+1,) whether the velocity itself jumps at an edge; then it is read just inside.
+      jumps: (S+1,) whether the velocity itself jumps at an edge; it is then evaluated just inside.
       keep_edges: whether to return the solution at every edge.
 
     Returns:
-      Solution; `converged` says that the values are finite.
+      Solution; `converged` is whether the values are finite.
 
     Source: torchdiffeq `fixed_grid.py` for the first four.
     """
     if method not in (*TABLEAUS, "ab2"):
         raise SfdError(f"unknown fixed-step solver {method!r}: {nearest(method, METHODS)}")
     batch, segments = y0.shape[0], len(points)
-    calls = _ab2_calls(points) if method == "ab2" else _runge_kutta_calls(points, TABLEAUS[method])
+    evaluations = _ab2_evaluations(points) if method == "ab2" else _runge_kutta_evaluations(points, TABLEAUS[method])
     low, high = readable([p[0] for p in points] + [points[-1][-1]], jumps)
-    calls["tau"] = np.clip(calls["tau"], low[calls["segment"]], high[calls["segment"]])
+    evaluations["tau"] = np.clip(evaluations["tau"], low[evaluations["segment"]], high[evaluations["segment"]])
 
-    def one_call(carry, call):
-        y, slopes, kept = carry  # slopes: (N,B,...), the newest first
-        tau, segment = jnp.full((batch,), call["tau"]), jnp.full((batch,), call["segment"])
-        velocity = field.velocity(y + combine(call["read"], slopes), tau, segment)
+    def evaluate(carry, evaluation):
+        y, slopes, at_edges = carry  # slopes: (N,B,...), the newest first
+        tau, segment = jnp.full((batch,), evaluation["tau"]), jnp.full((batch,), evaluation["segment"])
+        velocity = field.velocity(y + combine(evaluation["read"], slopes), tau, segment)
         slope = field.rate(tau, segment) * velocity
         slopes = jnp.concatenate([slope[None], slopes[:-1]])
-        y = y + combine(call["add"], slopes)
+        y = y + combine(evaluation["add"], slopes)
         if keep_edges:
-            kept = kept.at[call["segment"]].set(y)  # the last call of a segment has the last word
-        return (y, slopes, kept), None
+            at_edges = at_edges.at[evaluation["segment"]].set(y)  # the last of a segment overwrites the others
+        return (y, slopes, at_edges), None
 
-    slopes = jnp.zeros((calls["read"].shape[1], *y0.shape), y0.dtype)
-    kept = jnp.zeros((segments, *y0.shape), y0.dtype) if keep_edges else None
-    (y, _, kept), _ = jax.lax.scan(one_call, (y0, slopes, kept), calls)
-    nfe = np.bincount(calls["segment"], minlength=segments).astype(np.int32)
+    slopes = jnp.zeros((evaluations["read"].shape[1], *y0.shape), y0.dtype)
+    at_edges = jnp.zeros((segments, *y0.shape), y0.dtype) if keep_edges else None
+    (y, _, at_edges), _ = jax.lax.scan(evaluate, (y0, slopes, at_edges), evaluations)
+    nfe = np.bincount(evaluations["segment"], minlength=segments).astype(np.int32)
     return Solution(
         final=y,
-        at_edges=kept,
+        at_edges=at_edges,
         nfe=nfe.sum(dtype=np.int32),
         sample_nfe=jnp.broadcast_to(nfe, (batch, segments)),
         converged=jnp.isfinite(y).reshape(batch, -1).all(axis=1),
     )
 
 
-def _runge_kutta_calls(points: Sequence[np.ndarray], tableau: Tableau) -> dict[str, np.ndarray]:
-    """Write every step of a Runge-Kutta method as its calls."""
+def _runge_kutta_evaluations(points: Sequence[np.ndarray], tableau: Tableau) -> dict[str, np.ndarray]:
+    """Return the table of evaluations of a Runge-Kutta method."""
     order = len(tableau.nodes)
     rows = []
     for segment, grid in enumerate(points):
@@ -148,8 +147,8 @@ def _runge_kutta_calls(points: Sequence[np.ndarray], tableau: Tableau) -> dict[s
     return _columns(rows)
 
 
-def _ab2_calls(points: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """Write every step of Adams-Bashforth 2 as its calls."""
+def _ab2_evaluations(points: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the table of evaluations of Adams-Bashforth 2."""
     rows = []
     for segment, grid in enumerate(points):
         steps = np.diff(grid)
@@ -157,11 +156,11 @@ def _ab2_calls(points: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         rows.append((grid[0], segment, [0, 0], [0, 0]))
         rows.append((grid[0] + half, segment, [half, 0], [steps[0], 0]))
         for i in range(1, len(steps)):
-            # Slopes known at tau_i and, from the call before, at tau_{i-1} (or, after the first
-            # step, at its middle): integrate the line through both over the next step.
-            behind = half if i == 1 else steps[i - 1]
-            lean = steps[i] ** 2 / (2 * behind)
-            rows.append((grid[i], segment, [0, 0], [steps[i] + lean, -lean]))
+            # Integrate the line through the slope at tau_i and the one before it, at tau_{i-1} (after
+            # the first step: at its middle), over the next step.
+            previous = half if i == 1 else steps[i - 1]
+            excess = steps[i] ** 2 / (2 * previous)
+            rows.append((grid[i], segment, [0, 0], [steps[i] + excess, -excess]))
     return _columns(rows)
 
 
@@ -182,7 +181,7 @@ def _columns(rows: list[tuple]) -> dict[str, np.ndarray]:
 def combine(weights: jax.Array, slopes: jax.Array) -> jax.Array:
     """Sum slopes (N,B,...) with weights (N,) or (N,B), in float32 and in this order.
 
-    Not a dot product: on a TPU that would round to bfloat16.
+    Not a dot product, which would round to bfloat16 on a TPU.
     """
     weights = weights.reshape(weights.shape + (1,) * (slopes.ndim - weights.ndim))
     total = weights[0] * slopes[0]
@@ -192,7 +191,7 @@ def combine(weights: jax.Array, slopes: jax.Array) -> jax.Array:
 
 
 def readable(edges: Sequence[float], jumps: Sequence[bool] | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return the lowest and highest time (S,) at which each segment may read the velocity."""
+    """Return the lowest and highest time (S,) at which each segment may evaluate the velocity."""
     edges = np.asarray(edges, np.float32)
     inset = MARGIN * np.asarray(np.zeros(len(edges)) if jumps is None else jumps, np.float32)
     return edges[:-1] + inset[:-1], edges[1:] - inset[1:]

@@ -1,11 +1,11 @@
-"""From images to numbers: features, their statistics, and the ADM suite's metrics.
+"""From images to scores: features, their statistics, and the ADM suite's metrics.
 
     reference = open_reference("VIRTUAL_imagenet256_labeled.npz")
     scores = evaluate(open_image_set("samples.npz"), reference, inception_extractor(load_params("inception")))
 
-Images are uint8 (N, H, W, 3), read in order and counted once. Features are float32 (N, D). Statistics are
-float64 and belong to the extractor that made them. To add a metric: a pure function in `metrics.py`, a
-line in `evaluate.py`. To add an extractor: a function in `features.py`.
+Images are uint8 (N, H, W, 3); each is read once, in order. Features are float32 (N, D). Statistics are float64 and
+belong to the extractor that made them. To add a metric, write a pure function in `metrics.py` and a line in
+`evaluate.py`. To add an extractor, write a function in `features.py`.
 """
 
 from sfd_jax.data.moments import RunningMoments

@@ -1,4 +1,4 @@
-"""From two sets of images to the numbers of the table."""
+"""From two sets of images to the metrics of the paper's table."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,20 +18,20 @@ from sfd_jax.evaluation.reference import Reference
 from sfd_jax.evaluation.statistics import FeatureStatistics
 from sfd_jax.ranges import check
 
-# Metric -> whether it needs every image's features at once, beside mean and covariance.
+# Metric -> whether it needs the features of all images, besides mean and covariance.
 METRICS = {"fid": False, "sfid": False, "is": False, "precision": True, "recall": True, "kid": True}
 ADM_METRICS = ("fid", "sfid", "is", "precision", "recall")
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One column of the table: features, what to compare with in them, and by which metrics.
+    """A reference, an extractor of features, and the metrics to compute in them.
 
     Attributes:
-      reference: what to compare with; its stored statistics are used where it has some.
-      extractor: the features; only Inception's have "sfid" and "is".
-      metrics: names out of `METRICS`. "fid" is the Frechet distance in the extractor's main features,
-        whatever the extractor; "kid" comes with "kid_std".
+      reference: the reference; its stored statistics are used if it has some.
+      extractor: the feature extractor; only Inception has "sfid" and "is".
+      metrics: names from `METRICS`. "fid" is the Frechet distance in the main features of any
+        extractor; "kid" comes with "kid_std".
     """
 
     reference: Reference
@@ -51,7 +51,7 @@ def evaluate(
     metrics: tuple[str, ...] = ADM_METRICS,
     **options,
 ) -> dict[str, float]:
-    """Measure samples against one reference; arguments as of `Comparison` and `compare`, which says the rest."""
+    """Compare samples with one reference; arguments as for `Comparison` and `compare`."""
     return compare(samples, [Comparison(reference, extractor, metrics)], **options)[0]
 
 
@@ -64,44 +64,44 @@ def compare(
     mesh: Mesh | None = None,
     progress: bool = False,
 ) -> list[dict[str, float]]:
-    """Measure samples in several ways, reading (or sampling) them once.
+    """Make several comparisons of samples, reading (or sampling) them once.
 
     Memory grows with the number of images only for precision, recall and KID, which hold the features of
     all images in float32 on the host.
 
     Args:
-      samples: the images to be judged.
-      comparisons: the ways.
-      batch_size: images in a batch over all devices.
-      split_size: images in a split of the inception score.
+      samples: the images to evaluate.
+      comparisons: the comparisons.
+      batch_size: images per batch over all devices.
+      split_size: images per split of the inception score.
       mesh: the devices; all of them by default.
       progress: show bars on stderr.
 
     Returns:
-      For each comparison metric name -> value; and under "notes" sentences to be said beside the values, if any.
+      For each comparison, metric name -> value, and "notes": remarks on the values, if there are any.
 
     Raises:
-      SfdError: an unknown metric, one that the extractor or the reference cannot give, statistics of
-        another extractor, or damaged images.
+      SfdError: a metric is unknown or not possible with the extractor or the reference, the statistics
+        are of another extractor, or images are damaged.
     """
     check(batch_size=batch_size)
-    for comparison in comparisons:  # before an hour of sampling what would fail after it
+    for comparison in comparisons:  # before sampling, which may take hours
         _check(samples, comparison)
     options = dict(batch_size=batch_size, split_size=split_size, mesh=mesh, progress=progress)
     references = [_reference_statistics(comparison, options) for comparison in comparisons]
-    of_score = []
+    score_notes = []
     gathered = gather(
         samples,
         [comparison.extractor for comparison in comparisons],
         keep_features=[comparison.keeps_features for comparison in comparisons],
         label="samples",
-        notes=of_score,
+        notes=score_notes,
         **options,
     )
     results = []
     for comparison, reference, (ours, score) in zip(comparisons, references, gathered, strict=True):
         results.append(measure(ours, reference, score, comparison.metrics))
-        notes = [*comparison.reference.notes, *(of_score if "is" in comparison.metrics else ())]
+        notes = [*comparison.reference.notes, *(score_notes if "is" in comparison.metrics else ())]
         if notes:
             results[-1]["notes"] = notes
     return results
@@ -112,7 +112,9 @@ def _check(samples: ImageSet, comparison: Comparison) -> None:
     sizes = (samples.size, reference.images and reference.images.size)
     if None not in sizes and sizes[0] != sizes[1]:
         ours, theirs = ("x".join(map(str, size[::-1])) for size in sizes)
-        raise SfdError(f"images of {samples.name} are {ours}, those of {reference.name} {theirs}: one size is needed")
+        raise SfdError(
+            f"images of {samples.name} are {ours}, those of {reference.name} {theirs}: both must have one size"
+        )
     for metric in metrics:
         if metric not in METRICS:
             raise SfdError(f"unknown metric '{metric}'; {nearest(metric, METRICS)}")
@@ -130,29 +132,29 @@ def _check(samples: ImageSet, comparison: Comparison) -> None:
     if comparison.keeps_features and known.features is None and reference.images is None:
         raise SfdError(
             f"{reference.name} has mean and covariance but no images, which {', '.join(_of_features(metrics))} need; "
-            "leave them out of the metrics, or give a reference with `arr_0`"
+            "leave out these metrics, or give a reference with `arr_0`"
         )
     if "sfid" in metrics and "spatial" not in known.gaussians:
         raise SfdError(f"{reference.name} has no `mu_s` and `sigma_s`, which 'sfid' needs")
 
 
 def _check_features(samples: ImageSet, comparison: Comparison) -> None:
-    """Refuse metrics that the extractor's features do not give, and stored statistics of other widths than theirs.
+    """Refuse metrics that the extractor does not support, and stored statistics of another width.
 
-    Found without computing any, by tracing the extractor.
+    Traces the extractor instead of computing features.
     """
     reference, extractor = comparison.reference, comparison.extractor
     size = samples.size or (reference.images and reference.images.size) or (256, 256)
     answers = jax.eval_shape(extractor.apply, extractor.params, jax.ShapeDtypeStruct((1, *size, 3), np.float32))
     for metric, name in (("sfid", "spatial"), ("is", "probabilities")):
         if metric in comparison.metrics and name not in answers:
-            raise SfdError(f"'{metric}' needs '{name}', which extractor '{extractor.name}' does not give")
+            raise SfdError(f"'{metric}' needs '{name}', which extractor '{extractor.name}' does not return")
     known = reference.statistics
     for name, (mean, _) in (known.gaussians if known else {}).items():
         if name in answers and answers[name].shape[1] != len(mean):
             raise SfdError(
-                f"{reference.name} holds statistics of {len(mean)} features, but extractor '{extractor.name}' gives "
-                f"{answers[name].shape[1]} ('{name}'); they are of another network or layer"
+                f"{reference.name} holds statistics of {len(mean)} features, but extractor '{extractor.name}' has "
+                f"{answers[name].shape[1]} ('{name}'); give statistics of this network and layer"
             )
 
 
@@ -161,14 +163,14 @@ def _of_features(metrics: tuple[str, ...]) -> list[str]:
 
 
 def _reference_statistics(comparison: Comparison, options: dict) -> FeatureStatistics:
-    """Take a reference's stored statistics, and compute what they lack."""
+    """Return a reference's stored statistics, and compute what they lack."""
     known, keep = comparison.reference.statistics, comparison.keeps_features
     if known is not None and not (keep and known.features is None):
         return known
     [(found, _)] = gather(
         comparison.reference.images, [comparison.extractor], keep_features=[keep], label="reference", **options
     )
-    # Where the file holds mean and covariance, those are used, as in ADM.
+    # Stored mean and covariance are used, as in ADM.
     return found if known is None else dataclasses.replace(known, features=found.features)
 
 
@@ -178,16 +180,16 @@ def measure(
     inception_score: float | None,
     metrics: tuple[str, ...],
 ) -> dict[str, float]:
-    """Compute metrics from what `gather` has gathered of both sides."""
+    """Compute metrics from the statistics of both sides, see `gather`."""
     values = {}
     for metric, feature in (("fid", "features"), ("sfid", "spatial")):
         if metric in metrics:
             if feature not in samples.gaussians or feature not in reference.gaussians:
-                raise SfdError(f"'{metric}' needs features '{feature}', which one side does not have")
+                raise SfdError(f"'{metric}' needs features '{feature}', which one side lacks")
             values[metric] = frechet_distance(*samples.gaussians[feature], *reference.gaussians[feature])
     if "is" in metrics:
         if inception_score is None:
-            raise SfdError(f"'is' needs class probabilities, which extractor '{samples.extractor}' does not give")
+            raise SfdError(f"'is' needs class probabilities, which extractor '{samples.extractor}' does not return")
         values["is"] = inception_score
     if {"precision", "recall"} & set(metrics):
         precision, recall = precision_recall(reference.features, samples.features)
@@ -210,24 +212,24 @@ def gather(
     label: str = "images",
     notes: list[str] | None = None,
 ) -> list[tuple[FeatureStatistics, float | None]]:
-    """Read images once and keep what the metrics need of them.
+    """Read images once and compute what the metrics need.
 
     Args:
       images: the set.
-      extractors: the features.
-      keep_features: for each extractor, whether to keep all images' features too.
+      extractors: the feature extractors.
+      keep_features: for each extractor, whether to keep the features of all images too.
       batch_size, split_size, mesh, progress: as for `compare`.
-      label: what the bar and messages call the set.
-      notes: gets the sentences that belong beside the inception score.
+      label: name of the set in the progress bar and messages.
+      notes: receives the remarks on the inception score.
 
     Returns:
-      For each extractor (statistics, inception score); the score is None where it gives no probabilities.
+      For each extractor (statistics, inception score); the score is None if it returns no probabilities.
 
     Raises:
-      SfdError: damaged images, or another number of them than the set says.
+      SfdError: images are damaged, or their number is not that of the set.
     """
     collected = [_Collected(split_size, keep) for keep in keep_features]
-    batch_size = min(batch_size, images.count)  # a small set need not be padded to a large batch
+    batch_size = min(batch_size, images.count)  # do not pad a small set to a large batch
     count = 0
     bar = tqdm(total=images.count, desc=label, unit="img", disable=not (progress and is_host0()))
     with bar:
@@ -240,14 +242,13 @@ def gather(
     if count != images.count:
         raise SfdError(f"{label} {images.name}: expected {images.count} images, read {count}")
     if notes is not None:
-        told = [note for part in collected if part.score.count for note in part.score.notes()]
-        notes.extend(dict.fromkeys(told))
+        notes.extend(dict.fromkeys(note for part in collected if part.score.count for note in part.score.notes()))
     source = images.hash() if images.hash else ""
     return [part.finish(extractor, source) for part, extractor in zip(collected, extractors, strict=True)]
 
 
 class _Collected:
-    """What has been seen of one extractor's features."""
+    """Running statistics of one extractor's features."""
 
     def __init__(self, split_size: int, keep_features: bool):
         self.moments: dict[str, RunningMoments] = {}

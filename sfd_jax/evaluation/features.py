@@ -1,8 +1,7 @@
 """Features of images: an extractor is a named network with a hash, run over all devices of a mesh.
 
-Images come in as uint8 (n, H, W, 3) in pieces of any size and are counted exactly once: pieces are
-regrouped into batches of one size, the last one padded and its padding cut off again, so the network
-is compiled once and the result does not depend on the pieces.
+Images come as uint8 (n, H, W, 3) in pieces of any size. They are regrouped into batches of one size; the padding of the
+last batch is removed from the result. So the network is compiled once, and the result does not depend on the pieces.
 """
 
 import dataclasses
@@ -31,12 +30,12 @@ class Extractor:
     """A network from images to features.
 
     Attributes:
-      name: "inception", "dinov2" (ViT-L/14 alone) or a name of one's own.
+      name: "inception", "dinov2" (ViT-L/14 only) or another name.
       params: its parameters.
       apply: pure function of (params, images (B,H,W,3) float32, 0..255) to a dict of (B, ...) float32:
-        "features" (B,D), which the Frechet and kernel distances, precision and recall are taken of; and
-        where there are any "spatial" (B,E) for sFID and "probabilities" (B,K) for the inception score.
-      settings: whatever beside the parameters changes the features, for the hash.
+        "features" (B,D) for the Frechet and kernel distances, precision and recall; optionally "spatial"
+        (B,E) for sFID and "probabilities" (B,K) for the inception score.
+      settings: what changes the features besides the parameters, for the hash.
     """
 
     name: str
@@ -46,7 +45,7 @@ class Extractor:
 
     @cached_property
     def hash(self) -> str:
-        """Return the hex digest that statistics remember this extractor by."""
+        """Return the hex digest that identifies this extractor in statistics."""
         text = f"{self.name} {self.settings} {params_hash(self.params)}"
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -65,7 +64,7 @@ def inception_extractor(checkpoint: Checkpoint) -> Extractor:
     return Extractor("inception", params, _inception_features(network_of(metadata, "inception")))
 
 
-@cache  # one function for one network, so that what was compiled for it is found again
+@cache  # one function per network, so that it is compiled once
 def _inception_features(network: Network):
     def apply(params, images):
         answers = network.apply(params, images)
@@ -79,17 +78,17 @@ def _inception_features(network: Network):
 
 
 def encoder_extractor(checkpoint: Checkpoint, image_size: int | None = None) -> Extractor:
-    """Make the extractor of a visual encoder's class token: FD-DINOv2, where it is DINOv2's.
+    """Make the extractor of a visual encoder's class token; with DINOv2 it is that of FD-DINOv2.
 
     Args:
-      checkpoint: (params, metadata) of a visual encoder; released distances use DINOv2 ViT-L/14 without registers, and
-        only that one's extractor is called "dinov2".
-      image_size: side of the network's input, in pixels; by default that of its released metric, and for an encoder
-        trained here its own.
+      checkpoint: (params, metadata) of a visual encoder; released distances use DINOv2 ViT-L/14 without registers, the
+        only encoder whose extractor is named "dinov2".
+      image_size: side of the network's input, in pixels; by default that of its released metric, or of its training
+        for an encoder trained with this package.
 
     Raises:
-      SfdError: the checkpoint is of another network or of one without class token, or its patches do not divide the
-        images; sizes that would do are named.
+      SfdError: the checkpoint is of another network or one without class token, or its patches do not divide the
+        images; sizes that fit are named.
     """
     params, metadata = checkpoint
     network, trained_here = network_of(metadata, ENCODERS), "task" in metadata
@@ -104,7 +103,7 @@ def encoder_extractor(checkpoint: Checkpoint, image_size: int | None = None) -> 
 
 @cache
 def class_token(network: Network, image_size: int) -> Callable[[dict, jax.Array], dict[str, jax.Array]]:
-    """Return an extractor's `apply` that takes the class token of a visual encoder."""
+    """Return an extractor's `apply` that returns the class token of a visual encoder."""
     return lambda params, images: {"features": network.apply(params, images, image_size, method="class_token")}
 
 
@@ -115,41 +114,42 @@ def extract_features(
     batch_size: int = 64,
     mesh: Mesh | None = None,
 ) -> Iterator[tuple[dict[str, np.ndarray], ...]]:
-    """Run images through extractors in one pass, each image exactly once and in order.
+    """Run each image through the extractors once, in order.
 
     Args:
-      extractors: what to run.
-      pieces: uint8 arrays (n, H, W, 3), n of any size, H and W the same throughout. With several hosts
-        each passes all images; each device still computes its share alone.
-      batch_size: images in a batch over all devices; rounded up to a multiple of their number.
+      extractors: the extractors.
+      pieces: uint8 arrays (n, H, W, 3), any n, with the same H and W. Every host passes all images; each
+        device computes only its share.
+      batch_size: images per batch over all devices; rounded up to a multiple of their number.
       mesh: the devices; all of them by default.
 
     Yields:
       For each batch a dict of float32 arrays (n, ...) for each extractor, n <= batch_size, on every host.
 
     Raises:
-      SfdError: images of another dtype or shape, or features that are not finite.
+      SfdError: images have another dtype or shape, or features are not finite.
     """
     mesh = make_mesh() if mesh is None else mesh
     batch_size = -(-batch_size // mesh.size) * mesh.size
     run, params = _prepare(extractors, mesh)
     done = 0
-    under_way = deque()  # one batch computes while the next one is read and sent
+    pending = deque()  # one batch is computed while the next is read and sent
     for images in regroup(pieces, batch_size):
         padded = np.pad(images, [(0, batch_size - len(images)), (0, 0), (0, 0), (0, 0)], mode="edge")
-        under_way.append((len(images), run(params, put_same(padded, batch_sharding(mesh)))))
-        if len(under_way) > 1:
-            count, answers = under_way.popleft()
+        pending.append((len(images), run(params, put_same(padded, batch_sharding(mesh)))))
+        if len(pending) > 1:
+            count, answers = pending.popleft()
             yield _to_host(extractors, answers, count, done)
             done += count
-    for count, answers in under_way:
+    for count, answers in pending:
         yield _to_host(extractors, answers, count, done)
 
 
 def images_at_once(mesh: Mesh) -> int:
-    """Return how many images a device of the mesh takes at once at the best speed; the answers do not depend on it.
+    """Return the fastest number of images per device and batch; results do not depend on it.
 
-    Inception's widest layers hold 5 MB an image: more than 8 leave a processor's caches, and a third of its speed.
+    Inception's widest layers take 5 MB per image: more than 8 images exceed a CPU's caches, which costs a third of
+    its speed.
     """
     return 8 if mesh.devices.flat[0].platform == "cpu" else 32
 
@@ -157,13 +157,13 @@ def images_at_once(mesh: Mesh) -> int:
 def trace_features(
     extractors: Sequence[Extractor], image_size: int, *, batch_size: int, mesh: Mesh
 ) -> jax.stages.Traced:
-    """Trace what `extract_features` runs on a batch, from shapes alone (see `trace_train_step`).
+    """Trace the program of `extract_features` from shapes alone (see `trace_train_step`).
 
     Args:
       extractors: their `params` may hold shapes instead of arrays.
       image_size: height and width in pixels.
       batch_size: images over all devices, a multiple of their number.
-      mesh: devices that need not be there.
+      mesh: devices, which this machine need not have.
     """
     run, params = _prepare(extractors, mesh)
     shape = (batch_size, image_size, image_size, 3)
@@ -176,7 +176,7 @@ def _prepare(extractors: Sequence[Extractor], mesh: Mesh):
     return _compiled(tuple(extractor.apply for extractor in extractors), mesh), params
 
 
-@lru_cache(maxsize=8)  # samples go through what was compiled for the reference
+@lru_cache(maxsize=8)  # samples use the program compiled for the reference
 def _compiled(applies, mesh: Mesh):
     def run(params, images):
         images = images.astype(jnp.float32)
@@ -186,7 +186,7 @@ def _compiled(applies, mesh: Mesh):
 
 
 def _to_host(extractors, answers, count: int, first: int) -> tuple[dict[str, np.ndarray], ...]:
-    """Cut off the padding and check that what is left is finite."""
+    """Remove the padding and check that the features are finite."""
     host = tuple({name: np.asarray(rows)[:count] for name, rows in answer.items()} for answer in answers)
     for extractor, answer in zip(extractors, host, strict=True):
         for name, rows in answer.items():
@@ -194,16 +194,16 @@ def _to_host(extractors, answers, count: int, first: int) -> tuple[dict[str, np.
             if not finite.all():
                 raise SfdError(
                     f"extractor '{extractor.name}': '{name}' of image {first + int(np.argmin(finite))} is not "
-                    "finite; its weights are damaged, or not of this network"
+                    "finite; check its weights"
                 )
     return host
 
 
 def regroup(pieces: Iterable[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:
-    """Cut a stream of uint8 (n, H, W, 3) into pieces of `batch_size`, the last one as long as it is.
+    """Cut a stream of uint8 (n, H, W, 3) into pieces of `batch_size`; the last one may be shorter.
 
     Raises:
-      SfdError: another dtype, rank or size than uint8 (n, H, W, 3) with the first piece's H and W.
+      SfdError: a piece is not uint8 (n, H, W, 3) with the H and W of the first piece.
     """
     held, count, shape = [], 0, None
     for piece in pieces:

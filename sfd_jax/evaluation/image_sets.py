@@ -1,6 +1,6 @@
-"""Sets of finished images to be judged: an npz, a folder of image files, or a sampling job's folder.
+"""Sets of images to evaluate: an npz, a folder of image files, or the folder of a sampling job.
 
-A set is read front to back in pieces, so that its size does not matter. All its images have one size.
+A set is read in order in pieces, so it need not fit into memory. All its images have one size.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from sfd_jax.errors import SfdError
 from sfd_jax.evaluation.npz import npz_names, open_array, read_npz
 from sfd_jax.files import file_sha256
 
-JOB_NPZ = "samples.npz"  # what a sampling job calls its npz, beside its recipe
+JOB_NPZ = "samples.npz"  # the npz of a sampling job, beside its recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +28,12 @@ class ImageSet:
     """Images that can be read in order.
 
     Attributes:
-      name: what messages and recipes call it.
+      name: its name in messages and recipes.
       count: number of images.
-      pieces: call it with a number n for an iterator of uint8 arrays (<= n, H, W, 3), all images in order.
-      hash: call it for a hex digest of the files read; None where there are none on disk.
-      recipe: how the images were made, where a sampling job says so.
-      size: (H, W); None where that is not known before reading.
+      pieces: function from n to an iterator of uint8 arrays (<= n, H, W, 3), all images in order.
+      hash: function that returns a hex digest of the files; None if there are no files.
+      recipe: of the sampling job that made the images, or None.
+      size: (H, W); None if unknown before reading.
     """
 
     name: str
@@ -52,19 +52,19 @@ def image_set_of(name: str, images: np.ndarray) -> ImageSet:
 
 
 def open_image_set(path: str | Path, image_size: int | None = None) -> ImageSet:
-    """Open finished images.
+    """Open a set of images.
 
     Args:
-      path: an npz with `arr_0` uint8 (N, H, W, 3), as the ADM suite reads and writes; a folder of a
-        sampling job, or its chunks; or a folder of RGB image files, also in subfolders.
+      path: an npz with `arr_0` uint8 (N, H, W, 3), as the ADM suite reads and writes; the folder of a
+        sampling job, or of its chunks; or a folder of RGB image files, also in subfolders.
       image_size: crop and resize image files to squares of this size, as the ADM suite does with its
         references; by default the files must all be RGB of one size.
 
     Returns:
-      The set, checked as far as that goes without reading all of it.
+      The set, checked without reading all of it.
 
     Raises:
-      SfdError: nothing there, damaged, incomplete, or not uint8 RGB; the message names the file.
+      SfdError: images are missing, damaged, incomplete, or not uint8 RGB; the message names the file.
     """
     path = Path(path)
     if path.is_dir():
@@ -73,27 +73,27 @@ def open_image_set(path: str | Path, image_size: int | None = None) -> ImageSet:
         images = _open_npz(path)
     else:
         raise SfdError(f"no images at {path}: give an npz, or a folder of PNGs or chunks")
-    promised = (images.recipe or {}).get("num_images", images.count)
-    if images.count != promised:
-        raise SfdError(f"{path} holds {images.count} images, but its recipe.json is of {promised}: {_UNFINISHED}")
+    expected = (images.recipe or {}).get("num_images", images.count)
+    if images.count != expected:
+        raise SfdError(f"{path} holds {images.count} images, but its recipe.json is of {expected}: {_UNFINISHED}")
     return images
 
 
-_UNFINISHED = "finish sampling (the same `sfd sample` goes on), or sample again into an empty folder"
+_UNFINISHED = "finish sampling (the same `sfd sample` command resumes), or sample again into an empty folder"
 
 
 def _open_directory(path: Path, image_size: int | None) -> ImageSet:
-    if (path / JOB_NPZ).is_file():  # it appeared when it was complete; the chunks may be gone since
+    if (path / JOB_NPZ).is_file():  # it was written atomically, so it is complete; the chunks may have been removed
         return _open_npz(path / JOB_NPZ)
     for folder in (path, path / "chunks"):
         if chunks := sorted(folder.glob("chunk_*.npz")):
             return _open_chunks(path, chunks)
-    promised = (read_recipe(path) or {}).get("num_images")
-    if promised is None:
+    expected = (read_recipe(path) or {}).get("num_images")
+    if expected is None:
         return _open_folder(path, image_size)
     if not (path / "images").is_dir():
-        raise SfdError(f"{path} is a sampling job of which all {promised} images are missing: {_UNFINISHED}")
-    return _open_folder(path / "images", image_size)  # beside them lies grid.png, which is no sample
+        raise SfdError(f"{path} is a sampling job without any of its {expected} images: {_UNFINISHED}")
+    return _open_folder(path / "images", image_size)  # not `path`, since grid.png is not a sample
 
 
 # --- One npz ----------------------------------------------------------------------------------------
@@ -112,10 +112,10 @@ def _open_npz(path: Path) -> ImageSet:
 
 
 def _stream_npy(path: Path, name: str, n: int) -> Iterator[np.ndarray]:
-    """Read an array inside an npz row by row, since a batch of 50,000 images takes 10 GB."""
+    """Read an array inside an npz in pieces, since 50,000 images take 10 GB."""
     with open_array(path, name) as (shape, dtype, fortran, file):
         if fortran:
-            raise SfdError(f"{path}: {name} is stored column by column; save it again with numpy.savez")
+            raise SfdError(f"{path}: {name} is stored in Fortran order; save it again with numpy.savez in C order")
         row = math.prod(shape[1:]) * dtype.itemsize
         Budget(path).take(min(n, shape[0]) * row)
         for start in range(0, shape[0], n):
@@ -141,7 +141,7 @@ def _images_shape(path: Path, name: str) -> tuple[int, ...]:
 
 
 def _open_chunks(folder: Path, chunks: list[Path]) -> ImageSet:
-    """Open a job's chunks; together they must hold the images 0..N-1, each once."""
+    """Open the chunks of a job, which must hold each of the images 0..N-1 once."""
     found = []
     for chunk in chunks:
         try:
@@ -149,14 +149,14 @@ def _open_chunks(folder: Path, chunks: list[Path]) -> ImageSet:
         except SfdError as error:
             raise SfdError(f"{error}; remove it and sample again") from error
         if rows.dtype.kind not in "iu" or rows.ndim != 1 or not rows.size:
-            raise SfdError(f"{chunk} has no array 'indices' of whole numbers (N,); remove it and sample again")
+            raise SfdError(f"{chunk} has no array 'indices' of integers (N,); remove it and sample again")
         found.append(rows)
     recipe = read_recipe(folder) or read_recipe(folder.parent)
     indices = np.concatenate(found)
     count = recipe["num_images"] if recipe and "num_images" in recipe else int(indices.max()) + 1
     _check_indices(indices, count, f"{folder}: chunks")
     if (np.diff(indices) < 0).any():
-        raise SfdError(f"{folder}: images are not in order in the chunks; the files were renamed")
+        raise SfdError(f"{folder}: the images in the chunks are not in order; restore the names of the files")
 
     size = _images_shape(chunks[0], "images")[1:3]
 
@@ -181,7 +181,7 @@ def _check_indices(indices: np.ndarray, count: int, where: str) -> None:
         first = np.flatnonzero(np.append(inside, -1) != np.arange(len(inside) + 1))[0]
         faults.append(f"{count - len(inside)} of {count} images are missing, the first is {first}")
     if (times > 1).any():
-        faults.append(f"{int((times > 1).sum())} indices are there twice, the first is {present[times > 1][0]}")
+        faults.append(f"{int((times > 1).sum())} indices are duplicated, the first is {present[times > 1][0]}")
     if strange := [index for index in present.tolist() if not 0 <= index < count]:
         faults.append(f"index {strange[0]} is outside 0..{count - 1}")
     if faults:
@@ -189,7 +189,7 @@ def _check_indices(indices: np.ndarray, count: int, where: str) -> None:
 
 
 def read_recipe(folder: Path) -> dict | None:
-    """Return what a sampling job wrote about itself in `recipe.json`, None where there is none."""
+    """Return the `recipe.json` of a sampling job, None if there is none."""
     try:
         recipe = json.loads((folder / "recipe.json").read_text())
     except FileNotFoundError:
@@ -197,7 +197,7 @@ def read_recipe(folder: Path) -> dict | None:
     except (OSError, ValueError, RecursionError) as error:
         raise SfdError(f"cannot read {folder / 'recipe.json'}: {error}") from error
     if not isinstance(recipe, dict) or not isinstance(recipe.get("num_images", 0), int):
-        raise SfdError(f"{folder / 'recipe.json'} is no recipe of `sfd sample`; remove it, or copy it again")
+        raise SfdError(f"{folder / 'recipe.json'} is not a recipe of `sfd sample`; remove it or copy it again")
     return recipe
 
 
@@ -210,10 +210,10 @@ def _open_folder(folder: Path, image_size: int | None) -> ImageSet:
         raise SfdError(f"{folder} holds no image files ({', '.join(EXTENSIONS)}) and no chunks")
     in_one_folder = len({file.parent for file in files}) == 1
     if image_size is None and in_one_folder and all(file.stem.isdecimal() for file in files):
-        # Numbered files are a sampler's: a gap means that it was not done.
+        # Numbered files are from a sampler: a gap means that it was not finished.
         numbers = np.array([int(file.stem) for file in files])
         files = [files[i] for i in np.argsort(numbers, kind="stable")]
-        where = f"{folder}: files numbered as samples are (give an image size if they are references)"
+        where = f"{folder}: files numbered like samples (give an image size if they are references)"
         _check_indices(numbers - min(1, int(numbers.min())), len(np.unique(numbers)), where)
 
     def pieces(n):
@@ -248,10 +248,10 @@ def read_image(file: Path, image_size: int | None = None) -> np.ndarray:
 
     Args:
       file: its path.
-      image_size: centre crop as the ADM suite does; None takes the file as it is, which then must be RGB.
+      image_size: side of the centre crop, as in the ADM suite; None: no crop, and the file must be RGB.
 
     Raises:
-      SfdError: not an image, or without `image_size` not 8-bit RGB.
+      SfdError: the file is not an image, or without `image_size` not 8-bit RGB.
     """
     try:
         image = load_image(read_bytes(file))
@@ -265,7 +265,7 @@ def read_image(file: Path, image_size: int | None = None) -> np.ndarray:
 
 
 def hash_files(files: list[Path], folder: Path | None = None) -> str:
-    """Return a hex digest of files: of one file its sha256, of several their names and contents.
+    """Return a hex digest: the sha256 of one file, or a hash of the names and contents of several.
 
     Raises:
       SfdError: a file cannot be read.

@@ -1,13 +1,12 @@
-"""The numbers of the table: Frechet distance, inception score, precision and recall, kernel distance.
+"""Metrics: Frechet distance, inception score, precision and recall, kernel distance.
 
-Pure functions of features (N, D) and probabilities (N, K); rows are images. What a number is called
-depends on its features: the Frechet distance is FID on Inception's pool, sFID on its spatial features,
-FD-DINOv2 on DINOv2's class token.
+Pure functions of features (N, D) and probabilities (N, K); rows are images. The Frechet distance is FID
+on Inception's pool, sFID on its spatial features, and FD-DINOv2 on DINOv2's class token.
 
-Definitions are those of the ADM suite (guided-diffusion, `evaluations/evaluator.py`), down to the
-float16 of its distances. One thing differs: the trace of the matrix root comes from symmetric
+Definitions are those of the ADM suite (guided-diffusion, `evaluations/evaluator.py`), including the
+float16 of its distances. One difference: the trace of the matrix root comes from symmetric
 eigenvalues instead of `sqrtm`, so it is exact for singular covariances too (fewer images than
-features), where `sqrtm` needs a nudge.
+features), where `sqrtm` needs an offset on the diagonal.
 """
 
 import warnings
@@ -21,22 +20,22 @@ from sfd_jax.errors import SfdError
 
 # --- Frechet distance -------------------------------------------------------------------------------
 
-# How far from symmetric and from positive semidefinite a covariance may be, as a share of its Frobenius norm: storing
-# it in float32 moves it by 6e-8 of that, computing it in float32 by some 1e-6.
+# Largest deviation of a covariance from symmetric and positive semidefinite, relative to its Frobenius norm: storing it
+# in float32 changes it by 6e-8, computing it in float32 by about 1e-6.
 COVARIANCE_TOLERANCE = 1e-5
 
 
 def check_gaussian(mean: np.ndarray, covariance: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return a mean and a covariance in float64, having checked that they can be those of features.
+    """Check that a mean and a covariance can be those of features, and return them in float64.
 
     Args:
       mean: (D,) int or float.
       covariance: (D, D) int or float.
-      where: what messages call them.
+      where: their name in messages.
 
     Raises:
-      SfdError: no real numbers, other shapes, a value that is not finite, or a covariance that is not symmetric or has
-        negative eigenvalues, both beyond COVARIANCE_TOLERANCE.
+      SfdError: they are not real numbers, have other shapes or values that are not finite, or the covariance is not
+        symmetric or has negative eigenvalues, beyond COVARIANCE_TOLERANCE.
     """
     mean, covariance = np.asarray(mean), np.asarray(covariance)
     if mean.dtype.kind not in "fiu" or covariance.dtype.kind not in "fiu":
@@ -48,13 +47,11 @@ def check_gaussian(mean: np.ndarray, covariance: np.ndarray, where: str) -> tupl
         raise SfdError(f"{where}: a value is not finite")
     rounding = COVARIANCE_TOLERANCE * np.linalg.norm(covariance)
     if np.abs(covariance - covariance.T).max() > rounding:
-        raise SfdError(f"{where}: the covariance is not symmetric, so it is none; make the statistics again")
-    try:  # a decomposition that exists where no eigenvalue is below -rounding; far quicker than the eigenvalues
+        raise SfdError(f"{where}: the covariance matrix is not symmetric; make the statistics again")
+    try:  # succeeds if no eigenvalue is below -rounding; much faster than computing eigenvalues
         np.linalg.cholesky((covariance + covariance.T) / 2 + max(rounding, 1e-300) * np.eye(len(mean)))
     except np.linalg.LinAlgError:
-        raise SfdError(
-            f"{where}: the covariance has negative eigenvalues, so it is none; make the statistics again"
-        ) from None
+        raise SfdError(f"{where}: the covariance matrix has negative eigenvalues; make the statistics again") from None
     return mean, covariance
 
 
@@ -80,11 +77,11 @@ def frechet_distance(
     if mean_a.shape != mean_b.shape:
         raise SfdError(
             f"Frechet distance between Gaussians of {mean_a.shape} and {mean_b.shape} dimensions: "
-            "the two statistics come from different extractors"
+            "use the same extractor for both"
         )
     # With A = R R' and B = S S', A B has the eigenvalues of (R' S)(R' S)', whose roots are the
-    # singular values of R' S. Taking those directly keeps them accurate to the rounding of the
-    # largest one; roots of eigenvalues near zero would turn a rounding of 1e-16 into 1e-8.
+    # singular values of R' S. Computed directly, these are accurate to the rounding of the largest
+    # one; roots of eigenvalues near zero would turn a rounding error of 1e-16 into 1e-8.
     cross = np.linalg.svd(_root(covariance_a).T @ _root(covariance_b), compute_uv=False).sum()
     difference = mean_a - mean_b
     traces = np.trace(covariance_a) + np.trace(covariance_b)
@@ -97,7 +94,7 @@ def frechet_distance(
 def _root(covariance: np.ndarray) -> np.ndarray:
     """Return R (D, rank) with R R' = covariance.
 
-    Eigenvalues within the rounding of the largest one are zeros (or below) of a singular covariance.
+    Eigenvalues within the rounding error of the largest one count as zeros of a singular covariance.
     """
     values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
     kept = values > values[-1] * len(values) * np.finfo(np.float64).eps
@@ -112,10 +109,10 @@ def inception_score(probabilities: np.ndarray, split_size: int = 5000) -> float:
 
     Args:
       probabilities: (N, K) float, rows sum to 1.
-      split_size: images in a split, 5,000 in ADM.
+      split_size: images per split, 5,000 in ADM.
 
     Returns:
-      The score, between 1 and K. Warnings say where it depends on the order of the rows or on a short last split.
+      The score, between 1 and K. Warns if it depends on the order of the rows or on a short last split.
 
     Source: Salimans et al. 2016 (arXiv 1606.03498).
     """
@@ -127,10 +124,10 @@ def inception_score(probabilities: np.ndarray, split_size: int = 5000) -> float:
 
 
 class RunningInceptionScore:
-    """Inception score of probabilities that arrive in pieces; keeps sums, and the likeliest class of each row.
+    """Inception score of probabilities given in pieces; keeps sums, and the likeliest class of each row.
 
-    The splits are consecutive, so the images must come in shuffled order; a last, shorter split counts as
-    much as the others, as in the ADM suite.
+    The splits are consecutive, so the images must be shuffled; a last, shorter split has the same weight
+    as the others, as in the ADM suite.
     """
 
     def __init__(self, split_size: int = 5000):
@@ -143,7 +140,7 @@ class RunningInceptionScore:
         self._count, self._negative_entropy, self._sum = 0, 0.0, 0.0
 
     def add(self, probabilities: np.ndarray) -> None:
-        """Count rows (n, K) in."""
+        """Add rows (n, K)."""
         self._classes.append(np.argmax(probabilities, axis=1).astype(np.int32))
         while len(probabilities):
             part = probabilities[: self.split_size - self._count]
@@ -169,27 +166,27 @@ class RunningInceptionScore:
         return float(np.mean(scores))
 
     def notes(self) -> list[str]:
-        """Return what should be said beside the score: that it depends on the order, or on a short last split."""
+        """Return remarks on the score, if it depends on the order of the rows or on a short last split."""
         notes = []
         if self._is_sorted():
             notes.append(
-                f"the images are sorted by class (splits of {self.split_size:,} hold other classes than shuffled ones "
-                "would): the inception score is defined on shuffled images, and this one is too low; shuffle them and "
+                f"the images are sorted by class (splits of {self.split_size:,} do not have the classes of shuffled "
+                "images): the inception score is defined on shuffled images, and this one is too low; shuffle them and "
                 "evaluate again"
             )
         if self._scores and self._count:
             notes.append(
                 f"the inception score is the mean of {len(self._scores) + 1} splits, of which the last has "
-                f"{self._count:,} images and the others {self.split_size:,}, all of one weight as in the ADM suite; a "
-                f"multiple of {self.split_size:,} images avoids that"
+                f"{self._count:,} images and the others {self.split_size:,}, all weighted equally as in the ADM suite; "
+                f"use a multiple of {self.split_size:,} images to avoid this"
             )
         return notes
 
     def _is_sorted(self) -> bool:
-        """Say whether the splits hold other classes than splits of shuffled images would.
+        """Return whether the splits do not have the classes of splits of shuffled images.
 
-        Compared is how unevenly the likeliest classes lie over the splits with 20 shuffles of the same rows: a chance
-        of about one in a million.
+        Compares how unevenly the likeliest classes are distributed over the splits with 20 shuffles of the same rows;
+        shuffled images are reported with a probability of about one in a million.
         """
         classes = np.concatenate(self._classes)
         splits = np.arange(len(classes)) // self.split_size
@@ -226,25 +223,25 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Compute precision and recall by k-nearest-neighbour manifolds.
 
-    A set's manifold is the union of balls around its members, each as wide as the distance to the
-    member's k-th neighbour within the set. Precision is the share of samples inside the reference's
-    manifold, recall the share of references inside the samples'.
+    The manifold of a set is the union of balls around its members; the radius of each is the distance to the
+    member's k-th neighbour in the set. Precision is the fraction of samples inside the reference's
+    manifold, recall the fraction of references inside the samples'.
 
     Args:
       reference: (N, D) float32 features, N > k.
       samples: (M, D) float32 features, M > k.
       k: neighbours.
       block: rows and columns of the distance blocks; the result does not depend on it.
-      distances: "float16" rounds where the ADM suite does, and so reproduces its numbers: on 2,048
-        features the rounding draws points into balls that they miss by less than a thousandth, which
-        adds one or two points to both scores. "float32" is the definition, without that. Features
-        too large for float16 are compared in float32 either way, as in ADM.
+      distances: "float16" rounds like the ADM suite and so reproduces its numbers: on 2,048 features,
+        rounding moves points into balls that they miss by less than a thousandth, which adds one or two
+        points to both scores. "float32" is the definition without rounding. Features too large for
+        float16 are always compared in float32, as in ADM.
 
     Returns:
       (precision, recall), each in [0, 1].
 
     Raises:
-      SfdError: too few rows, different D, or a feature that is not finite.
+      SfdError: there are too few rows, D differs, or a feature is not finite.
 
     Source: Kynkaanniemi et al. 2019 (arXiv 1904.06991); k = 3 and float16 as in ADM's
       `ManifoldEstimator` and `DistanceBlock`.
@@ -253,7 +250,7 @@ def precision_recall(
     if reference.shape[1:] != samples.shape[1:]:
         raise SfdError(
             f"precision and recall: reference features are {reference.shape[1:]}, samples "
-            f"{samples.shape[1:]}; both must come from one extractor"
+            f"{samples.shape[1:]}; use the same extractor for both"
         )
     for name, features in (("reference", reference), ("samples", samples)):
         if len(features) <= k:
@@ -274,7 +271,7 @@ def precision_recall(
 
 
 def _fits_float16(reference: np.ndarray, samples: np.ndarray) -> bool:
-    """Tell whether no squared distance, nor a step on the way to it, can leave float16's range."""
+    """Return whether squared distances and their intermediate values stay in float16's range."""
     longest = [np.sqrt(np.einsum("nd,nd->n", x, x).max()) for x in (reference, samples)]
     return float(2 * max(longest)) ** 2 < 60000
 
@@ -283,8 +280,8 @@ def _prepare(reference: np.ndarray, samples: np.ndarray, half: bool):
     """Return (features (N, D), squared norms (N,)) of each set, float32."""
     if half:
         return tuple((x.astype(np.float16).astype(np.float32), _half_norms(x)) for x in (reference, samples))
-    # |u|^2 - 2 u.v + |v|^2 cancels badly when the norms dwarf the distances; a common shift changes
-    # no distance and makes the norms small.
+    # |u|^2 - 2 u.v + |v|^2 loses precision if the norms are much larger than the distances; a common
+    # shift keeps the distances and makes the norms small.
     centre = reference.mean(axis=0, dtype=np.float64).astype(np.float32)
     reference, samples = reference - centre[None], samples - centre[None]
     return tuple((x, np.einsum("nd,nd->n", x, x)) for x in (reference, samples))
@@ -293,8 +290,8 @@ def _prepare(reference: np.ndarray, samples: np.ndarray, half: bool):
 def _half_norms(features: np.ndarray) -> np.ndarray:
     """Sum squares in float16, in the order of the suite's TensorFlow on CPU.
 
-    That is 1,024 features at a time, in packets of eight lanes with four running sums. The order matters
-    in a distance's last bit, and so for a point at the edge of a ball.
+    That is 1,024 features at a time, in packets of eight lanes with four running sums. The order changes
+    the last bit of a distance, and so whether a point at the edge of a ball is inside.
     """
     norms = np.zeros(len(features), np.float16)
     for start in range(0, features.shape[1], 1024):
@@ -319,7 +316,7 @@ def _squared_radii(features: np.ndarray, norms: np.ndarray, k: int, block: int, 
     radii = np.empty(len(features), np.float32)
     present = np.zeros(len(features), np.float32)
     for row, rows, row_norms, _ in _blocks(features, norms, present, block):
-        # The row itself is among its neighbours, at distance 0: hence k + 1.
+        # k + 1, since the row itself is among its neighbours, at distance 0.
         smallest = jnp.full((len(rows), k + 1), jnp.inf)
         for _, *columns in _blocks(features, norms, present, block):
             smallest = _merge_smallest(smallest, rows, row_norms, *columns, half=half)
@@ -343,7 +340,7 @@ def _blocks(features: np.ndarray, norms: np.ndarray, radii: np.ndarray, block: i
 
 @partial(jax.jit, static_argnames="half")
 def _merge_smallest(smallest, rows, row_norms, columns, column_norms, column_radii, *, half):
-    """Return the k + 1 smallest distances among those known and those to `columns`, ascending."""
+    """Merge distances to `columns` into the k + 1 smallest ones, ascending."""
     distances = _squared_distances(rows, row_norms, columns, column_norms, half)
     distances = jnp.where(column_radii[None, :] < 0, jnp.inf, distances)
     candidates = jnp.concatenate([smallest, distances], axis=1)
@@ -352,7 +349,7 @@ def _merge_smallest(smallest, rows, row_norms, columns, column_norms, column_rad
 
 @partial(jax.jit, static_argnames="half")
 def _inside(rows, row_norms, row_radii, columns, column_norms, column_radii, *, half) -> tuple[jax.Array, jax.Array]:
-    """Tell which rows lie in a column's ball (R,) and which columns in a row's (C,)."""
+    """Return which rows are in the ball of a column (R,) and which columns in that of a row (C,)."""
     distances = _squared_distances(rows, row_norms, columns, column_norms, half)
     in_columns = jnp.any(distances <= column_radii[None, :], axis=1)
     in_rows = jnp.any(distances <= row_radii[:, None], axis=0)
@@ -360,7 +357,7 @@ def _inside(rows, row_norms, row_radii, columns, column_norms, column_radii, *, 
 
 
 def _squared_distances(rows, row_norms, columns, column_norms, half: bool) -> jax.Array:
-    # `reduce_precision` rounds to float16 for certain; casts there and back may be optimised away.
+    # `reduce_precision` always rounds to float16; casts to float16 and back may be optimised away.
     rounded = partial(jax.lax.reduce_precision, exponent_bits=5, mantissa_bits=10) if half else lambda x: x
     products = rounded(jnp.matmul(rows, columns.T, precision=jax.lax.Precision.HIGHEST))
     distances = rounded(rounded(row_norms[:, None] - 2.0 * products) + column_norms[None, :])
@@ -384,11 +381,11 @@ def kernel_distance(
       reference: (N, D) float32 features.
       samples: (M, D) float32 features.
       subsets: number of random pairs of subsets.
-      subset_size: images in a subset; lowered to min(N, M) where there are fewer.
-      seed: draws the subsets.
+      subset_size: images per subset, at most min(N, M).
+      seed: of the random subsets.
 
     Returns:
-      (mean, standard deviation over the subsets). The mean may fall slightly below zero.
+      (mean, standard deviation over the subsets). The mean may be slightly below zero.
 
     Source: Binkowski et al. 2018 (arXiv 1801.01401): kernel (u.v / D + 1)^3.
     """
@@ -413,7 +410,7 @@ def _unbiased_mmd(reference: jax.Array, samples: jax.Array) -> jax.Array:
         return (jnp.matmul(u, v.T, precision=jax.lax.Precision.HIGHEST) / dimension + 1.0) ** 3
 
     def mean_off_diagonal(matrix):
-        # The diagonal is left out of the sum, not subtracted from it: it is the largest part.
+        # Leave out the diagonal; subtracting it would lose precision, since it is the largest part.
         return jnp.where(jnp.eye(size, dtype=bool), 0.0, matrix).sum() / (size * (size - 1))
 
     within = mean_off_diagonal(kernel(reference, reference))

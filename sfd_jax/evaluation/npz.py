@@ -1,4 +1,4 @@
-"""Read npz files made by others: arrays of numbers and text, whose headers are compared with the file's size."""
+"""Read untrusted npz files: arrays of numbers and text, whose headers are checked against the file's size."""
 
 import contextlib
 import math
@@ -14,10 +14,10 @@ from sfd_jax.errors import damage_explained
 
 
 def read_npz(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Read those of the named arrays that a file holds.
+    """Read the named arrays that exist in a file.
 
     Raises:
-      SfdError: damaged, no npz, an array of objects, or more than `budget.py` allows.
+      SfdError: the file is damaged or not an npz, or an array holds objects or exceeds `budget.py`.
     """
     arrays = {}
     held, budget = npz_names(path), Budget(path)
@@ -25,7 +25,7 @@ def read_npz(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
         with open_array(path, name) as (shape, dtype, fortran, file):
             size = math.prod(shape) * dtype.itemsize
             budget.take(size)
-            # Checksums are compared at a member's end.
+            # Reading to the end of a member checks its checksum.
             data = file.read(size)
             arrays[name] = np.ndarray(shape, dtype, data, order="F" if fortran else "C")
     return arrays
@@ -35,7 +35,7 @@ def npz_names(path: Path) -> list[str]:
     """Return the names of the arrays in a file.
 
     Raises:
-      SfdError: it is no npz.
+      SfdError: it is not an npz.
     """
     with _damage_explained(path), zipfile.ZipFile(path) as archive:
         return [name.removesuffix(".npy") for name in archive.namelist()]
@@ -43,13 +43,13 @@ def npz_names(path: Path) -> list[str]:
 
 @contextlib.contextmanager
 def open_array(path: Path, name: str) -> Iterator[tuple[tuple[int, ...], np.dtype, bool, IO[bytes]]]:
-    """Open an array to be read in parts.
+    """Open an array to read it in parts.
 
     Yields:
-      Its shape, dtype, whether it is stored column by column, and the stream of its numbers.
+      Its shape, dtype, whether it is in Fortran order, and the stream of its data.
 
     Raises:
-      SfdError: no such array, damaged, or an array of objects.
+      SfdError: the array is missing, damaged, or holds objects.
     """
     with _damage_explained(path), zipfile.ZipFile(path) as archive:
         info = archive.getinfo(f"{name}.npy")
@@ -64,9 +64,9 @@ def open_array(path: Path, name: str) -> Iterator[tuple[tuple[int, ...], np.dtyp
             if dtype.hasobject or not all(0 <= size < 2**62 for size in shape) or len(shape) > 64:
                 raise ValueError(f"{name} is not an array of numbers: {dtype} {shape}")
             if math.prod(shape) * dtype.itemsize != info.file_size - file.tell():
-                raise ValueError(f"{name} is another array by its header than by its size: {dtype} {shape}")
+                raise ValueError(f"the size of {name} does not match its header: {dtype} {shape}")
             yield shape, dtype, fortran, file
 
 
 def _damage_explained(path: Path) -> contextlib.AbstractContextManager:
-    return damage_explained(lambda reason: f"cannot read {path}: it is damaged, or no npz of arrays ({reason})")
+    return damage_explained(lambda reason: f"cannot read {path}: it is damaged, or not an npz of arrays ({reason})")

@@ -1,9 +1,9 @@
-"""How well a texture VAE gives images back: rFID, PSNR, SSIM and LPIPS.
+"""Metrics of texture VAE reconstructions: rFID, PSNR, SSIM and LPIPS.
 
-Definitions are those under which the released texture VAE was measured (VA-VAE's `evaluate_tokenizer.py`):
-PSNR of bytes, SSIM with an 11 x 11 Gaussian window of sigma 1.5 on pixels in [-1, 1], LPIPS on VGG16, each
-the mean over images; rFID is the Frechet distance between the images and their reconstructions. There the
-latent is a posterior sample; so it is here, the noise of image i a function of (seed, i).
+Definitions are those used for the released texture VAE (VA-VAE's `evaluate_tokenizer.py`): PSNR of bytes,
+SSIM with an 11 x 11 Gaussian window of sigma 1.5 on pixels in [-1, 1], LPIPS on VGG16, each averaged over
+images; rFID is the Frechet distance between the images and their reconstructions. The latent is a posterior
+sample, as there; the noise of image i depends on (seed, i) alone.
 """
 
 from collections.abc import Iterator
@@ -36,23 +36,23 @@ def evaluate_reconstruction(
     mesh: Mesh | None = None,
     progress: bool = False,
 ) -> dict[str, float]:
-    """Encode, sample, decode and compare every image, once.
+    """Reconstruct every image and compare it with the original.
 
     Args:
-      images: the images; sides must divide by the VAE's downsampling.
+      images: the images; their sides must be multiples of the VAE's downsampling.
       texture_vae: (params, metadata).
       extractor: of rFID's features.
       lpips: (params, metadata) of LPIPS; None leaves "lpips" out.
       seed: of the posterior samples.
-      batch_size: images in a batch over all devices.
+      batch_size: images per batch over all devices.
       mesh: the devices; all of them by default.
       progress: show bars on stderr.
 
     Returns:
-      "rfid", "psnr" (dB), "ssim", and "lpips" where it was asked for.
+      "rfid", "psnr" (dB), "ssim", and "lpips" if `lpips` is given.
 
     Raises:
-      SfdError: checkpoints of other networks, or damaged images.
+      SfdError: checkpoints are of other networks, or images are damaged.
     """
     check(seed=seed, batch_size=batch_size)
     mesh = make_mesh() if mesh is None else mesh
@@ -116,7 +116,7 @@ def _comparison(texture_vae: Checkpoint, lpips: Checkpoint | None, seed: int, me
 def psnr(images: jax.Array, others: jax.Array) -> jax.Array:
     """Return the peak signal-to-noise ratio of each pair in dB, (B,), of bytes (B, H, W, 3).
 
-    Equal images have no noise; they count with the ratio of an error of one step in one value.
+    Equal images have no noise; they get the ratio of an error of 1 in a single value.
     """
     squares = (images.astype(jnp.float32) - others.astype(jnp.float32)) ** 2
     least = 1.0 / squares[0].size
@@ -126,16 +126,16 @@ def psnr(images: jax.Array, others: jax.Array) -> jax.Array:
 def ssim(images: jax.Array, others: jax.Array) -> jax.Array:
     """Return the structural similarity of each pair, (B,), of pixels (B, H, W, 3) in [-1, 1].
 
-    Means and covariances are taken in windows that lie inside the image.
+    Means and covariances are over windows inside the image.
 
-    Source: Wang et al. 2004, with K1 = 0.01, K2 = 0.03 and range 2; as `torchmetrics` up to 1.4, which later
-      began to average over reflected borders too.
+    Source: Wang et al. 2004, with K1 = 0.01, K2 = 0.03 and range 2; as `torchmetrics` up to 1.4; later
+      versions average over reflected borders too.
     """
     window = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
     window = jnp.asarray(window / window.sum(), jnp.float32)
 
     def local_mean(x):
-        # Rows, then columns; each channel by itself.
+        # Rows, then columns; each channel separately.
         for axis in (1, 2):
             shifted = [jax.lax.slice_in_dim(x, i, x.shape[axis] - 10 + i, axis=axis) for i in range(11)]
             x = sum(weight * part for weight, part in zip(window, shifted, strict=True))

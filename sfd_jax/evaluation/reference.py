@@ -1,4 +1,4 @@
-"""What samples are measured against: an ADM reference batch, a statistics file, or images."""
+"""References for samples: an ADM reference batch, a statistics file, or images."""
 
 import dataclasses
 from pathlib import Path
@@ -12,14 +12,14 @@ from sfd_jax.evaluation.statistics import FeatureStatistics, load_statistics
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """A reference; one of `statistics` and `images` is there at least.
+    """A reference with `statistics`, `images` or both.
 
     Attributes:
       name: its path.
-      statistics: those stored with it, which are then used and not computed again.
+      statistics: stored with it; they are used instead of computing them.
       images: its images.
       hash: hex digest of the files.
-      notes: what was assumed of it.
+      notes: assumptions about it.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Reference:
     notes: tuple[str, ...] = ()
 
     def for_extractor(self, extractor: Extractor) -> "Reference":
-        """Return what of this reference serves another extractor: its images, where statistics are not its own.
+        """Return this reference for an extractor, without statistics of another one.
 
         Raises:
           SfdError: the statistics are of another extractor, and there are no images.
@@ -47,11 +47,11 @@ def open_reference(path: str | Path, image_size: int | None = None) -> Reference
     Args:
       path: an ADM reference batch (npz with `arr_0`, and `mu`, `sigma`, `mu_s`, `sigma_s` that are used
         when present); a statistics file of `sfd evaluate --save_statistics`, or of another tool with `mu` and
-        `sigma` (pytorch-fid, clean-fid), which is taken for Inception's; an npz or a folder of images.
+        `sigma` (pytorch-fid, clean-fid), assumed to be of Inception; an npz or a folder of images.
       image_size: crop the image files of a folder to squares of this size.
 
     Raises:
-      SfdError: nothing there, damaged, or an npz with neither images nor statistics.
+      SfdError: it is missing or damaged, or an npz with neither images nor statistics.
     """
     path = Path(path)
     if path.is_dir():
@@ -67,13 +67,13 @@ def open_reference(path: str | Path, image_size: int | None = None) -> Reference
     images = open_image_set(path) if "arr_0" in names else None
     if statistics is None and images is None:
         raise SfdError(
-            f"{path} is no reference: expected `arr_0` (uint8 images) or `mu` and `sigma`, found "
+            f"{path} is not a reference: expected `arr_0` (uint8 images) or `mu` and `sigma`, found "
             f"{', '.join(names[:10]) or 'no arrays'}"
         )
     notes = ()
     if images is None and "extractor" not in names:
         notes = (
-            f"{path} does not say which network its statistics are of; they are taken for those of Inception on images "
-            "resized as in the ADM suite, where another tool's resize moves FID by tenths",
+            f"{path} does not say which network its statistics are of; they are assumed to be of Inception on images "
+            "resized as in the ADM suite (another tool's resize changes FID by tenths)",
         )
     return Reference(str(path), statistics, images, hash_files([path]), notes)

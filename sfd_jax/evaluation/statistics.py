@@ -1,7 +1,7 @@
-"""Mean and covariance of features, kept with their extractor.
+"""Mean and covariance of features, stored with their extractor.
 
-Statistics of one extractor say nothing about another's features, and a file of them does not show it:
-so each file names the extractor that made it by a hash of its weights, and is refused with another.
+Statistics of different extractors cannot be compared, and their arrays do not show which one made them. So
+each file stores a hash of the extractor's weights, and is refused with another extractor.
 """
 
 import dataclasses
@@ -20,15 +20,15 @@ FILE_NAMES = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 @dataclasses.dataclass(frozen=True)
 class FeatureStatistics:
-    """What is kept of a set of images.
+    """Statistics of a set of images.
 
     Attributes:
       extractor: name of the feature extractor.
-      extractor_hash: hash of the extractor's weights and settings; "" where the file does not tell.
-      count: number of images; 0 where the file does not tell.
+      extractor_hash: hash of the extractor's weights and settings; "" if unknown.
+      count: number of images; 0 if unknown.
       gaussians: feature name ("features", "spatial") -> (mean (D,), covariance (D, D)), float64.
       source: hash of the images, or "".
-      features: all images' "features" (N, D) float32, or None; precision, recall and KID need them.
+      features: the "features" (N, D) float32 of all images, or None; precision, recall and KID need them.
     """
 
     extractor: str
@@ -39,7 +39,7 @@ class FeatureStatistics:
     features: np.ndarray | None = None
 
     def check_extractor(self, name: str, hash: str, where: str) -> None:
-        """Refuse another extractor than the one that made these statistics.
+        """Refuse an extractor that did not make these statistics.
 
         Raises:
           SfdError: name or hash differ.
@@ -52,10 +52,7 @@ class FeatureStatistics:
 
 
 def save_statistics(path: str | Path, statistics: FeatureStatistics) -> None:
-    """Write statistics as an npz, whose `mu`, `sigma`, `mu_s`, `sigma_s` other evaluators read too.
-
-    The file appears when it is complete.
-    """
+    """Write statistics atomically as an npz; other evaluators can read its `mu`, `sigma`, `mu_s`, `sigma_s`."""
     arrays = {
         "extractor": np.array(statistics.extractor),
         "extractor_hash": np.array(statistics.extractor_hash),
@@ -79,8 +76,8 @@ def load_statistics(path: str | Path) -> FeatureStatistics:
     """Read statistics that `save_statistics`, the ADM suite or another tool (pytorch-fid, clean-fid) wrote.
 
     Raises:
-      SfdError: no such file, damaged, without `mu` and `sigma`, or with values that cannot be those of features: see
-        `metrics.check_gaussian`; a count below 2; features that are not those of `mu` and `sigma`.
+      SfdError: the file is missing, damaged or lacks `mu` and `sigma`; their values cannot be those of features (see
+        `metrics.check_gaussian`); the count is below 2; or the features are not those of `mu` and `sigma`.
     """
     gaussian_names = tuple(name for pair in FILE_NAMES.values() for name in pair)
     arrays = read_npz(Path(path), (*gaussian_names, "extractor", "extractor_hash", "count", "source", "features"))
@@ -94,7 +91,7 @@ def load_statistics(path: str | Path) -> FeatureStatistics:
         raise SfdError(f"{path} holds no statistics: expected arrays `mu` (D,) and `sigma` (D, D)")
     for name in ("extractor", "extractor_hash", "source"):
         if name in arrays and (arrays[name].shape != () or arrays[name].dtype.kind != "U"):
-            raise SfdError(f"{path}: `{name}` is {arrays[name].dtype} {arrays[name].shape}; expected one text")
+            raise SfdError(f"{path}: `{name}` is {arrays[name].dtype} {arrays[name].shape}; expected a string")
     count = _count(arrays["count"], path) if "count" in arrays else 0
     features = arrays.get("features")
     if features is not None:
@@ -110,15 +107,15 @@ def load_statistics(path: str | Path) -> FeatureStatistics:
 
 
 def _count(stored: np.ndarray, path) -> int:
-    """Return a file's number of images; one number in an array will do."""
+    """Return a file's number of images, a scalar or an array of one number."""
     number = stored.reshape(-1)[0] if stored.size == 1 and stored.dtype.kind in "fiu" else np.nan
     if not (np.isfinite(number) and number == int(number) and number >= 2):
-        raise SfdError(f"{path}: `count` is {stored.tolist()}; expected the number of images, a whole number above 1")
+        raise SfdError(f"{path}: `count` is {stored.tolist()}; expected the number of images, an integer above 1")
     return int(number)
 
 
 def _check_features(features: np.ndarray, count: int, mean: np.ndarray, covariance: np.ndarray, path) -> None:
-    """Raise SfdError unless features have the mean and variances stored beside them, to 1e-3 of the largest."""
+    """Raise SfdError unless features have the stored mean and variances, to 1e-3 of the largest."""
     rows = count or len(features) if features.ndim else 0
     if features.dtype.kind != "f" or features.shape != (rows, len(mean)) or rows < 2:
         raise SfdError(

@@ -1,7 +1,6 @@
-"""From a config's groups to the objects they name; nothing here touches a device but `mesh_from_config`.
+"""From a config's groups to the objects they name; only `mesh_from_config` touches devices.
 
-A config is any mapping with the groups of configs/sfd.py, or one stage of configs/digits.py, which has the
-same shape.
+A config is any mapping with the groups of configs/sfd.py, such as a stage of configs/digits.py.
 """
 
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from sfd_jax.training import OptimizerConfig, Task, TrainConfig
 from sfd_jax.training.diffusion import diffusion_task
 from sfd_jax.training.frozen_features import FrozenFeatures
 
-# Settings of `config.model` that say how the network is computed in training, and are no part of it.
+# Settings of `config.model` that change how the network is computed in training, but not the network.
 EXECUTION = ("scan_blocks", "remat")
 
 
@@ -63,12 +62,12 @@ def diffusion_settings(config: ConfigDict) -> dict[str, Any]:
 
 
 def registered_in(config: Mapping[str, Any]) -> dict[str, str | None]:
-    """Return which module, outside of this package, registered the clocks; checkpoints keep it for messages."""
+    """Return which module outside this package registered the clocks; checkpoints keep it for messages."""
     return {"clocks": CLOCKS.registered_in(config["clocks"]["name"])}
 
 
 def train_config(config: ConfigDict) -> TrainConfig:
-    """Return how a run proceeds, from the groups `train` and `optimizer`, and EXECUTION of `model`."""
+    """Return the TrainConfig of the groups `train` and `optimizer`, and the EXECUTION settings of `model`."""
     found, optimizer = Faults(), OptimizerConfig()
     execution = {name: value for name, value in config.model.items() if name in EXECUTION}
     with found:

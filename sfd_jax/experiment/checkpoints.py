@@ -1,4 +1,4 @@
-"""From a checkpoint to its network and weights: what every command, the demo and the benchmarks open one with."""
+"""From a checkpoint to its network and weights, for commands, the demo and benchmarks."""
 
 import os
 from collections.abc import Collection
@@ -10,12 +10,12 @@ from sfd_jax.training.optimizer import average_notes
 
 
 class OpenCheckpoint(NamedTuple):
-    """A network with its weights, and what its checkpoint says of them.
+    """A network with its weights and metadata.
 
     Attributes:
-      network: computing in the type that was asked for.
+      network: computes in the requested dtype.
       params: a nested dict of float32 arrays.
-      metadata: see `training.checkpoint`; "which" says which weights they are, "given_as" what messages call them.
+      metadata: see `training.checkpoint`; "which" is "ema" or "raw", "given_as" is its name in messages.
     """
 
     network: Network
@@ -29,7 +29,7 @@ class OpenCheckpoint(NamedTuple):
 
     @property
     def notes(self) -> list[str]:
-        """Sentences on an average of the weights that has not run for long."""
+        """Notes on an EMA that still holds much of the initial weights."""
         return average_notes(self.metadata)
 
 
@@ -46,14 +46,14 @@ def open_checkpoint(
 
     Args:
       directory: the work folder of a run, a folder of checkpoints, or one checkpoint.
-      kind: the network that is wanted, a key of `models.NETWORKS`, or several of which any will do; None takes any.
-      flag: the command's flag that named the folder; messages then say flag=folder.
+      kind: the expected network, a key of `models.NETWORKS`, or several allowed ones; None allows any.
+      flag: the command's flag with the folder, for messages.
       step: which checkpoint; the newest by default.
-      weights: "ema" or "raw", where the checkpoint holds both.
-      compute_dtype: "float32" or "bfloat16" instead of the checkpoint's, where the network has a choice.
+      weights: "ema" or "raw", if the checkpoint holds both.
+      compute_dtype: "float32" or "bfloat16" instead of the checkpoint's, if the network has this setting.
 
     Raises:
-      SfdError: no such checkpoint, a damaged one, or one of another network.
+      SfdError: the checkpoint is missing, damaged, or of another network.
     """
     params, metadata = load_params(directory, step, weights)
     metadata |= {"which": weights, "given_as": f"{flag}={directory}" if flag else str(directory)}

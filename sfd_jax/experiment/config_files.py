@@ -1,6 +1,6 @@
-"""Config files: found, loaded, overridden by `--config.a.b=value`, and checked, all faults together.
+"""Find config files, load them, apply `--config.a.b=value` overrides, and report all faults together.
 
-An unknown key or a value of the wrong type stops with the nearest valid name.
+Messages for unknown keys name the nearest valid one.
 """
 
 from pathlib import Path
@@ -17,25 +17,25 @@ from sfd_jax.errors import Faults, SfdError, nearest
 from sfd_jax.files import user_path
 from sfd_jax.settings import defaults_of, over_defaults, part_group, ranges_of
 
-# What tells a config file of one command from those of others: the command, keys that only its files have, an example.
+# Commands, the keys that only their config files have, and an example.
 KINDS = (
     ("demo", ("texture_vae", "encoder", "diffusion"), "configs/digits.py"),
     ("train", ("latents", "clocks"), "configs/sfd.py:xl"),
     ("train_texture_vae", ("lpips",), "configs/texture_vae.py"),
     ("train_semvae", ("model.bottleneck_dim",), "configs/semantic_vae.py"),
 )
-# Settings that may be None where a config gives them another value.
+# Settings that may be set to None although a config has another value.
 MAY_BE_NONE = ("scan_blocks", *(name for name, default in defaults_of(SampleJob).items() if default is None))
 # Keys of configs that hold paths.
 PATHS = ("path", "held_out_path", "semantic_vae", "visual_encoder", "lpips")
 
 
 def find_config(path: str) -> Path:
-    """Return the config file: as given, else relative to the repository that holds this package."""
+    """Return the config file, relative to the current folder or else to the repository of this package."""
     for candidate in (Path(path).expanduser(), Path(__file__).resolve().parents[2] / path):
         if candidate.is_file():
             return candidate
-    raise SfdError(f"no config file '{path}' here or beside the package; configs live in configs/")
+    raise SfdError(f"no config file '{path}' in this folder or the repository; configs are in configs/")
 
 
 def load_config(
@@ -45,13 +45,13 @@ def load_config(
 
     Args:
       name: the file and its argument.
-      overrides: "--config.a.b=value" each; the value None sets back what may be None or is by default empty.
-      like: a config file of the kind that is wanted; None takes any.
+      overrides: "--config.a.b=value" each; None is a value for settings that may be None or are empty by default.
+      like: a config file of the required kind; None allows any.
       pending: as in `parse_command`.
 
     Raises:
-      SfdError: a config of another kind, unknown key (with the nearest valid one), wrong type, a number outside its
-        range, a path that is none, an override without effect, unknown argument, or no file. All are named.
+      SfdError: a config of another kind, an unknown key (with the nearest valid one), a wrong type, a number outside
+        its range, an invalid path, an override without effect, an unknown argument, or no file. All are named.
     """
     path, _, argument = name.partition(":")
     file = str(find_config(path)) + (f":{argument}" if argument else "")
@@ -78,12 +78,12 @@ def load_config(
         }
         for key in {*nones, *was_none} - set(values):
             _set(config, key)
-        told = found if pending is None else pending
-        told += ranges.faults(config.to_dict(), own=own)
-        with told:
+        faults = found if pending is None else pending
+        faults += ranges.faults(config.to_dict(), own=own)
+        with faults:
             SampleJob.from_group(sample)
-        _check_rules(config, set(values), told)
-        _read_paths(config, "", told)
+        _check_rules(config, set(values), faults)
+        _read_paths(config, "", faults)
     if found and pending is not None:
         found += pending
     found.stop()
@@ -91,14 +91,13 @@ def load_config(
 
 
 def _choose_parts(config: ml_collections.ConfigDict, overrides: list[str], path: str = "") -> dict[str, ranges.Range]:
-    """Give each group that describes an exchangeable part the settings of the one that `overrides`, "a.b=c", choose.
+    """Give the groups of exchangeable parts the fields of the parts chosen by `overrides`, "a.b=c".
 
-    So `--config.clocks.name=mine --config.clocks.my_field=2` is taken though the file has other clocks: the group gets
-    the named clocks' fields, with their defaults where the file chose others; and `--config.loss.terms.mine.weight=2`
-    adds a registered term.
+    So `--config.clocks.name=mine --config.clocks.my_field=2` works although the file has other clocks: the group gets
+    the fields of the named clocks with their defaults; and `--config.loss.terms.mine.weight=2` adds a registered term.
 
     Returns:
-      The ranges that the parts' fields tell, by their full names.
+      The ranges of the parts' fields, by full name.
     """
     own = {}
     for key, group in list(config.items()):
@@ -109,10 +108,12 @@ def _choose_parts(config: ml_collections.ConfigDict, overrides: list[str], path:
         if key == "clocks" and "name" in group:
             name = [group.name, *(text.removeprefix("name=") for text in given if text.startswith("name="))][-1]
             if name not in CLOCKS:
-                continue  # who builds them says so, among all other faults
-            cls, told = CLOCKS[name], group if name == group.name else {"name": name}
-            # Once all clocks had a delta_t, and few a use for it.
-            config[key] = part_group(cls, **{k: x for k, x in told.items() if k != "delta_t" or k in defaults_of(cls)})
+                continue  # reported when they are built, with all other faults
+            cls, fields = CLOCKS[name], group if name == group.name else {"name": name}
+            # Old configs have a delta_t for all clocks.
+            config[key] = part_group(
+                cls, **{k: x for k, x in fields.items() if k != "delta_t" or k in defaults_of(cls)}
+            )
             own |= _ranges(cls, here)
         elif here.endswith("loss.terms."):
             for name in dict.fromkeys((*group, *(text.partition("=")[0].partition(".")[0] for text in given))):
@@ -124,20 +125,20 @@ def _choose_parts(config: ml_collections.ConfigDict, overrides: list[str], path:
 
 
 def _ranges(cls: type, path: str) -> dict[str, ranges.Range]:
-    """Return the ranges that a dataclass's fields tell, by their full names."""
+    """Return the ranges of a dataclass's fields, by full name."""
     return {f"{path}{name}": row for name, row in ranges_of(cls).items()}
 
 
 def _check_kind(config: ml_collections.ConfigDict, name: str, like: str) -> None:
-    """Raise SfdError where a config is of another kind than the file `like`."""
+    """Raise SfdError if a config is of another kind than the file `like`."""
     has = lambda key: key in config if "." not in key else key.split(".")[1] in config.get(key.split(".")[0], {})
     kind = next((kind for kind in KINDS if all(map(has, kind[1]))), None)
     [wanted] = [kind for kind in KINDS if kind[2].partition(":")[0] == like.partition(":")[0]]
     if kind is None:
         lacks = ", ".join(key for key in wanted[1] if not has(key))
-        raise SfdError(f"config {name} lacks {lacks}: take one like {wanted[2]}")
+        raise SfdError(f"config {name} lacks {lacks}: use one like {wanted[2]}")
     if kind != wanted:
-        raise SfdError(f"config {name} is for `sfd {kind[0]}`; this command takes one like --config={wanted[2]}")
+        raise SfdError(f"config {name} is for `sfd {kind[0]}`; use one like --config={wanted[2]}")
 
 
 def _check_rules(config: ml_collections.ConfigDict, given: set[str], found: Faults) -> None:
@@ -148,7 +149,7 @@ def _check_rules(config: ml_collections.ConfigDict, given: set[str], found: Faul
         values = {f"{name}.{key}": value for name, node_ in groups.items() for key, value in node_.items()}
         spelled = {name: path + name for name in values}
         for part in (*group.split("."), None):
-            values |= node  # what stands in the groups around it counts as well
+            values |= node  # values of the enclosing groups count too
             spelled |= {name: path + name for name in node}
             if part:
                 node, path = node[part], f"{path}{part}."
@@ -170,7 +171,7 @@ def _read_paths(config: ml_collections.ConfigDict, prefix: str, found: Faults) -
 
 
 def _set(config: ml_collections.ConfigDict, key: str) -> None:
-    """Set a value back to None, or to an empty string where it is one."""
+    """Set a value to None, or to "" if it is a string."""
     *groups, name = key.split(".")
     for group in groups:
         config = config[group]
@@ -179,7 +180,7 @@ def _set(config: ml_collections.ConfigDict, key: str) -> None:
 
 
 def _parse(source: str | ml_collections.ConfigDict, overrides: list[str], file: str = "") -> ml_collections.ConfigDict:
-    """Load a config file, or apply overrides to what came out of one."""
+    """Load a config file, or apply overrides to a loaded one."""
     values, argv = absl_flags.FlagValues(), ["sfd", *overrides]
     if isinstance(source, str):
         argv, file = ["sfd", f"--config={source}", *overrides], source
@@ -190,13 +191,13 @@ def _parse(source: str | ml_collections.ConfigDict, overrides: list[str], file: 
         values(argv)
         return values.config
     except (absl_flags.Error, TypeError, ValueError, AttributeError, KeyError) as error:
-        # config_flags puts the traceback of the config file into its message: the last line says it.
+        # The message of config_flags contains a traceback; its last line is the reason.
         reason = str(error).strip().splitlines()[-1]
         raise SfdError(f"config {file}: {reason}") from error
 
 
 def _check_value(config: ml_collections.ConfigDict, key: str, value: str, name: str) -> bool:
-    """Raise SfdError where `key` is not in the config, or `value` does not read as its type; tell if it is None."""
+    """Raise SfdError if `key` is not in the config or `value` is not of its type; return whether it is None."""
     node, walked = config, []
     for part in key.split("."):
         if not isinstance(node, ml_collections.ConfigDict):

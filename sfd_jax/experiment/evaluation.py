@@ -1,4 +1,4 @@
-"""From image sets, a reference and checkpoints of extractors to reports: scores, notes and what decides them."""
+"""From image sets, a reference and checkpoints of extractors to reports: scores, notes and recipe."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -35,11 +35,11 @@ Report = dict[str, Any]  # "scores", "notes" and "recipe"
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """The devices that judge, and how many images they take at once.
+    """The devices of an evaluation and the batch size.
 
     Attributes:
-      mesh: of the devices.
-      batch_size: images over all devices.
+      mesh: the devices.
+      batch_size: images at once over all devices.
     """
 
     mesh: Mesh
@@ -47,7 +47,7 @@ class Devices:
 
     @classmethod
     def of(cls, fsdp: int = 1, images_per_device: int | None = None) -> "Devices":
-        """Take all devices; images per device are by default as many as suit the backend."""
+        """Take all devices; the default images per device depend on the backend."""
         mesh = make_mesh(fsdp=fsdp)
         return cls(mesh, (images_per_device or images_at_once(mesh)) * mesh.size)
 
@@ -57,7 +57,7 @@ class Devices:
 
 
 def check_metrics(metrics: Sequence[str]) -> None:
-    """Raise SfdError for metrics that are none; whether the reference serves them `compare` checks before it begins."""
+    """Raise SfdError for unknown metrics; `compare` checks whether the reference allows them."""
     if not metrics:
         raise SfdError(f"--metrics is empty: give some of {', '.join(METRICS)}")
     for metric in metrics:
@@ -66,7 +66,7 @@ def check_metrics(metrics: Sequence[str]) -> None:
 
 
 def open_extractor(name: str, directory: str) -> Extractor:
-    """Open what makes features: "inception", or "dinov2" for any visual encoder; its flag has the same name.
+    """Open an extractor of features: "inception", or "dinov2" for any visual encoder; the flag has the same name.
 
     Raises:
       SfdError: as `open_checkpoint`.
@@ -78,7 +78,7 @@ def open_extractor(name: str, directory: str) -> Extractor:
 def image_set_of_sampler(
     sampler: Sampler, labels: np.ndarray, recipe: dict, batch_size: int
 ) -> tuple[ImageSet, Callable[[], dict]]:
-    """Return a sampler as an image set, and a function that tells its recipe once it has run.
+    """Return a sampler as an image set, and a function that returns the recipe after sampling.
 
     Args:
       sampler, labels, recipe, batch_size: as `experiment.sampling.open_sampler` returns them.
@@ -89,34 +89,34 @@ def image_set_of_sampler(
         nfe.clear()
         for start in range(0, len(labels), batch_size):
             part = labels[start : start + batch_size]
-            images, calls = sampler(start + np.arange(len(part)), part, batch_size)
-            nfe.extend(calls.tolist())
+            images, part_nfe = sampler(start + np.arange(len(part)), part, batch_size)
+            nfe.extend(part_nfe.tolist())
             yield images
 
-    def tell() -> dict:
-        calls = {"mean": float(np.mean(nfe)), "min": min(nfe), "max": max(nfe)}
-        return {"samples": "live", "sampling": recipe | {"nfe": calls}}
+    def get_recipe() -> dict:
+        summary = {"mean": float(np.mean(nfe)), "min": min(nfe), "max": max(nfe)}
+        return {"samples": "live", "sampling": recipe | {"nfe": summary}}
 
-    return ImageSet("the sampler", len(labels), pieces, size=(sampler.image_size,) * 2), tell
+    return ImageSet("the sampler", len(labels), pieces, size=(sampler.image_size,) * 2), get_recipe
 
 
 def report_samples(
-    samples: ImageSet, tell: Callable[[], dict], comparisons: Sequence[Comparison], devices: Devices
+    samples: ImageSet, get_recipe: Callable[[], dict], comparisons: Sequence[Comparison], devices: Devices
 ) -> Report:
-    """Judge samples.
+    """Evaluate samples.
 
     Args:
       samples: the images.
-      tell: returns their "samples" and "sampling", once they have been read.
-      comparisons: with what, by which extractors; all have one reference.
-      devices: that judge.
+      get_recipe: returns their "samples" and "sampling" after they have been read.
+      comparisons: the extractors and metrics; all have one reference.
+      devices: of the evaluation.
 
     Raises:
       SfdError: as `compare`.
     """
     results, scores = compare(samples, comparisons, **devices.options), {}
-    told = tell()
-    notes = list((told["sampling"] or {}).get("notes", []))
+    recipe = get_recipe()
+    notes = list((recipe["sampling"] or {}).get("notes", []))
     notes += dict.fromkeys(note for values in results for note in values.pop("notes", ()))
     if samples.count < 10_000:
         notes.append(
@@ -132,7 +132,7 @@ def report_samples(
             )
     reference = comparisons[0].reference
     statistics = "stored" if reference.statistics else "computed"
-    recipe = told | {
+    recipe = recipe | {
         "reference": {"path": reference.name, "hash": reference.hash, "statistics": statistics},
         "extractors": {comparison.extractor.name: comparison.extractor.hash for comparison in comparisons},
         "precision_recall": "k = 3, float16 distances as in the ADM suite",
@@ -144,21 +144,21 @@ def report_samples(
 
 
 def report_statistics(reference: Reference, extractor: Extractor, path: str, devices: Devices) -> Report:
-    """Write a reference's statistics and features to a file, and report what they are of.
+    """Write a reference's statistics and features to a file.
 
     Raises:
       SfdError: the reference holds no images.
     """
     if reference.images is None:
-        raise SfdError(f"{reference.name} holds no images to take statistics of")
+        raise SfdError(f"{reference.name} holds no images to compute statistics of")
     [(statistics, _)] = gather(
         reference.images, [extractor], keep_features=[True], label="reference", **devices.options
     )
     if is_host0():
         save_statistics(path, statistics)
         print(path)
-    told = {"reference": {"path": reference.name, "hash": reference.hash}}
-    return {"scores": {}, "notes": [], "recipe": told | {"extractors": {extractor.name: extractor.hash}}}
+    recipe = {"reference": {"path": reference.name, "hash": reference.hash}}
+    return {"scores": {}, "notes": [], "recipe": recipe | {"extractors": {extractor.name: extractor.hash}}}
 
 
 def report_reconstruction(
@@ -171,16 +171,16 @@ def report_reconstruction(
     image_size: int | None,
     devices: Devices,
 ) -> Report:
-    """Judge a texture VAE by how it gives images back.
+    """Evaluate the reconstructions of a texture VAE.
 
     Args:
       images: the images.
-      texture_vae: what is judged.
+      texture_vae: the texture VAE.
       extractor: of FID.
       lpips: the perceptual distance; None leaves it out.
       seed: of the posterior's noise.
-      image_size: to which a folder's images were cropped, for the recipe.
-      devices: that judge.
+      image_size: size to which images of a folder were cropped, for the recipe.
+      devices: of the evaluation.
     """
     pair = lpips.weights if lpips else None
     scores = evaluate_reconstruction(images, texture_vae.weights, extractor, pair, seed=seed, **devices.options)

@@ -1,4 +1,4 @@
-"""From the settings of extraction and the checkpoints of the networks to latent shards, or to what would stop that."""
+"""From the settings and checkpoints of an extraction to latent shards, or to the faults that would stop it."""
 
 import dataclasses
 import functools
@@ -39,11 +39,11 @@ def make_encoder(networks: Mapping[str, Network], config: ExtractConfig) -> Late
     """Compose networks to the encoder of both groups of latents.
 
     Args:
-      networks: "texture_vae"; "visual", left out for texture latents alone; "semantic_vae", left out for PCA.
+      networks: "texture_vae"; "visual", absent for texture latents alone; "semantic_vae", absent for PCA.
       config: of the extraction.
 
     Raises:
-      SfdError: networks or sizes that do not go together.
+      SfdError: networks or sizes do not fit each other.
     """
     texture, visual = networks["texture_vae"], networks.get("visual")
     check_divides(config.image_size, texture.config.downsampling, "the texture VAE's downsampling")
@@ -60,10 +60,10 @@ class OpenEncoder:
     """An encoder with its weights.
 
     Attributes:
-      encoder: what is run.
-      params: as the encoder takes them; "pca" is fitted later.
-      checkpoints: where each came from, for the manifest.
-      notes: sentences on what the checkpoints hold.
+      encoder: the encoder.
+      params: of its networks; "pca" is fitted later.
+      checkpoints: source and step of each, for the manifest.
+      notes: on the weights of the checkpoints.
     """
 
     encoder: LatentEncoder
@@ -77,38 +77,39 @@ def open_encoder(config: ExtractConfig, paths: Mapping[str, str | None]) -> Open
 
     Args:
       config: of the extraction.
-      paths: checkpoints by the names that `make_encoder` gives their networks; None where there is none.
+      paths: checkpoints by the network names of `make_encoder`; None if there is none.
 
     Raises:
-      SfdError: as `make_encoder`, or a Semantic VAE that was trained on other features than these.
+      SfdError: as `make_encoder`, or the Semantic VAE was trained on other features.
     """
-    networks, params, told = {}, {}, {}
+    networks, params, metadata = {}, {}, {}
     for name, path in paths.items():
         if path:
             kind = ENCODERS if name == "visual" else name
             opened = open_checkpoint(path, kind, flag=f"--{name}", weights=config.weights)
-            networks[name], params[name], told[name] = opened
+            networks[name], params[name], metadata[name] = opened
     encoder = make_encoder(networks, config)
     if encoder.semantic is not None:
-        trained_on, tokens = told["semantic_vae"].get("latents") or {}, encoder.visual.tiling.grid**2
+        trained_on, tokens = metadata["semantic_vae"].get("latents") or {}, encoder.visual.tiling.grid**2
         if differing := other_makers({"weights": {"visual": params_hash(params["visual"])}}, trained_on):
-            raise SfdError(f"{told['semantic_vae']['given_as']} was trained on features of another {differing[0]}")
-        # Other architectures take each token by itself.
+            raise SfdError(f"{metadata['semantic_vae']['given_as']} was trained on features of another {differing[0]}")
+        # Other architectures process each token separately.
         if encoder.semantic.config.arch == "transformer" and trained_on.get("tokens") not in (None, tokens):
             wanted = math.isqrt(trained_on["tokens"]) * encoder.texture.config.downsampling
             raise SfdError(
-                f"{told['semantic_vae']['given_as']} was trained on {trained_on['tokens']} tokens at once, but a tile "
-                f"of {encoder.visual.tiling.tile_size} px has {tokens}: --tile_size={wanted} would do"
+                f"{metadata['semantic_vae']['given_as']} was trained on {trained_on['tokens']} tokens at once, but a "
+                f"tile of {encoder.visual.tiling.tile_size} px has {tokens}: --tile_size={wanted} would do"
             )
-    checkpoints = {name: {key: each.get(key) for key in ("source", "step")} for name, each in told.items()}
-    return OpenEncoder(encoder, params, checkpoints, [note for each in told.values() for note in average_notes(each)])
+    checkpoints = {name: {key: each.get(key) for key in ("source", "step")} for name, each in metadata.items()}
+    notes = [note for each in metadata.values() for note in average_notes(each)]
+    return OpenEncoder(encoder, params, checkpoints, notes)
 
 
 def local_mesh(batch_size: int) -> Mesh:
-    """Return this host's devices as a mesh: each host encodes its own images.
+    """Return a mesh of this host's devices: each host encodes its own images.
 
     Raises:
-      SfdError: a host's batch does not divide over them.
+      SfdError: the batch is no multiple of the devices.
     """
     devices = jax.local_devices()
     if batch_size % len(devices):
@@ -119,14 +120,14 @@ def local_mesh(batch_size: int) -> Mesh:
 def extract_latents(
     source: ImageSource, opened: OpenEncoder, config: ExtractConfig, out: str, about: Mapping[str, Any]
 ) -> LatentStore:
-    """Encode a source into a latent store, on all hosts of a job, or finish one that was begun.
+    """Encode a source into a latent store, on all hosts of a job, or continue an unfinished one.
 
     Args:
       source: the images.
       opened: the encoder.
       config: of the extraction.
       out: folder of the store.
-      about: what the manifest says of the source.
+      about: entries of the manifest on the source.
 
     Raises:
       SfdError: as `sfd_jax.data.extract.extract`.
@@ -137,7 +138,7 @@ def extract_latents(
     jitted, done = jit_encoder(opened.encoder, mesh), itertools.count(1)
 
     def encode(pixels, index):
-        if not isinstance(pixels, jax.core.Tracer):  # the engine also asks for the shapes alone
+        if not isinstance(pixels, jax.core.Tracer):  # not when only shapes are traced
             heartbeat.at(next(done) * len(pixels))
         return jitted(params, pixels, index)
 
@@ -157,10 +158,10 @@ def extract_latents(
 
 
 def planned_latents(source: ImageSource, opened: OpenEncoder, config: ExtractConfig) -> Plan:
-    """Return the plan of the store that `extract_latents` would write; nothing is encoded.
+    """Return the plan of the store that `extract_latents` would write, without encoding.
 
     Raises:
-      SfdError: parts that do not go together, or no images.
+      SfdError: parts do not fit each other, or there are no images.
     """
     local_mesh(config.batch_size)
     params = dict(opened.params)
@@ -171,14 +172,14 @@ def planned_latents(source: ImageSource, opened: OpenEncoder, config: ExtractCon
 
 
 def job_share() -> Share:
-    """Return which part of the shards is this host's, and whose bar is shown."""
-    # JAX knows whether the others live.
+    """Return which part of the shards is this host's, and whether it shows a progress bar."""
+    # The timeout may be long, since JAX notices hosts that have died.
     barrier: Callable[[str], None] = functools.partial(hosts.barrier, timeout=24 * 3600.0)
     return Share(jax.process_index(), jax.process_count(), barrier, None if hosts.is_host0() else False)
 
 
 def repack_statistics(source: ReleasedLatents, kind: str) -> LatentStatistics | None:
-    """Read `*_stats.pt` beside released shards; None where they are to be measured.
+    """Read `*_stats.pt` beside released shards; return None to measure the statistics instead.
 
     Args:
       source: the shards.
@@ -191,7 +192,7 @@ def repack_statistics(source: ReleasedLatents, kind: str) -> LatentStatistics | 
     try:
         return released_statistics(source, read_statistics)
     except SfdError as error:
-        raise SfdError(f"{error}; or take --statistics=measured (which does not suit the released weights)") from error
+        raise SfdError(f"{error}; or give --statistics=measured (which do not fit the released weights)") from error
 
 
 def _pca(
@@ -202,12 +203,12 @@ def _pca(
     out: str,
     sharding: NamedSharding,
 ) -> dict[str, np.ndarray]:
-    """Read the components in the output folder, or fit and save them; the same on every host."""
+    """Read the PCA in the output folder, or fit and save it on host 0; the same on every host."""
     path = Path(out) / "pca.npz"
     if not path.exists() and hosts.is_host0():
         path.parent.mkdir(parents=True, exist_ok=True)
         count = min(config.pca_images, len(source))
-        # Every n-th image: the order of a source is by class.
+        # Evenly spaced images, since sources are ordered by class.
         indices = np.unique(np.linspace(0, len(source) - 1, count).round().astype(np.int64))
         how = {"batch_size": config.batch_size, "workers": config.workers}
         batches = make_eval_batches(Tolerant(source), indices=indices, **how)

@@ -1,4 +1,4 @@
-"""From a config to the programs of a TPU slice that is not here, compiled and measured: see `sfd_jax.pod`."""
+"""From a config to programs compiled ahead of time for a TPU slice, and their measurements; see `sfd_jax.pod`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,11 +25,11 @@ class Program:
     """A program that can be traced.
 
     Attributes:
-      about: what its name does not say.
-      mesh: the devices it is for.
-      rows: images at once over all of them.
-      networks: whose weights are on the devices, by what they are called.
-      trace: traces it.
+      about: details for its name.
+      mesh: the devices it is compiled for.
+      rows: images at once over all devices.
+      networks: those whose weights are on the devices, by name.
+      trace: traces the program.
     """
 
     about: str
@@ -40,14 +40,14 @@ class Program:
 
 
 def measure_program(what: str, config_name: str, config: ConfigDict, topology: Topology, **options: Any) -> Measurement:
-    """Compile a program for a topology and measure it; JAX must not hold a TPU of its own.
+    """Compile a program for a topology and measure it; this process must not use a TPU.
 
     Args:
       what, config_name, config, options: as `open_program` takes them.
       topology: the slice.
 
     Raises:
-      SfdError: no libtpu, no such topology, or as `open_program`.
+      SfdError: libtpu is missing, the topology is unknown, or as `open_program`.
     """
     program = open_program(what, config_name, config, topology_devices(topology), **options)
     return measure(
@@ -70,19 +70,19 @@ def open_program(
     weak: str | None = None,
     fsdp: int | None = None,
 ) -> Program:
-    """Make a program of a config.
+    """Make a program from a config.
 
     Args:
       what: "train", "sample", "decode", "extract" or "inception".
-      config_name: what the config is called, e.g. "configs/sfd.py:xl".
+      config_name: the name of the config, e.g. "configs/sfd.py:xl".
       config: with the groups of configs/sfd.py.
-      devices: that it is for, of this machine or of a topology.
-      batch_size: images a chip of the other programs than "train"; None takes the config's, or 64.
-      weak: config of AutoGuidance's weaker model; None takes the same in size b.
-      fsdp: devices that the sampler's parameters are split over.
+      devices: to compile for, of this machine or of a topology.
+      batch_size: images per chip of programs other than "train"; None: the config's, or 64.
+      weak: config of AutoGuidance's weaker model; None: the same config in size b.
+      fsdp: number of devices that the sampler's parameters are sharded over.
 
     Raises:
-      SfdError: a config, batch or mesh that does not go with the devices.
+      SfdError: the config, batch or mesh does not fit the devices.
     """
     if what == "train":
         return _train(config, devices)
@@ -135,7 +135,7 @@ def _extract(config: ConfigDict, devices: list, batch_size: int | None) -> Progr
     settings = ExtractConfig(image_size=size, tile_size=config.data.tile_grid * pixels)
     encoder = make_encoder(networks, settings)
     first = min(device.process_index for device in devices)
-    # Each host has its own program, and encodes its own images.
+    # Each host runs its own program on its own images.
     mesh = make_mesh(devices=[device for device in devices if device.process_index == first])
     rows = (batch_size or settings.batch_size) * mesh.size
     trace = lambda: programs.trace_extraction(encoder, mesh, rows, size)

@@ -1,4 +1,4 @@
-"""A training run as one value: what is trained, on what; to train it, or to look for what would stop that.
+"""A training run as one value, to train it or to check it for faults without training.
 
 The functions of experiment/training.py make a `Run` from a config, one for each kind of training.
 """
@@ -30,20 +30,20 @@ from sfd_jax.training.step import put_frozen
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A training run, wherever it will be and on whatever devices.
+    """A training run, independent of its folder and devices.
 
     Attributes:
-      task: what is trained.
-      train: how long, with which optimizer and batch.
-      config: `seed`, `mesh`, `data.workers` and `data.flips` are read; all of it goes into the checkpoints.
+      task: network and loss.
+      train: steps, optimizer and batch size.
+      config: `seed`, `mesh`, `data.workers` and `data.flips` are read; checkpoints store all of it.
       source: random access to records.
       transform: from stacked records to batches.
-      metadata: what the checkpoints carry beside the config.
-      params: weights to start from; None for drawn ones.
-      held_out: (measure, source) to log on at each checkpoint.
-      notes: sentences to say at the start.
-      checks: finds faults of the data that take long to look for; `check_run` calls it, `train` does not.
-      cache: hold all records in memory, for sets that are small.
+      metadata: stored in the checkpoints beside the config.
+      params: weights to start from; None for random ones.
+      held_out: (measure, source), evaluated and logged at each checkpoint.
+      notes: sentences to print at the start.
+      checks: slow search for faults of the data; `check_run` calls it, `train` does not.
+      cache: hold all records in memory, for small data sets.
     """
 
     task: Task
@@ -59,7 +59,7 @@ class Run:
     cache: bool = False
 
     def batches(self, rows: np.ndarray | None = None) -> TrainBatches:
-        """Return the training batches, or given rows of each."""
+        """Return the training batches, or only the given rows of each."""
         return make_batches(
             self.source,
             seed=self.config.seed,
@@ -72,7 +72,7 @@ class Run:
         )
 
     def record(self) -> dict[str, Any]:
-        """Return what the checkpoints carry: config, hashes of data and first weights, and `metadata`."""
+        """Return what checkpoints store: config, hashes of data and initial weights, and `metadata`."""
         hashes = {
             "data_hash": data_hash(self.source),
             "held_out_hash": data_hash(self.held_out[1]) if self.held_out else None,
@@ -82,13 +82,13 @@ class Run:
 
 
 def train_or_check(open_run: Callable[[], Run], workdir: str, found: Faults, *, check: bool) -> None:
-    """Open a run and train, or with `check` only look for faults: what training commands do with their flags.
+    """Open a run and train, or with `check` only look for faults; used by the training commands.
 
     Args:
-      open_run: opens it. The job's processes are joined before, since it may need devices.
+      open_run: opens the run, after the processes of the job are connected, since it may need devices.
       workdir: folder of the run.
-      found: faults that are known already.
-      check: train nothing.
+      found: faults found so far.
+      check: do not train.
 
     Raises:
       SfdError: as `open_run`, `train` or `check_run`.
@@ -103,15 +103,15 @@ def train_or_check(open_run: Callable[[], Run], workdir: str, found: Faults, *, 
 
 
 def train(run: Run, workdir: str, *, table: bool = True) -> None:
-    """Train on all devices of all hosts, or go on from the newest checkpoint.
+    """Train on all devices of all hosts, from the newest checkpoint if there is one.
 
     Args:
-      run: what is trained.
+      run: the run.
       workdir: its folder, local or gs://.
       table: print the table of parameters.
 
     Raises:
-      SfdError: the hosts of the job do not go together; data and network do not fit; and whatever `fit` says.
+      SfdError: hosts have different configs or data, the data do not fit the network, or as `fit`.
     """
     config, record = run.config, run.record()
     known = {name: record[name] for name in ("data_hash", "held_out_hash", "init")}
@@ -145,21 +145,21 @@ def train(run: Run, workdir: str, *, table: bool = True) -> None:
 
 
 def check_run(run: Run, workdir: str, found: Faults) -> None:
-    """Look for what would stop `train`, print what is found good, and train nothing.
+    """Look for faults that would stop `train`, and print a summary; does not train.
 
     Args:
-      run: what would be trained.
+      run: the run.
       workdir: its folder.
-      found: the faults known so far.
+      found: faults found so far.
 
     Raises:
       SfdError: there are faults; all are named.
     """
-    average = check_average(run.train.ema_decay, run.train.steps) if run.params is None else []  # `fit` says it too
+    average = check_average(run.train.ema_decay, run.train.steps) if run.params is None else []  # as `fit` prints
     for note in (*run.notes, *average):
         print(f"note: {note}")
     found += run.checks()
-    # Parameters, EMA and two moments in float32, for each checkpoint kept at the same time.
+    # Parameters, EMA and two moments in float32, times the number of checkpoints kept.
     how, task = run.train, run.task
     kept = how.keep_last + 1 + (how.steps // how.keep_every if how.keep_every else 0)
     needed = 16 * task.network.num_params() * kept
@@ -173,22 +173,22 @@ def check_run(run: Run, workdir: str, found: Faults) -> None:
         check_workdir(task, how, workdir, seed=run.config.seed, metadata=run.record(), params=run.params)
     images, parameters = len(run.source), task.network.num_params()
     print(f"{images:,} images; {parameters:,} parameters; checkpoints take {needed / 1e9:.1f} GB")
-    here = Faults()
-    with here:
+    unchecked = Faults()
+    with unchecked:
         mesh = mesh_from_config(run.config)
         with found:
             make_train_step(task, make_optimizer(how.optimizer, how.steps), how, mesh)
-    for reason in here:  # the job's devices are not those of the machine that checks
-        print(f"note: whether the batch divides over the devices was not checked: {reason}")
+    for reason in unchecked:  # this machine has other devices than the job
+        print(f"note: it was not checked whether the batch divides over the devices: {reason}")
     found.stop()
     print("no faults found")
 
 
 def check_batch(task: Task, batch: Batch) -> None:
-    """Trace the loss on the shapes of a batch, so that data and network disagree now and not after a compile.
+    """Trace the loss on the shapes of a batch, to find a mismatch of data and network before compiling.
 
     Raises:
-      SfdError: what the network says of a batch that does not fit it.
+      SfdError: the batch does not fit the network.
     """
     shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in batch.items() if name != "index"}
     shapes["row_indices"] = jax.ShapeDtypeStruct((len(batch["labels"]),), np.int32)
@@ -202,7 +202,7 @@ def check_batch(task: Task, batch: Batch) -> None:
 
 
 def describe(run: Run, mesh: Mesh, workdir: str, table: bool = True) -> str:
-    """Return what the run is about to do: parameters, data, devices and lengths."""
+    """Return a summary of the run: parameters, data, devices, steps and epochs."""
     from clu import parameter_overview
 
     task, train, images = run.task, run.train, len(run.source)
@@ -213,17 +213,17 @@ def describe(run: Run, mesh: Mesh, workdir: str, table: bool = True) -> str:
     epochs = train.steps * train.global_batch_size / images
     return (
         f"{overview}{task.name}: {task.network.num_params():,} parameters on {mesh.size} devices ({shape})\n"
-        f"{images:,} images, {train.global_batch_size} a step{parts}, {train.steps:,} steps = {epochs:,.1f} epochs\n"
+        f"{images:,} images, {train.global_batch_size} per step{parts}, {train.steps:,} steps = {epochs:,.1f} epochs\n"
         f"work folder {workdir}: a checkpoint every {train.checkpoint_every:,} steps"
     )
 
 
 def check_bucket(folder: str) -> list[str]:
-    """Check that a folder of a bucket can be written to; leaves nothing behind."""
+    """Check that a folder of a bucket is writable; leaves no file."""
     probe = epath.Path(folder) / ".check"
     try:
         probe.write_text("sfd")
         probe.unlink()
-    except Exception as error:  # its client has types of its own, and may be missing
+    except Exception as error:  # the client has its own exception types, and may be missing
         return [f"cannot write to {folder}: {error}"]
     return []

@@ -1,4 +1,4 @@
-"""From the flags that say what to sample to a sampler and its labels."""
+"""From the flags of sampling to a sampler and its labels."""
 
 import argparse
 import hashlib
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Raise SfdError for faults of the flags that no checkpoint is needed to see."""
+    """Raise SfdError for faults of the flags that can be found without a checkpoint."""
     found = Faults()
     if not (args.checkpoint and args.texture_vae):
         found.append("sampling needs --checkpoint and --texture_vae")
@@ -30,14 +30,14 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def sample_job(args: argparse.Namespace, saved: Mapping[str, Any]) -> tuple[SampleJob, list[str]]:
-    """Return what the flags say over the settings saved with a checkpoint, and sentences on what was left out.
+    """Return the saved settings of a checkpoint overridden by flags, and notes on saved settings that were dropped.
 
-    Of saved settings those give way that would contradict a flag: a budget of calls to --num_steps, the scales of one
-    kind of guidance to another kind, and AutoGuidance to a weaker model that is not given.
+    Saved settings are dropped if a flag contradicts them: `nfe` with --num_steps, the scales of one kind of guidance
+    with another kind, and AutoGuidance without a weaker model.
 
     Args:
       args: parsed flags.
-      saved: the group `sample` of the checkpoint's config; empty where it has none.
+      saved: the group `sample` of the checkpoint's config; empty if it has none.
 
     Raises:
       SfdError: values outside their ranges, or flags without effect; all of them are named.
@@ -48,14 +48,16 @@ def sample_job(args: argparse.Namespace, saved: Mapping[str, Any]) -> tuple[Samp
     if guidance == "autoguidance" and not args.weak:
         guidance = "none"
         notes.append(
-            "the checkpoint's settings are for guidance by a weaker model, and none was given (--weak=CKPT): these "
+            "the checkpoint's settings are for AutoGuidance, but no weaker model was given (--weak=CKPT): these "
             "samples are without guidance"
         )
     if base["guidance"] not in ("none", guidance):
         of_other = {name: defaults[name] for name in base if name.startswith("guidance")}
-        left = [f"{name}={base[name]}" for name in of_other if base[name] != defaults[name] and name not in given]
+        dropped = [f"{name}={base[name]}" for name in of_other if base[name] != defaults[name] and name not in given]
         if guidance == "autoguidance" and "guidance" not in given:
-            notes.append(f"--weak brings autoguidance; the checkpoint's settings of another kind go: {' '.join(left)}")
+            notes.append(
+                f"--weak selects autoguidance; other settings of the checkpoint are dropped: {' '.join(dropped)}"
+            )
         base |= of_other
     if "num_steps" in given:
         base["nfe"] = None
@@ -69,7 +71,7 @@ def sample_job(args: argparse.Namespace, saved: Mapping[str, Any]) -> tuple[Samp
 
 
 def open_sampler(args: argparse.Namespace) -> tuple["Sampler", np.ndarray, dict[str, Any], int]:
-    """Open what the flags name, and print the settings: the flags' over the checkpoint's.
+    """Open a sampler with the checkpoint's settings overridden by flags, and print the settings.
 
     Returns:
       (sampler, labels (N,) int32, recipe dict, batch size over all devices).
@@ -111,19 +113,19 @@ def open_sampler(args: argparse.Namespace) -> tuple["Sampler", np.ndarray, dict[
         other_texture_vae=args.other_texture_vae,
     )
     labels = make_labels(job.labels, job.num, sampler.num_classes, sampler.class_names, args.seed, sampler.labels)
-    told = {
+    extra = {
         "labels": {"mode": job.labels, "hash": hashlib.sha256(labels.astype(np.int32).tobytes()).hexdigest()},
         "notes": notes + sampler.recipe["notes"],
     }
-    recipe = {**sampler.recipe, **told}
+    recipe = {**sampler.recipe, **extra}
     batch_size = job.batch_size * mesh.size
     if job.mode == "released" and job.solver == "dopri5":
-        recipe["batch_size"] = batch_size  # one step size for all of a batch, as released
+        recipe["batch_size"] = batch_size  # one step size per batch, as released
     return sampler, labels, recipe, batch_size
 
 
 def described(job: SampleConfig) -> str:
-    """Return the settings that have an effect, as flags without their dashes."""
+    """Return the settings that have an effect, as "name=value name=value"."""
     values = to_dict(job)
     idle = useless(RULES["sample"], values, values)
     return " ".join(f"{name}={value}" for name, value in values.items() if value is not None and name not in idle)

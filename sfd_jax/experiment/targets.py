@@ -1,4 +1,4 @@
-"""Where a run takes REPA's targets from: `data.repa_source` of its config (docs/repa.md compares them)."""
+"""Sources of REPA's targets, chosen by `data.repa_source` of a config (docs/repa.md compares them)."""
 
 from collections.abc import Collection
 from typing import Any
@@ -22,10 +22,10 @@ REPA_SOURCES = ("stored", "semvae", "online")
 
 
 def check_repa_source(config: ConfigDict) -> str:
-    """Return where the targets come from: a name of `REPA_SOURCES`, or "none" without REPA.
+    """Return the source of the targets: a name of `REPA_SOURCES`, or "none" without REPA.
 
     Raises:
-      SfdError: unknown source, or one whose checkpoint or images are not given.
+      SfdError: the source is unknown, or its checkpoint or images are not given.
     """
     data = config.data
     if data.repa_source not in REPA_SOURCES:
@@ -43,7 +43,7 @@ def check_repa_source(config: ConfigDict) -> str:
 
 
 def open_targets(config: ConfigDict, layout: LatentLayout, latents: LatentSource) -> tuple[Any, FrozenFeatures | None]:
-    """Open what the targets are made from.
+    """Open the source of the targets.
 
     Args:
       config: of the run.
@@ -52,7 +52,7 @@ def open_targets(config: ConfigDict, layout: LatentLayout, latents: LatentSource
 
     Returns:
       (source, targets): records to train on, with pixels for "online"; and the FrozenFeatures of the task, None
-      where the targets are stored or there are none.
+      if the targets are stored or there are none.
     """
     kind, data = check_repa_source(config), config.data
     dtype = config.model.compute_dtype
@@ -62,7 +62,7 @@ def open_targets(config: ConfigDict, layout: LatentLayout, latents: LatentSource
         if network.config.bottleneck_dim != stored:
             raise SfdError(
                 f"data.semantic_vae={data.semantic_vae} decodes {network.config.bottleneck_dim} channels, but the "
-                f"latents have {stored} semantic ones: they are not its own"
+                f"latents have {stored} semantic ones: give the Semantic VAE that made them"
             )
         _check_own(latents, "semantic_vae", params)
         _check_width(config, network.config.input_dim, "data.semantic_vae")
@@ -86,15 +86,15 @@ def _check_width(config: ConfigDict, width: int, field: str) -> None:
 
 
 def open_frozen(path: str, kind: str | Collection[str], compute_dtype: str) -> tuple[Network, dict]:
-    """Return the network of a checkpoint, computing in `compute_dtype`, and its averaged parameters.
+    """Return the network of a checkpoint, computing in `compute_dtype`, and its EMA parameters.
 
     Args:
-      path: of the checkpoint.
-      kind: as `network_of` takes it.
-      compute_dtype: "float32" or "bfloat16", where the network has a choice.
+      path: the checkpoint.
+      kind: as for `network_of`.
+      compute_dtype: "float32" or "bfloat16", if the network has this setting.
 
     Raises:
-      SfdError: nothing there, or a network of another kind.
+      SfdError: there is no checkpoint, or it is of another network.
     """
     start()  # Orbax asks JAX for its devices
     opened = open_checkpoint(path, kind, compute_dtype=compute_dtype)
@@ -104,13 +104,13 @@ def open_frozen(path: str, kind: str | Collection[str], compute_dtype: str) -> t
 
 
 def _check_own(latents: Any, name: str, params: dict) -> None:
-    """Raise SfdError where a source says that its latents were made by other weights than these."""
+    """Raise SfdError if the metadata of the latents name other weights than these."""
     weights = latents.origin["weights"]
     made_by = weights.get(name)
     if weights and made_by is None:
-        raise SfdError(f"the latents were made by {', '.join(weights)}, not by a '{name}': take another repa_source")
+        raise SfdError(f"the latents were made by {', '.join(weights)}, not by a '{name}': choose another repa_source")
     if made_by is None:
-        say(f"note: the latents do not tell which '{name}' made them; that the one given did was not checked")
+        say(f"note: the latents do not say which '{name}' made them; it was not checked that the given one did")
     elif made_by != params_hash(params):
         raise SfdError(
             f"the latents were made with other weights of '{name}' than the checkpoint holds "

@@ -1,6 +1,6 @@
 """From a config to a `Run`, one function for each kind of training.
 
-Each adds to `found` whatever it can find wrong without a device, and raises all of it together.
+Each adds to `found` the faults that can be found without a device, and raises all of them together.
 """
 
 import functools
@@ -36,11 +36,11 @@ def open_diffusion(config: ConfigDict, found: Faults | None = None, *, init: str
 
     Args:
       config: with the groups of configs/sfd.py.
-      found: faults that are known already.
-      init: checkpoint whose weights to start from.
+      found: faults found so far.
+      init: checkpoint with the weights to start from.
 
     Raises:
-      SfdError: values that are unknown or contradict each other, or latents that do not fit; all are named.
+      SfdError: values are unknown or contradict each other, or the latents do not fit; all faults are named.
     """
     found, notes = Faults() if found is None else found, []
     for part in (build.layout_from_config, build.network_from_config, build.diffusion_settings, build.task_from_config):
@@ -56,9 +56,7 @@ def open_diffusion(config: ConfigDict, found: Faults | None = None, *, init: str
         with found:
             find_checkpoint(checkpoint)
     if config.model.repa_features and not config.loss.repa_weight:
-        notes.append(
-            "loss.repa_weight=0 leaves REPA's projector untrained; --config.model.repa_features=0 leaves it out"
-        )
+        notes.append("loss.repa_weight=0 leaves REPA's projector untrained; --config.model.repa_features=0 removes it")
     with found:
         latents = open_source(config.data.path, repa=False)
         check_data(config, latents, found, repa=repa)
@@ -73,15 +71,15 @@ def open_diffusion(config: ConfigDict, found: Faults | None = None, *, init: str
         notes += check_init(init, task.network, clocks, source)
         with found:
             params = load_init(init, task.network, clocks, config.seed)
-    told = {"latent_statistics": source.statistics.to_dict(), "class_names": source.class_names}
-    told |= {"latents": source.origin, "registered_in": build.registered_in(config)}
+    metadata = {"latent_statistics": source.statistics.to_dict(), "class_names": source.class_names}
+    metadata |= {"latents": source.origin, "registered_in": build.registered_in(config)}
     transform = latent_transform(layout, source.statistics, repa=repa)
     checks = functools.partial(_check_latents, config, latents, repa)
-    return Run(task, train, config, source, transform, told, params=params, notes=tuple(notes), checks=checks)
+    return Run(task, train, config, source, transform, metadata, params=params, notes=tuple(notes), checks=checks)
 
 
 def _check_latents(config: ConfigDict, latents: Any, repa: bool) -> list[str]:
-    """Look through the records."""
+    """Return the faults of all records."""
     wanted = {"num_classes": config.model.num_classes, "flips": config.data.flips}
     if isinstance(latents, LatentStore):
         return check_store(config.data.path, repa=repa, **wanted)
@@ -93,11 +91,11 @@ def open_semantic_vae(config: ConfigDict, found: Faults | None = None, *, featur
 
     Args:
       config: with the groups of configs/semantic_vae.py.
-      found: faults that are known already.
-      features: records with `repa_features` (N, F) to train on, instead of what `config.data` names.
+      found: faults found so far.
+      features: records with `repa_features` (N, F) to train on, instead of those in `config.data`.
 
     Raises:
-      SfdError: values that are unknown or contradict each other, or features that do not fit; all are named.
+      SfdError: values are unknown or contradict each other, or the features do not fit; all faults are named.
     """
     found, data = Faults() if found is None else found, config.data
     network, loss, train = _network_loss_train("semantic_vae", config, SemanticVAELoss, found)
@@ -106,7 +104,7 @@ def open_semantic_vae(config: ConfigDict, found: Faults | None = None, *, featur
         if data.visual_encoder and (data.path or data.held_out_path):
             raise SfdError(
                 "data.visual_encoder makes features from data.images, so data.path and data.held_out_path "
-                "have no effect: give either"
+                "have no effect: give one or the other"
             )
         elif data.visual_encoder:
             source, held_out, maker, tokens = _open_images(config)
@@ -123,28 +121,30 @@ def open_semantic_vae(config: ConfigDict, found: Faults | None = None, *, featur
                 )
             others = {"weights": _visual(held_out)} if held_out else None
             if differing := other_makers(others, {"weights": weights}):
-                raise SfdError(f"the held-out features are of another encoder than those to train on: {differing[0]}")
+                raise SfdError(
+                    f"the held-out features are of another encoder than the training features: {differing[0]}"
+                )
         else:
             raise SfdError(
-                "say where the features are: --config.data.path=FOLDER, made by `sfd extract --repa`; or what to make "
-                "them from: --config.data.visual_encoder=CKPT --config.data.images.path=IMAGES"
+                "give features, --config.data.path=FOLDER made by `sfd extract --repa`; or images and an encoder to "
+                "make them, --config.data.visual_encoder=CKPT --config.data.images.path=IMAGES"
             )
     if not found and loss.classification_weight > 0:
         found += check_labels(source, loss.num_classes, "loss.num_classes")
     found.stop()
     measure = functools.partial(measure_semantic_vae, network, source=maker)
-    told = {"latents": {"weights": weights, "tokens": tokens}}  # of what it compresses: whose features, how many
+    metadata = {"latents": {"weights": weights, "tokens": tokens}}  # encoder and number of the features
     task = semantic_vae_task(network, loss, maker)
-    return Run(task, train, config, source, transform, told, held_out=(measure, held_out) if held_out else None)
+    return Run(task, train, config, source, transform, metadata, held_out=(measure, held_out) if held_out else None)
 
 
 def _visual(latents: Any) -> dict[str, str]:
-    """Return the hash of the encoder that made a source's features, where that is known."""
+    """Return the hash of the encoder that made a source's features, if known."""
     return {name: digest for name, digest in latents.origin["weights"].items() if name == "visual"}
 
 
 def _open_images(config: ConfigDict) -> tuple[ImageSource, ImageSource | None, FrozenFeatures, int]:
-    """Return images to train on, held-out ones or None, what makes features of them, and how many of an image."""
+    """Return training images, held-out ones or None, the module that makes features, and the tokens per image."""
     images = config.data.images
     network, params = open_frozen(config.data.visual_encoder, ENCODERS, config.model.compute_dtype)
     if network.config.feature_width != config.model.input_dim:
@@ -163,10 +163,10 @@ def open_texture_vae(config: ConfigDict, found: Faults | None = None) -> Run:
 
     Args:
       config: with the groups of configs/texture_vae.py.
-      found: faults that are known already.
+      found: faults found so far.
 
     Raises:
-      SfdError: values that are unknown or contradict each other, or no images; all are named.
+      SfdError: values are unknown or contradict each other, or there are no images; all faults are named.
     """
     found, data = Faults() if found is None else found, config.data
     network, loss, train = _network_loss_train("texture_vae", config, TextureVAELoss, found)
@@ -193,10 +193,10 @@ def open_visual_encoder(config: ConfigDict, found: Faults | None = None) -> Run:
 
     Args:
       config: with the groups of configs/texture_vae.py.
-      found: faults that are known already.
+      found: faults found so far.
 
     Raises:
-      SfdError: values that are unknown or contradict each other, or no images; all are named.
+      SfdError: values are unknown or contradict each other, or there are no images; all faults are named.
     """
     found = Faults() if found is None else found
     network, loss, train = _network_loss_train("dinov2", config, VisualEncoderLoss, found)
@@ -210,12 +210,12 @@ def open_visual_encoder(config: ConfigDict, found: Faults | None = None) -> Run:
 def _images_of(config: ConfigDict, split: str) -> ImageSource:
     data = config.data
     if not data.path and data.kind != "digits":
-        raise SfdError("say where the images are: --config.data.path=IMAGES")
+        raise SfdError("give the images: --config.data.path=IMAGES")
     return open_images(data.kind, data.path, split, data.image_size)
 
 
 def _network_loss_train(name: str, config: ConfigDict, loss: type, found: Faults) -> tuple[Network, Any, TrainConfig]:
-    """Build the parts that all kinds of training have, as far as they can be built."""
+    """Build network, loss and TrainConfig; a part with faults is None."""
     made = [None, None, None]
     with found:
         made[0] = Network(name, config.model.to_dict())

@@ -1,4 +1,4 @@
-"""The latents that a run trains on, and whether they are those that its config and --init say."""
+"""The latents of a training run, and checks against its config and --init."""
 
 import contextlib
 
@@ -24,22 +24,22 @@ def open_source(path: str, *, repa: bool) -> LatentStore | ReleasedLatents:
     """Open the latents to train on, with their statistics.
 
     Raises:
-      SfdError: no path, no latents there, or released shards without their statistics.
+      SfdError: there is no path, no latents, or released shards have no statistics.
     """
     must_be_local("--config.data.path", path)
     if not path:
-        raise SfdError("say where the latents are: --config.data.path=FOLDER, made by `sfd extract`")
+        raise SfdError("give the latents: --config.data.path=FOLDER, made by `sfd extract`")
     return open_latents(path, repa=repa, read_statistics=read_statistics)
 
 
 def check_data(config: ConfigDict, source: LatentStore | ReleasedLatents, found: Faults, *, repa: bool) -> None:
-    """Add to `found` where the latents are not those that the config says, with the flags that make them fit.
+    """Add to `found` how the latents differ from the config, with the flags that make it fit.
 
     Args:
       config: of the run.
       source: the latents.
-      found: gets the faults.
-      repa: stored features are wanted.
+      found: receives the faults.
+      repa: whether stored features are needed.
 
     Raises:
       SfdError: a record cannot be read.
@@ -59,7 +59,7 @@ def check_data(config: ConfigDict, source: LatentStore | ReleasedLatents, found:
     if grid != size:
         found.append(f"the latents are {grid} x {grid}, but model.input_size={size}: --config.model.input_size={grid}")
     if repa and features is None:
-        with contextlib.suppress(SfdError):  # released shards read them where they are asked for
+        with contextlib.suppress(SfdError):  # released shards read them only on request
             features = open_source(config.data.path, repa=True)[0].get("repa_features")
     if repa and features is None:
         found.append(
@@ -75,7 +75,7 @@ def check_data(config: ConfigDict, source: LatentStore | ReleasedLatents, found:
 
 
 def unused_classes(num_classes: int, source: LatentStore | ReleasedLatents) -> list[str]:
-    """Return a sentence where some of the network's classes have no data."""
+    """Return a note if some of the network's classes have no data."""
     known = source.label_counts() or source.class_names or ()
     if missing := num_classes - len(known):
         return [
@@ -86,7 +86,7 @@ def unused_classes(num_classes: int, source: LatentStore | ReleasedLatents) -> l
 
 
 def load_init(path: str, network: Network, clocks: Clocks, seed: int) -> dict:
-    """Return the weights of --init's checkpoint to start from; clocks that are trained go on where they are its clocks.
+    """Return the initial weights from --init's checkpoint, with those of trained clocks if the clocks are the same.
 
     Raises:
       SfdError: as `load_params`.
@@ -98,7 +98,7 @@ def load_init(path: str, network: Network, clocks: Clocks, seed: int) -> dict:
 
 
 def check_init(path: str, network: Network, clocks: Clocks, source: LatentSource | WithPixels) -> list[str]:
-    """Return sentences on what sets the checkpoint of --init apart from this run; the latents it was trained on.
+    """Return notes on how the checkpoint of --init differs from this run.
 
     Raises:
       SfdError: it is of another network.
@@ -112,10 +112,12 @@ def check_init(path: str, network: Network, clocks: Clocks, source: LatentSource
     ] + average_notes(metadata)
     if (metadata.get("config") or {}).get("clocks") and (theirs := clocks_of(metadata)) != clocks:
         notes.append(f"--init={path} was trained with other clocks, {theirs}; this run's are {clocks}")
-    told = metadata.get("latent_statistics")
-    if told and not LatentStatistics.from_dict(told).same_scale(source.statistics):
-        notes.append(f"--init={path} was trained with other latent statistics than these latents have")
+    statistics = metadata.get("latent_statistics")
+    if statistics and not LatentStatistics.from_dict(statistics).same_scale(source.statistics):
+        notes.append(f"--init={path} was trained with other latent statistics than those of these latents")
     names = metadata.get("class_names"), source.class_names
     if None not in names and names[0] != names[1]:
-        notes.append(f"--init={path} was trained with other class names: its labels begin as those of other classes")
+        notes.append(
+            f"--init={path} was trained with other class names: its label embeddings start as those of other classes"
+        )
     return notes

@@ -1,9 +1,9 @@
-"""From checkpoints to N images: labels, a sampler over all devices, and the job that survives kills.
+"""From checkpoints to N images: labels, a sampler over all devices, and a job that can be resumed.
 
     sampler = make_sampler(load_params("xl"), load_params("texture_vae"))
     images, nfe = sampler(np.arange(8), make_labels("otter", 8, sampler.num_classes, sampler.class_names))
 
-Sample i is a function of (seed, i) and its label alone. Images are uint8 (N, H, W, 3).
+Sample i depends on (seed, i) and its label alone. Images are uint8 (N, H, W, 3).
 """
 
 from sfd_jax.diffusion.clocks import Clocks

@@ -1,15 +1,15 @@
-"""The job that makes N images: in chunks that appear when they are complete, resumable, exactly N.
+"""The job that makes exactly N images, in chunks that are written atomically, and can be resumed.
 
-A job's folder:
+The folder of a job:
 
-    recipe.json                          what is made: checkpoints, sampler, labels, seed, N
+    recipe.json                          what determines the images: checkpoints, sampler, labels, seed, N
     chunks/chunk_<first>_<last>.npz      images uint8 (n,H,W,3), labels, indices, nfe (n,)
     samples.npz                          all of them: arr_0 images, arr_1 labels (the ADM suite's form)
-    images/<index>.png, grid.png         where asked for
+    images/<index>.png, grid.png         if requested
 
-A killed job goes on with the indices that no chunk holds; a folder of another recipe is refused. Since
-sample i depends on the recipe and i alone, batch and chunk sizes and devices may change in between (where the recipe
-holds the batch size, it holds that of chunks as well: there both must stay).
+A killed job continues with the indices that no chunk holds; a folder with another recipe is refused. Since sample i
+depends on the recipe and i alone, batch size, chunk size and devices may change in between (unless the recipe holds
+the batch size: then batch and chunk sizes must stay the same).
 """
 
 import json
@@ -44,29 +44,29 @@ def make_images(
     chunk_size: int | None = None,
     progress: bool = True,
 ) -> None:
-    """Make sample i with labels[i] for every i, or go on where a killed job stopped.
+    """Make sample i with labels[i] for every i, or continue a job that was killed.
 
-    With several hosts all of them call this; host 0 reads and writes the folder.
+    All hosts must call this; host 0 reads and writes the folder.
 
     Args:
-      make: makes images; `partial(sampler, batch_size=batch_size)` is one, which pads what is smaller.
+      make: makes images, e.g. `partial(sampler, batch_size=batch_size)`, which pads smaller batches.
       labels: (N,) int32.
-      folder: the job's folder.
-      recipe: JSON-able description of everything that decides the images; `num_images` is added.
-      batch_size: images handed to `make` at once.
-      chunk_size: images in a chunk, the most that a kill can lose; by default about 1,000. It belongs to the recipe
-        where `batch_size` does.
-      progress: show a bar with images a second and the time left on stderr.
+      folder: the folder of the job.
+      recipe: JSON-able description of everything that determines the images; `num_images` is added.
+      batch_size: images per call of `make`.
+      chunk_size: images in a chunk, the most that a kill can lose; by default about 1,000. It is added to the recipe
+        if `batch_size` is in it.
+      progress: show a bar with images per second and remaining time on stderr.
 
     Raises:
-      SfdError: the folder holds another recipe's samples or a damaged chunk, or cannot be written.
+      SfdError: the folder holds samples of another recipe or a damaged chunk, or cannot be written.
     """
     check(num=len(labels), batch_size=batch_size, chunk_size=chunk_size)
     folder = Path(folder)
     num = len(labels)
     chunk_size = chunk_size or _default_chunk(batch_size)
     recipe = {**recipe, "num_images": num}
-    if "batch_size" in recipe:  # samples of a batch depend on each other, and chunks decide where batches begin
+    if "batch_size" in recipe:  # samples of a batch depend on each other, and chunks determine where batches start
         recipe["chunk_size"] = chunk_size
     missing = _on_host0(lambda: _prepare(folder, recipe, labels), num)
     bar = tqdm(
@@ -82,12 +82,12 @@ def make_images(
             images, nfe = [], []
             for start in range(first, stop, batch_size):
                 indices = np.arange(start, min(start + batch_size, stop))
-                made, calls = make(indices, labels[indices])
+                made, made_nfe = make(indices, labels[indices])
                 images.append(made)
-                nfe.append(calls)
+                nfe.append(made_nfe)
                 bar.update(len(indices))
             if is_host0():
-                if not (folder / "recipe.json").exists():  # not before: a start that made nothing binds nobody
+                if not (folder / "recipe.json").exists():  # only now: a job that made nothing must not fix the recipe
                     _write_recipe(folder / "recipe.json", recipe)
                 write_npz(
                     folder / "chunks" / f"chunk_{first:08d}_{stop - 1:08d}.npz",
@@ -101,12 +101,12 @@ def make_images(
 
 
 def _default_chunk(batch_size: int) -> int:
-    """Return about 1,000, in whole batches."""
+    """Return about 1,000, a multiple of the batch size."""
     return batch_size * -(-1000 // batch_size)
 
 
 def _on_host0(prepare: Callable[[], np.ndarray], num: int) -> np.ndarray:
-    """Return host 0's answer, (num,) bool, on every host; its refusal is every host's refusal."""
+    """Return host 0's result, (num,) bool, on every host; if host 0 raises SfdError, every host does."""
     if jax.process_count() == 1:
         return prepare()
     answer, refusal = np.zeros(num + 1, np.uint8), None
@@ -122,7 +122,7 @@ def _on_host0(prepare: Callable[[], np.ndarray], num: int) -> np.ndarray:
 
 
 def _prepare(folder: Path, recipe: dict, labels: np.ndarray) -> np.ndarray:
-    """Check the folder, and return which indices are missing, (N,) bool."""
+    """Check the folder and return which indices are missing, (N,) bool."""
     chunks = folder / "chunks"
     path = folder / "recipe.json"
     try:
@@ -139,7 +139,7 @@ def _prepare(folder: Path, recipe: dict, labels: np.ndarray) -> np.ndarray:
     for file in sorted(chunks.glob("chunk_*.npz")):
         indices = _check_chunk(file, labels)
         if not missing[indices].all():
-            raise SfdError(f"{file} holds samples that another chunk holds too; remove one of them")
+            raise SfdError(f"{file} holds samples that are in another chunk too; remove one of them")
         missing[indices] = False
     return missing
 
@@ -150,8 +150,8 @@ def _check_same_recipe(path: Path, recipe: dict) -> None:
     except (OSError, ValueError) as error:
         raise SfdError(f"cannot read {path}: {error}; choose another folder") from error
     if "batch_size" in old:
-        old.setdefault("chunk_size", _default_chunk(old["batch_size"]))  # recipes did not tell of it once
-    # A finished job's file also holds what came out of it.
+        old.setdefault("chunk_size", _default_chunk(old["batch_size"]))  # old recipes lack it
+    # The file of a finished job also holds its results.
     old = {key: value for key, value in old.items() if key in recipe}
     differing = differences(_decisive(_upgraded(old)), _decisive(_upgraded(recipe)))
     if differing:
@@ -160,7 +160,7 @@ def _check_same_recipe(path: Path, recipe: dict) -> None:
 
 
 def _upgraded(recipe: dict) -> dict:
-    """Return a recipe as it would be written now: it once told clocks by class, end and kinks, and not all settings."""
+    """Return a recipe in today's form: old ones describe clocks by class, end and breakpoints, and lack settings."""
     clocks = recipe.get("clocks") or {}
     sampler = over_defaults(SampleConfig, recipe.get("sampler") or {})
     if "tau_end" in clocks:
@@ -170,7 +170,7 @@ def _upgraded(recipe: dict) -> dict:
 
 
 def _decisive(recipe: dict) -> dict:
-    """Leave out what decides no image: notes, and the sampler's settings that have no effect."""
+    """Leave out what does not change the images: notes, and settings of the sampler without effect."""
     sampler = recipe.get("sampler", {})
     idle = useless(RULES["sample"], sampler, sampler)
     kept = {name: value for name, value in recipe.items() if name != "notes"}
@@ -178,18 +178,18 @@ def _decisive(recipe: dict) -> dict:
 
 
 def _check_chunk(file: Path, labels: np.ndarray) -> np.ndarray:
-    """Return a finished chunk's indices, having checked that it is whole and of these labels."""
+    """Check that a finished chunk is undamaged and has these labels, and return its indices."""
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
         with np.load(file) as chunk:
             indices, stored = chunk["indices"], chunk["labels"]
-    except Exception as error:  # zipfile and numpy tell damage by many types
+    except Exception as error:  # zipfile and numpy raise many types for damaged files
         damaged = str(error) or type(error).__name__
     if damaged:
-        raise SfdError(f"{file} is damaged ({damaged}); remove it and run again, it will be made anew")
+        raise SfdError(f"{file} is damaged ({damaged}); remove it and run again to remake it")
     if indices.max() >= len(labels) or not np.array_equal(labels[indices], stored):
-        raise SfdError(f"{file} holds other labels than this job's; choose another folder")
+        raise SfdError(f"{file} holds other labels than this job; choose another folder")
     return indices
 
 
@@ -202,14 +202,14 @@ def _runs(missing: np.ndarray, chunk_size: int) -> Iterator[tuple[int, int]]:
 
 
 def _finish_recipe(folder: Path, recipe: dict) -> None:
-    """Add what only the finished job knows: how many network evaluations a sample took."""
+    """Add the network evaluations per sample, known only when the job is finished."""
     nfe = []
     for file in chunk_files(folder):
         with np.load(file) as chunk:
             nfe.append(chunk["nfe"])
     nfe = np.concatenate(nfe)
-    calls = {"mean": float(nfe.mean()), "min": int(nfe.min()), "max": int(nfe.max())}
-    _write_recipe(folder / "recipe.json", {**recipe, "nfe": calls, "complete": True})
+    summary = {"mean": float(nfe.mean()), "min": int(nfe.min()), "max": int(nfe.max())}
+    _write_recipe(folder / "recipe.json", {**recipe, "nfe": summary, "complete": True})
 
 
 def chunk_files(folder: Path) -> list[Path]:
@@ -218,16 +218,16 @@ def chunk_files(folder: Path) -> list[Path]:
 
 
 def write_npz(path: Path, **arrays: np.ndarray) -> None:
-    """Write an npz that appears under its name when it is complete.
+    """Write an npz atomically.
 
     Raises:
-      SfdError: it cannot be written; nothing is left behind under its name.
+      SfdError: it cannot be written; no partial file is left.
     """
     try:
         with atomic_write(path) as part, open(part, "wb") as file:
             np.savez(file, **arrays)
     except OSError as error:
-        raise SfdError(f"cannot write {path}: {error}; what is finished stays, run again to go on") from error
+        raise SfdError(f"cannot write {path}: {error}; finished chunks are kept, run again to continue") from error
 
 
 def _write_recipe(path: Path, recipe: dict) -> None:

@@ -1,4 +1,4 @@
-"""Which class each sample shows, decided before sampling starts."""
+"""The class label of each sample."""
 
 import jax
 import numpy as np
@@ -7,7 +7,7 @@ from sfd_jax.errors import SfdError, nearest
 from sfd_jax.randomness import keys_by_row
 from sfd_jax.ranges import check
 
-# The order of balanced labels is the same whatever the seed of the noise.
+# The order of balanced labels does not depend on the seed of the noise.
 ORDER_SEED = 0
 
 
@@ -19,22 +19,22 @@ def make_labels(
     seed: int = 0,
     trained: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Return the labels that a user asked for.
+    """Return the requested labels.
 
     Args:
-      spec: "balanced", "random", or classes to be spread evenly: one or several by number or by name, split
-        by commas ("207, 360"), or by semicolons where names hold commas ("tench, Tinca tinca; otter").
+      spec: "balanced", "random", or one or more classes in turn, by number or name, separated by commas
+        ("207, 360"), or by semicolons if names contain commas ("tench, Tinca tinca; otter").
       num: N, number of samples.
-      num_classes: classes that the model knows.
-      class_names: their names, where the checkpoint holds them.
-      seed: draws the labels of "random".
-      trained: the labels that were trained, which "balanced" and "random" spread over; all of them by default.
+      num_classes: number of classes of the model.
+      class_names: their names, if known.
+      seed: of "random" labels.
+      trained: the labels seen in training, from which "balanced" and "random" choose; all by default.
 
     Returns:
       (N,) int32 in [0, num_classes).
 
     Raises:
-      SfdError: no sample asked for, or a class that there is not.
+      SfdError: `num` or `seed` is out of range, or a class does not exist or was not trained.
     """
     check(num=num, seed=seed)
     trained = np.arange(num_classes, dtype=np.int32) if trained is None else trained
@@ -44,16 +44,15 @@ def make_labels(
         return trained[random_labels(num, len(trained), seed)]
     chosen = parse_classes(spec, num_classes, class_names)
     if strange := [label for label in chosen if label not in trained]:
-        raise SfdError(f"class {strange[0]} was not trained; those that were are {trained[0]}..{trained[-1]}")
+        raise SfdError(f"class {strange[0]} was not trained; give one of {trained[0]}..{trained[-1]}")
     return np.resize(np.array(chosen, np.int32), num)
 
 
 def balanced_labels(num: int, num_classes: int) -> np.ndarray:
     """Return (N,) int32 labels, N // num_classes of each class and the rest of distinct classes, shuffled.
 
-    One permutation of all N, as released: were each run of num_classes samples a permutation of its own,
-    every split of the inception score would be balanced exactly, and its score higher than the released
-    way of counting gives.
+    One permutation of all N, as released. With a permutation for each run of num_classes samples, every
+    split of the inception score would be balanced exactly, and the score higher than the released code's.
     """
     generator = np.random.default_rng(ORDER_SEED)
     each, rest = divmod(num, num_classes)
@@ -63,7 +62,7 @@ def balanced_labels(num: int, num_classes: int) -> np.ndarray:
 
 
 def random_labels(num: int, num_classes: int, seed: int) -> np.ndarray:
-    """Return (N,) int32 labels, each drawn uniformly as a function of (seed, its index) alone."""
+    """Return (N,) int32 labels, each drawn uniformly, depending on (seed, index) alone."""
     key = jax.random.fold_in(jax.random.key(seed), _LABEL_STREAM)
     draw = jax.vmap(lambda row_key: jax.random.randint(row_key, (), 0, num_classes))
     return np.asarray(jax.jit(lambda rows: draw(keys_by_row(key, rows)))(np.arange(num, dtype=np.uint32)), np.int32)
@@ -74,36 +73,36 @@ _LABEL_STREAM = 2**32 - 1
 
 
 def parse_classes(spec: str, num_classes: int, class_names: list[str] | None = None) -> list[int]:
-    """Return the class numbers that `spec` lists by number or name; see `make_labels`.
+    """Return the class numbers of a list of numbers or names; see `make_labels`.
 
     Raises:
-      SfdError: a number outside [0, num_classes), or a name that is not in the list.
+      SfdError: a number outside [0, num_classes), or an unknown name.
     """
     names = {name.strip().lower(): label for label, name in reversed(list(enumerate(class_names or [])))}
     comma = ";" if ";" in spec or spec.strip().lower() in names else ","
     parts = [part.strip() for part in spec.split(comma) if part.strip()]
     if not parts:
-        raise SfdError(f"labels '{spec}' name no class; give 'balanced', 'random', or numbers or names of classes")
+        raise SfdError(f"labels '{spec}' contain no class; give 'balanced', 'random', or numbers or names of classes")
     return [_find_class(part, num_classes, names) for part in parts]
 
 
 def _find_class(text: str, num_classes: int, names: dict[str, int]) -> int:
-    if text.lower() in names:  # before numbers: the digits' names are numbers themselves
+    if text.lower() in names:  # before numbers: the names of the digits are numbers
         return names[text.lower()]
     if text.lstrip("-").isdecimal():
         if 0 <= int(text) < num_classes:
             return int(text)
         raise SfdError(f"there is no class {text}: classes are 0..{num_classes - 1}")
-    # ImageNet's names list synonyms ("tabby, tabby cat"); any one of them will do where it is unique.
+    # ImageNet's names list synonyms ("tabby, tabby cat"); any unique one is accepted.
     having = [label for name, label in names.items() if text.lower() in map(str.strip, name.split(","))]
     if len(having) == 1:
         return having[0]
     if len(having) > 1:
         raise SfdError(f"'{text}' names {len(having)} classes ({', '.join(map(str, having))}); give the number")
     if not names:
-        raise SfdError(f"'{text}' is no number, and this checkpoint holds no class names; give 0..{num_classes - 1}")
+        raise SfdError(f"'{text}' is not a number, and this checkpoint has no class names; give 0..{num_classes - 1}")
     synonyms = {synonym.strip() for name in names for synonym in name.split(",")}
     hint = nearest(text.lower(), synonyms)
-    if len(synonyms) > 20 and not hint.startswith("did you mean"):  # a list of a thousand names helps nobody
+    if len(synonyms) > 20 and not hint.startswith("did you mean"):  # a list of a thousand names is no help
         hint = "give its number"
     raise SfdError(f"no class is called '{text}'; {hint}")

@@ -1,4 +1,4 @@
-"""What a finished sampling job can be turned into: one npz, PNGs, a labelled grid."""
+"""Outputs of a finished sampling job: one npz, PNGs, a labelled grid."""
 
 import zipfile
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ from sfd_jax.generation.job import chunk_files
 
 
 def write_samples_npz(folder: str | Path) -> Path:
-    """Write `samples.npz` with `arr_0` uint8 (N,H,W,3) and `arr_1` int32 (N,), a chunk in memory at a time.
+    """Write `samples.npz` with `arr_0` uint8 (N,H,W,3) and `arr_1` int32 (N,), with one chunk in memory at a time.
 
     Returns:
-      Its path. A file that is there already is left alone: it appeared when it was complete.
+      Its path. An existing file is kept: files are written atomically, so it is complete.
     """
     folder = Path(folder)
     path = folder / "samples.npz"
@@ -37,15 +37,15 @@ def write_samples_npz(folder: str | Path) -> Path:
             with archive.open("arr_1.npy", "w") as file:
                 np.lib.format.write_array(file, np.concatenate(labels).astype(np.int32))
     except OSError as error:
-        raise SfdError(f"cannot write {path}: {error}; the chunks stay, make room and run again") from error
+        raise SfdError(f"cannot write {path}: {error}; the chunks are kept, free disk space and run again") from error
     return path
 
 
 def write_pngs(folder: str | Path) -> Path:
-    """Write each sample as `images/<index>.png`; files that are there already are left alone.
+    """Write each sample as `images/<index>.png`, except existing files.
 
     Returns:
-      The folder of images.
+      The folder of the images.
     """
     target = Path(folder) / "images"
 
@@ -66,13 +66,13 @@ def write_pngs(folder: str | Path) -> Path:
 
 
 def write_grid(folder: str | Path, class_names: list[str] | None = None, rows: int = 10, columns: int = 8) -> Path:
-    """Write `grid.png`: a row for each of up to `rows` classes, its name at the left, its first samples.
+    """Write `grid.png`: one row per class, with its name on the left and its first samples.
 
     Args:
       folder: of a finished job.
-      class_names: what to call the classes; their numbers by default.
-      rows: classes shown, spread evenly over those there are.
-      columns: samples of a class.
+      class_names: names of the classes; their numbers by default.
+      rows: the most classes to show, evenly spaced among those sampled.
+      columns: samples per class.
 
     Returns:
       The picture's path.
@@ -84,8 +84,8 @@ def write_grid(folder: str | Path, class_names: list[str] | None = None, rows: i
     found: dict[int, list[np.ndarray]] = {label: [] for label in shown}
     for _, images, chunk_labels in read_chunks(folder):
         for label in shown:
-            room = columns - len(found[label])
-            found[label].extend(images[chunk_labels == label][:room])
+            missing = columns - len(found[label])
+            found[label].extend(images[chunk_labels == label][:missing])
         if all(len(samples) == columns for samples in found.values()):
             break
     path = folder / "grid.png"
@@ -102,8 +102,8 @@ def draw_grid(rows: list[list[np.ndarray]], names: list[str]) -> Image.Image:
     """Return a picture with a row of images for each name.
 
     Args:
-      rows: for each name its images, uint8 (H,W,3) of one size.
-      names: a text for each row.
+      rows: the images of each row, uint8 (H,W,3) of one size.
+      names: the text of each row.
     """
     height, width = rows[0][0].shape[:2]
     font = ImageFont.load_default(size=max(10, min(20, height // 3)))

@@ -1,11 +1,11 @@
 """From checkpoints to a function that makes images: (indices, labels) -> uint8, over all devices.
 
-Two programs: one integrates the whole ODE, one decodes its texture. As one they take the TPU compiler a third longer
-than one after the other (docs/performance.md), and all that passes between them is latents.
+Two programs: one integrates the whole ODE, one decodes its texture. A single program takes the TPU compiler a third
+longer than both (docs/performance.md), and only latents pass between them.
 
-Sample i starts from noise that is a function of (seed, i) alone, and staged integration controls the error
-of each sample on its own: so batch size, padding, devices and hosts change nothing but float rounding. (In
-`released` mode dopri5 shares one step size among a batch, as released: there the batch size matters.)
+Sample i starts from noise that depends on (seed, i) alone, and staged integration controls the error of each sample
+separately: batch size, padding, devices and hosts change nothing but float rounding. (In `released` mode dopri5 has one
+step size for the batch, as released, so the batch size matters there.)
 """
 
 from collections.abc import Sequence
@@ -33,21 +33,21 @@ from sfd_jax.randomness import normal_by_row
 from sfd_jax.ranges import check
 from sfd_jax.settings import defaults_of
 
-# The decoder's widest layers hold a hundred times the latent: it takes this many images a device at once.
+# Images per device that are decoded at once: the decoder's widest layers take a hundred times the latent's memory.
 DECODE_AT_ONCE = 8
-_KINDS = (np.uint32, np.int32)  # of indices and of labels on the device
+_DTYPES = (np.uint32, np.int32)  # of indices and labels on the device
 
 
 class Sampler:
-    """Make images; `make_sampler` builds one.
+    """Make images; `make_sampler` builds a sampler.
 
     Attributes:
-      num_classes, class_names: of the model; names are None where the checkpoint holds none.
-      labels: which labels may be asked for, sorted: those that were trained.
+      num_classes, class_names: of the model; the names are None if the checkpoint has none.
+      labels: the labels that can be sampled, sorted: those that were trained.
       image_size: side of the images, in pixels.
-      clocks: that it integrates over, their trained parameters in them.
-      recipe: JSON-able description of all that decides the images but the labels; and its "notes", sentences on what
-        was assumed.
+      clocks: with their trained parameters.
+      recipe: JSON-able description of all that determines the images except labels, with "notes", the assumptions
+        made.
     """
 
     def __init__(
@@ -70,19 +70,19 @@ class Sampler:
         """Place parameters on the mesh.
 
         Args:
-          model, texture_vae, weak: (network, params); `weak` is AutoGuidance's. Params of shapes alone make a
-            sampler that can only be lowered.
-          layout, statistics, clocks: those the model was trained with; trained clocks with their parameters in them.
+          model, texture_vae, weak: (network, params); `weak` is AutoGuidance's. With shapes instead of params, the
+            sampler can only be traced.
+          layout, statistics, clocks: those the model was trained with; clocks with their trained parameters.
           config: how to sample.
           seed: of the noise.
-          class_names: what the classes are called.
+          class_names: names of the classes.
           labels: those that were trained, sorted; all of them by default.
           recipe: entries for `self.recipe`.
           scan_blocks: run the models' blocks as one compiled loop, or unrolled; None: the best for the devices.
           mesh: the devices; all of them by default.
 
         Raises:
-          SfdError: parts that do not fit each other.
+          SfdError: the parts do not fit each other.
         """
         check(seed=seed)
         self.mesh = make_mesh() if mesh is None else mesh
@@ -98,8 +98,8 @@ class Sampler:
         self._params = put_same(params, param_shardings(params, self.mesh))
         self._layout, self._statistics, self.clocks = layout, statistics, clocks
         self._config, self._seed = config, seed
-        # Every host gets all rows: the one that writes needs them, and they are small beside the work on them.
-        # Both programs are given all weights, used or not: so what XLA says one needs is what the device holds.
+        # Every host gets all rows: the host that writes needs them, and they are small compared with the work.
+        # Both programs keep unused weights, so the memory that XLA reports includes all that the device holds.
         options = {"out_shardings": replicated(self.mesh), "keep_unused": True}
         self._run_sample, self._run_decode = jax.jit(self._sample, **options), jax.jit(self._decode, **options)
         self._run_integrate = jax.jit(self._integrate, **options)
@@ -112,22 +112,22 @@ class Sampler:
         Args:
           indices: (n,) ints in [0, 2^32 - 1).
           labels: (n,) ints in [0, num_classes).
-          batch_size: samples computed at once, over all devices; by default all n of them.
+          batch_size: samples computed at once over all devices; all n by default.
 
         Returns:
           images uint8 (n, H, W, 3), and the network evaluations that each sample needed, (n,) int32.
 
         Raises:
-          SfdError: a sample is not finite, or labels do not fit.
+          SfdError: a sample is not finite, or a label is not one of `labels`.
         """
         indices, labels = np.asarray(indices), np.asarray(labels)
         if indices.shape != labels.shape or indices.ndim != 1 or not len(indices):
             raise SfdError(f"indices {indices.shape} and labels {labels.shape} must be (n,) both, n > 0")
         images, nfe = [], []
         for count, *batch in self._batches(indices, labels, batch_size):
-            latents, calls, converged = self._run_sample(self._params, *batch)
+            latents, batch_nfe, converged = self._run_sample(self._params, *batch)
             made, finite = self._run_decode(self._params, latents)
-            made, calls, *fine = (np.asarray(x)[:count] for x in (made, calls, converged, finite))
+            made, batch_nfe, *fine = (np.asarray(x)[:count] for x in (made, batch_nfe, converged, finite))
             fine = np.logical_and(*fine)
             if not fine.all():
                 raise SfdError(
@@ -135,7 +135,7 @@ class Sampler:
                     "converge or the weights are damaged; try a smaller guidance scale or float32"
                 )
             images.append(made)
-            nfe.append(calls)
+            nfe.append(batch_nfe)
         return np.concatenate(images), np.concatenate(nfe)
 
     def latents(self, indices: np.ndarray, labels: np.ndarray, batch_size: int | None = None) -> np.ndarray:
@@ -144,53 +144,52 @@ class Sampler:
         return np.concatenate([np.asarray(self._run_sample(self._params, *batch)[0])[:n] for n, *batch in batches])
 
     def integrate(self, noise: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, int]:
-        """Integrate from given noise, by the program that makes samples; for comparisons with other code.
+        """Integrate from given noise with the program that makes samples, to compare with other code.
 
         Args:
           noise: (n, H, W, C) float32, n a multiple of the devices.
           labels: (n,) ints.
 
         Returns:
-          latents (n, H, W, C) float32, normalised, and the network evaluations over the whole batch.
+          latents (n, H, W, C) float32, normalised, and the network evaluations of the whole batch.
         """
         batch = put_same((np.asarray(noise, np.float32), np.asarray(labels, np.int32)), batch_sharding(self.mesh))
-        latents, calls, _ = self._run_integrate(self._params, *batch)
-        return np.asarray(latents), int(np.max(calls))
+        latents, nfe, _ = self._run_integrate(self._params, *batch)
+        return np.asarray(latents), int(np.max(nfe))
 
     def trajectory(
         self, indices: np.ndarray, labels: np.ndarray, taus: Sequence[float]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Follow samples from noise to image.
+        """Return samples at several times between noise and image.
 
         Args:
           indices, labels: (n,) each.
           taus: T increasing global times in [0, tau_end].
 
         Returns:
-          latents (T, n, H, W, C) float32, normalised, and what the texture VAE decodes them to, uint8
-          (T, n, H, W, 3).
+          latents (T, n, H, W, C) float32, normalised, and the images decoded from them, uint8 (T, n, H, W, 3).
         """
         count, *batch = next(self._batches(np.asarray(indices), np.asarray(labels), None))
 
         def follow(params, indices, labels):
             problem = self._problem(params, sample_noise(self._seed, indices, self._latent_shape), labels)
             latents = trajectory(problem.pop("velocity_fn"), problem.pop("noise"), taus, **problem)
-            return latents, jax.lax.map(lambda moment: self._decode(params, moment)[0], latents)
+            return latents, jax.lax.map(lambda one: self._decode(params, one)[0], latents)
 
         latents, images = jax.jit(follow, out_shardings=replicated(self.mesh))(self._params, *batch)
         return np.asarray(latents)[:, :count], np.asarray(images)[:, :count]
 
     def trace(self, batch_size: int) -> jax.stages.Traced:
-        """Trace the program that samples a batch's latents, to be compiled for devices that need not be there.
+        """Trace the program that samples latents, to compile it for devices that this machine need not have.
 
         Args:
-          batch_size: samples over all devices, a multiple of their number.
+          batch_size: samples over all devices, a multiple of the number of devices.
         """
-        rows = (jax.ShapeDtypeStruct((batch_size,), kind, sharding=batch_sharding(self.mesh)) for kind in _KINDS)
+        rows = (jax.ShapeDtypeStruct((batch_size,), kind, sharding=batch_sharding(self.mesh)) for kind in _DTYPES)
         return self._run_sample.trace(self._params, *rows)
 
     def trace_decoding(self, batch_size: int) -> jax.stages.Traced:
-        """Trace the program that decodes what the other one gives, as `trace` does."""
+        """Trace the program that decodes the latents, as `trace` does."""
         shape = (batch_size, *self._latent_shape)
         latents = jax.ShapeDtypeStruct(shape, np.float32, sharding=replicated(self.mesh))
         return self._run_decode.trace(self._params, latents)
@@ -201,12 +200,12 @@ class Sampler:
         return size, size, self._layout.channels
 
     def _batches(self, indices, labels, batch_size):
-        """Yield (count, indices, labels) on the devices, each of one size; the last row fills up the last one."""
+        """Yield (count, indices, labels) on the devices in batches of one size, the last padded with its last row."""
         if labels.min() < 0 or labels.max() >= self.num_classes:
-            raise SfdError(f"labels must lie in 0..{self.num_classes - 1}, got {labels.min()}..{labels.max()}")
+            raise SfdError(f"labels must be in 0..{self.num_classes - 1}, got {labels.min()}..{labels.max()}")
         if (strange := labels[~np.isin(labels, self.labels)]).size:
             known = f"{self.labels[0]}..{self.labels[-1]}"
-            raise SfdError(f"class {strange[0]} was not trained; those that were are {known}")
+            raise SfdError(f"class {strange[0]} was not trained; give one of {known}")
         size = -(-(batch_size or len(indices)) // self.mesh.size) * self.mesh.size
         for start in range(0, len(indices), size):
             rows = slice(start, start + size)
@@ -214,11 +213,11 @@ class Sampler:
             padded = (np.pad(x[rows], (0, size - count), mode="edge") for x in (indices, labels))
             yield (
                 count,
-                *(put_same(x.astype(kind), batch_sharding(self.mesh)) for x, kind in zip(padded, _KINDS, strict=True)),
+                *(put_same(x.astype(kind), batch_sharding(self.mesh)) for x, kind in zip(padded, _DTYPES, strict=True)),
             )
 
     def _sample(self, params, indices, labels):
-        """Return latents (B, H, W, C), the calls of each sample, (B,), and whether it came to its end, (B,)."""
+        """Return latents (B, H, W, C), and each sample's network evaluations and whether it converged, both (B,)."""
         return self._integrate(params, sample_noise(self._seed, indices, self._latent_shape), labels)
 
     def _integrate(self, params, noise, labels):
@@ -226,7 +225,7 @@ class Sampler:
         return latents, jnp.sum(stats.sample_nfe, axis=1), stats.converged
 
     def _problem(self, params, noise, labels) -> dict:
-        """Return the arguments of `sample`: what to integrate, from where, and how."""
+        """Return the arguments of `diffusion.sample`."""
         config = self._config
         jumps = (
             ()
@@ -299,7 +298,7 @@ class Sampler:
 
 
 def sample_noise(seed: int, indices: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Return standard normal noise (B, *shape) float32, row by row a function of (seed, index) alone."""
+    """Return standard normal noise (B, *shape) float32; each row depends on (seed, index) alone."""
     return normal_by_row(jax.random.key(seed), indices, shape)
 
 
@@ -323,14 +322,14 @@ def make_sampler(
       config: how to sample.
       weak: AutoGuidance's weaker model.
       seed: of the noise.
-      clocks: instead of those the checkpoint tells of; where it tells of none, the released fixed offset.
-      statistics: those of the training latents, where the checkpoint holds none.
+      clocks: to replace the checkpoint's; see `clocks_of` for checkpoints without clocks.
+      statistics: of the training latents; only needed if the checkpoint has none.
       compute_dtype: "float32" or "bfloat16", instead of the checkpoint's.
       mesh: the devices; all of them by default.
       other_texture_vae: allow a texture VAE that did not make the model's latents, e.g. one with a finetuned decoder.
 
     Raises:
-      SfdError: a checkpoint of another network, one without latent statistics, or parts that do not belong together.
+      SfdError: a checkpoint is of another network or lacks latent statistics, or they do not belong together.
     """
     networks = {
         "model": network_of(model[1], "lightning_dit", compute_dtype=compute_dtype),
@@ -342,19 +341,21 @@ def make_sampler(
         own = LatentStatistics.from_dict(metadata["latent_statistics"])
         if statistics is not None and not own.same_scale(statistics):
             raise SfdError(
-                f"{checkpoint_name(metadata)} holds other latent statistics ({own.hash()[:12]}) than those given "
-                f"({statistics.hash()[:12]}): it was trained on other latents. Leave them out (--latent_store)"
+                f"{checkpoint_name(metadata)} has other latent statistics ({own.hash()[:12]}) than those given "
+                f"({statistics.hash()[:12]}): it was trained on other latents. Leave out --latent_store"
             )
         statistics = own
     if statistics is None:
         raise SfdError(
-            f"{checkpoint_name(metadata)} holds no latent statistics, without which its latents cannot be decoded; "
-            "give those of its training latents with --latent_store (they are never computed anew)"
+            f"{checkpoint_name(metadata)} has no latent statistics, without which its latents cannot be decoded; "
+            "give its training latents with --latent_store (statistics are never recomputed)"
         )
-    told = metadata.get("config") or {}
-    dropout = (told.get("loss") or {}).get("label_dropout")
+    training = metadata.get("config") or {}
+    dropout = (training.get("loss") or {}).get("label_dropout")
     if config.guidance == "cfg" and dropout == 0:
-        raise SfdError(f"guidance 'cfg' needs label dropout in training; that of {checkpoint_name(metadata)} was 0")
+        raise SfdError(
+            f"guidance 'cfg' needs label dropout in training, but {checkpoint_name(metadata)} was trained with 0"
+        )
     layout = LatentLayout(len(statistics.texture_mean), len(statistics.semantic_mean))
     params, trained = split_params(model[0])
     if clocks is None:
@@ -362,7 +363,7 @@ def make_sampler(
     parts = {"model": model, "weak": weak, "texture_vae": texture_vae}
     described = {name: _describe(part) for name, part in parts.items() if part}
     hashes = {name: part["hash"] for name, part in described.items()}
-    compared = weak if config.guidance == "autoguidance" else None  # else it is refused for not being used
+    compared = weak if config.guidance == "autoguidance" else None  # otherwise `Sampler` refuses an unused weak model
     image_size = networks["model"].config.input_size * networks["texture_vae"].config.downsampling
     notes = check_parts(model, texture_vae, compared, hashes, statistics, image_size, other_texture_vae)
     recipe = {
@@ -388,15 +389,14 @@ def make_sampler(
         class_names=metadata.get("class_names"),
         labels=trained_labels(metadata, networks["model"].config.num_classes),
         recipe=recipe,
-        scan_blocks=(told.get("model") or {}).get("scan_blocks"),
+        scan_blocks=(training.get("model") or {}).get("scan_blocks"),
         mesh=mesh,
     )
 
 
 def _describe(checkpoint: Checkpoint) -> dict:
     params, metadata = checkpoint
-    kept = {name: metadata.get(name) for name in ("step", "source", "which")}
-    return {"hash": params_hash(params), **kept}
+    return {"hash": params_hash(params), **{name: metadata.get(name) for name in ("step", "source", "which")}}
 
 
 def _check_fit(network, vae, weak, layout, statistics, config) -> None:
@@ -409,7 +409,7 @@ def _check_fit(network, vae, weak, layout, statistics, config) -> None:
     if layout.texture_channels != texture or len(statistics.texture_mean) != texture:
         raise SfdError(
             f"the model's texture latents have {layout.texture_channels} channels, the texture VAE {texture}; give "
-            "the VAE that made them"
+            "the texture VAE that made them"
         )
     if config.guidance == "autoguidance":
         if weak is None:
@@ -417,8 +417,12 @@ def _check_fit(network, vae, weak, layout, statistics, config) -> None:
         for field in ("in_channels", "input_size", "num_classes", "two_clocks"):
             ours, theirs = getattr(network.config, field), getattr(weak.config, field)
             if ours != theirs:
-                raise SfdError(f"the weak model has {field} {theirs}, the model {ours}; it is of another system")
+                raise SfdError(
+                    f"the weak model has {field} {theirs}, the model {ours}; give a weak model with {field} {ours}"
+                )
     elif weak is not None:
-        raise SfdError(f"a weak model is used by guidance 'autoguidance' alone, but guidance is '{config.guidance}'")
+        raise SfdError(
+            f"a weak model has no effect with guidance '{config.guidance}'; choose 'autoguidance' or leave it out"
+        )
     if config.guidance == "cfg" and not network.config.null_label:
         raise SfdError("guidance 'cfg' needs a model trained with label dropout; this one has no null label")

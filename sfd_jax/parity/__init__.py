@@ -1,8 +1,8 @@
-"""Parity with the released systems: the comparisons that tests and `sfd verify` both make.
+"""Parity with the released systems: the comparisons of the tests and `sfd verify`.
 
-A package of its own because it looks at all the others: networks and their weights through the
-converter, the loss, the training step, the samplers, the evaluation. A case of a pack (`pack.py`)
-is compared by the function that `run.py` lists for its name, which yields a `Check` for each number.
+A separate package because it uses all the others: networks with weights from the converter, the loss,
+the training step, the samplers, the evaluation. `run.py` lists the function that compares a case of a
+pack (`pack.py`) by its name; it yields a `Check` for each number.
 """
 
 from sfd_jax.parity.check import HEADER, Check

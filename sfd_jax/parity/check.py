@@ -1,4 +1,4 @@
-"""What a comparison says: which number of which case, how far off, and how far it may be."""
+"""Results of comparisons: case, quantity, error and bound."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -15,9 +15,9 @@ class Check:
     Args:
       case: name of the case.
       quantity: what was compared.
-      error: how far off; see `relative_error`. NaN and infinity break every bound.
-      bound: the most that `error` may be.
-      note: what a reader of the table should know.
+      error: see `relative_error`; NaN and infinity break every bound.
+      bound: largest allowed error.
+      note: remark for readers of the table.
     """
 
     case: str
@@ -40,7 +40,7 @@ HEADER = f"{'case':<18} {'quantity':<34} {'error':>9} {'at most':>9}"
 
 
 def relative_error(ours: jax.typing.ArrayLike, released: jax.typing.ArrayLike) -> float:
-    """Return max|ours - released| / max|released|; infinity where shapes differ."""
+    """Return max|ours - released| / max|released|; infinity if shapes differ."""
     ours, released = np.asarray(ours, np.float64), np.asarray(released, np.float64)
     if ours.shape != released.shape:
         return float("inf")
@@ -49,19 +49,19 @@ def relative_error(ours: jax.typing.ArrayLike, released: jax.typing.ArrayLike) -
 
 
 def worst_of(ours: Mapping[str, Any], released: Mapping[str, Any]) -> tuple[float, str]:
-    """Return the largest relative error over arrays by name, and that name; the names must agree."""
+    """Return the largest relative error over arrays by name, and its name; both must have the same names."""
     if differing := set(ours) ^ set(released):
         return float("inf"), f"{len(differing)} names differ: {', '.join(sorted(differing)[:3])}"
     errors = {name: relative_error(ours[name], released[name]) for name in ours}
-    # NaN compares false with everything, so it is looked for by its own.
+    # NaN compares false with everything, so it needs a check.
     name = max(errors, key=lambda name: np.inf if np.isnan(errors[name]) else errors[name])
     return errors[name], name
 
 
-def close_by(tree: Any, count: int) -> Iterator[Any]:
-    """Yield a tree of float32 arrays, then copies whose every number is a neighbour of the original.
+def rounding_neighbours(tree: Any, count: int) -> Iterator[Any]:
+    """Yield a tree of float32 arrays, then copies in which every number is a float32 neighbour of the original.
 
-    For answers that amplify rounding: what such a copy gives is as good as what the original gives.
+    For results that amplify rounding: the result from such a copy is as valid as that from the original.
     """
     yield tree
     random = np.random.default_rng(0)

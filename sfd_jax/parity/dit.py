@@ -19,7 +19,7 @@ from sfd_jax.models import DiTConfig, Network, dit_config
 from sfd_jax.parity.check import Check, relative_error
 from sfd_jax.parity.pack import Case
 
-# bfloat16, measured on CPU at up to 7e-3; room for other backends.
+# bfloat16: up to 7e-3 measured on CPU, with a margin for other backends.
 FORWARD_BOUND = {"float32": 5e-6, "bfloat16": 3e-2}
 
 # The released config's names for ours.
@@ -33,7 +33,7 @@ _FIELDS = {"hidden_size": "width"} | {
 def load_dit(
     case: Case, dtype: str, config: str = "config", params: str = "params", seed: str = "seed"
 ) -> tuple[Network, dict[str, Any]]:
-    """Bring a case's LightningDiT through the converter: its state dict drawn, its config read off.
+    """Load a case's LightningDiT with the converter: draw its state dict, derive its config from shapes.
 
     Args:
       case: the case.
@@ -41,19 +41,18 @@ def load_dit(
       config, params, seed: the fields of the case that describe it.
 
     Raises:
-      SfdError: the state dict does not fit, or what was read off its shapes is not the case's config.
+      SfdError: the state dict does not fit, or the config derived from its shapes is not that of the case.
     """
-    told = _told(case.get(config), case.spec.get("model_type"))
-    expected = DiTConfig(**told)
+    stated = _stated_config(case.get(config), case.spec.get("model_type"))
+    expected = DiTConfig(**stated)
     state = case.weights(params, seed) | lightning_dit.TABLE.fixed(expected)
-    # Without q/k norm and rotary table nothing tells the heads, as with a real file.
-    silent = not (expected.use_qknorm or expected.use_rope)
-    given = {"num_heads": expected.num_heads} if silent else {}
+    # Without q/k norm and rotary table, shapes do not determine the heads, as with a real file.
+    ambiguous = not (expected.use_qknorm or expected.use_rope)
+    given = {"num_heads": expected.num_heads} if ambiguous else {}
     fields, _ = lightning_dit.read_config(state, given, case.get(config))
-    if wrong := {k: fields.get(k) for k in told if fields.get(k, told[k]) != told[k]}:
+    if wrong := {k: fields.get(k) for k in stated if fields.get(k, stated[k]) != stated[k]}:
         raise SfdError(
-            f"parity case {case.name}: shapes read as {wrong}, the case's config says "
-            + str({k: told[k] for k in wrong})
+            f"parity case {case.name}: its shapes give {wrong}, its config says " + str({k: stated[k] for k in wrong})
         )
     network = Network("lightning_dit", fields | {"compute_dtype": dtype})
     source = f"parity case {case.name}, {params}"
@@ -61,7 +60,7 @@ def load_dit(
 
 
 def layout_of(case: Case) -> LatentLayout:
-    """Return the case's latent layout; a network with one clock has texture alone."""
+    """Return the case's latent layout; a network with one clock has only texture."""
     config = case.get("config")
     semantic = config.get("semantic_chans", 0)
     return LatentLayout(config["in_channels"] - semantic, semantic)
@@ -74,7 +73,7 @@ def clocks_of(case: Case) -> FixedOffset | Synchronous:
 
 
 def check_small(case: Case, dtype: str) -> Iterator[Check]:
-    """Compare a small LightningDiT with all its outputs and guidances."""
+    """Compare all outputs and guidances of a small LightningDiT."""
     network, params = load_dit(case, dtype)
     layout, clocks = layout_of(case), clocks_of(case)
     latents, labels = case.images("in_x"), case.array("in_y").astype(np.int32)
@@ -105,7 +104,7 @@ def check_small(case: Case, dtype: str) -> Iterator[Check]:
         )
         for when, fraction in (("lo", 0.15), ("hi", 0.9)):
             tau = jnp.full(len(latents), fraction * clocks.tau_end, jnp.float32)
-            # The released sampler carries every row twice, and both halves get the guided velocity.
+            # The released sampler has every row twice; both halves get the guided velocity.
             guided = np.tile(velocity_fn(latents, *clocks.times(tau)), (2, 1, 1, 1))
             quantity = f"guidance {when}" + (" with interval" if start else "")
             yield check(quantity, answer + when, guided)
@@ -121,7 +120,7 @@ def check_small(case: Case, dtype: str) -> Iterator[Check]:
             yield check(quantity, answer, velocity_fn(latents, t_semantic, t_texture))
 
 
-# As the pack's README says; the JSON does not repeat them.
+# From the pack's README; not in the JSON.
 AUTOGUIDANCE_SCALE = 1.5
 AUTOGUIDANCE_SPLIT = dict(scale_semantic=2.0, scale_texture=1.2)
 
@@ -144,22 +143,22 @@ def check_full(case: Case, dtype: str) -> Iterator[Check]:
     velocity = jax.jit(network.apply)(params, latents, *times, labels)
     error = relative_error(velocity, case.images("out_forward"))
     yield Check(case.name, "forward", error, FORWARD_BOUND[dtype])
-    # A billion parameters are a nuisance to the next case.
+    # Free a billion parameters before the next case.
     del params, velocity
     gc.collect()
 
 
-def _told(config: dict[str, Any], model_type: str | None) -> dict[str, Any]:
-    """Return what a released config tells of DiTConfig."""
-    told: dict[str, Any] = {}
+def _stated_config(config: dict[str, Any], model_type: str | None) -> dict[str, Any]:
+    """Return the fields of DiTConfig that a released config states."""
+    fields: dict[str, Any] = {}
     if model_type:
         size, _, patch = model_type.removeprefix("LightningDiT-").partition("/")
         size_config = dit_config(size)
-        told = {name: getattr(size_config, name) for name in ("width", "depth", "num_heads")}
-        told["patch_size"] = int(patch)
-    told |= {ours: config[theirs] for theirs, ours in _FIELDS.items() if theirs in config}
-    told["use_shift"] = not config.get("wo_shift", False)
+        fields = {name: getattr(size_config, name) for name in ("width", "depth", "num_heads")}
+        fields["patch_size"] = int(patch)
+    fields |= {ours: config[theirs] for theirs, ours in _FIELDS.items() if theirs in config}
+    fields["use_shift"] = not config.get("wo_shift", False)
     if config.get("use_repa"):
-        told["repa_depth"] = config["repa_depth"]
-        told["repa_width"] = config.get("repa_projector_dim", 2048)
-    return told
+        fields["repa_depth"] = config["repa_depth"]
+        fields["repa_width"] = config.get("repa_projector_dim", 2048)
+    return fields

@@ -11,7 +11,7 @@ from sfd_jax.convert.table import to_their_keys
 from sfd_jax.diffusion.losses import Draws, LossConfig, LossTerms, velocity_loss
 from sfd_jax.distributed import make_mesh
 from sfd_jax.models import Network
-from sfd_jax.parity.check import Check, close_by, relative_error, worst_of
+from sfd_jax.parity.check import Check, relative_error, rounding_neighbours, worst_of
 from sfd_jax.parity.dit import clocks_of, layout_of, load_dit
 from sfd_jax.parity.pack import Case
 from sfd_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -19,13 +19,13 @@ from sfd_jax.training.state import TrainState, state_from_params
 from sfd_jax.training.step import TrainConfig, make_train_step, mean_metrics
 from sfd_jax.training.task import Task
 
-# bfloat16, measured on CPU: terms 3e-4, gradients 2e-2, parameters 1.4e-2; room for other backends.
+# bfloat16 measured on CPU: terms 3e-4, gradients 2e-2, parameters 1.4e-2; with a margin for other backends.
 TERMS_BOUND = {"float32": 1e-5, "bfloat16": 5e-3}
 GRADIENT_BOUND = {"float32": 1e-4, "bfloat16": 1e-1}
 TRAIN_BOUND = {"float32": 1e-4, "bfloat16": 1e-1}
 RUNS = 8
 
-# The three settings of the case `loss`. Its JSON does not name them; these reproduce the answers.
+# The three settings of the case `loss`. They are not in its JSON; these reproduce the answers.
 SETTINGS = {
     "sfd": LossConfig(semantic_weight=2.0, repa_kind="cos"),
     "mse": LossConfig(semantic_weight=1.0, repa_kind="mse"),
@@ -50,25 +50,25 @@ def check_loss(case: Case, dtype: str) -> Iterator[Check]:
             error = relative_error(getattr(terms, ours), case.array(f"out_{name}_{theirs}"))
             yield Check(case.name, f"{name}: {ours} term", error, TERMS_BOUND[dtype])
     released = case.arrays("grad_")
-    error, worst = worst_of(_by_their_key(network, gradients), released)
+    error, worst = worst_of(_by_released_key(network, gradients), released)
     yield Check(case.name, "gradient, worst parameter", error, GRADIENT_BOUND[dtype], worst)
 
 
 def check_train(case: Case, dtype: str) -> Iterator[Check]:
-    """Compare steps of the real training step: losses, gradient norms, parameters and their average.
+    """Compare training steps: losses, gradient norms, parameters and their EMA.
 
-    Adam's first update of a parameter is its gradient over that gradient's own size, so where a
-    gradient is itself rounding (5e-9, of a largest 5e-2) the update is drawn by rounding: runs whose
-    weights differ by one unit in the last place end 5e-5 to 1.4e-4 apart. As for the adaptive
-    solver, the closest of a few such runs counts.
+    Adam's first update of a parameter is its gradient divided by the gradient's magnitude. Where the
+    gradient is only rounding (5e-9, when the largest is 5e-2), so is the update: runs whose weights
+    differ by one unit in the last place end 5e-5 to 1.4e-4 apart. As for the adaptive solver, the
+    closest of a few such runs counts.
     """
     network, params = load_dit(case, dtype)
     train = _trainer(case, network)
     released = {prefix: case.arrays(prefix) for prefix in ("after_", "ema_")}
     runs = []
-    for state, metrics in map(train, close_by(params, RUNS)):
+    for state, metrics in map(train, rounding_neighbours(params, RUNS)):
         trees = {"after_": state.params, "ema_": state.ema_params}
-        worst = {prefix: worst_of(_by_their_key(network, tree), released[prefix]) for prefix, tree in trees.items()}
+        worst = {prefix: worst_of(_by_released_key(network, tree), released[prefix]) for prefix, tree in trees.items()}
         runs.append((max(error for error, _ in worst.values()), metrics, worst))
         if runs[-1][0] <= TRAIN_BOUND[dtype]:
             break
@@ -79,7 +79,7 @@ def check_train(case: Case, dtype: str) -> Iterator[Check]:
             yield Check(case.name, f"step {number + 1}: {quantity}", error, TRAIN_BOUND[dtype])
     for prefix, what in (("after_", "parameter"), ("ema_", "average")):
         error, where = worst[prefix]
-        note = where if len(runs) == 1 else f"{where}; closest of {len(runs)} runs a rounding apart"
+        note = where if len(runs) == 1 else f"{where}; closest of {len(runs)} runs that differ by rounding"
         quantity = f"after {len(metrics)} steps, worst {what}"
         yield Check(case.name, quantity, error, TRAIN_BOUND[dtype], note)
 
@@ -107,7 +107,7 @@ def _trainer(case: Case, network: Network) -> Callable[[dict], tuple[TrainState,
         return _loss(case, network, params, batch, SETTINGS["sfd"]).total.mean(), {}
 
     task = Task("parity", network, network.init, loss)
-    # One device: the batch need not divide over more.
+    # One device, since the batch may not divide over more.
     mesh = make_mesh(devices=jax.devices()[:1])
     optimizer = make_optimizer(config.optimizer, config.steps)
     step = make_train_step(task, optimizer, config, mesh)
@@ -145,6 +145,6 @@ def _batch(case: Case, suffix: str) -> dict[str, np.ndarray]:
     }
 
 
-def _by_their_key(network: Network, tree) -> dict[str, np.ndarray]:
+def _by_released_key(network: Network, tree) -> dict[str, np.ndarray]:
     tree = jax.device_get(tree)
     return dict(to_their_keys(lightning_dit.TABLE, tree, network))

@@ -1,4 +1,4 @@
-"""The evaluation's numbers: Frechet distance, inception score, precision and recall."""
+"""The metrics: Frechet distance, inception score, precision and recall."""
 
 import re
 from collections.abc import Iterator
@@ -14,11 +14,11 @@ BOUND = 1e-6
 
 
 def check_metrics(case: Case, dtype: str) -> Iterator[Check]:
-    """Compare the metrics on given features; they are float64 on the host whatever `dtype` says."""
+    """Compare the metrics on given features; they are float64 on the host for every `dtype`."""
     reference, sample = case.array("in_reference"), case.array("in_sample")
     low_reference, low_sample = case.array("in_low_reference"), case.array("in_low_sample")
-    precision, recall = precision_recall(reference, sample, k=_told(case, r"k=(\d+)"))
-    score = RunningInceptionScore(split_size=_told(case, r"splits of (\d+)"))
+    precision, recall = precision_recall(reference, sample, k=_setting_in_note(case, r"k=(\d+)"))
+    score = RunningInceptionScore(split_size=_setting_in_note(case, r"splits of (\d+)"))
     score.add(case.array("in_probs"))
     for quantity, answer, ours in (
         ("FID", "out_fid", _frechet(reference, sample)),
@@ -30,8 +30,8 @@ def check_metrics(case: Case, dtype: str) -> Iterator[Check]:
         yield Check(case.name, quantity, relative_error(ours, case.array(answer)), BOUND)
 
 
-def _told(case: Case, pattern: str) -> int:
-    """Return a setting that the JSON tells in words."""
+def _setting_in_note(case: Case, pattern: str) -> int:
+    """Return a setting from the text of the JSON's note."""
     match = re.search(pattern, case.get("note"))
     if match is None:
         raise SfdError(f"parity case {case.name}: its note does not say '{pattern}'")

@@ -19,18 +19,18 @@ from sfd_jax.parity.check import Check, relative_error
 from sfd_jax.parity.pack import Case
 from sfd_jax.training.terms import gaussian_kl
 
-# bfloat16, measured on CPU at up to 3e-2; room for other backends.
+# bfloat16: up to 3e-2 measured on CPU, with a margin for other backends.
 BOUND = {"float32": 2e-5, "bfloat16": 1e-1}
-# Of the decoded bytes: the share that may differ, and by how much.
+# Decoded bytes: the fraction that may differ, and by how much.
 BYTES_SHARE, BYTES_MOST = 1e-3, 1.0
 
 
 def load_network(case: Case, dtype: str, given: dict[str, Any]) -> tuple[Network, dict[str, Any]]:
-    """Bring a case's network through the converter, as an unknown file: recognised and read off."""
+    """Load a case's network with the converter, like an unknown file: identify it and derive its config."""
     state = case.weights()
     _, module = identify(state, f"parity case {case.name}")
     fields, _ = module.read_config(state, given, case.spec.get("config", {}))
-    if module.TABLE.network != "inception":  # which is float32 for good
+    if module.TABLE.network != "inception":  # which is always float32
         fields |= {"compute_dtype": dtype}
     network = Network(module.TABLE.network, fields)
     params = import_params(module.TABLE, state, network, source=f"parity case {case.name}", place=jax.device_put)
@@ -41,7 +41,7 @@ def check_semantic_vae(case: Case, dtype: str) -> Iterator[Check]:
     """Compare encoder, sampling, decoder and the terms of the loss."""
     network, params = load_network(case, dtype, {})
     if network.config.arch != case.get("config")["arch"]:
-        raise SfdError(f"parity case {case.name}: its weights are of a {network.config.arch}")
+        raise SfdError(f"parity case {case.name}: its weights are of architecture '{network.config.arch}'")
     check = functools.partial(_check, case, BOUND[dtype])
     features, noise = case.array("in_features"), case.array("in_noise")
     mean, logvar = network.apply(params, features, method="encode")
@@ -62,7 +62,7 @@ def check_semantic_vae(case: Case, dtype: str) -> Iterator[Check]:
 def check_texture_vae(case: Case, dtype: str) -> Iterator[Check]:
     """Compare encoder and decoder, and the bytes of the decoded images.
 
-    In float32 whatever `dtype` says, and decoded as a sampler does: `sfd sample --dtype` is the diffusion model's.
+    Always in float32, and decoded like in the sampler: `sfd sample --dtype` is of the diffusion model only.
     """
     dtype = "float32"
     network, params = load_network(case, dtype, {})
@@ -92,7 +92,7 @@ def check_texture_vae(case: Case, dtype: str) -> Iterator[Check]:
 
 def check_dinov2(case: Case, dtype: str) -> Iterator[Check]:
     """Compare preprocessing, the resized position table, and all tokens."""
-    # The small case's heads are not 64 wide, and nothing in its weights tells.
+    # The small case's heads are not 64 wide, which its weights do not show.
     network, params = load_network(case, dtype, {"num_heads": case.get("config")["num_heads"]})
     check = functools.partial(_check, case, BOUND[dtype])
     released = case.images("out_preprocessed")
@@ -109,7 +109,7 @@ def check_dinov2(case: Case, dtype: str) -> Iterator[Check]:
 
 
 def check_inception(case: Case, dtype: str) -> Iterator[Check]:
-    """Compare the resize and every feature; this network is float32 whatever `dtype` says."""
+    """Compare the resize and every feature; this network is always float32."""
     network, params = load_network(case, dtype, {})
     check = functools.partial(_check, case, BOUND["float32"])
     images = case.images("in_image")
@@ -124,7 +124,7 @@ def check_inception(case: Case, dtype: str) -> Iterator[Check]:
 
 
 def check_keys(case: Case, dtype: str) -> Iterator[Check]:
-    """Compare a list of released keys and shapes with what our table makes of a network of that size."""
+    """Compare a list of released keys and shapes with those of our table for a network of that size."""
     listed = {key: tuple(shape) for key, shape in case.spec.items()}
     state = {key: jax.ShapeDtypeStruct(shape, np.float32) for key, shape in listed.items()}
     _, module = identify(state, f"parity case {case.name}")

@@ -1,9 +1,9 @@
-"""The parity pack: cases of released answers, and weights that are drawn instead of stored.
+"""The parity pack: cases of released answers, with weights drawn from a seed instead of stored.
 
 A case is NAME.json (configuration, keys and shapes of the weights, seed) and NAME.npz (`in_*`, and
 the answers `out_*`, `grad_*`, `after_*`, `ema_*`), in PyTorch's layout. Sizes and seeds are read
-from the JSON, so a pack of other sizes is read alike. A case remembers which answers were looked
-at: one that nobody compares would be a hole in the proof.
+from the JSON, so packs of other sizes work too. A case records which answers were read, since an
+answer that is not compared proves nothing.
 """
 
 import functools
@@ -24,10 +24,10 @@ ANSWERS = ("out_", "grad_", "after_", "ema_")
 
 
 def case_names(directory: str | os.PathLike) -> list[str]:
-    """Return the names of a pack's cases, and of those half of which is missing, sorted.
+    """Return the sorted names of a pack's cases, including those with a missing file.
 
     Raises:
-      SfdError: there is no such folder, or no case in it.
+      SfdError: the folder is missing or has no case.
     """
     directory = Path(directory)
     names = {path.stem for path in [*directory.glob("*.json"), *directory.glob("*.npz")]}
@@ -56,7 +56,7 @@ class Case:
         except (OSError, ValueError) as error:
             raise SfdError(f"parity case {name}: '{path}' cannot be read ({error})") from error
         if not isinstance(self.spec, dict):
-            raise SfdError(f"parity case {name}: '{path}' is no JSON object")
+            raise SfdError(f"parity case {name}: '{path}' is not a JSON object")
         self._arrays_path = path.with_suffix(".npz")
         if not self.is_key_list:
             with self._arrays() as arrays:
@@ -65,7 +65,7 @@ class Case:
 
     @property
     def is_key_list(self) -> bool:
-        """Tell whether this is only a list of released keys and shapes, without arrays."""
+        """Whether this is only a list of released keys and shapes, without arrays."""
         return self.name.endswith("_state_dict")
 
     @property
@@ -73,7 +73,7 @@ class Case:
         return self.get("seed")
 
     def get(self, field: str) -> Any:
-        """Return a field of the JSON; raise SfdError where it is missing."""
+        """Return a field of the JSON; raise SfdError if it is missing."""
         if field not in self.spec:
             raise SfdError(f"parity case {self.name}: its JSON lacks '{field}'")
         return self.spec[field]
@@ -82,7 +82,7 @@ class Case:
         return array in self._names
 
     def array(self, name: str) -> np.ndarray:
-        """Return an input or an answer; an answer counts as compared from now on."""
+        """Return an input or an answer; the answer then counts as compared."""
         if name not in self._names:
             raise SfdError(f"parity case {self.name}: its npz lacks '{name}'")
         self._unread.discard(name)
@@ -99,11 +99,11 @@ class Case:
         return np.ascontiguousarray(np.moveaxis(self.array(name), 1, -1))
 
     def unread(self) -> list[str]:
-        """Return the answers that were not asked for."""
+        """Return the answers that were not compared."""
         return sorted(self._unread)
 
     def weights(self, params: str = "params", seed: str = "seed") -> dict[str, LazyArray]:
-        """Return the case's weights by their key, each drawn when it is loaded."""
+        """Return the case's weights by key, each drawn when it is loaded."""
         gain = self.spec.get("conv_gain", 1.0)
         return {
             key: drawn_weight(key, shape, self.get(seed), gain if key.endswith(".conv.weight") else 1.0)
@@ -118,7 +118,7 @@ class Case:
 
 
 def drawn_weight(key: str, shape: Sequence[int], seed: int, gain: float = 1.0) -> LazyArray:
-    """Return the weight that the pack's rule draws for a key, shape and seed."""
+    """Return the weight that the pack draws for a key, shape and seed."""
     shape = tuple(shape)
     load = functools.partial(_draw, key, shape, seed, np.float32(gain))
     return LazyArray(shape, np.dtype(np.float32), load)

@@ -1,4 +1,4 @@
-"""Which comparison a case gets, and how a pack is gone through."""
+"""Run the comparisons of a pack."""
 
 import fnmatch
 import os
@@ -19,7 +19,7 @@ from sfd_jax.parity.networks import (
 from sfd_jax.parity.pack import Case, case_names
 from sfd_jax.parity.sampling import check_ode
 
-# Pattern of a case's name -> its comparison; the first that fits.
+# Pattern of a case's name -> its comparison; the first match is used.
 COMPARISONS = {
     "*_state_dict": check_keys,
     "dit_*": check_small,
@@ -44,8 +44,8 @@ def run_case(directory: str | os.PathLike, name: str, dtype: str = "float32") ->
       dtype: "float32", or "bfloat16" for networks that compute their matmuls in it.
 
     Yields:
-      A Check for each number, as it is found. What is wrong with the case itself (unreadable, weights
-      that do not fit, an answer that nobody compared) is a Check whose bound is broken.
+      A Check for each number, as soon as it is computed. Faults of the case itself (unreadable files,
+      weights that do not fit, answers that were not compared) are Checks with a broken bound.
     """
 
     def broken(quantity: str, note: str) -> Check:
@@ -59,11 +59,11 @@ def run_case(directory: str | os.PathLike, name: str, dtype: str = "float32") ->
         case = Case(directory, name)
         yield from compare(case, dtype)
         for answer in case.unread():
-            yield broken(answer, "an answer that nothing was compared with")
+            yield broken(answer, "this answer was not compared")
     except SfdError as error:
         yield broken("case", str(error))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        # A tampered case may be wrong in any way; it must fail, and leave the others their turn.
+        # A tampered case may be wrong in any way; it must fail without stopping the others.
         yield broken("case", f"cannot be compared: {type(error).__name__}: {error}")
 
 

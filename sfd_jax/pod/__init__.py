@@ -1,8 +1,8 @@
-"""A pod before it is rented: the real programs compiled for a named TPU topology on any machine, and measured.
+"""Compile the real programs for a TPU topology ahead of time, without a TPU, and measure them.
 
-`chips.py` knows the chips and makes the devices of a topology; `programs.py` traces what the other packages run, from
-shapes alone; `hlo.py` reads the compiled text; `report.py` compiles and puts the numbers side by side; `plan.py`
-turns them into hours and bytes. Nothing here allocates an array or needs a TPU; libtpu, which compiles, it does.
+`chips.py` lists chips and makes the devices of a topology; `programs.py` traces the programs of the other packages from
+shapes alone; `hlo.py` reads the compiled text; `report.py` compiles and measures; `plan.py` derives hours and bytes.
+No array is allocated and no TPU is needed, but libtpu is, since it compiles.
 """
 
 from sfd_jax.pod.chips import CHIPS, Topology, topology_devices

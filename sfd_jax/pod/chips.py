@@ -1,4 +1,4 @@
-"""TPU chips and their topologies, and devices of them that can be compiled for but not run on."""
+"""TPU chips, topologies, and their devices for ahead-of-time compilation."""
 
 import dataclasses
 import math
@@ -13,14 +13,14 @@ class Chip:
     """One kind of chip.
 
     Attributes:
-      memory: bytes of HBM as sold, of a device of JAX's, which is a chip in all of these.
-      usable: bytes of it that a program may use; the compiler keeps the rest.
-      matrix_rate: peak bfloat16 FLOPs a second.
-      slices: what is rented, in two dimensions; None in three, where `_is_slice` has the rule.
-      options: what libtpu must be told beside the topology's name.
+      memory: nominal bytes of HBM of a JAX device, which is one chip for all of these.
+      usable: bytes of it that a program may use; the compiler reserves the rest.
+      matrix_rate: peak bfloat16 FLOPs per second.
+      slices: shapes of 2D slices; None for 3D ones, see `_is_cube_slice`.
+      options: for libtpu, besides the topology's name.
 
-    Source: memory and rates from Google Cloud's page of each TPU version; `usable` from libtpu's own words when a
-      program is too large ("Used ... of 15.75G hbm").
+    Source: memory and rates from Google Cloud's page of each TPU version; `usable` from libtpu's message for too
+      large programs ("Used ... of 15.75G hbm").
     """
 
     memory: int
@@ -44,14 +44,14 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """One slice, or several alike that a slower network joins.
+    """One slice, or several equal ones joined by a slower network.
 
     Attributes:
-      name: "v5e:4x4" and the like: a chip and the slice's shape.
-      slices: how many of them.
+      name: a chip and the shape of the slice, e.g. "v5e:4x4".
+      slices: number of slices.
 
     Raises:
-      SfdError: no such chip or shape; the message names those there are.
+      SfdError: the chip or shape is unknown; the message lists the known ones.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Topology:
             )
         flat = CHIPS[kind].slices
         if not colon or not (shape in flat if flat else _is_cube_slice(shape)):
-            known = flat or (*_SMALL_CUBES, "or three multiples of 4 up to 24, not falling, as in 4x4x8")
+            known = flat or (*_SMALL_CUBES, "or three multiples of 4 up to 24 in ascending order, as in 4x4x8")
             raise SfdError(f"topology '{self.name}': {kind} has slices of {', '.join(known)}")
         if self.slices < 1:
             raise SfdError(f"slices={self.slices}: give at least 1")
@@ -94,15 +94,13 @@ def _is_cube_slice(shape: str) -> bool:
 
 
 def topology_devices(topology: Topology) -> list:
-    """Return the devices of a topology, to build a mesh of and to compile for.
+    """Return the devices of a topology, for a mesh to compile for.
 
     Raises:
       SfdError: libtpu is not installed, or does not know the topology.
     """
     if not libtpu.installed():
-        raise SfdError(
-            "compiling for TPUs needs libtpu, which runs without one too: install it with `bash scripts/setup.sh pod`"
-        )
+        raise SfdError("compiling for TPUs needs libtpu (but no TPU): install it with `bash scripts/setup.sh pod`")
     libtpu.expect_no_machine()
     import jax
     from jax.experimental import topologies
@@ -115,4 +113,4 @@ def topology_devices(topology: Topology) -> list:
     try:
         return topologies.get_topology_desc(topology.name, platform="tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
-        raise SfdError(f"libtpu does not make topology '{topology}': {str(error).splitlines()[0]}") from error
+        raise SfdError(f"libtpu does not know topology '{topology}': {str(error).splitlines()[0]}") from error

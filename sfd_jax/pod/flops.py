@@ -1,8 +1,8 @@
-"""Count the FLOPs of a traced program, its loops included.
+"""Count the FLOPs of a traced program, including loops.
 
-XLA's own cost analysis counts the body of a loop once, however often it runs; in the traced program a scan tells its
-length. A loop that ends by its data, as an adaptive solver's does, is counted once. What nobody reads, as what
-`jax.checkpoint` would compute again of what it has kept, is not counted.
+XLA's cost analysis counts the body of a loop once; in the traced program the length of a scan is known. Loops that end
+on a condition on the data, such as an adaptive solver's, are counted once. Unused results are not counted, such as
+those that `jax.checkpoint` would recompute although they are saved.
 """
 
 import math
@@ -12,11 +12,11 @@ from jax.extend import core
 
 
 def program_flops(program: core.Jaxpr | core.ClosedJaxpr, read: Sequence[bool] | None = None) -> float:
-    """Return the FLOPs of all matrix products and convolutions over all devices, multiply and add being two.
+    """Return the FLOPs of all matrix products and convolutions over all devices; multiply and add count as two.
 
     Args:
       program: `jaxpr` of a `jax.stages.Traced`.
-      read: which of its results are read; None for all.
+      read: which of its results are used; None for all.
     """
     program = program.jaxpr if isinstance(program, core.ClosedJaxpr) else program
     read = [True] * len(program.outvars) if read is None else read
@@ -39,7 +39,7 @@ def _equation_flops(equation: core.JaxprEqn, live: list[bool]) -> float:
     if name == "conv_general_dilated":
         kernel, features_out = equation.invars[1].aval, params["dimension_numbers"].rhs_spec[0]
         return 2.0 * equation.outvars[0].aval.size * kernel.size / kernel.shape[features_out]
-    if name == "scan":  # the next turn reads what is carried
+    if name == "scan":  # the next iteration uses the carry
         live = [True] * params["num_carry"] + live[params["num_carry"] :]
     inside = []
     for value in params.values():

@@ -1,11 +1,11 @@
-"""Read off a compiled program's text what no API tells: what it sends between chips, and how often.
+"""Read from a compiled program's text what no API provides: the traffic between chips.
 
 XLA prints a program as computations that call each other. Every collective is counted as often as it is executed,
-which for a scan over the layers is the depth of the network. Only loops that run until a condition on the data (an
-adaptive solver) have no known length: they are counted once, and named.
+e.g. once per layer in a scan over layers. Only loops that run until a condition on the data holds (an adaptive
+solver) have no known length: they are counted once, and named.
 
-The text is XLA's, after all optimisation, as `jax.stages.Compiled.as_text` gives it. It is no stable format:
-`tests/pod` holds pieces of it with the answers known by hand, and one program compiled for real.
+The text is that of `jax.stages.Compiled.as_text`, after all optimisation. Its format is not stable: `tests/pod` has
+examples with results known by hand, and one real compiled program.
 """
 
 import collections
@@ -25,17 +25,17 @@ class Instruction:
     opcode: str
     operands: tuple[str, ...]
     rest: str  # what follows the operands
-    argument: str  # what stands between the parentheses: the value of a constant, the number of a parameter
+    argument: str  # the text between the parentheses: the value of a constant, the number of a parameter
 
     def attribute(self, name: str) -> str | None:
-        """Return the value of `name=value` where it is a word, or of `name={...}` without the braces."""
+        """Return the value of `name=value` if it is a word, or of `name={...}` without braces."""
         found = re.search(rf"\b{name}=(?:\{{([^{{}}]*)\}}|%?([\w.\-]+))", self.rest)
         return found and (found.group(2) or found.group(1))
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What a device sends to others in one run of a program.
+    """Data sent between devices in one run of a program.
 
     Attributes:
       sent: kind of collective -> bytes of its result on one device, over all its executions.
@@ -81,7 +81,7 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     """Split a program's text into its computations.
 
     Returns:
-      Name -> instructions, in order, and the name of the entry computation.
+      Name -> instructions in order, and the name of the entry computation.
     """
     computations, current, entry = {}, None, None
     for line in text.splitlines():
@@ -113,7 +113,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str) -> int:
-    """Return where the parenthesis that opens `text` closes."""
+    """Return the index of the parenthesis that closes the first one."""
     depth = 0
     for place, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
@@ -125,7 +125,7 @@ def _closing(text: str) -> int:
 def executions(computations: dict[str, list[Instruction]], entry: str) -> tuple[dict[str, int], list[str]]:
     """Return how often each computation runs when the entry runs once, and the loops of unknown length.
 
-    All branches of a conditional count, which is too many by all but one.
+    All branches of a conditional count, although only one runs.
     """
     times, unknown = collections.Counter(), []
     order = _callers_first(computations, entry)
@@ -145,7 +145,7 @@ def executions(computations: dict[str, list[Instruction]], entry: str) -> tuple[
 
 
 def _callees(i: Instruction) -> list[str]:
-    """Return the computations that an instruction runs once; what adds up a reduction is none of them."""
+    """Return the computations that an instruction runs once; the operator of a reduction does not count."""
     if i.opcode == "while":
         return [i.attribute("body"), i.attribute("condition")]
     names = []
@@ -174,10 +174,10 @@ def _callers_first(computations, entry: str) -> list[str]:
 
 
 def trip_count(loop: Instruction, computations: dict[str, list[Instruction]], home: str) -> int | None:
-    """Return how often a `while` runs its body, or None where its text does not tell.
+    """Return how often a `while` runs its body, or None if unknown.
 
-    XLA writes it down where it knows; else it is read off a condition `counter < constant` whose counter
-    starts at a constant and grows by one.
+    XLA states it if it knows; otherwise it follows from a condition `counter < constant` whose counter
+    starts at a constant and grows by a constant.
     """
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
         return int(known.group(1))
@@ -196,7 +196,7 @@ def trip_count(loop: Instruction, computations: dict[str, list[Instruction]], ho
     index = int(sides[0].attribute("index"))
     first = _tuple_element(before, loop.operands[0], index)
     last = sides[1]
-    if last.opcode == "get-tuple-element":  # the bound is carried along unchanged
+    if last.opcode == "get-tuple-element":  # the bound is an unchanged loop variable
         place = int(last.attribute("index"))
         carried = _tuple_element(body, body[-1].name, place)
         if carried is None or carried.opcode != "get-tuple-element" or int(carried.attribute("index")) != place:
@@ -237,7 +237,7 @@ def _tuple_element(instructions, name: str, index: int) -> Instruction | None:
 
 
 def _resolve(name: str, instructions) -> Instruction:
-    """Return the instruction of a name, behind copies and the like."""
+    """Return the instruction of a name, skipping copies and the like."""
     by_name = {i.name: i for i in instructions}
     found = by_name[name]
     while found.opcode in ("copy", "bitcast", "convert", "reshape", "copy-done", "copy-start", "opt-barrier"):
@@ -248,8 +248,8 @@ def _resolve(name: str, instructions) -> Instruction:
 def _channels_started(computations) -> set[str]:
     """Return the channels of collectives that the TPU compiler spreads over several fusions.
 
-    Such a collective stands in the fusion that starts it, in those that overlap with it and in the one that
-    waits for it, always under the same channel: it is one operation, counted where it starts.
+    Such a collective occurs in the fusion that starts it, in those that overlap with it and in the one that
+    waits for it, always with the same channel. It is one operation, counted where it starts.
     """
     channels = set()
     for instructions in computations.values():
@@ -263,7 +263,7 @@ def _has_call(instructions, target: str) -> bool:
 
 
 def _is_reduce_scatter(instructions) -> bool:
-    """Say whether a fusion is the TPU's reduce-scatter: an all-reduce of which a device keeps a slice of each array."""
+    """Return whether a fusion is the TPU's reduce-scatter: an all-reduce and a slice of each of its arrays."""
     if [i.opcode for i in instructions].count("all-reduce") != 1:
         return False
     root = instructions[-1]
@@ -272,13 +272,13 @@ def _is_reduce_scatter(instructions) -> bool:
 
 
 def _result_bytes(i: Instruction, shapes: dict[str, str]) -> int:
-    """Return the bytes of a collective's result; what -start gives also holds its operands and flags."""
+    """Return the bytes of a collective's result; that of -start also holds operands and flags."""
     if not i.opcode.endswith("-start"):
         return array_bytes(i.shape)
     inputs = sum(array_bytes(shapes[name]) for name in i.operands)
     if i.opcode == "all-gather-start":
         return array_bytes(i.shape) - inputs
-    return inputs  # a reduction, a permutation and an exchange give as much as they take
+    return inputs  # for reductions, permutations and exchanges, results are as large as operands
 
 
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")

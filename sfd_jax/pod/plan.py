@@ -1,4 +1,4 @@
-"""What a training run costs: hours, chip-hours and bytes, from one measured step. Arithmetic; nothing is compiled."""
+"""Estimate hours, chip-hours and bytes of a training run from one measured step."""
 
 import dataclasses
 import math
@@ -16,13 +16,13 @@ EPOCHS = (80, 800)  # the paper's two lengths
 
 @dataclasses.dataclass(frozen=True)
 class Length:
-    """A run of so many epochs.
+    """A run of a number of epochs.
 
     Attributes:
       epochs, steps: its length.
       hours: wall clock of the whole topology, without start, checkpoints and evaluation.
       chip_hours: hours times chips.
-      checkpoint_bytes: of all checkpoints that are kept at its end.
+      checkpoint_bytes: of all checkpoints kept at its end.
     """
 
     epochs: int
@@ -34,16 +34,16 @@ class Length:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run needs. Times are estimates: they rest on `utilisation`, which nobody has measured here.
+    """The needs of a run. Times are estimates that depend on `utilisation`, which has not been measured.
 
     Attributes:
       step: the compiled training step.
-      utilisation: share of the chips' peak matrix rate that the step is taken to reach, recomputation included.
-      step_seconds, images_a_second: what follows from it.
-      latent_bytes: of the latents of all images, both orientations.
-      repa_bytes: of the stored features, where REPA's targets are stored.
+      utilisation: assumed fraction of the chips' peak matrix rate, including recomputation.
+      step_seconds, images_a_second: derived from it.
+      latent_bytes: of the latents of all images, in both orientations.
+      repa_bytes: of REPA's stored features, or 0.
       checkpoint_bytes: of one checkpoint: parameters, EMA and Adam's two moments.
-      lengths: of the paper's two runs.
+      lengths: the paper's two runs.
     """
 
     step: Measurement
@@ -56,7 +56,7 @@ class Plan:
     lengths: tuple[Length, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all of it as JSON-able values."""
+        """Return all fields as JSON-able values."""
         values = dataclasses.asdict(dataclasses.replace(self, step=None))
         return values | {"step": self.step.to_dict(), "times_are_estimates": True}
 
@@ -73,15 +73,15 @@ def make_plan(
     keep_every: int,
     epochs: Sequence[int] = EPOCHS,
 ) -> Plan:
-    """Work out a run.
+    """Compute the plan of a run.
 
     Args:
       step: the measured training step; it must have compiled.
       utilisation: in (0, 1].
-      images: in the data set.
-      texture_shape, semantic_shape, repa_shape: (H,W,C), (H,W,C) and (N,F) of an image; None without stored features.
-      keep_last, keep_every: which checkpoints stay, as in TrainConfig.
-      epochs: lengths to tell.
+      images: number of images in the data set.
+      texture_shape, semantic_shape, repa_shape: (H,W,C), (H,W,C) and (N,F) per image; None without stored features.
+      keep_last, keep_every: which checkpoints are kept, as in TrainConfig.
+      epochs: lengths of the runs.
     """
     chips = step.topology.count
     seconds = step.flops / (step.topology.chip.matrix_rate * utilisation)
@@ -112,21 +112,21 @@ def _bytes(fields: dict[str, dict]) -> int:
 
 
 def plan_table(plan: Plan) -> str:
-    """Return a plan for the eye."""
+    """Return a plan as a table."""
     step, chip = plan.step, plan.step.topology.chip
     tb = lambda size: f"{size / 1e12:.2f} TB" if size >= 1e12 else f"{size / 1e9:.1f} GB"
     rows = [
         ("run", f"{step.program}, global batch {step.batch}"),
         (
             "topology",
-            f"{step.topology}: {step.topology.count} chips, {step.batch / step.topology.count:g} images a chip",
+            f"{step.topology}: {step.topology.count} chips, {step.batch / step.topology.count:g} images per chip",
         ),
-        ("memory a chip", f"{step.needed / GIB:.2f} of {chip.usable / GIB:g} GiB, from the compiler"),
-        ("FLOPs a chip and step", f"{step.flops:.3g}, from the traced program"),
+        ("memory per chip", f"{step.needed / GIB:.2f} of {chip.usable / GIB:g} GiB, from the compiler"),
+        ("FLOPs per chip and step", f"{step.flops:.3g}, from the traced program"),
         (
             "step (estimate)",
-            f"{plan.step_seconds:.3f} s, {plan.images_a_second:,.0f} images a second, "
-            f"at {plan.utilisation:.0%} of {chip.matrix_rate / 1e12:g} TFLOP/s a chip",
+            f"{plan.step_seconds:.3f} s, {plan.images_a_second:,.0f} images per second, "
+            f"at {plan.utilisation:.0%} of {chip.matrix_rate / 1e12:g} TFLOP/s per chip",
         ),
     ]
     for length in plan.lengths:
@@ -139,5 +139,5 @@ def plan_table(plan: Plan) -> str:
         )
     stored = f", and {tb(plan.repa_bytes)} of REPA's features (none with another data.repa_source)"
     rows.append(("latents", tb(plan.latent_bytes) + (stored if plan.repa_bytes else "")))
-    rows.append(("a checkpoint", tb(plan.checkpoint_bytes)))
+    rows.append(("checkpoint", tb(plan.checkpoint_bytes)))
     return two_columns(rows)

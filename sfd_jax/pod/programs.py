@@ -1,4 +1,4 @@
-"""What a pod runs, traced from shapes alone: the functions that the other packages jit, not copies of them."""
+"""Programs of a pod, traced from shapes alone: the jitted functions of the other packages, not copies."""
 
 import functools
 
@@ -21,7 +21,7 @@ from sfd_jax.training.step import trace_train_step
 
 
 def trace_training(task: Task, config: TrainConfig, mesh: Mesh, batch: dict) -> jax.stages.Traced:
-    """Trace the training step that `fit` runs; arguments as of `trace_train_step`."""
+    """Trace the training step of `fit`; arguments as for `trace_train_step`."""
     return trace_train_step(task, make_optimizer(config.optimizer, config.steps), config, mesh, batch)
 
 
@@ -31,7 +31,7 @@ def training_batch(network: Network, rows: int, *, repa_source: str, image_size:
     Args:
       network: a "lightning_dit".
       rows: global batch size.
-      repa_source: "stored" batches hold features, "online" ones pixels, others neither.
+      repa_source: batches have features with "stored", pixels with "online", otherwise neither.
       image_size: of the pixels.
     """
     dit = network.config
@@ -50,7 +50,7 @@ def training_batch(network: Network, rows: int, *, repa_source: str, image_size:
 def training_targets(
     network: Network, layout: LatentLayout, *, repa_source: str, image_size: int, tile_grid: int
 ) -> FrozenFeatures | None:
-    """Return what makes REPA's targets inside the step, with shapes for parameters; None where none does."""
+    """Return the module that makes REPA's targets inside the step, with shapes for parameters, or None."""
     dit = network.config
     dtype = dit.compute_dtype
     if repa_source == "semvae":
@@ -73,7 +73,7 @@ def trace_sampling(
     rows: int,
     decoding: bool = False,
 ) -> jax.stages.Traced:
-    """Trace a program of `Sampler` for `rows` samples over all devices; with `decoding` the one that decodes."""
+    """Trace a program of `Sampler` for `rows` samples over all devices: sampling, or with `decoding` the decoder."""
     vae = texture_vae(layout)
     sampler = Sampler(
         (model, model.abstract_params()),
@@ -89,7 +89,7 @@ def trace_sampling(
 
 
 def trace_extraction(encoder: LatentEncoder, mesh: Mesh, rows: int, image_size: int) -> jax.stages.Traced:
-    """Trace what `sfd extract` runs on a host's batch of `rows` images."""
+    """Trace the program of `sfd extract` on one host, for a batch of `rows` images."""
     params = {name: network.abstract_params() for name, network in encoder.networks.items()}
     split = batch_sharding(mesh)
     pixels = jax.ShapeDtypeStruct((rows, image_size, image_size, 3), np.uint8, sharding=split)
@@ -98,17 +98,17 @@ def trace_extraction(encoder: LatentEncoder, mesh: Mesh, rows: int, image_size: 
 
 
 def trace_inception(mesh: Mesh, rows: int, image_size: int) -> jax.stages.Traced:
-    """Trace Inception's features of `rows` images over all devices, as `sfd evaluate` runs them."""
+    """Trace the Inception features of `sfd evaluate` for `rows` images over all devices."""
     metadata = {"network": "inception", "network_config": {}}
     extractor = inception_extractor((inception().abstract_params(), metadata))
     return trace_features([extractor], image_size, batch_size=rows, mesh=mesh)
 
 
-# --- The networks beside the diffusion model, as released ------------------------------------------------------
+# --- Networks other than the diffusion model, as released ------------------------------------------------------
 
 
 def extraction_networks(layout: LatentLayout) -> dict[str, Network]:
-    """Return the networks of an extraction, by the names that `sfd extract` has for them."""
+    """Return the networks of an extraction, by their names in `sfd extract`."""
     visual = released_encoder()
     semantic = semantic_vae(layout, input_dim=visual.config.feature_width)
     return {"texture_vae": texture_vae(layout), "visual": visual, "semantic_vae": semantic}
@@ -128,7 +128,7 @@ def semantic_vae(layout: LatentLayout, **overrides) -> Network:
 
 @functools.cache
 def blank_statistics(layout: LatentLayout) -> LatentStatistics:
-    """Return statistics that change nothing: a program's shape does not depend on them."""
+    """Return statistics of mean 0 and std 1; programs do not depend on their values."""
     parts = {"texture": layout.texture_channels, "semantic": layout.semantic_channels}
     fields = {}
     for name, channels in parts.items():

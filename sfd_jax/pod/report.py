@@ -1,4 +1,4 @@
-"""Compile a lowered program for a topology and say what it needs: memory, work, traffic, time."""
+"""Compile a program for a topology and measure memory, FLOPs, traffic and compile time."""
 
 import dataclasses
 import importlib.metadata
@@ -26,12 +26,12 @@ class Memory:
     """Bytes of one chip's HBM.
 
     Attributes:
-      arguments: what the program is given: state and batch, or parameters.
-      outputs: what it gives back.
-      aliased: of the outputs, those written over donated arguments.
-      temporaries: everything in between, as XLA has laid it out, gaps included.
+      arguments: of the program: state and batch, or parameters.
+      outputs: of the program.
+      aliased: outputs that are written over donated arguments.
+      temporaries: XLA's allocation for everything else, including gaps.
       code: the program itself.
-      live: the most that is alive at one time by XLA's account; less than `peak`, which has the gaps.
+      live: XLA's peak of live memory; less than `peak`, which includes gaps.
     """
 
     arguments: int
@@ -43,7 +43,7 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """What must be free on the chip."""
+        """Memory that must be free on the chip."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
@@ -52,16 +52,16 @@ class Measurement:
     """One program on one topology.
 
     Attributes:
-      program: what was compiled, in words.
-      topology: for what.
+      program: description of the program.
+      topology: the topology it was compiled for.
       mesh: axis -> size.
       batch: rows at once, over all chips of the mesh.
       parameters: network -> number of parameters.
-      memory: of one chip; None where the program does not fit and the compiler gave up.
-      needed: bytes of one chip that it needs at least.
-      flops: of one chip's matrix products and convolutions in one run, the work split evenly.
-      traffic: of one chip in one run; None as `memory`.
-      lower_seconds, compile_seconds: wall clock, to trace and lower, and to compile.
+      memory: of one chip; None if the program does not fit and the compiler gave up.
+      needed: bytes that it needs at least on one chip.
+      flops: of matrix products and convolutions in one run, per chip (the total divided evenly).
+      traffic: of one chip in one run; None if `memory` is.
+      lower_seconds, compile_seconds: wall clock of tracing and lowering, and of compiling.
     """
 
     program: str
@@ -81,7 +81,7 @@ class Measurement:
         return self.memory is not None and self.needed <= self.topology.chip.usable
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all of it, and where it was measured, as JSON-able values in bytes, FLOPs and seconds."""
+        """Return all fields and the machine as JSON-able values in bytes, FLOPs and seconds."""
         values = dataclasses.asdict(self)
         values["topology"] = {"name": self.topology.name, "slices": self.topology.slices, "chips": self.topology.count}
         if self.memory:
@@ -103,12 +103,12 @@ def measure(
     """Trace, lower, compile and measure a program.
 
     Args:
-      trace: traces it for the devices of `topology`.
+      trace: traces the program for the devices of `topology`.
       program, topology, batch, parameters: as in `Measurement`.
-      mesh: what the program is split over.
+      mesh: the mesh of the program.
 
     Returns:
-      The measurement; of a program that is too large for the chip the memory it needs instead of memory and traffic.
+      The measurement; for a program that is too large for the chip, `needed` instead of memory and traffic.
     """
     traced, lower_seconds, compile_seconds, answer = timed(trace)
     if isinstance(answer, Exception):
@@ -126,7 +126,7 @@ def measure(
 def timed(
     trace: Callable[[], jax.stages.Traced],
 ) -> tuple[jax.stages.Traced, float, float, jax.stages.Compiled | jax.errors.JaxRuntimeError]:
-    """Trace, lower and compile; return the traced program, seconds, and what came of it: it or XLA's complaint."""
+    """Trace, lower and compile; return the traced program, both times, and the compiled program or XLA's error."""
     begin = time.monotonic()
     traced = trace()
     lowered = traced.lower()
@@ -139,7 +139,7 @@ def timed(
 
 
 def read_memory(compiled: jax.stages.Compiled) -> Memory:
-    """Return what XLA says of a compiled program; of one device, as a program split by SPMD is that of one."""
+    """Return XLA's memory analysis of a compiled program, which is that of one device."""
     stats = compiled.memory_analysis()
     return Memory(
         arguments=stats.argument_size_in_bytes,
@@ -152,7 +152,7 @@ def read_memory(compiled: jax.stages.Compiled) -> Memory:
 
 
 def needed_bytes(message: str) -> int | None:
-    """Read off the compiler's complaint how much memory of a chip a program needs; None where it is another one."""
+    """Return the memory per chip that a program needs, from the compiler's error; None for other errors."""
     if "RESOURCE_EXHAUSTED" not in message:
         return None
     found = re.search(r"(?:Used|required for HLO temporaries \() ?([\d.]+)([KMG])", message)
@@ -160,7 +160,7 @@ def needed_bytes(message: str) -> int | None:
 
 
 def machine() -> dict[str, Any]:
-    """Return what compiled: versions and cores."""
+    """Return versions and cores of this machine."""
     return {
         "jax": jax.__version__,
         "libtpu": importlib.metadata.version("libtpu") if importlib.util.find_spec("libtpu") else None,
@@ -171,35 +171,37 @@ def machine() -> dict[str, Any]:
 
 
 def table(m: Measurement) -> str:
-    """Return a measurement for the eye, memory in GiB of one chip."""
+    """Return a measurement as a table, with memory per chip in GiB."""
     chip, gib = m.topology.chip, lambda size: f"{size / GIB:8.3f} GiB"
     shape = " x ".join(f"{size} {axis}" for axis, size in m.mesh.items())
     rows = [
-        ("program", f"{m.program}, batch {m.batch} ({m.batch / math.prod(m.mesh.values()):g} a chip)"),
+        ("program", f"{m.program}, batch {m.batch} ({m.batch / math.prod(m.mesh.values()):g} per chip)"),
         ("topology", f"{m.topology}: {m.topology.count} chips, mesh {shape}"),
         *((f"parameters, {name}", f"{count / 1e6:,.1f}M") for name, count in m.parameters.items()),
     ]
     if m.memory:
         rows += [
-            ("a chip's arguments", gib(m.memory.arguments)),
+            ("arguments per chip", gib(m.memory.arguments)),
             ("  temporaries", gib(m.memory.temporaries)),
-            ("  outputs", f"{gib(m.memory.outputs)}, of which {m.memory.aliased / GIB:.2f} GiB over donated arguments"),
+            ("  outputs", f"{gib(m.memory.outputs)}, {m.memory.aliased / GIB:.2f} GiB of them over donated arguments"),
             ("  program", gib(m.memory.code)),
         ]
     share = f"{m.needed / chip.usable:.0%} of the {chip.usable / GIB:g} GiB that a program may use"
     rows.append(("  peak" if m.memory else "needs at least", f"{gib(m.needed)}, {share}"))
-    rows.append(("FLOPs a chip", f"{m.flops:.4g}, {m.flops / m.batch * math.prod(m.mesh.values()):.4g} a row"))
+    rows.append(("FLOPs per chip", f"{m.flops:.4g}, {m.flops / m.batch * math.prod(m.mesh.values()):.4g} per row"))
     if m.traffic:
         for kind, count in m.traffic.operations.items():
             rows.append((kind, f"{gib(m.traffic.sent[kind])} in {count:,} operations"))
         if m.traffic.unknown_loops:
-            rows.append(("counted once", "loops that end by their data: " + ", ".join(m.traffic.unknown_loops)))
+            rows.append(
+                ("counted once", "loops that end on a condition on the data: " + ", ".join(m.traffic.unknown_loops))
+            )
     rows.append(("lowered, compiled", f"{m.lower_seconds:.1f} s, {m.compile_seconds:.1f} s on {os.cpu_count()} cores"))
     rows.append(("verdict", "fits" if m.fits else "does not fit"))
     return two_columns(rows)
 
 
 def two_columns(rows: list[tuple[str, str]]) -> str:
-    """Return names and values as lines, the values below each other."""
+    """Return lines of names and values, with aligned values."""
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -1,4 +1,4 @@
-"""The next start of a command finds what the last one compiled; in processes, since each keeps its own too."""
+"""A command reuses programs that an earlier process compiled; in subprocesses, since each has a cache in memory."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ sys.exit(run_command(command, "train", []))
 
 def run(root, **variables):
     """Return how many programs were found in the cache, and how many were not."""
-    # By default JAX keeps what took a second to compile.
+    # By default JAX only stores programs that took a second to compile.
     environment = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **variables}
     environment = {name: value for name, value in environment.items() if value is not None}
     done = subprocess.run(
@@ -31,13 +31,13 @@ def run(root, **variables):
     return tuple(map(int, done.stdout.split()))
 
 
-def test_the_second_start_finds_what_the_first_compiled(root, tmp_path):
+def test_the_second_start_reuses_compiled_programs(root, tmp_path):
     on = {"JAX_ENABLE_COMPILATION_CACHE": None, "JAX_COMPILATION_CACHE_DIR": None, "SFD_CACHE": str(tmp_path / "home")}
     hits, misses = run(root, **on)
     assert hits == 0 and misses > 0
     assert run(root, **on) == (misses, 0)
     kept = sorted((tmp_path / "home" / "compilations").iterdir())
-    # Moved, and turned off: the first place is left as it was.
+    # With another folder or switched off, the first folder does not change.
     assert (
         run(root, **on | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "moved")}) == (0, misses)
         and (tmp_path / "moved").exists()

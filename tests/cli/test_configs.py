@@ -1,4 +1,4 @@
-"""Every config that ships resolves, for each of its arguments, to networks and settings that fit together."""
+"""Each shipped config, with each argument, gives networks and settings that fit each other."""
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ def test_imagenet_recipe_resolves(argument):
         assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(params)) < 1e6
 
 
-def test_released_recipe_is_that_of_the_facts():
+def test_default_recipe_is_the_released_one():
     config = load_config("configs/sfd.py:xl")
     task = task_from_config(config)
     assert config.clocks.delta_t == 0.3 and config.loss.semantic_weight == 2.0
@@ -45,7 +45,7 @@ def test_digits_resolve(argument):
     SampleConfig.from_group(config.sample)
 
 
-def test_semantic_colours_mean_the_same_whatever_is_shown():
+def test_semantic_colours_do_not_depend_on_the_images_shown():
     random = np.random.default_rng(0)
     reference = random.standard_normal((50, 4, 4, 5)) * np.array([9, 5, 3, 0.1, 0.1])
     shown = reference[:7]

@@ -1,4 +1,4 @@
-"""Flags of the commands: overrides apply, and each kind of mistake names the nearest valid thing."""
+"""Flags of the commands: overrides, and messages that name the nearest valid name."""
 
 import argparse
 import dataclasses
@@ -58,7 +58,7 @@ def test_each_mistake_is_named(flag, says):
 
 @dataclasses.dataclass(frozen=True)
 class Odd(Clocks):
-    """Its fields are called as settings of other groups."""
+    """Its fields have the names of settings of other groups."""
 
     depth: float = 0.5
     nfe: float = 0.5
@@ -78,7 +78,7 @@ class Sample(LossTerm):
         return at.t_semantic
 
 
-def test_fields_of_parts_are_their_own_whatever_they_are_called(monkeypatch):
+def test_fields_of_parts_may_have_names_of_other_settings(monkeypatch):
     monkeypatch.setitem(CLOCKS, "odd", Odd)
     monkeypatch.setitem(TERMS, "sample", Sample)
     flags = ("--config.clocks.name=odd", "--config.loss.terms.sample.weight=1")
@@ -121,7 +121,7 @@ def test_every_command_explains_itself(command, capsys):
     assert f"usage: sfd {command}" in capsys.readouterr().out
 
 
-def test_dashes_and_underscores_are_one():
+def test_dashes_and_underscores_are_equivalent():
     parser = command_parser("train", "a command")
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--flips", action=argparse.BooleanOptionalAction, default=True)
@@ -130,9 +130,9 @@ def test_dashes_and_underscores_are_one():
         assert args.batch_size == 3 and args.flips is False
 
 
-def test_a_reader_that_has_seen_enough_is_no_fault(root):
+def test_a_closed_standard_output_is_no_error(root):
     reading, writing = os.pipe()
-    os.close(reading)  # as `| head` does once it has its lines
+    os.close(reading)  # as `| head` does
     done = subprocess.run(
         [sys.executable, "-m", "sfd_jax", "fetch", "--list"],
         cwd=root,
@@ -145,16 +145,16 @@ def test_a_reader_that_has_seen_enough_is_no_fault(root):
 
 
 @pytest.mark.parametrize("command", SMALLER)
-def test_too_little_memory_says_what_to_make_smaller(capfd, command):
+def test_out_of_memory_gives_advice(capfd, command):
     def greedy(arguments):
         import jax.numpy as jnp
 
         jnp.zeros(2**50).block_until_ready()  # no machine has 4 PiB
 
     assert run_command(greedy, command, []) == 2
-    told = capfd.readouterr().err
-    assert f"sfd {command}: a device's memory does not suffice: " in told and SMALLER[command] in told
-    assert "RESOURCE_EXHAUSTED" in told and "Traceback" not in told
+    error = capfd.readouterr().err
+    assert f"sfd {command}: a device is out of memory: " in error and SMALLER[command] in error
+    assert "RESOURCE_EXHAUSTED" in error and "Traceback" not in error
     if command == "train":  # the hint's flags exist
         assert (
             parse(
@@ -164,12 +164,12 @@ def test_too_little_memory_says_what_to_make_smaller(capfd, command):
         )
 
 
-def test_none_sets_back_what_may_be_none():
+def test_none_is_a_value_of_optional_settings():
     assert parse("--config.sample.guidance_scale_semantic=None").config.sample.guidance_scale_semantic is None
     assert parse("--config.model.scan_blocks=None").config.model.scan_blocks is None
     assert parse("--config.clocks.delta_t=0").config.clocks.delta_t == 0  # one clock
-    told = parse("--config.clocks.delta_t=0.2", "--config.clocks.name=sequential", "--config.clocks.name=fixed_offset")
-    assert told.config.clocks.to_dict() == {"name": "fixed_offset", "delta_t": 0.2}
+    args = parse("--config.clocks.delta_t=0.2", "--config.clocks.name=sequential", "--config.clocks.name=fixed_offset")
+    assert args.config.clocks.to_dict() == {"name": "fixed_offset", "delta_t": 0.2}
     assert parse("--config.data.semantic_vae=None").config.data.semantic_vae == ""
     digits = load_config("configs/digits.py", ["--config.diffusion.model.scan_blocks=None"])
     assert digits.diffusion.model.scan_blocks is None
@@ -209,27 +209,27 @@ def test_all_faults_are_named_at_once():
         ("--config.data.path=gs://bucket/x", "only --workdir and checkpoints may lie in a bucket"),
         ("--config.mesh.fsdp=0", "mesh.fsdp=0: give an integer from 1 to 1,048,576, or -1"),
         ("--config.train.steps=1e3", "takes an integer"),
-        ("--config=configs/digits.py", "is for `sfd demo`; this command takes one like --config=configs/sfd.py:xl"),
+        ("--config=configs/digits.py", "is for `sfd demo`; use one like --config=configs/sfd.py:xl"),
         ("--config=configs/semantic_vae.py", "is for `sfd train_semvae`"),
         ("--config=configs/texture_vae.py", "is for `sfd train_texture_vae`"),
     ],
 )
-def test_values_that_would_do_nothing_or_harm_are_named(flag, says):
+def test_values_without_effect_or_sense_are_refused(flag, says):
     with pytest.raises(SfdError) as error:
         parse(*flag.split())
     assert says in str(error.value)
 
 
-def test_settings_of_a_semantic_vae_that_do_nothing_are_named():
+def test_settings_of_a_semantic_vae_without_effect_are_named():
     for flags in (["model.arch=linear", "model.hidden_dim=9"], ["model.variational=False", "loss.kl_weight=1.0"]):
         with pytest.raises(SfdError, match=f"{flags[1]} has no effect"):
             load_config("configs/semantic_vae.py", [f"--config.{flag}" for flag in flags])
 
 
-def test_a_config_of_no_kind_is_a_sentence(tmp_path):
+def test_a_config_of_unknown_kind_is_refused(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("import ml_collections\ndef get_config():\n  return ml_collections.ConfigDict(dict(latents={}))\n")
-    with pytest.raises(SfdError, match="lacks clocks: take one like configs/sfd.py:xl"):
+    with pytest.raises(SfdError, match="lacks clocks: use one like configs/sfd.py:xl"):
         parse(f"--config={file}")
 
 

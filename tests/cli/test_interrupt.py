@@ -1,4 +1,4 @@
-"""Ctrl-C, sent to the process alone or to its whole group as a terminal does: one sentence, and no process is left."""
+"""Ctrl-C, sent to the process or, as a terminal does, to its group: one message, and no process is left."""
 
 import contextlib
 import os
@@ -53,8 +53,8 @@ def test_ctrl_c(to, tmp_path):
             assert command.poll() is None
         assert len(members(command.pid)) >= 3  # the loader's processes among them
         (os.killpg if to == "group" else os.kill)(command.pid, signal.SIGINT)
-        _, told = command.communicate(timeout=60)
-        assert told == "sfd train: interrupted; run the same command again to go on\n"
+        _, error = command.communicate(timeout=60)
+        assert error == "sfd train: interrupted; run the same command again to continue\n"
         assert command.returncode == 130
         deadline = time.monotonic() + 10
         while members(command.pid) and time.monotonic() < deadline:
@@ -66,18 +66,18 @@ def test_ctrl_c(to, tmp_path):
 
 
 def test_ctrl_c_in_a_finalizer_is_not_lost(monkeypatch, capsys):
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process goes on to hear Ctrl-C
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # keep the handlers of this process
 
     class Finalized:
         def __del__(self):
-            raise KeyboardInterrupt  # as Python's handler does wherever it runs
+            raise KeyboardInterrupt  # as Python's handler for Ctrl-C does
 
     def command(_):
         Finalized()
         time.sleep(10)
 
     assert run_command(command, "sample", []) == 130
-    assert capsys.readouterr().err == "sfd sample: interrupted; run the same command again to go on\n"
+    assert capsys.readouterr().err == "sfd sample: interrupted; run the same command again to continue\n"
 
 
 def members(group: int) -> list[str]:

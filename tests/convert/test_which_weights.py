@@ -383,7 +383,7 @@ def test_inspect_says_what_would_be_taken(tmp_path, torch_file, capsys):
         "f.safetensors: a PyTorch file",
         f"weights 'model': raw, {len(RAW)} arrays",
         f"weights 'ema/shadow': averaged, {len(RAW)} arrays",
-        "taken 'ema/shadow': format lightning_dit, ema weights",
+        "would convert 'ema/shadow': format lightning_dit, ema weights",
         f"note: names of wrappers removed: 'module.' from {len(RAW)} of {len(RAW)} keys",
     ):
         assert line in printed

@@ -1,4 +1,4 @@
-"""Clocks: their values and rates, the breakpoints included, and what follows from them."""
+"""Clocks: values, rates, breakpoints, configs and trained parameters."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ from sfd_jax.settings import setting
 
 
 class Smooth(Clocks):
-    """A stand-in for a learned pair: semantics lead, nothing is flat, one kink in the middle."""
+    """Like a learned pair: semantics lead, no clock is ever constant, one breakpoint in the middle."""
 
     tau_end = 2.0
     breakpoints = (1.0,)
@@ -44,13 +44,13 @@ def test_fixed_offset_by_hand():
 
 
 @pytest.mark.parametrize("clocks", [FixedOffset(0.3), Sequential(), Synchronous(), Smooth()])
-def test_clocks_run_from_0_to_1_and_never_back(clocks):
+def test_clocks_rise_from_0_to_1(clocks):
     tau = jnp.linspace(0, clocks.tau_end, 101)
     for clock in clocks.times(tau):
         assert clock[0] == 0 and abs(clock[-1] - 1) < 2e-7 and (jnp.diff(clock) >= 0).all()
 
 
-def test_rates_look_from_inside_the_stage():
+def test_rates_are_those_inside_the_stage():
     clocks = FixedOffset(0.3)
     tau = jnp.float32([0, 0.3, 0.3, 1.0, 1.0, 1.3])
     semantic, texture = clocks.rates(tau, jnp.int32([0, 0, 1, 1, 2, 2]))
@@ -70,7 +70,7 @@ def test_released_rates_are_the_released_masks():
 def test_rates_of_a_learned_pair_are_its_derivative():
     clocks = Smooth()
     semantic, texture = clocks.rates(jnp.float32([0.5, 1.0, 1.0]), jnp.int32([0, 0, 1]))
-    # 1e-5: at the kink the rate is read a margin of 1e-6 beside it
+    # 1e-5: at the breakpoint the rate is taken at a distance of 1e-6
     np.testing.assert_allclose(semantic, [0.75, 0.5, 0.5], atol=1e-5)
     np.testing.assert_allclose(texture, [0.25, 0.25, 0.75], atol=1e-5)
 
@@ -81,7 +81,7 @@ def test_sequential_synchronous_and_training_times():
     np.testing.assert_array_equal(sequential.times(jnp.float32([0.5, 1, 1.5]))[1], [0, 0, 0.5])
     assert Synchronous().edges == (0.0, 1.0)
     np.testing.assert_array_equal(Synchronous().rates(jnp.zeros(1), jnp.zeros(1, int)), [[1], [1]])
-    # Training draws t in (0, 1) and stretches it: tau = 1.3 t.
+    # Training draws t in (0, 1) and scales it: tau = 1.3 t.
     semantic, texture = FixedOffset(0.3).training_times(jnp.float32([0.2, 0.5, 0.9]))
     np.testing.assert_allclose(semantic, [0.26, 0.65, 1], atol=1e-7)
     np.testing.assert_allclose(texture, [0, 0.35, 0.87], atol=1e-7)
@@ -119,9 +119,9 @@ class Bent(Clocks):
         (Bent(0.4), {"name": "bent", "most": 0.4}),
     ],
 )
-def test_clocks_go_to_a_config_and_back(clocks, config):
+def test_clocks_survive_the_way_through_a_config(clocks, config):
     assert clocks_config(clocks) == config and make_clocks(config) == clocks
-    assert make_clocks({"name": config["name"]}) == type(clocks)()  # what is not given has its default
+    assert make_clocks({"name": config["name"]}) == type(clocks)()  # missing fields have their defaults
 
 
 def test_configs_of_earlier_versions_have_a_delta_t_for_every_name():
@@ -139,12 +139,12 @@ def test_configs_of_earlier_versions_have_a_delta_t_for_every_name():
         ({"name": "bent", "most": True}, "clocks.most=True"),
     ],
 )
-def test_configs_that_describe_no_clocks(config, says):
+def test_wrong_configs_are_refused(config, says):
     with pytest.raises(SfdError, match=says):
         make_clocks(config)
 
 
-def test_clocks_of_no_name_and_of_a_module_that_is_not_imported():
+def test_unregistered_clocks_and_missing_modules_are_named():
     with pytest.raises(SfdError, match="Smooth are clocks without a registered name: register the class"):
         clocks_config(Smooth())
     with pytest.raises(SfdError, match="--plugin=their_clocks"):
@@ -154,7 +154,7 @@ def test_clocks_of_no_name_and_of_a_module_that_is_not_imported():
 def test_trained_parameters_are_bound_and_differentiated():
     clocks = Bent(0.8)
     params = clocks.init(jax.random.key(0))
-    assert clocks.bind(params) == clocks  # one and the same pair, whatever it has learned
+    assert clocks.bind(params) == clocks  # equality ignores trained parameters
     times = lambda p: clocks.bind(p).times(jnp.float32(0.5))[1]
     rate = lambda p: clocks.bind(p).rates(jnp.float32(0.25), jnp.int32(0))[1]
     np.testing.assert_allclose([times(params), rate(params)], [0.5 - 0.4 / 4, 1 - 0.4 / 2], rtol=1e-6)
@@ -162,11 +162,11 @@ def test_trained_parameters_are_bound_and_differentiated():
     found = [jax.grad(f)(params)["bend"] for f in (times, rate)]
     np.testing.assert_allclose(found, [-0.2 / 4, -0.2 / 2], rtol=1e-5)
     for wrong in ({}, {"bend": jnp.zeros(2)}, {"bent": jnp.float32(0)}):
-        with pytest.raises(SfdError, match="the trained parameters of the clocks are"):
+        with pytest.raises(SfdError, match="the trained parameters of the clocks have shapes"):
             clocks.bind(wrong)
 
 
-def test_what_is_no_class_of_settings_is_named(monkeypatch):
+def test_classes_that_cannot_hold_settings_are_refused(monkeypatch):
     class Bare(Clocks):
         tau_end, breakpoints, times = 1.0, (), Synchronous.times
 
@@ -189,17 +189,17 @@ def test_what_is_no_class_of_settings_is_named(monkeypatch):
                 use()
 
 
-def test_parameters_that_are_no_dict_are_named():
+def test_init_must_return_a_dict():
     class Leaf(Smooth):
         def init(self, key):
             return jnp.zeros(3)
 
     for use in (lambda: join_params({}, Leaf().init(None)), lambda: Leaf().bind({})):
-        with pytest.raises(SfdError, match="Clocks.init gives something else than a dict of arrays"):
+        with pytest.raises(SfdError, match="Clocks.init must return a dict of arrays"):
             use()
 
 
-def test_parameters_of_the_network_stand_alone_or_beside_those_of_the_clocks():
+def test_parameters_of_network_and_clocks_are_joined_and_split():
     network, clocks = {"blocks": 1}, {"bend": 2}
     assert join_params(network, {}) is network and split_params(network) == (network, {})
     assert split_params(join_params(network, clocks)) == (network, clocks)

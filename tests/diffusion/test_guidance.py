@@ -1,4 +1,4 @@
-"""Guidance: scale 1 is none, intervals go by group, and nothing is evaluated in vain."""
+"""Guidance: scale 1 is none, intervals act by group, and unused velocities are not evaluated."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ NULL = 7
 
 
 def network(gain, rows=None):
-    """A network whose answer tells latents, clocks and label apart; notes the rows it is given."""
+    """A network whose output depends on latents, clocks and labels; appends its number of rows to `rows`."""
 
     def apply(latents, t_semantic, t_texture, labels):
         if rows is not None:
@@ -40,7 +40,7 @@ def test_scale_1_is_no_guidance_in_half_the_rows():
     rows = []
     guided = guidance.classifier_free(network(1, rows), LABELS, null_label=NULL, scale=1.0, layout=LAYOUT)
     np.testing.assert_array_equal(guided(*inputs()), velocities())
-    never = lambda *_: pytest.fail("the weak model was called")
+    never = lambda *_: pytest.fail("the weak model was evaluated")
     alone = guidance.autoguidance(network(1, rows), never, LABELS, layout=LAYOUT, scale=1.0)
     np.testing.assert_array_equal(alone(*inputs()), velocities())
     jax.effects_barrier()
@@ -67,7 +67,7 @@ def test_autoguidance_with_a_scale_for_each_group():
 
 
 @pytest.mark.parametrize("groups", guidance.INTERVAL_GROUPS)
-def test_intervals_go_by_the_clock_of_each_group_and_row(groups):
+def test_intervals_depend_on_the_clock_of_each_group_and_row(groups):
     make = lambda start: guidance.classifier_free(
         network(1), LABELS, null_label=NULL, scale=3.0, layout=LAYOUT, interval_start=start, interval_groups=groups
     )
@@ -78,7 +78,7 @@ def test_intervals_go_by_the_clock_of_each_group_and_row(groups):
     np.testing.assert_allclose(out, np.where(on, always, plain), rtol=1e-6)
 
 
-def test_what_the_interval_discards_is_not_evaluated():
+def test_velocities_outside_the_interval_are_not_evaluated():
     rows = []
     guided = jax.jit(
         guidance.classifier_free(
@@ -92,7 +92,7 @@ def test_what_the_interval_discards_is_not_evaluated():
     assert rows == [3, 6]
 
 
-def test_a_group_of_scale_1_asks_for_no_weak_model():
+def test_a_group_of_scale_1_does_not_evaluate_the_weak_model():
     rows = []
     guided = jax.jit(
         guidance.autoguidance(

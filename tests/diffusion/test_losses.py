@@ -1,4 +1,4 @@
-"""The loss: known answers, gradients at awkward places, and randomness by place in the batch."""
+"""The loss: known answers, gradients at zero, and randomness by row of the batch."""
 
 import dataclasses
 
@@ -67,7 +67,7 @@ def test_the_network_sees_each_group_at_its_own_clock():
     np.testing.assert_allclose(latents, t * data + (1 - t) * draws.noise, atol=1e-6)
 
 
-def test_a_perfect_prediction_costs_nothing():
+def test_a_perfect_prediction_has_no_loss():
     terms = loss(truth, LossConfig(repa_weight=0.0))
     np.testing.assert_array_equal(terms.velocity, np.zeros(4))
     np.testing.assert_allclose(terms.cosine, np.zeros(4), atol=2e-7)  # float32 near 1
@@ -94,7 +94,7 @@ def test_terms_by_hand():
     np.testing.assert_allclose(terms.total, total, rtol=1e-6)
 
 
-def test_another_path_plugs_in():
+def test_another_path():
     class Circle:
         def interpolate(self, data, noise, t):
             return jnp.sin(t * jnp.pi / 2) * data + jnp.cos(t * jnp.pi / 2) * noise
@@ -112,7 +112,7 @@ def test_another_path_plugs_in():
     assert (loss(predict, PLAIN).total > 0.1).all()
 
 
-def test_cosine_has_a_tame_gradient_where_the_network_answers_zero():
+def test_cosine_has_no_gradient_where_the_network_returns_zero():
     target = jax.random.normal(jax.random.key(0), (3, 5))
     grad = jax.grad(lambda x: cosine_similarity(x, target).sum())
     np.testing.assert_array_equal(grad(jnp.zeros((3, 5))), np.zeros((3, 5)))
@@ -134,7 +134,7 @@ def test_cosine_agrees_with_pytorch():
     np.testing.assert_allclose(cosine_similarity(a, b), theirs, atol=1e-6)
 
 
-def test_a_part_of_the_batch_draws_what_the_whole_does():
+def test_part_of_a_batch_draws_the_same_values():
     data = jnp.zeros((6, 2, 3, 5))
     labels = jnp.arange(6)
     make = lambda part, **kwargs: draw(
@@ -204,7 +204,7 @@ class Energy(LossTerm):
         return energy if self.per_sample else energy.mean()
 
 
-def test_a_term_of_ones_own_is_weighted_and_logged():
+def test_a_custom_term_is_weighted_and_logged():
     predict = lambda latents, *_: (jnp.ones_like(latents), jnp.ones((4, 4, 7)))
     plain, config = LossConfig(repa_weight=0.0), LossConfig(repa_weight=0.0, terms={"energy": Energy(0.5)})
     terms = loss(predict, config)
@@ -212,7 +212,9 @@ def test_a_term_of_ones_own_is_weighted_and_logged():
     np.testing.assert_allclose(terms.terms["energy"], [70 + 28] * 4)
     np.testing.assert_allclose(terms.total, loss(predict, plain).total + 49, rtol=1e-6)
     assert [float(x) for x in loss_metrics(terms)["loss_energy"]] == [4 * 98, 4]
-    with pytest.raises(SfdError, match=r"loss term 'energy' gives \(\), but has to give a value a sample, \(4,\)"):
+    with pytest.raises(
+        SfdError, match=r"loss term 'energy' returns shape \(\) instead of one value per sample, \(4,\)"
+    ):
         loss(predict, LossConfig(repa_weight=0.0, terms={"energy": Energy(per_sample=False)}))
 
 
@@ -237,7 +239,7 @@ class Haste(LossTerm):
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_gradients_reach_the_parameters_of_clocks(weight):
-    """Through the point on the path, the times that the network sees and, in a term, the rates."""
+    """Through the point on the path, the network's times and, in a term, the rates."""
     data, draws = batch()
     config = LossConfig(repa_weight=0.0, terms={"haste": Haste(weight)} if weight else {})
     predict = lambda latents, t_semantic, t_texture, labels: latents * t_texture[:, None, None, None]

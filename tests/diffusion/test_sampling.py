@@ -25,7 +25,7 @@ SFD = FixedOffset(0.3)
 
 
 class Learned(Clocks):
-    """A smooth pair with slopes other than 0 and 1, and one kink."""
+    """A smooth pair with slopes other than 0 and 1, and one breakpoint."""
 
     tau_end = 2.0
     breakpoints = (0.8,)
@@ -35,14 +35,14 @@ class Learned(Clocks):
 
 
 def coupled(latents, t_semantic, t_texture):
-    """Semantics decay; texture is driven by the semantics of the moment."""
+    """Semantics decay; texture is driven by the current semantics."""
     texture, semantic = LAYOUT.split(latents)
     drive = jnp.mean(semantic, axis=-1, keepdims=True)
     return LAYOUT.join(jnp.broadcast_to(drive, texture.shape), -semantic)
 
 
 def exact(noise, clocks):
-    """Follow `coupled`: texture gains mean(semantics) times the integral of exp(-t_semantic).
+    """Integrate `coupled`: texture gains mean(semantics) times the integral of exp(-t_semantic).
 
     The integral runs over t_texture, so it depends on how far semantics lead.
     """
@@ -77,7 +77,7 @@ def test_staged_sampling_follows_the_exact_flow(clocks, name):
 
 
 def test_the_exact_answers_differ_by_clocks():
-    """Else the test above could not tell one pair from another."""
+    """Otherwise the test above could not distinguish the pairs."""
     gain = lambda clocks: (exact(noise(), clocks) - np.asarray(noise()))[0, 0, 0, 0]
     lead = 0.3
     drive = float(noise()[0, 0, 0, 3:].mean())
@@ -101,7 +101,7 @@ def test_groups_are_frozen_outside_their_stages():
     np.testing.assert_allclose(states[-1], exact(noise(), SFD), atol=2e-5)
 
 
-def test_a_trajectory_of_a_fixed_grid_lands_on_the_given_times():
+def test_a_trajectory_of_a_fixed_grid_has_the_given_times():
     config = SolverConfig(solver="heun", num_steps=60)
     states = trajectory(coupled, noise(), [0.5, 1.3], layout=LAYOUT, clocks=SFD, solver=config)
     semantic = LAYOUT.split(states)[1]
@@ -141,13 +141,13 @@ def test_the_released_grid_is_that_of_torch():
     for points in range(2, 200):
         ours, theirs = released_points(1.3, points), torch.linspace(0, 1.3, points).numpy()
         np.testing.assert_allclose(ours, theirs, rtol=2e-7)  # a fused multiply-add apart
-        # Where a point falls on a kink its last bit decides: 14, 27, 40, ... points.
+        # Where a point falls on a breakpoint its last bit decides: 14, 27, 40, ... points.
         np.testing.assert_array_equal(ours >= np.float32(0.3), theirs >= np.float32(0.3))
         np.testing.assert_array_equal(ours <= 1, theirs <= 1)
 
 
-def test_staged_needs_a_fraction_of_the_calls_and_errs_less():
-    """On a random network, whose texture velocity jumps from 0 where its clock sets off."""
+def test_staged_mode_has_less_error_with_fewer_evaluations():
+    """On a random network, whose texture velocity jumps from 0 where its clock starts."""
     weights = [jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(22, 64), (64, 20)])]
 
     def network(latents, t_semantic, t_texture):
@@ -165,7 +165,7 @@ def test_staged_needs_a_fraction_of_the_calls_and_errs_less():
 
 @pytest.mark.parametrize("shift", [None, 0.3, 3.0])
 @pytest.mark.parametrize("num_steps", [4, 5, 14, 50, 101])
-def test_staged_points_hit_every_edge_and_keep_the_number_of_steps(shift, num_steps):
+def test_staged_points_include_the_edges_and_keep_the_number_of_steps(shift, num_steps):
     points = staged_points(SFD.edges, num_steps, shift)
     assert sum(len(p) - 1 for p in points) == num_steps - 1
     for p, start, end in zip(points, SFD.edges[:-1], SFD.edges[1:], strict=True):
@@ -183,19 +183,19 @@ def test_staged_points_are_near_the_released_ones():
         staged_points(SFD.edges, 3)
 
 
-def test_a_guidance_interval_is_a_jump_that_the_solver_is_told():
+def test_the_solver_stops_where_a_guidance_interval_starts():
     """The velocity jumps where a group's clock passes 0.1: at tau 0.1 and 0.4."""
 
     def velocity(latents, t_semantic, t_texture):
         on = LAYOUT.per_channel(t_texture >= 0.1, t_semantic >= 0.1)[:, None, None, :]
         return 1.0 + 2.0 * on
 
-    told, stats = run(velocity, SolverConfig(), jumps=(0.1, 0.4))
-    # Both groups spend a tenth at rate 1 and nine tenths at rate 3; 1e-5 for the margins.
-    np.testing.assert_allclose(told, noise() + 0.1 + 2.7, atol=1e-5)
-    untold, _ = run(velocity, SolverConfig())
-    assert np.abs(untold - (noise() + 0.1 + 2.7)).max() > 100 * 1e-5
-    assert len(stats.nfe_by_stage) == 3  # jumps cut the stages but make no new ones
+    latents, stats = run(velocity, SolverConfig(), jumps=(0.1, 0.4))
+    # Each group has velocity 1 for a tenth of its time and 3 for the rest; 1e-5 for the margins.
+    np.testing.assert_allclose(latents, noise() + 0.1 + 2.7, atol=1e-5)
+    without_jumps, _ = run(velocity, SolverConfig())
+    assert np.abs(without_jumps - (noise() + 0.1 + 2.7)).max() > 100 * 1e-5
+    assert len(stats.nfe_by_stage) == 3  # jumps cut stages into segments but add no stages
 
 
 def test_sharding_the_batch_changes_nothing():
@@ -220,7 +220,7 @@ def test_impossible_settings_are_refused():
         SolverConfig(rtol=0.0)
     with pytest.raises(SfdError, match="timestep_shift"):
         SolverConfig(timestep_shift=-1.0)
-    with pytest.raises(SfdError, match="follows its tolerances"):
+    with pytest.raises(SfdError, match="dopri5 chooses its steps by atol and rtol"):
         SolverConfig(nfe=30)
     with pytest.raises(SfdError, match="rk4 in staged mode needs at least 12 network evaluations"):
         run(coupled, SolverConfig(solver="rk4", nfe=11))
@@ -229,7 +229,7 @@ def test_impossible_settings_are_refused():
 
 
 def counted(velocity_fn, seen):
-    """Note the number of rows of each network evaluation that really happens."""
+    """Record the number of rows of each network evaluation."""
 
     def apply(latents, t_semantic, t_texture, labels):
         jax.debug.callback(lambda x: seen.append(len(x)), t_semantic)
@@ -239,16 +239,16 @@ def counted(velocity_fn, seen):
 
 
 @pytest.mark.parametrize("mode", ["staged", "released"])
-@pytest.mark.parametrize(("name", "budget", "spent"), [("euler", 7, 7), ("heun", 9, 8), ("rk4", 15, 12), ("ab2", 9, 9)])
-def test_a_budget_of_calls_is_kept(name, budget, spent, mode):
+@pytest.mark.parametrize(("name", "nfe", "used"), [("euler", 7, 7), ("heun", 9, 8), ("rk4", 15, 12), ("ab2", 9, 9)])
+def test_nfe_is_not_exceeded(name, nfe, used, mode):
     seen = []
     velocity_fn = guidance.conditional(counted(coupled, seen), jnp.zeros(3, jnp.int32))
-    _, stats = run(velocity_fn, SolverConfig(solver=name, mode=mode, nfe=budget))
+    _, stats = run(velocity_fn, SolverConfig(solver=name, mode=mode, nfe=nfe))
     jax.effects_barrier()
-    assert len(seen) == spent == int(stats.nfe) == int(stats.nfe_by_stage.sum())
+    assert len(seen) == used == int(stats.nfe) == int(stats.nfe_by_stage.sum())
 
 
-def test_staged_dopri5_calls_the_network_as_often_as_it_says():
+def test_the_nfe_of_staged_dopri5_is_counted_right():
     seen = []
     velocity_fn = guidance.conditional(counted(coupled, seen), jnp.zeros(3, jnp.int32))
     _, stats = run(velocity_fn, SolverConfig())

@@ -1,4 +1,4 @@
-"""Drawn Inception, made images, all five metrics beside an independent computation; and the library's ten lines."""
+"""Five metrics with random Inception weights against an independent computation; and the ten lines of the README."""
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow  # Inception on two cores: a minute, most of it co
 
 SAMPLES, REFERENCES = 13, 11
 
-# Stands in the README too, where a test finds it.
+# Also in the README, which a test checks.
 LIBRARY = """\
 import numpy as np
 from sfd_jax.evaluation import evaluate, image_set_of, inception_extractor, open_reference
@@ -77,14 +77,14 @@ def independent_features(params, images):
 
 
 def frechet_by_data(a, b):
-    """The distance from the rows themselves: the root's trace is the nuclear norm of their cross products."""
+    """The distance from the rows: the trace of the root is the nuclear norm of their cross products."""
     a0, b0 = a - a.mean(axis=0), b - b.mean(axis=0)
     cross = np.linalg.svd(a0 @ b0.T, compute_uv=False).sum() / np.sqrt((len(a) - 1) * (len(b) - 1))
     spread = (a0**2).sum() / (len(a) - 1) + (b0**2).sum() / (len(b) - 1)
     return ((a.mean(axis=0) - b.mean(axis=0)) ** 2).sum() + spread - 2 * cross
 
 
-def test_five_metrics_beside_an_independent_computation(work):
+def test_five_metrics_against_an_independent_computation(work):
     checkpoint = load_params(work / "weights" / "inception")
     samples, references = made_images(SAMPLES, 4, 1), made_images(REFERENCES, 7, 2)
     ours = evaluate(
@@ -107,7 +107,7 @@ def test_five_metrics_beside_an_independent_computation(work):
     score = np.mean([np.exp((p * np.log(p / p.mean(axis=0))).sum(axis=1).mean()) for p in parts])
     assert ours["is"] == pytest.approx(score, rel=1e-4)
 
-    def distances(u, v):  # float16 as the suite's; the order of its sums is held by test_metrics.py
+    def distances(u, v):  # float16 as in the suite; test_metrics.py tests the order of its sums
         half = [x.astype(np.float16).astype(np.float64) for x in (u, v)]
         products = (half[0] @ half[1].T).astype(np.float16)
         norms = [_half_norms(x.astype(np.float32)).astype(np.float16) for x in (u, v)]

@@ -1,4 +1,4 @@
-"""From images to scores: every image once, whatever the batches and devices; statistics that know their maker."""
+"""From images to scores: every image counts once for all batch sizes and devices; statistics name their extractor."""
 
 import dataclasses
 
@@ -53,7 +53,7 @@ def reference_of(images, name="reference"):
 
 @pytest.mark.parametrize(("batch_size", "devices"), [(1, 1), (7, 1), (64, 1), (1, 8), (64, 8)])
 def test_every_image_counts_once(batch_size, devices):
-    # The features are exact in float32, so that nothing but counting, order and float64 sums is measured.
+    # The features are exact in float32, so only counting, order and float64 sums are tested.
     mesh = make_mesh(devices=jax.devices()[:devices])
     [(statistics, score)] = gather(
         image_set_of("samples", SAMPLES),
@@ -75,7 +75,7 @@ def test_every_image_counts_once(batch_size, devices):
     assert statistics.count == 300
 
 
-def test_pieces_of_any_size_come_out_in_order():
+def test_pieces_of_any_size_are_kept_in_order():
     pieces = [SAMPLES[:3], SAMPLES[3:3], SAMPLES[3:150], SAMPLES[150:300]]
     rows = [answer["features"] for [answer] in extract_features([stand_in()], pieces, batch_size=16)]
     assert [len(part) for part in rows] == [16] * 18 + [12]
@@ -105,7 +105,7 @@ def test_adm_references_keep_their_own_mean_and_covariance(tmp_path):
     assert ours["precision"] == plain["precision"] and ours["recall"] == plain["recall"]  # those of its images
 
 
-def test_equal_images_are_at_no_distance():
+def test_equal_images_have_distance_0():
     same = evaluate(image_set_of("a", SAMPLES), reference_of(SAMPLES), stand_in())
     assert same["fid"] < 1e-6 and same["precision"] == same["recall"] == 1.0
 
@@ -141,18 +141,18 @@ def test_statistics_of_another_extractor_are_refused(tmp_path, change):
 
 
 def no_pieces(n):
-    raise AssertionError("samples are made before what cannot be measured is refused")
+    raise AssertionError("samples are made before impossible metrics are refused")
 
 
 @pytest.mark.parametrize("size", [(5, 3), None])
 def test_widths_are_compared_before_the_first_sample(tmp_path, size):
     samples = dataclasses.replace(image_set_of("samples", SAMPLES), pieces=no_pieces, size=size)
     extractor = stand_in()
-    if size is None:  # not known before reading; extractors resize to their own
+    if size is None:  # unknown before reading; this extractor accepts any size
         extractor = dataclasses.replace(extractor, apply=lambda params, x: {"features": x[:, 0, :7, 0]})
     for arrays, words in (
-        (dict(mu=np.zeros(8), sigma=np.eye(8)), "of 8 features, but extractor 'inception' gives 7"),
-        (dict(mu=np.zeros(7), sigma=np.eye(7), mu_s=np.zeros(2), sigma_s=np.eye(2)), "gives 3 .'spatial'."),
+        (dict(mu=np.zeros(8), sigma=np.eye(8)), "of 8 features, but extractor 'inception' has 7"),
+        (dict(mu=np.zeros(7), sigma=np.eye(7), mu_s=np.zeros(2), sigma_s=np.eye(2)), "has 3 .'spatial'."),
     ):
         if size is None and "mu_s" in arrays:
             continue
@@ -164,21 +164,21 @@ def test_widths_are_compared_before_the_first_sample(tmp_path, size):
 @pytest.mark.parametrize(
     ("metrics", "count", "words"),
     [
-        (("fid", "is"), 300, "'is' needs 'probabilities', which extractor 'dinov2' does not give"),
+        (("fid", "is"), 300, "'is' needs 'probabilities', which extractor 'dinov2' does not return"),
         (("sfid",), 300, "'sfid' needs 'spatial'"),
         (("precision",), 3, "samples holds 3 images, but precision need at least 4"),
         (("fid",), 1, "samples holds 1 images, but fid need at least 2"),
     ],
 )
-def test_metrics_that_cannot_be_are_refused_before_the_first_sample(metrics, count, words):
+def test_impossible_metrics_are_refused_before_the_first_sample(metrics, count, words):
     apply = lambda params, x: {"features": x[:, 0, :, 0]}  # noqa: E731
     samples = dataclasses.replace(image_set_of("samples", SAMPLES[:count]), pieces=no_pieces)
     with pytest.raises(SfdError, match=words):
         evaluate(samples, reference_of(REFERENCE), Extractor("dinov2", {"w": np.ones(1)}, apply), metrics=metrics)
 
 
-def test_notes_stand_beside_the_scores(tmp_path):
-    """Images of two classes in turn or one after the other; statistics whose network nobody names."""
+def test_notes_are_returned_with_the_scores(tmp_path):
+    """For images sorted by class, and for statistics without the name of a network."""
     classes = np.arange(300) % 2
     images = lambda classes: image_set_of("samples", SAMPLES // 8 + np.uint8(200) * (classes[:, None, None, None] == 1))  # noqa: E731
     bright = dataclasses.replace(
@@ -197,8 +197,8 @@ def test_notes_stand_beside_the_scores(tmp_path):
     assert "notes" not in measured(np.random.default_rng(0).permutation(classes))
 
     np.savez(tmp_path / "r.npz", mu=np.zeros(7), sigma=np.eye(7))
-    told = evaluate(images(classes), open_reference(tmp_path / "r.npz"), bright, metrics=("fid",))["notes"]
-    assert len(told) == 1 and "does not say which network" in told[0]
+    notes = evaluate(images(classes), open_reference(tmp_path / "r.npz"), bright, metrics=("fid",))["notes"]
+    assert len(notes) == 1 and "does not say which network" in notes[0]
 
 
 def nan_extractor():
@@ -223,14 +223,14 @@ def statistics_alone(tmp_path):
         (SAMPLES, None, nan_extractor, ("fid",), "'features' of image {first} is not finite"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(tmp_path, samples, reference, extractor, metrics, words):
+def test_impossible_comparisons_are_refused(tmp_path, samples, reference, extractor, metrics, words):
     first = int(np.argmax(SAMPLES[:, 0, 0, 0] == 255))  # references stop below 200
     reference = reference(tmp_path) if reference else reference_of(REFERENCE)
     with pytest.raises(SfdError, match=words.format(first=first)):
         evaluate(image_set_of("samples", samples), reference, extractor(), metrics=metrics)
 
 
-def test_fewer_images_than_promised_are_refused():
+def test_fewer_images_than_expected_are_refused():
     short = dataclasses.replace(image_set_of("short", SAMPLES), count=301)
     with pytest.raises(SfdError, match="expected 301 images, read 300"):
         evaluate(short, reference_of(REFERENCE), stand_in(), metrics=("fid",))
@@ -253,7 +253,7 @@ def test_other_dtypes_are_refused():
             dinov2_config("L", num_registers=0),
             {"task": "visual_encoder"},
             "encoder_w1024_d24_p14",
-        ),  # its shape, trained here
+        ),  # the same shape, but trained with this package
         (
             dict(width=8, depth=2, num_heads=2, image_size=32, patch_size=8),
             {"task": "visual_encoder"},
@@ -261,11 +261,11 @@ def test_other_dtypes_are_refused():
         ),
     ],
 )
-def test_an_encoder_is_called_what_it_is(config, more, name):
+def test_names_of_encoder_extractors(config, more, name):
     network = Network("dinov2", config)
     extractor = encoder_extractor(({}, {"network": "dinov2", "network_config": network.config_dict(), **more}))
     assert extractor.name == name
-    assert extractor.settings == f"size {network.config.image_size if more else 224}"  # one trained here, at its own
+    assert extractor.settings == f"size {network.config.image_size if more else 224}"  # the size of its training
 
 
 def test_an_encoder_whose_patches_do_not_divide_the_image_is_refused():

@@ -1,4 +1,4 @@
-"""Finished images on disk: every form reads as the same pixels, every damage has its message."""
+"""Images on disk: all forms give the same pixels, and each kind of damage has its message."""
 
 import json
 
@@ -51,7 +51,7 @@ def test_numbered_pngs_are_read_in_the_order_of_their_numbers(tmp_path):
     np.testing.assert_array_equal(read(open_image_set(write_pngs(tmp_path / "png"))), IMAGES)
 
 
-def test_chunks_are_read_in_order_and_know_their_number(tmp_path):
+def test_chunks_are_read_in_order(tmp_path):
     folder = write_chunks(tmp_path / "job", [(0, 4), (4, 11)], {"num_images": 11, "seed": 3})
     image_set = open_image_set(folder)
     np.testing.assert_array_equal(read(image_set, 3), IMAGES)
@@ -94,7 +94,7 @@ def test_hash_follows_the_content(tmp_path):
     assert a != b and a == open_image_set(tmp_path / "a.npz").hash()
 
 
-def test_references_are_cropped_where_a_size_is_given(tmp_path):
+def test_references_are_cropped_to_a_given_size(tmp_path):
     folder = tmp_path / "photos" / "class"
     folder.mkdir(parents=True)
     Image.new("L", (40, 23), 200).save(folder / "grey.png")
@@ -175,14 +175,14 @@ def empty(path):
         ),
         (
             lambda path: write_pngs(path / "p", names=[0, 1, 2, 3, 4, 5, "05", 6, 7, 8, 9]),
-            "1 indices are there twice, the first is 5",
+            "1 indices are duplicated, the first is 5",
         ),
         (lambda path: write_chunks(path / "j", [(0, 4), (6, 11)]), "2 of 11 images are missing, the first is 4"),
-        (lambda path: write_chunks(path / "j", [(0, 4), (3, 11)]), "1 indices are there twice, the first is 3"),
+        (lambda path: write_chunks(path / "j", [(0, 4), (3, 11)]), "1 indices are duplicated, the first is 3"),
         (lambda path: write_chunks(path / "j", [(0, 9)], {"num_images": 11}), "2 of 11 images are missing"),
         (
             lambda path: write_chunks(path / "j", [], {"num_images": 11}),
-            "j is a sampling job of which all 11 images are missing",
+            "j is a sampling job without any of its 11 images",
         ),
         (short_npz, "j holds 11 images, but its recipe.json is of 12: finish sampling"),
         (short_pngs, "images holds 11 images, but its recipe.json is of 13: finish sampling"),

@@ -1,4 +1,4 @@
-"""Metrics against answers known by hand, definitions written out again, and the released evaluator."""
+"""Metrics against results known by hand, plain implementations of their definitions, and the released evaluator."""
 
 import warnings
 
@@ -35,13 +35,13 @@ def test_frechet_distance_of_the_released_evaluator(released, case):
 
 @pytest.mark.parametrize("block", [128, 4096])
 def test_precision_and_recall_of_the_released_evaluator(released, block):
-    # Counts of points, so equal or wrong; the block size must not matter, nor that 128 divides neither set.
+    # Counts of points must be equal; the block size must not matter, also if it does not divide the sets.
     ours = precision_recall(released["in_reference"], released["in_sample"], block=block)
     assert ours == (released["out_precision"], released["out_recall"])
 
 
 def test_precision_and_recall_of_the_suites_tensorflow():
-    # 350 of 600 and 412 of 700 are the answers of TensorFlow 2.21 on CPU to the suite's DistanceBlock on
+    # 350 of 600 and 412 of 700 are the results of TensorFlow 2.21 on CPU to the suite's DistanceBlock on
     # features like Inception's: many, not negative. Without its float16 they are 339 and 398.
     generator = np.random.RandomState(0)
     level = generator.gamma(1.0, 0.4, 2048)
@@ -57,7 +57,7 @@ def test_inception_score_of_the_released_evaluator(released):
     probabilities = released["in_probs"]
     expected = float(released["out_inception_score"])
     assert inception_score(probabilities, split_size=500) == pytest.approx(expected, rel=1e-6)
-    running = RunningInceptionScore(split_size=500)  # pieces that end neither with splits nor at their edges
+    running = RunningInceptionScore(split_size=500)  # pieces that do not end with splits
     for start in range(0, len(probabilities), 77):
         running.add(probabilities[start : start + 77])
     assert running.value == pytest.approx(expected, rel=1e-6)
@@ -76,25 +76,25 @@ def test_frechet_distance_by_hand():
 
 
 def test_frechet_distance_of_a_singular_covariance_with_itself_is_zero():
-    # Where roots of near-zero eigenvalues are taken one by one, 60 null directions leave about 1e-7 here.
+    # With roots of near-zero eigenvalues, 60 null directions would leave about 1e-7 here.
     rows = np.random.default_rng(1).standard_normal((5, 64)) * 30
     assert abs(frechet_distance(*gaussian_of(rows), *gaussian_of(rows))) < 1e-9 * np.trace(gaussian_of(rows)[1])
 
 
-def test_frechet_distance_refuses_what_does_not_fit():
-    with pytest.raises(SfdError, match="different extractors"):
+def test_frechet_distance_refuses_other_shapes_and_nan():
+    with pytest.raises(SfdError, match="use the same extractor"):
         frechet_distance(np.zeros(3), np.eye(3), np.zeros(2), np.eye(2))
     with pytest.raises(SfdError, match="not finite"):
         frechet_distance(np.full(3, np.nan), np.eye(3), np.zeros(3), np.eye(3))
 
 
-def test_frechet_distance_refuses_what_is_no_covariance():
+def test_frechet_distance_refuses_invalid_covariances():
     good = np.zeros(3), np.eye(3)
     for bad, words in ((-np.eye(3), "negative eigenvalues"), (np.triu(np.ones((3, 3))), "not symmetric")):
         for pair in ((*good, good[0], bad), (good[0], bad, *good)):
             with pytest.raises(SfdError, match=words):
                 frechet_distance(*pair)
-    # Rounding of float32 is none of this, and gives no negative distance.
+    # Rounding to float32 is accepted, and gives no negative distance.
     rows = np.random.default_rng(0).standard_normal((20, 64)) * 30
     mean, covariance = gaussian_of(rows)
     rounded = covariance.astype(np.float32)
@@ -110,23 +110,23 @@ def test_scores_that_depend_on_the_order_warn():
         warnings.simplefilter("error")
         good = inception_score(shuffled, split_size=500)
         inception_score(rows[np.arange(2000).reshape(50, 40).T.ravel()], split_size=500)  # classes in turn
-        inception_score(rows, split_size=2000)  # one split has no order
+        inception_score(rows, split_size=2000)  # one split does not depend on the order
         for seed in range(20):
             inception_score(np.random.default_rng(seed).permutation(rows), split_size=500)
     with pytest.warns(UserWarning, match="sorted by class"):
         assert inception_score(rows, split_size=500) < 0.5 * good
     halves = np.concatenate([shuffled[np.argmax(shuffled, axis=1) < 25], shuffled[np.argmax(shuffled, axis=1) >= 25]])
     with pytest.warns(UserWarning, match="sorted by class"):
-        assert inception_score(halves, split_size=500) < 0.8 * good  # no runs of one class, and still in order
+        assert inception_score(halves, split_size=500) < 0.8 * good  # no runs of one class, but still sorted
     with pytest.warns(UserWarning, match="5 splits, of which the last has 1 images and the others 499"):
         inception_score(shuffled[:1997], split_size=499)
 
 
 def test_inception_score_by_hand():
-    # Certain and even over K classes scores K; equal rows score 1; a zero probability is no trouble.
+    # Certain and even over K classes scores K; equal rows score 1; zero probabilities are allowed.
     assert inception_score(np.tile(np.eye(5), (4, 1))) == pytest.approx(5.0, rel=1e-12)
     assert inception_score(np.full((11, 3), 1 / 3)) == pytest.approx(1.0, rel=1e-12)
-    # The last, shorter split counts as much as the first: (5 + 1) / 2.
+    # The last, shorter split has the same weight: (5 + 1) / 2.
     rows = np.concatenate([np.eye(5), np.eye(5)[:1]])
     assert inception_score(rows, split_size=5) == pytest.approx(3.0, rel=1e-12)
 
@@ -183,4 +183,4 @@ def test_kernel_distance_is_the_unbiased_estimate():
 
     within = sum((kernel(x, x).sum() - np.trace(kernel(x, x))) / (37 * 36) for x in (a, b))
     assert ours == pytest.approx(within - 2 * kernel(a, b).mean(), rel=1e-4)  # float32 sums of 37 x 37 terms
-    assert spread < 1e-5  # subsets as large as the sets are the sets
+    assert spread < 1e-5  # subsets of full size equal the sets

@@ -1,4 +1,4 @@
-"""npz files of others: what their headers claim is compared with what is there, before memory is taken."""
+"""Untrusted npz files: headers are compared with the data before memory is allocated."""
 
 import io
 import tracemalloc
@@ -17,7 +17,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 3), dtype=np.uint8)
 
 
 def npy(array, **header) -> bytes:
-    """Return an npy file of an array whose header says something else."""
+    """Return an npy file with a wrong header."""
     buffer = io.BytesIO()
     true = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False, "shape": array.shape}
     np.lib.format.write_array_header_1_0(buffer, true | header)
@@ -32,7 +32,7 @@ def write(path, method=zipfile.ZIP_STORED, **members):
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_arrays_come_back(tmp_path, order):
+def test_arrays_are_read(tmp_path, order):
     arrays = {"a": np.asarray(IMAGES, order=order), "b": np.array("text"), "c": np.float64(3), "d": np.zeros((0, 2))}
     for save in (np.savez, np.savez_compressed):
         save(tmp_path / "f.npz", **arrays)
@@ -47,14 +47,14 @@ SHAPES = [(2**40, 4, 5, 3), (3, 4, 2**50, 3), (2, 4, 5, 3), (4, 4, 5, 3), (-3, -
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_headers_that_lie(tmp_path, shape):
+def test_wrong_headers_are_refused(tmp_path, shape):
     path = write(
         tmp_path / "f.npz", arr_0=npy(IMAGES, shape=shape), mu=npy(np.ones(3), shape=shape), sigma=npy(np.eye(3))
     )
     tracemalloc.start()
     try:
         for read in (open_image_set, load_statistics, open_reference):
-            with pytest.raises(SfdError, match="by its header|is not an array of numbers"):
+            with pytest.raises(SfdError, match="does not match its header|is not an array of numbers"):
                 read(path)
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
@@ -81,21 +81,21 @@ def test_arrays_of_objects_and_bombs_are_refused(tmp_path):
     "indices, match",
     [
         (np.array([0, 1, 2**62]), "is missing|are missing"),
-        (np.array([0.0, 1.0, 2.0]), "whole numbers"),
-        (np.array([[0], [1], [2]]), "whole numbers"),
-        (np.zeros(0, int), "whole numbers"),
+        (np.array([0.0, 1.0, 2.0]), "integers"),
+        (np.array([[0], [1], [2]]), "integers"),
+        (np.zeros(0, int), "integers"),
         (np.array([-1, 0, 1]), "outside"),
         (np.array([0, 2, 3]), "1 of 4 images are missing, the first is 1"),
     ],
 )
-def test_indices_of_chunks_that_cannot_be(tmp_path, indices, match):
+def test_impossible_indices_of_chunks(tmp_path, indices, match):
     np.savez(tmp_path / "chunk_00000000_00000002.npz", images=IMAGES, indices=indices)
     with pytest.raises(SfdError, match=match):
         open_image_set(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[" * 10**5, "[]", '{"num_images": "x"}'])
-def test_recipes_that_cannot_be(tmp_path, text):
+def test_impossible_recipes(tmp_path, text):
     np.savez(tmp_path / "chunk_00000000_00000002.npz", images=IMAGES, indices=np.arange(3))
     (tmp_path / "recipe.json").write_text(text)
     with pytest.raises(SfdError, match="recipe.json"):

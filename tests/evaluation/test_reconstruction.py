@@ -1,4 +1,4 @@
-"""Texture VAE quality: each number against its definition written out again."""
+"""Texture VAE metrics against plain implementations of their definitions."""
 
 import jax
 import numpy as np
@@ -33,7 +33,7 @@ def extractor():
 def test_psnr_by_hand():
     black = np.zeros((2, 4, 4, 3), np.uint8)
     other = black.copy()
-    other[0] = 255  # as wrong as can be: 0 dB
+    other[0] = 255  # the largest error: 0 dB
     other[1] = 16  # 20 log10(255 / 16)
     np.testing.assert_allclose(psnr(black, other), [0.0, 20 * np.log10(255 / 16)], atol=1e-5)
     assert np.isfinite(psnr(black, black)).all()
@@ -116,13 +116,13 @@ def test_reconstruction_is_measured_over_every_image_once():
     mesh = make_mesh(devices=jax.devices()[:1])
     pieces = evaluate_reconstruction(images, vae, extractor(), lpips, seed=5, batch_size=5, mesh=mesh)
     for name, value in whole.items():
-        # A byte may round the other way: 1 of 15,000 by one step moves PSNR by about 1e-6 relative.
+        # A byte may round differently: 1 of 15,000 by one step changes PSNR by about 1e-6 relative.
         assert pieces[name] == pytest.approx(value, rel=1e-4), name
     assert whole["psnr"] == pytest.approx(psnr_written_out(vae, seed=5), rel=1e-4)
 
 
 def psnr_written_out(vae, seed):
-    """Mean PSNR of posterior samples, the noise of image i a function of (seed, i)."""
+    """Mean PSNR of posterior samples, the noise of image i depends on (seed, i) alone."""
     network = Network("texture_vae", vae[1]["network_config"])
 
     @jax.jit

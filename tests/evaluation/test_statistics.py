@@ -1,4 +1,4 @@
-"""Streaming moments and the files they are kept in."""
+"""Streaming moments and files of statistics."""
 
 import numpy as np
 import pytest
@@ -46,10 +46,10 @@ def test_statistics_survive_the_file_and_keep_their_extractor(tmp_path):
     assert list((tmp_path / "new").iterdir()) == [tmp_path / "new" / "s.npz"]
 
 
-def test_adm_statistics_are_inceptions(tmp_path):
+def test_adm_statistics_count_as_inceptions(tmp_path):
     np.savez(tmp_path / "adm.npz", mu=np.zeros(2), sigma=np.eye(2), mu_s=np.zeros(3), sigma_s=np.eye(3))
     read = load_statistics(tmp_path / "adm.npz")
-    read.check_extractor("inception", "any hash", "adm.npz")  # the file does not tell of which weights
+    read.check_extractor("inception", "any hash", "adm.npz")  # the file does not name the weights
     with pytest.raises(SfdError):
         read.check_extractor("dinov2", "any hash", "adm.npz")
 
@@ -84,9 +84,12 @@ def test_features_beside_the_statistics_are_kept(tmp_path):
         ({"mu": np.zeros(2), "sigma": np.eye(3)}, "found \\(2,\\) and \\(3, 3\\)"),
         ({"mu": np.zeros(2), "sigma": np.full((2, 2), np.nan)}, "not finite"),
         ({"mu": np.array([0, np.inf]), "sigma": np.eye(2)}, "not finite"),
-        ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "mu, sigma: the covariance has negative eigenvalues"),
+        ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "mu, sigma: the covariance matrix has negative eigenvalues"),
         ({"mu": np.zeros(2), "sigma": np.array([[1, 2], [2, 1.0]])}, "has negative eigenvalues"),
-        ({"mu": np.zeros(2), "sigma": np.array([[1, 0.5], [0, 1]])}, "mu, sigma: the covariance is not symmetric"),
+        (
+            {"mu": np.zeros(2), "sigma": np.array([[1, 0.5], [0, 1]])},
+            "mu, sigma: the covariance matrix is not symmetric",
+        ),
         ({"mu": np.zeros(2), "sigma": np.eye(2) * 1j}, "expected real numbers, found float64 and complex128"),
         ({"mu": np.array(["a", "b"]), "sigma": np.eye(2)}, "expected real numbers"),
         ({"mu": np.zeros((1, 2)), "sigma": np.eye(2)}, "expected .D,. and"),
@@ -95,14 +98,14 @@ def test_features_beside_the_statistics_are_kept(tmp_path):
         ({**GOOD, "mu_s": np.zeros(2)}, "only one of `mu_s` and `sigma_s`"),
         (
             {**GOOD, "mu_s": np.zeros(2), "sigma_s": -np.eye(2)},
-            "mu_s, sigma_s: the covariance has negative eigenvalues",
+            "mu_s, sigma_s: the covariance matrix has negative eigenvalues",
         ),
         ({**GOOD, "count": np.nan}, "`count` is nan; expected the number of images"),
         ({**GOOD, "count": np.array([4, 5])}, "`count` is .4, 5.;"),
         ({**GOOD, "count": 1}, "`count` is 1;"),
         ({**GOOD, "count": 40.5}, "`count` is 40.5;"),
         ({**GOOD, "count": "many"}, "`count` is many;"),
-        ({**GOOD, "extractor": np.array(["inception"])}, "`extractor` is <U9 .1,.; expected one text"),
+        ({**GOOD, "extractor": np.array(["inception"])}, "`extractor` is <U9 .1,.; expected a string"),
         (
             {**GOOD, "features": np.zeros((5, 3), np.float32)},
             r"`features` are float32 \(5, 3\); expected floats \(N, 2\)",

@@ -57,7 +57,7 @@ def flags(tmp_path_factory):
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """A random projection in the place of Inception."""
+    """A random projection instead of Inception."""
     weights = np.random.default_rng(2).standard_normal((8 * 8 * 3, 4)).astype(np.float32) / 100
 
     def apply(params, images):
@@ -87,7 +87,7 @@ def test_from_checkpoint_to_scores(flags, stand_in, tmp_path, capsys):
     assert recipe["sampler"]["solver"] == "euler" and recipe["nfe"]["mean"] == 3.0
     assert recipe["model"]["source"] == "drawn" and recipe["labels"]["mode"] == "balanced"
 
-    # Whatever form the samples are in, and with none on disk at all, the scores are the same.
+    # The scores are the same for every form of the samples, also without files.
     common = [reference(tmp_path), "--inception=stand-in", "--metrics=fid,sfid,is,precision,recall,kid"]
     reports = {}
     for name, samples in {
@@ -100,21 +100,21 @@ def test_from_checkpoint_to_scores(flags, stand_in, tmp_path, capsys):
         assert run_command(evaluate_command.main, "evaluate", [*samples, *common, f"--out={file}"]) == 0
         reports[name] = json.loads(file.read_text())
         assert reports[name]["scores"] == reports["npz"]["scores"]
-        told = reports[name]["recipe"]["sampling"]
-        assert {key: told[key] for key in ("seed", "model", "labels", "nfe")} == {
+        sampling = reports[name]["recipe"]["sampling"]
+        assert {key: sampling[key] for key in ("seed", "model", "labels", "nfe")} == {
             key: recipe[key] for key in ("seed", "model", "labels", "nfe")
         }
         assert reports[name]["recipe"]["num_images"] == 21
     assert "precision" in capsys.readouterr().out
 
-    # Nothing is overwritten, and a folder belongs to one recipe.
+    # Nothing is overwritten, and a folder holds one recipe.
     again = [f"--samples={out}", *common, f"--out={tmp_path / 'npz.json'}"]
     assert run_command(evaluate_command.main, "evaluate", again) == 2
     assert run_command(sample_command.main, "sample", [*sample, "--seed=1"]) == 2
     assert "npz.json exists already" in (err := capsys.readouterr().err) and "seed: there 0, here 1" in err
 
 
-def test_a_second_start_in_a_folder_at_work_is_refused(flags, tmp_path, capsys):
+def test_a_folder_in_use_is_refused(flags, tmp_path, capsys):
     with FolderLock(tmp_path):
         assert run_command(sample_command.main, "sample", [*flags["model"], f"--out={tmp_path}"]) == 2
     assert "is in use by process" in capsys.readouterr().err and os.listdir(tmp_path) == [".lock"]
@@ -135,7 +135,7 @@ def test_saved_statistics_serve_as_reference(stand_in, tmp_path):
 @pytest.mark.parametrize(
     ("command", "arguments", "words"),
     [
-        ("sample", ["bare"], "holds no latent statistics"),
+        ("sample", ["bare"], "has no latent statistics"),
         ("sample", ["model", "--labels=fife"], "no class is called 'fife'; did you mean 'five'"),
         ("sample", ["model", "--num=0"], "--num=0: give an integer from 1"),
         ("sample", ["model", "--guidance=autoguidance"], "needs a weaker model: add --weak=CKPT"),
@@ -175,7 +175,7 @@ def test_saved_statistics_serve_as_reference(stand_in, tmp_path):
         ("evaluate", ["--samples={tmp}/reference.npz", "--num=31"], "holds 30 images, but --num=31"),
         ("evaluate", ["--samples={tmp}/nowhere.npz"], "no images at"),
         ("evaluate", ["--samples={tmp}/reference.npz", "--metrics=fid,isc"], "unknown metric 'isc'"),
-        ("evaluate", [], "nothing to judge"),
+        ("evaluate", [], "nothing to evaluate"),
     ],
 )
 def test_bad_input_is_a_sentence_and_status_two(flags, stand_in, tmp_path, capsys, command, arguments, words):
@@ -191,14 +191,14 @@ def test_bad_input_is_a_sentence_and_status_two(flags, stand_in, tmp_path, capsy
     assert not (tmp_path / "out.json").exists() and not list(tmp_path.glob("out/chunks/*.npz"))
 
 
-def test_another_texture_vae_is_refused_or_said(flags, stand_in, tmp_path, capsys):
+def test_another_texture_vae_is_refused_or_noted(flags, stand_in, tmp_path, capsys):
     model, vae = (flags["model"][i].split("=", 1)[1] for i in (0, 1))
     params, metadata = load_params(model)
     (mine, _), other = load_params(vae), save_random(tmp_path / "other", "texture_vae", VAE, 7)
-    told = {
+    metadata = {
         **metadata,
         "latents": {"weights": {"texture_vae": params_hash(mine)}, "image_size": 8, "labels": [0, 1, 4]},
-        # Of these settings dopri5's and AutoGuidance's have no use here, and -1 and 0 once meant "not given".
+        # dopri5's and AutoGuidance's settings have no effect here; -1 and 0 are old values for "not given".
         "config": {
             "sample": dict(
                 solver="euler", num_steps=4, calls=0, rtol=0.1, num=21, batch_size=64, guidance="autoguidance"
@@ -206,25 +206,25 @@ def test_another_texture_vae_is_refused_or_said(flags, stand_in, tmp_path, capsy
             | dict(guidance_scale=1.5, guidance_scale_semantic=-1.0)
         },
     }
-    save_params(tmp_path / "told", params, told)
-    sample = [f"--checkpoint={tmp_path / 'told'}", "--batch_size=1", f"--out={tmp_path / 'out'}"]
+    save_params(tmp_path / "model", params, metadata)
+    sample = [f"--checkpoint={tmp_path / 'model'}", "--batch_size=1", f"--out={tmp_path / 'out'}"]
     assert run_command(sample_command.main, "sample", [*sample, f"--texture_vae={other}"]) == 2
     assert f"--texture_vae={other}" in (error := capsys.readouterr().err) and "--other_texture_vae" in error
     assert not (tmp_path / "out" / "samples.npz").exists()
     assert run_command(sample_command.main, "sample", [*sample, f"--texture_vae={other}", "--other_texture_vae"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    said = [line.removeprefix("note: ") for line in lines if line.startswith("note: ")]
+    printed = [line.removeprefix("note: ") for line in lines if line.startswith("note: ")]
     recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
-    assert len(said) == 3 and said == recipe["notes"]
-    assert "none was given (--weak=CKPT): these samples are without guidance" in said[0]
-    assert "as --other_texture_vae allows" in said[1] and "5 classes, of which 3 were trained" in said[2]
+    assert len(printed) == 3 and printed == recipe["notes"]
+    assert "no weaker model was given (--weak=CKPT): these samples are without guidance" in printed[0]
+    assert "as --other_texture_vae allows" in printed[1] and "5 classes, of which 3 were trained" in printed[2]
 
-    # What was saved with the checkpoint was taken, and told; a flag lay over it.
+    # The checkpoint's settings were used and printed; a flag overrides one.
     used = "solver=euler mode=staged num_steps=4 guidance=none num=21 labels=balanced batch_size=1"
     assert f"sampling with {used}" in lines and recipe["num_images"] == 21
     assert recipe["sampler"] == to_dict(SampleConfig(solver="euler", num_steps=4))
 
-    # The notes stay beside the scores, of finished samples and of those made on the way.
+    # The notes are reported with the scores, of finished and of live samples.
     given = [reference(tmp_path), "--inception=stand-in", "--metrics=fid"]
     live = ["--live", *sample[:-1], f"--texture_vae={other}", "--other_texture_vae"]
     for number, samples in enumerate(([f"--samples={tmp_path / 'out'}"], live)):
@@ -248,7 +248,7 @@ def test_raw_weights_are_decoded_by_the_vae_that_made_the_latents(flags, tmp_pat
         args = argparse.Namespace(texture_vae=str(tmp_path / "vae"), weights=asked)
         params, metadata = _load_texture_vae(args, {"latents": {"weights": {"texture_vae": made_by[which]}}})
         assert metadata["which"] == which and params_hash(params) == made_by[which]
-    assert _load_texture_vae(args, model[1])[1]["which"] == "ema"  # not told: what was asked for
+    assert _load_texture_vae(args, model[1])[1]["which"] == "ema"  # unknown: the requested weights
 
 
 @pytest.mark.parametrize(

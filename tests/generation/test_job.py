@@ -1,4 +1,4 @@
-"""The job: exactly N, whatever kills it, and never two recipes in one folder."""
+"""The job makes exactly N samples in spite of kills, and keeps one recipe per folder."""
 
 import json
 import os
@@ -22,7 +22,7 @@ RECIPE = {"seed": 1, "model": {"hash": "abc", "step": 7}}
 
 
 def make(indices, labels):
-    """Stand in for a sampler: an image that tells its index and label."""
+    """Stand in for a sampler: an image that holds its index and label."""
     images = np.zeros((len(indices), 4, 6, 3), np.uint8)
     images[..., 0], images[..., 1] = indices[:, None, None], labels[:, None, None]
     return images, np.full(len(indices), 9)
@@ -71,7 +71,7 @@ def test_an_interrupted_job_makes_only_what_is_missing(tmp_path):
     check_complete(tmp_path)
     asked.clear()
     run(tmp_path, counting)
-    assert not asked  # done is done
+    assert not asked  # a finished job makes nothing
 
 
 KILLED = """
@@ -99,7 +99,7 @@ def test_sigkill_leaves_only_whole_chunks(tmp_path, root):
     check_complete(tmp_path)
 
 
-def test_a_half_written_chunk_is_made_anew(tmp_path):
+def test_a_half_written_chunk_is_remade(tmp_path):
     (tmp_path / "chunks").mkdir()
     (tmp_path / "chunks" / "chunk_00000000_00000019.npz.part").write_bytes(b"half")
     run(tmp_path)
@@ -115,14 +115,14 @@ def test_another_recipe_is_refused_and_nothing_lost(tmp_path):
         run(tmp_path, recipe=other)
     with pytest.raises(SfdError, match="num_images: there 53, here 5"):
         run(tmp_path, labels=LABELS[:5])
-    run(tmp_path, recipe={**RECIPE, "notes": ["what is said beside them decides no image"]})
+    run(tmp_path, recipe={**RECIPE, "notes": ["notes do not change images"]})
     before[tmp_path / "recipe.json"] = (tmp_path / "recipe.json").read_bytes()
     assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
 
 
-def test_a_start_that_made_nothing_binds_nobody(tmp_path):
+def test_a_job_that_made_nothing_does_not_fix_the_recipe(tmp_path):
     def refuses(indices, labels):
-        raise SfdError("calls = 1: too few")
+        raise SfdError("nfe = 1: too few")
 
     with pytest.raises(SfdError, match="too few"):
         run(tmp_path, make=refuses, recipe={**RECIPE, "seed": 2})
@@ -160,15 +160,15 @@ def test_pngs_and_grid(tmp_path):
 
 
 @pytest.mark.parametrize("sizes", [dict(chunk_size=-1), dict(chunk_size=0), dict(batch_size=0), dict(batch_size=2.5)])
-def test_sizes_that_are_none_are_refused(tmp_path, sizes):
+def test_invalid_sizes_are_refused(tmp_path, sizes):
     [name] = sizes
     with pytest.raises(SfdError, match=f"{name}={sizes[name]}: give an integer from 1"):
         run(tmp_path / "job", **sizes)
     assert not (tmp_path / "job").exists()
 
 
-def test_the_chunk_size_belongs_to_the_recipe_where_the_batch_size_does(tmp_path):
-    """As in released mode, where dopri5 shares its step over a batch, and chunks decide where batches begin."""
+def test_a_recipe_with_a_batch_size_has_a_chunk_size(tmp_path):
+    """As in released mode, where dopri5 has one step size per batch, and chunks determine where batches start."""
     recipe = {**RECIPE, "batch_size": 7}
     run(tmp_path, recipe=recipe, chunk_size=20)
     assert json.loads((tmp_path / "recipe.json").read_text())["chunk_size"] == 20
@@ -177,8 +177,8 @@ def test_the_chunk_size_belongs_to_the_recipe_where_the_batch_size_does(tmp_path
     run(tmp_path, recipe=recipe, chunk_size=20)
 
 
-def test_folders_begun_before_go_on(tmp_path):
-    """Recipes did not tell of chunks once, said -1 or 0 for what was not given, and clocks by their class."""
+def test_folders_of_older_versions_are_continued(tmp_path):
+    """Old recipes lack the chunk size, have -1 or 0 for "not given", and name clocks by their class."""
     sampler = to_dict(SampleConfig(guidance="autoguidance", guidance_scale=1.5))
     clocks = {"name": "fixed_offset", "delta_t": 0.3}
     recipe = {**RECIPE, "batch_size": 7, "sampler": sampler, "clocks": clocks}

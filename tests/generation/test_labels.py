@@ -19,8 +19,8 @@ def test_balanced_labels_are_balanced_and_shuffled(num, classes):
     np.testing.assert_array_equal(labels, balanced_labels(num, classes))
 
 
-def test_balanced_labels_are_not_balanced_in_every_stretch():
-    # Were they, each split of the inception score would have exactly even classes, unlike released ones.
+def test_balanced_labels_are_not_balanced_in_every_split():
+    # Otherwise each split of the inception score would be exactly balanced, unlike the released code's.
     first = np.bincount(balanced_labels(1000, 10)[:100], minlength=10)
     assert len(set(first)) > 1
 
@@ -54,12 +54,12 @@ def test_classes_by_number_and_name(spec, expected):
         ("goldfisch", NAMES, "did you mean 'goldfish'"),
         ("5", NAMES, r"no class 5: classes are 0\.\.4"),
         ("-1", NAMES, "no class -1"),
-        ("goldfish", None, "holds no class names"),
-        (" , ", NAMES, "name no class"),
+        ("goldfish", None, "has no class names"),
+        (" , ", NAMES, "contain no class"),
         ("balance", NAMES, "no class is called"),
     ],
 )
-def test_what_is_no_class_is_refused(spec, names, words):
+def test_unknown_classes_are_refused(spec, names, words):
     with pytest.raises(SfdError, match=words):
         make_labels(spec, 5, 5, names)
 

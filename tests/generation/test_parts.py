@@ -1,4 +1,4 @@
-"""Checkpoints that do not belong together are refused by what their metadata tell; what is not told is said."""
+"""Checkpoints whose metadata do not belong together are refused; what cannot be compared is noted."""
 
 import dataclasses
 import functools
@@ -23,8 +23,8 @@ GUIDED = SampleConfig(solver="euler", num_steps=5, guidance="autoguidance", guid
 
 
 def model(seed=0, width=16, **metadata):
-    params, told = dit(seed, width)
-    return params, {**told, "latents": OURS, **metadata}
+    params, own = dit(seed, width)
+    return params, {**own, "latents": OURS, **metadata}
 
 
 def made_by(**weights):
@@ -51,15 +51,15 @@ def test_the_texture_vae_is_the_one_that_made_the_latents():
     with pytest.raises(SfdError, match="--other_texture_vae has no effect"):
         make_sampler(model(), vae(), EULER, other_texture_vae=True)
     bigger = notes(model(latents={**OURS, "image_size": 16}), vae(), EULER)
-    assert bigger == ["images come out at 8 px; the model's latents were made from images of 16 px"]
-    [note] = notes(model(latents=None), vae(), EULER)  # a converted checkpoint, or one written before this was told
-    assert "does not tell which texture VAE" in note
+    assert bigger == ["the samples have 8 px; the model's latents were made from images of 16 px"]
+    [note] = notes(model(latents=None), vae(), EULER)  # a converted or old checkpoint
+    assert "does not say which texture VAE" in note
 
 
 @pytest.mark.parametrize(
     ("weak", "words"),
     [
-        (lambda: model(), "are one network"),
+        (lambda: model(), "are the same network"),
         (lambda: model(5, 8, latents=made_by(semantic_vae="6" * 64)), "semantic_vae 666666666666, not 555555555555"),
         (
             lambda: model(5, 8, latents={**OURS, "weights": {"texture_vae": OURS["weights"]["texture_vae"]}}),
@@ -67,11 +67,11 @@ def test_the_texture_vae_is_the_one_that_made_the_latents():
         ),
         (
             lambda: model(5, 8, latent_statistics=statistics() | {"texture_std": [2.0, 2.0, 2.1]}),
-            "other latent statistics",
+            "different latent statistics",
         ),
-        (lambda: model(5, 8, class_names=[f"name {i}" for i in reversed(range(CLASSES))]), "other class names"),
+        (lambda: model(5, 8, class_names=[f"name {i}" for i in reversed(range(CLASSES))]), "different class names"),
         (lambda: model(5, 8, latents={**OURS, "labels": [0, 1, 4]}), "2 are missing, the first is 2"),
-        (lambda: model(5, 8, config={"clocks": {"name": "fixed_offset", "delta_t": 0.5}}), "other clocks"),
+        (lambda: model(5, 8, config={"clocks": {"name": "fixed_offset", "delta_t": 0.5}}), "different clocks"),
     ],
 )
 def test_a_weak_model_of_another_system_is_refused(weak, words):
@@ -91,7 +91,7 @@ def test_a_weak_model_of_the_same_system_is_taken():
 
 @dataclasses.dataclass(frozen=True)
 class Warp(Synchronous):
-    """One clock of one's own, which trains."""
+    """A custom single clock with trained parameters."""
 
     power: float = 2.0
 
@@ -102,7 +102,7 @@ class Warp(Synchronous):
         return tau**self.power, tau**self.power
 
 
-def test_clocks_are_those_that_the_checkpoint_tells_of(monkeypatch):
+def test_clocks_are_those_of_the_checkpoint(monkeypatch):
     monkeypatch.setitem(CLOCKS, "warp", Warp)
     for two_clocks, silent in ((True, FixedOffset()), (False, Synchronous())):
         network = {"network_config": {"two_clocks": two_clocks}}
@@ -110,37 +110,37 @@ def test_clocks_are_those_that_the_checkpoint_tells_of(monkeypatch):
         assert clocks_of({**network, "config": {"clocks": {"name": "warp", "power": 3.0}}}) == Warp(3.0)
 
 
-def test_how_the_blocks_run_is_as_in_training(monkeypatch):
+def test_scan_blocks_is_as_in_training(monkeypatch):
     seen = []
     monkeypatch.setattr(sampler, "Sampler", lambda *args, **kwargs: seen.append(kwargs["scan_blocks"]))
     make_sampler(model(config={"model": {"scan_blocks": False}}), vae(), EULER)
     assert seen == [False]
 
 
-def test_a_weak_model_whose_clocks_learned_something_else_is_said(monkeypatch):
+def test_a_weak_model_with_other_learned_clocks_is_noted(monkeypatch):
     monkeypatch.setitem(CLOCKS, "warp", Warp)
 
     def trained(bend, *args):
-        params, told = model(*args, config={"clocks": {"name": "warp"}})
-        return join_params(params, {"bend": np.float32(bend)}), told
+        params, metadata = model(*args, config={"clocks": {"name": "warp"}})
+        return join_params(params, {"bend": np.float32(bend)}), metadata
 
     assert notes(trained(1), vae(), GUIDED, weak=trained(1, 5, 8)) == []
     [note] = notes(trained(1), vae(), GUIDED, weak=trained(2, 5, 8))
-    assert "trained their clocks to other ends" in note
+    assert "learned different clocks" in note
 
 
-def test_guidance_without_a_label_needs_one_that_was_trained():
+def test_classifier_free_guidance_needs_label_dropout():
     guided = SampleConfig(solver="euler", num_steps=5, guidance="cfg", guidance_scale=2.0)
     assert notes(model(config={"loss": {"label_dropout": 0.1}}), vae(), guided) == []
     with pytest.raises(SfdError, match="needs label dropout in training"):
         make_sampler(model(config={"loss": {"label_dropout": 0.0}}), vae(), guided)
 
 
-def test_statistics_given_beside_the_checkpoints_own():
+def test_given_statistics_must_match_the_checkpoint():
     own = LatentStatistics.from_dict(statistics())
     assert make_sampler(model(), vae(), EULER, statistics=own).recipe["latent_statistics"] == own.hash()
     other = LatentStatistics.from_dict(statistics() | {"texture_std": [1.0, 1.0, 1.0]})
-    with pytest.raises(SfdError, match="holds other latent statistics"):
+    with pytest.raises(SfdError, match="has other latent statistics"):
         make_sampler(model(), vae(), EULER, statistics=other)
     assert (
         make_sampler(model(latent_statistics=None), vae(), EULER, statistics=other).recipe["latent_statistics"]
@@ -152,7 +152,7 @@ def test_statistics_given_beside_the_checkpoints_own():
     ("metadata", "trained"),
     [
         ({"latents": {**OURS, "labels": [1, 3]}}, [1, 3]),
-        ({"latents": None, "class_names": ["a", "b", "c"]}, [0, 1, 2]),  # an older checkpoint tells names alone
+        ({"latents": None, "class_names": ["a", "b", "c"]}, [0, 1, 2]),  # an older checkpoint has names alone
     ],
 )
 def test_only_classes_that_were_trained_are_sampled(metadata, trained):
@@ -174,16 +174,16 @@ def test_only_classes_that_were_trained_are_sampled(metadata, trained):
     ("metadata", "share"),
     [
         ({"average": {"decay": 0.9, "from": "drawn weights"}}, "72.9%"),
-        ({"config": {"train": {"ema_decay": 0.9}}}, "72.9%"),  # a run of before the average was told
+        ({"config": {"train": {"ema_decay": 0.9}}}, "72.9%"),  # an older run without `average`
         ({"average": {"decay": 0.9, "from": "drawn weights"}, "which": "raw"}, None),
         ({"average": {"decay": 0.9, "from": "given weights"}}, None),
         ({"average": {"decay": 0.3, "from": "drawn weights"}}, None),  # 2.7 % after three steps
     ],
 )
-def test_an_average_that_is_still_its_beginning_is_said(metadata, share):
+def test_an_ema_dominated_by_initial_weights_is_noted(metadata, share):
     early_vae = (
         vae()[0],
         {**vae()[1], "average": {"decay": 0.9, "from": "drawn weights"}},
-    )  # which made the latents all the same
+    )  # no note: it made the latents
     found = notes(model(**metadata), early_vae, EULER)
     assert len(found) == (share is not None) and all(f"still hold {share} of the initial" in note for note in found)

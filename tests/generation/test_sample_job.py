@@ -1,4 +1,4 @@
-"""How to sample: flags over what was saved with the checkpoint over the defaults."""
+"""Settings of sampling: flags override the checkpoint, which overrides the defaults."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def job(saved, *flags):
 @pytest.mark.parametrize(
     "saved, flags, wanted",
     [
-        ({}, [], {}),  # as it was before checkpoints told of it
+        ({}, [], {}),  # older checkpoints have no settings
         ({}, [WEAK, "--guidance_scale=2"], dict(guidance="autoguidance", guidance_scale=2.0)),
         (SHIPPED, [WEAK], dict(AUTO, batch_size=64)),
         (SHIPPED, [WEAK, "--guidance_scale=2"], dict(AUTO, guidance_scale=2.0, batch_size=64)),
@@ -34,7 +34,7 @@ def job(saved, *flags):
         (dict(solver="euler", num_steps=9), ["--nfe=20"], dict(solver="euler", nfe=20)),
         (dict(solver="euler", num_steps=9, rtol=0.1), ["--solver=dopri5"], dict(rtol=0.1)),
         (dict(num=5, labels="3"), ["--labels=random"], dict(num=5, labels="random")),
-        # As groups and checkpoints were written once, for every solver and kind of guidance.
+        # Older groups and checkpoints have settings of every solver and kind of guidance.
         (
             dict(SHIPPED, nfe=0, timestep_shift=0.0, guidance_scale_texture=-1.0, of_then=7),
             [WEAK],
@@ -42,23 +42,23 @@ def job(saved, *flags):
         ),
     ],
 )
-def test_flags_lie_over_saved_settings(saved, flags, wanted):
+def test_flags_override_saved_settings(saved, flags, wanted):
     found, notes = job(saved, *flags)
     assert found == SampleJob(**wanted) and not notes
 
 
-def test_guidance_by_a_weaker_model_that_is_not_given_is_left_out_and_said():
+def test_saved_autoguidance_without_a_weak_model_is_noted():
     found, [note] = job(SHIPPED)
     assert found == SampleJob(batch_size=64) and "(--weak=CKPT): these samples are without guidance" in note
     with pytest.raises(SfdError, match="--guidance_scale=2.0 has no effect without --guidance=cfg or autoguidance"):
         job(SHIPPED, "--guidance_scale=2")
 
 
-def test_saved_settings_that_give_way_to_a_weaker_model_are_said():
+def test_saved_settings_dropped_for_a_weak_model_are_noted():
     saved = dict(guidance="cfg", guidance_scale=3.0, guidance_interval_start=0.2)
     found, [note] = job(saved, WEAK, "--guidance_scale=1.5")
     assert found == SampleJob(**AUTO)
-    assert note.endswith("go: guidance=cfg guidance_interval_start=0.2")
+    assert note.endswith("are dropped: guidance=cfg guidance_interval_start=0.2")
     assert job(saved, WEAK, "--guidance_scale=1.5", "--guidance=autoguidance") == (found, [])
 
 
@@ -79,12 +79,12 @@ def test_saved_settings_that_give_way_to_a_weaker_model_are_said():
         (dict(rtol=2.0), [], "sample.rtol=2.0: give a number above 0 to 1"),
     ],
 )
-def test_flags_without_effect_beside_what_was_saved_are_named(saved, flags, says):
+def test_flags_without_effect_are_refused(saved, flags, says):
     with pytest.raises(SfdError, match=says):
         job(saved, *flags)
 
 
-def test_what_is_used_is_told_without_what_has_no_effect():
+def test_settings_without_effect_are_not_described():
     assert described(SampleJob(num=5)) == (
         "solver=dopri5 mode=staged atol=1e-06 rtol=0.001 max_nfe=10000 guidance=none num=5 labels=balanced "
         "batch_size=16"

@@ -1,4 +1,4 @@
-"""The sampler: sample i is a function of (seed, i), whatever is around it; parts that do not fit are refused."""
+"""The sampler: sample i depends on (seed, i) alone; parts that do not fit each other are refused."""
 
 import copy
 import dataclasses
@@ -19,7 +19,7 @@ EULER = SampleConfig(solver="euler", num_steps=5)
 
 
 def random_checkpoint(name, config, seed, **metadata):
-    """Return a checkpoint with ALL weights random: fresh ones end in zeros and would show nothing."""
+    """Return a checkpoint with all weights random: fresh networks end with zeros, so tests would prove nothing."""
     network = Network(name, config)
     leaves, tree = jax.tree.flatten(network.abstract_params())
     generator = np.random.default_rng(seed)
@@ -63,19 +63,19 @@ def whole():
 def test_samples_are_images_and_differ(whole):
     sampler, images, nfe, _ = whole
     assert images.shape == (13, 8, 8, 3) and images.dtype == np.uint8 and sampler.image_size == 8
-    assert images.std(axis=(1, 2, 3)).min() > 1  # not saturated, so that a difference would show
+    assert images.std(axis=(1, 2, 3)).min() > 1  # not saturated, so that differences are visible
     assert len(np.unique(images.reshape(13, -1), axis=0)) == 13
     assert (nfe == 4).all()  # five points, four Euler steps
 
 
 def test_given_noise_is_integrated_as_samples_are(whole):
-    """`sfd verify` compares by this with the released code what `sfd sample` makes."""
+    """`sfd verify` compares samples with the released code through `integrate`."""
     sampler, *_, latents = whole
     indices = np.arange(8)
     noise = sample_noise(11, indices.astype(np.uint32), (4, 4, 5))
-    found, calls = sampler.integrate(noise, labels_of(indices))
+    found, nfe = sampler.integrate(noise, labels_of(indices))
     np.testing.assert_allclose(found, latents[:8], rtol=1e-5, atol=1e-5)  # a batch of another size
-    assert calls == 4
+    assert nfe == 4
 
 
 @pytest.mark.parametrize(("devices", "fsdp", "batch_size"), [(1, 1, 4), (8, 4, 7)])
@@ -98,7 +98,7 @@ def test_per_sample_error_control_makes_dopri5_independent_of_the_batch():
     sampler = make_sampler(dit(), vae(), config, mesh=make_mesh(devices=jax.devices()[:1]))
     alone = sampler(np.array([2]), np.array([4]), 3)
     among = sampler(np.array([0, 2, 1]), np.array([1, 4, 2]), 3)
-    assert alone[1][0] == among[1][1]  # as many calls
+    assert alone[1][0] == among[1][1]  # as many evaluations
     assert np.abs(alone[0][0].astype(int) - among[0][1]).max() <= 1
 
 
@@ -122,7 +122,7 @@ def test_decoding_is_the_released_formula(whole):
     assert difference.max() <= 1 and (difference > 0).mean() < 0.01  # rounding at an edge of truncation
 
 
-def test_autoguidance_uses_the_weak_model_the_less_the_nearer_its_scale_is_to_one(whole):
+def test_autoguidance_vanishes_as_its_scale_nears_one(whole):
     *_, latents = whole
     indices, mesh = np.arange(8), make_mesh(devices=jax.devices()[:1])
 
@@ -146,8 +146,8 @@ def test_trajectory_ends_at_the_sample(whole):
     assert np.abs(path[2] - latents[:3]).max() < 0.2 * np.abs(latents).max()
 
 
-def test_both_programs_are_given_all_weights(whole):
-    # So that the memory that XLA tells of either (`sfd compile_pod`) has room for what lies beside it.
+def test_both_programs_keep_all_weights(whole):
+    # So that the memory XLA reports for each (`sfd compile_pod`) includes all weights on the device.
     weights = sum(np.size(x) * 4 for params, _ in (dit(), vae()) for x in jax.tree.leaves(params))
     sampling, decoding = whole[0].trace(16), whole[0].trace_decoding(16)
     assert [x.shape for x in sampling.out_info] == [(16, 4, 4, 5), (16,), (16,)]
@@ -156,7 +156,7 @@ def test_both_programs_are_given_all_weights(whole):
     assert given == [weights + 2 * 4 * 16 // 8, weights + 16 * 4 * 4 * 5 * 4]  # indices and labels of 2 rows a device
 
 
-def test_recipe_names_what_decides_the_images():
+def test_recipe_names_what_determines_the_images():
     first, second = make_sampler(dit(), vae(), EULER), make_sampler(dit(seed=1), vae(), EULER, seed=1)
     assert first.recipe["model"]["step"] == 3 and first.recipe["sampler"]["solver"] == "euler"
     assert first.recipe["model"]["hash"] != second.recipe["model"]["hash"]
@@ -178,7 +178,7 @@ def test_recipe_names_what_decides_the_images():
             lambda: make_sampler(dit(), vae(), SampleConfig(guidance="autoguidance", guidance_scale=2.0)),
             "needs a weaker model",
         ),
-        (lambda: make_sampler(dit(), vae(), EULER, weak=dit()), "guidance is 'none'"),
+        (lambda: make_sampler(dit(), vae(), EULER, weak=dit()), "no effect with guidance 'none'"),
         (
             lambda: make_sampler(dit(null_label=False), vae(), SampleConfig(guidance="cfg", guidance_scale=2.0)),
             "no null label",
@@ -194,7 +194,7 @@ def test_parts_that_do_not_fit_are_refused(build, words):
 
 def test_labels_and_values_outside_their_range_are_refused():
     sampler = make_sampler(dit(), vae(), EULER, mesh=make_mesh(devices=jax.devices()[:1]))
-    with pytest.raises(SfdError, match=r"labels must lie in 0\.\.4"):
+    with pytest.raises(SfdError, match=r"labels must be in 0\.\.4"):
         sampler(np.arange(2), np.array([0, 5]))
     params, metadata = copy.deepcopy(dit())
     params["final"]["linear"]["bias"] = np.full_like(params["final"]["linear"]["bias"], np.nan)
@@ -202,7 +202,7 @@ def test_labels_and_values_outside_their_range_are_refused():
         make_sampler((params, metadata), vae(), EULER, mesh=sampler.mesh)(np.arange(3, 5), np.array([0, 1]))
 
 
-def test_the_network_makes_modulation_once_a_sample_and_not_once_a_token():
+def test_modulation_is_computed_once_per_sample_not_per_token():
     params, metadata = dit()
     network, batch = Network("lightning_dit", metadata["network_config"]), 3
     inputs = np.ones((batch, 4, 4, 5), np.float32), *np.full((2, batch), 0.5, np.float32), np.zeros(batch, np.int32)
@@ -212,7 +212,7 @@ def test_the_network_makes_modulation_once_a_sample_and_not_once_a_token():
         if eqn.primitive.name == "dot_general"
     ]
     width = network.config.width
-    # Of all products, those that make 6 D wide modulation (here 2 D in the final layer too) and the clocks' D / 2.
+    # The products for the 6 D wide modulation (2 D in the final layer) and the clocks' D / 2.
     assert (batch, 6 * width) in shapes and (batch, 2 * width) in shapes and shapes.count((batch, width // 2)) == 4
     assert not [s for s in shapes if len(s) > 2 and s[-1] == 6 * width]
 

@@ -1,4 +1,4 @@
-"""One test a case: names are read from the pack at hand when tests are collected."""
+"""One test per case of the pack, collected from its file names."""
 
 import json
 import os
@@ -18,7 +18,7 @@ def pytest_generate_tests(metafunc):
         params = [pytest.param(name, marks=pytest.mark.slow) for name in large]
     else:
         params = [name for name in names if name not in large]
-    # Without a pack one test stands for all, and is skipped with the sentence of `parity_dir`.
+    # Without a pack there is one test, which `parity_dir` skips with a message.
     metafunc.parametrize("case_name", params or ["none"])
 
 
@@ -27,4 +27,4 @@ def _millions(name: str) -> float:
     try:
         return json.loads((PACK / f"{name}.json").read_text()).get("num_params", 0) / 1e6
     except (OSError, ValueError, AttributeError):
-        return 0.0  # a damaged case is for its test to report
+        return 0.0  # its test reports a damaged case

@@ -1,6 +1,6 @@
-"""Every case of the parity pack, through the converter; and that a tampered pack fails.
+"""Every case of the parity pack passes, and a tampered pack fails.
 
-Bounds stand beside the comparisons, in sfd_jax/parity, because `sfd verify` holds them too.
+The bounds are in sfd_jax/parity, since `sfd verify` uses them too.
 """
 
 import json
@@ -23,7 +23,7 @@ def test_case(parity_dir, case_name):
 
 
 def test_large_case(parity_dir, case_name):
-    """A billion parameters within 12 GiB, measured in a process of its own."""
+    """A billion parameters within 12 GiB, measured in a separate process."""
     code = f"""
 import resource
 from sfd_jax.parity import run_case
@@ -39,7 +39,7 @@ print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 # --- Tampering ---------------------------------------------------------------------------------------
 
-CASE = "semvae_mlp"  # cheap, and it has every kind of answer
+CASE = "semvae_mlp"  # cheap, with every kind of answer
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ TAMPERED = {
     "an answer off by 1e-3": dict(arrays_change=scale("out_mean", 1.001)),
     "a scalar answer off": dict(arrays_change=scale("out_kl", 1.001)),
     "an input off": dict(arrays_change=scale("in_features", 1.01)),
-    "an answer that is no number": dict(arrays_change=scale("out_recon", np.nan)),
+    "an answer that is NaN": dict(arrays_change=scale("out_recon", np.nan)),
     "an answer of another shape": dict(arrays_change=lambda a: a.update(out_z=a["out_z"][:1])),
     "an answer missing": dict(arrays_change=lambda a: a.pop("out_recon")),
     "an answer that nothing compares": dict(arrays_change=lambda a: a.update(out_new=np.ones(2))),
@@ -129,17 +129,17 @@ def test_a_case_of_unknown_kind_fails(copy):
     assert [check.ok for check in run_pack(pack)] == [False]
 
 
-def test_no_pack_and_no_case_are_told(tmp_path, copy):
+def test_a_missing_pack_or_case_is_refused(tmp_path, copy):
     with pytest.raises(SfdError, match="no parity pack"):
         list(run_pack(tmp_path / "nowhere"))
     with pytest.raises(SfdError, match="no case of .* fits dit"):
         list(run_pack(copy(), only=["dit_*"]))
 
 
-def test_bfloat16_is_reported_with_bounds_of_its_own(copy, capsys):
+def test_bfloat16_has_its_own_bounds(copy, capsys):
     pack = copy()
     assert main([f"--pack={pack}", "--dtype=bfloat16"]) == 0
     printed = capsys.readouterr().out
     assert "backend cpu" in printed and "bfloat16" in printed.splitlines()[0]
-    # float32 gives 1e-7 here: were the flag ignored, no error would be as large as bfloat16's.
+    # float32 has errors of 1e-7 here: if the flag were ignored, no error would be as large as bfloat16's.
     assert max(check.error for check in run_case(pack, CASE, "bfloat16")) > 1e-4

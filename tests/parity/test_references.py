@@ -18,7 +18,7 @@ def test_frechet_distance_against_scipys_matrix_root():
     root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
     expected = np.sum((means[0] - means[1]) ** 2) + np.trace(covariances[0] + covariances[1] - 2 * root)
     ours = frechet_distance(means[0], covariances[0], means[1], covariances[1])
-    # float64 on both sides; the root of a product that is not symmetric loses some digits.
+    # float64 on both sides; the root of an asymmetric product loses some digits.
     np.testing.assert_allclose(ours, expected, rtol=1e-9)
 
 
@@ -29,7 +29,7 @@ def test_precision_and_recall_against_scipys_distances():
     cdist = scipy.spatial.distance.cdist
 
     def coverage(covered, by, k=3):
-        """The share of `covered` inside the balls around `by`, each as wide as its k-th neighbour."""
+        """The fraction of `covered` inside the k-nearest-neighbour balls around `by`."""
         radii = np.sort(cdist(by, by), axis=1)[:, k]
         return np.mean((cdist(covered, by) <= radii[None]).any(axis=1))
 

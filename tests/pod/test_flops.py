@@ -1,4 +1,4 @@
-"""FLOPs of traced programs, against answers known by hand."""
+"""FLOPs of traced programs against results known by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ PRODUCT = 2 * 2 * 11 * 11
         (scanned, [(2, 11), (6, 11, 11)], 6 * PRODUCT),
         (jax.grad(scanned, argnums=(0, 1)), [(2, 11), (6, 11, 11)], 3 * 6 * PRODUCT),
         (jax.value_and_grad(jax.checkpoint(scanned), argnums=(0, 1)), [(2, 11), (6, 11, 11)], 4 * 6 * PRODUCT),
-        # What the policy keeps is not made again.
+        # What the policy saves is not recomputed.
         (jax.grad(kept, argnums=(0, 1)), [(2, 11), (6, 11, 11)], 3 * 6 * PRODUCT),
         (once, [(2, 11), (11, 11)], PRODUCT),
         (branches, [(2, 11), (11, 11)], 3 * PRODUCT),
@@ -54,7 +54,7 @@ def test_known_answers(function, sizes, flops):
     assert program_flops(jax.jit(function).trace(*shapes(*sizes)).jaxpr) == flops
 
 
-def test_what_a_device_does_counts_for_all():
+def test_shard_map_counts_for_all_devices():
     mesh = make_mesh()
     rows = jax.sharding.PartitionSpec(mesh.axis_names)
     product = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(rows, jax.sharding.PartitionSpec()), out_specs=rows)

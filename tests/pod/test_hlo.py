@@ -1,4 +1,4 @@
-"""The counting of a compiled program's text, on pieces of HLO whose answers are known by hand."""
+"""Counting in the text of compiled programs, on pieces of HLO with results known by hand."""
 
 import pytest
 
@@ -47,7 +47,7 @@ ENTRY %main (a: f32[3,5]) -> f32[3,5] {
 """
 
 
-def test_a_loops_body_counts_as_often_as_it_runs():
+def test_the_body_of_a_loop_counts_once_per_iteration():
     traffic = hlo.read_traffic(LOOP)
     assert traffic.sent == {"all-gather": 7 * 12 * 5 * 4, "all-reduce": 3 * 5 * 4}
     assert traffic.operations == {"all-gather": 7, "all-reduce": 1}
@@ -67,14 +67,14 @@ def test_trip_counts(old, new, trips):
     assert hlo.read_traffic(LOOP.replace(old, new)).operations["all-gather"] == trips
 
 
-def test_a_loop_that_ends_by_its_data_is_named_and_counted_once():
-    # The bound is the sum of two things, as where a solver asks whether any sample is still on its way.
+def test_a_loop_of_unknown_length_is_named_and_counted_once():
+    # The bound is a sum of two values, as where a solver tests whether any sample is unfinished.
     text = LOOP.replace("%limit = s32[]{:T(128)} constant(7)", "%limit = s32[]{:T(128)} add(%at, %at)")
     traffic = hlo.read_traffic(text)
     assert traffic.unknown_loops == ("loop",) and traffic.operations["all-gather"] == 1
 
 
-def test_a_bound_that_the_loop_carries_along_is_found():
+def test_a_bound_that_is_a_loop_variable_is_found():
     text = LOOP.replace("(s32[], f32[3,5]{1,0})", "(s32[], f32[3,5]{1,0}, s32[])")
     text = text.replace("%limit = s32[]{:T(128)} constant(7)", "%n = s32[] constant(1)").replace(
         "%at = s32[]{:T(128)} get-tuple-element(%c), index=0",
@@ -105,7 +105,7 @@ def test_a_collective_spread_over_fusions_is_one():
     assert traffic.sent == {"all-gather": 8 * 3 * 2} and traffic.operations == {"all-gather": 1}
 
 
-def test_an_all_reduce_of_which_a_slice_is_kept_is_a_reduce_scatter():
+def test_an_all_reduce_with_a_slice_is_a_reduce_scatter():
     text = """HloModule m
 
 %scatter (p: f32[8,3]) -> f32[2,3] {

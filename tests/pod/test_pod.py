@@ -1,4 +1,4 @@
-"""Topologies, verdicts, plans and the two commands around them; and one small program compiled for real."""
+"""Topologies, measurements, plans and their two commands; and one small program compiled for real."""
 
 import dataclasses
 import importlib.util
@@ -35,7 +35,7 @@ def test_topologies_count_their_chips(name, chips):
         ("v5e:3x3", 1, "v5e has slices of 1x1, 2x2, 2x4"),
         ("v5e", 1, "v5e has slices of"),
         ("v4:4x4", 1, "v4 has slices of 2x2x1"),
-        ("v5p:8x4x4", 1, "three multiples of 4 up to 24, not falling"),
+        ("v5p:8x4x4", 1, "three multiples of 4 up to 24 in ascending order"),
         ("v5e:4x4", 0, "slices=0"),
     ],
 )
@@ -55,7 +55,7 @@ GIB = 2**30
 
 
 def measurement(peak_gib=4.0, **changes):
-    """Return a measured step of 5 GFLOPs a chip and 4 rows a chip on 4 chips."""
+    """Return a measured step of 5 GFLOPs and 4 rows per chip on 4 chips."""
     memory = report.Memory(
         arguments=GIB, outputs=GIB, aliased=GIB, temporaries=int((peak_gib - 1) * GIB), code=0, live=GIB
     )
@@ -75,7 +75,7 @@ def measurement(peak_gib=4.0, **changes):
     return report.Measurement(**{**fields, **changes})
 
 
-def test_peak_is_what_must_be_free():
+def test_peak_is_compared_with_usable_memory():
     # Arguments and outputs share their memory here; 15.75 GiB of a v5e's 16 can be used.
     assert measurement(4.0).needed == 4 * GIB
     assert measurement(15.75).fits and not measurement(15.76).fits
@@ -96,7 +96,7 @@ def test_peak_is_what_must_be_free():
         ("INVALID_ARGUMENT: something else (3.00G)", None),
     ],
 )
-def test_what_the_compiler_says_of_too_large_programs(message, size):
+def test_memory_is_read_from_the_compilers_error(message, size):
     assert report.needed_bytes(message) == size
 
 
@@ -146,7 +146,7 @@ def test_the_exit_status_says_whether_it_fits(command, peak, status, monkeypatch
         ([], "--topology"),
     ],
 )
-def test_what_a_plan_cannot_work_with(flags, said):
+def test_impossible_flags_of_a_plan(flags, said):
     with pytest.raises(SfdError, match=said):
         plan_command.main(flags)
 
@@ -160,7 +160,7 @@ def test_weak_models_default_to_the_same_config_in_size_b():
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["auto", "full"])
 def test_a_training_step_compiles_for_a_slice(tmp_path, capsys, remat):
-    """The real step of a small network on four chips: its parts split as they are meant to be."""
+    """The real step of a small network on four chips, with memory, FLOPs and traffic as expected."""
     file = tmp_path / "numbers.json"
     flags = [
         "--config=configs/sfd.py:xl,tiny",
@@ -174,26 +174,26 @@ def test_a_training_step_compiles_for_a_slice(tmp_path, capsys, remat):
     assert "fits" in capsys.readouterr().out
     numbers = json.loads(file.read_text())
     assert numbers["mesh"] == {"data": 1, "fsdp": 4} and numbers["chip"]["usable"] == CHIPS["v5e"].usable
-    # Parameters, EMA and two moments, a quarter on each chip but for what is too small to be split.
+    # Parameters, EMA and two moments, a quarter on each chip except arrays too small to shard.
     whole = 16 * sum(numbers["parameters"].values())
     memory = numbers["memory"]
     assert whole / 4 < memory["arguments"] < whole / 4 + 0.2 * whole
     assert 0.9 * memory["arguments"] < memory["aliased"] <= memory["outputs"]  # the state is donated
     assert memory["peak"] < 0.1 * GIB
-    # Forward and twice as much backward: 6 FLOPs a weight of the three blocks and a token, of which a chip has 4 times
-    # 16. With "full" forward again, 8; but for the last weights of a block, whose product nobody reads again. The rest
-    # (attention, modulation, embedding, projector, final layer) is small beside it.
+    # Forward and backward: 6 FLOPs per token and weight of the three blocks; a chip has 4 times 16 tokens.
+    # With "full" remat 8, except for the last weights of a block, whose product is not recomputed. The rest (attention,
+    # modulation, embedding, projector, final layer) is small in comparison.
     last = 3 * 128 * 341
     weights = 3 * 128 * (3 * 128 + 128) + 3 * last
     again = 2 * (weights - last) if remat == "full" else 0
     assert 1 < numbers["flops"] / (64 * (6 * weights + again)) < 1.2
-    # What fsdp is for: the weights are gathered, forward and backward, in two bytes each; activations are not.
+    # fsdp gathers the weights, forward and backward, in two bytes each, and no activations.
     assert 1 < numbers["traffic"]["sent"]["all-gather"] / (2 * 2 * weights) < 2
     assert not numbers["traffic"]["unknown_loops"]
 
 
 @needs_libtpu
-def test_batches_and_meshes_that_do_not_go_with_a_topology():
+def test_batches_and_meshes_that_do_not_fit_a_topology():
     tiny = ["--config=configs/sfd.py:xl,tiny", "--topology=v5e:4x4"]
     with pytest.raises(SfdError, match="global_batch_size=8 does not divide over 16 devices"):
         compile_pod.main(tiny)

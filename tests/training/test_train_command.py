@@ -56,7 +56,7 @@ def test_the_shipped_recipe_trains_and_resumes(latents, tmp_path, capsys):
     assert train(run, latents, "--config.train.steps=2", *small) == 0
     assert train(run, latents, *small) == 0
     out = capsys.readouterr()
-    assert "20 images, 8 a step, 4 steps" in out.out and "resuming from step 2 of 4" in out.out
+    assert "20 images, 8 per step, 4 steps" in out.out and "resuming from step 2 of 4" in out.out
     assert "blocks/attention/qkv/kernel" in out.out  # the overview of parameters
     rows = read_metrics(run)
     assert [row["step"] for row in rows] == [2, 4]
@@ -106,7 +106,7 @@ def test_check_names_faults_without_training(latents, tmp_path, capsys):
     assert train(tmp_path / "run", latents, "--check", "--config.train.global_batch_size=12") == 2
     assert "global_batch_size=12 does not divide over 8 devices" in capsys.readouterr().err
     assert train(tmp_path / "run", latents, "--check", "--config.mesh.fsdp=3") == 0
-    assert "note: whether the batch divides over the devices was not checked" in capsys.readouterr().out
+    assert "note: it was not checked whether the batch divides over the devices" in capsys.readouterr().out
     assert train(tmp_path / "run", latents, "--check", "--init=nowhere") == 2
     assert "no checkpoint folder" in capsys.readouterr().err
 
@@ -114,7 +114,7 @@ def test_check_names_faults_without_training(latents, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flag, message",
     [
-        ("--config.data.path=", "say where the latents are"),
+        ("--config.data.path=", "give the latents"),
         ("--config.data.path=nowhere", "nowhere"),
         ("--config.model.repa_features=0", "loss.repa_weight=1.0 needs a projector"),
         (
@@ -205,7 +205,7 @@ def test_targets_need_the_networks_that_made_the_latents(tmp_path, capsys):
 
     assert "made with other weights of 'semantic_vae'" in answer(other, *semvae)
     assert "made with other weights of 'visual'" in answer(other, *online)
-    assert "do not tell which 'semantic_vae' made them" in answer(unknown, *semvae)
+    assert "do not say which 'semantic_vae' made them" in answer(unknown, *semvae)
     assert "no faults found" in answer(own, *semvae)
     principal = make_store(tmp_path / "pca", weights={"visual": made_visual, "pca": "5" * 64})
     assert "made by visual, pca, not by a 'semantic_vae'" in answer(principal, *semvae)
@@ -283,12 +283,12 @@ def test_all_faults_are_named_at_once_with_the_flags_that_fix_them(tmp_path, cap
         (
             "train_semvae",
             ["--config.model.hidden_dim=7", "--config.loss.mse_weight=nan"],
-            ("3 faults", "hidden_dim 7", "loss.mse_weight=nan", "say where the features are"),
+            ("3 faults", "hidden_dim 7", "loss.mse_weight=nan", "give features"),
         ),
         (
             "train_texture_vae",
             ["--config.model.norm_groups=7", "--config.data.workers=-1", "--config.lpips=s3://x"],
-            ("4 faults", "norm_groups 7", "data.workers=-1", "'s3:' cannot be read", "say where the images are"),
+            ("4 faults", "norm_groups 7", "data.workers=-1", "'s3:' cannot be read", "give the images"),
         ),
         (
             "train_semvae",
