@@ -159,8 +159,8 @@ def read_system(
             raise SfdError(f"the config in the file says {name} {stored[name]}; only {ours} is supported")
     if "prediction" not in stored and not config.two_clocks:
         notes.append(
-            "prediction: velocity is assumed, time from 0 (noise) to 1 (data), as in LightningDiT and SiT; the file looks "
-            "the same if it predicts noise as DiT does, and would be sampled wrongly"
+            "prediction: velocity is assumed, time from 0 (noise) to 1 (data), as in LightningDiT and SiT; a file that "
+            "predicts noise as DiT does looks the same, and would be sampled wrongly"
             + (". Its learned sigma, which is dropped, suggests DiT" if config.learn_sigma else "")
         )
     if statistics is not None:
