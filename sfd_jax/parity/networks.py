@@ -13,7 +13,7 @@ from sfd_jax.diffusion.losses import cosine_distance
 from sfd_jax.errors import SfdError
 from sfd_jax.generation.sampler import DECODE_AT_ONCE
 from sfd_jax.models import Network
-from sfd_jax.models.encoders.dinov2 import preprocess
+from sfd_jax.models.encoders.vit import preprocess
 from sfd_jax.models.texture_vae import to_bytes
 from sfd_jax.parity.check import Check, relative_error
 from sfd_jax.parity.pack import Case
