@@ -11,8 +11,9 @@
 FILE is a PyTorch file (.pt, .pth, .ckpt, .bin), a safetensors file, an index of shards (*.index.json), or a
 folder that holds one of them; its content tells, not its name. Averaged weights are taken where there are
 any, under whatever name; raw ones only where there is no average or --weights=raw asks for them.
-Known networks: LightningDiT, Semantic VAE, texture VAE (latent-diffusion's and MAR's), DINOv2 with
-registers (original and Hugging Face names), the FID Inception network, LPIPS. The architecture is read off
+Known networks: LightningDiT, Semantic VAE, texture VAE (latent-diffusion's and MAR's), DINOv2 (original
+and Hugging Face names), DINOv3 ViT, SigLIP 2, CLIP and MAE (Hugging Face names, with the config.json that
+lies beside the weights), the FID Inception network, LPIPS. The architecture is read off
 the shapes; what they do not tell is printed and can be stated with --set, and so are keys that were
 renamed or left out. No code of a file is run: one that asks for it is refused by name. Nothing is overwritten.
 """

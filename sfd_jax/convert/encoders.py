@@ -89,7 +89,11 @@ class EncoderFormat:
         """
         theirs, cls = self._theirs, NETWORKS[self.TABLE.network][0]
         if len(shape_of(state, theirs["patch_embed/kernel"])) == 2:
-            raise SfdError("it is a SigLIP 2 NaFlex, of images of any shape; take one of a fixed size, such as patch16-256")
+            raise SfdError(
+                "it is a SigLIP 2 NaFlex, of images of any shape; take one of a fixed size, such as patch16-256"
+            )
+        if stored.get("use_gated_mlp"):
+            raise SfdError("it has a gated MLP (DINOv3 S+, H+ or 7B); take a DINOv3 ViT-S, -B or -L")
         width, _, patch, _ = shape_of(state, theirs["patch_embed/kernel"], rank=4)
         prefix = theirs["blocks/norm1/scale"].partition("{layer}")[0]
         blocks = [int(match[1]) for key in state if (match := re.match(re.escape(prefix) + r"(\d+)\.", key))]
@@ -135,8 +139,8 @@ class EncoderFormat:
         for name, ours in _SIZES.items():
             if stored.get(name, fields[ours]) != fields[ours]:
                 raise SfdError(
-                    f"the config.json beside it says {name} {stored[name]}, and the arrays have {fields[ours]}: put the "
-                    "weights' own there, or take it away"
+                    f"the config.json beside it says {name} {stored[name]}, and the arrays have {fields[ours]}: put "
+                    "the weights' own there, or take it away"
                 )
 
     def wrap(self, state: dict[str, np.ndarray], metadata: Mapping[str, Any]) -> dict[str, Any]:

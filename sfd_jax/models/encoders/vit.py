@@ -3,8 +3,8 @@
 Maps images to one feature vector a patch, and where there are such to a class token and register tokens. Works at any
 image size that divides by the patch size: learned positions are resized, rotary ones computed.
 
-`convert/encoders.py` and `convert/dinov2.py` list the parameters beside their PyTorch keys; `blocks/` leaves are stacked
-along L. Of the parameters outside of the blocks each encoder has those that its config asks for.
+`convert/encoders.py` and `convert/dinov2.py` list the parameters beside their PyTorch keys; `blocks/` leaves are
+stacked along L. Of the parameters outside of the blocks each encoder has those that its config asks for.
 
 Axis letters: B batch, N patches, D width, K heads, L layers, P patch size, R registers.
 """
