@@ -5,22 +5,26 @@ Hardware: released on GPUs.
 Expected: the paper gives no reconstruction score; on the digits a held-out cosine similarity above 0.9.
 Command:  sfd train_semvae --workdir=runs/semvae --config.data.path=latents/train
 
-The argument is "" or "tiny", the same recipe at tiny sizes for tests and laptops.
+The argument is "" or "tiny", the same recipe at tiny sizes for tests and laptops; or the encoder whose features
+are compressed on a grid of 16 x 16, by its `sfd fetch` name: dinov3, dinov3_s, dinov3_l, siglip2, clip, mae.
 """
 
 import ml_collections
 
+from sfd_jax.models.encoders import RELEASED, released_encoder
+
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
-    """Return the configuration; `argument` is "" or "tiny"."""
-    if argument not in ("", "tiny"):
-        raise ValueError(f"unknown variant '{argument}'; the only one is 'tiny'")
+    """Return the configuration; `argument` is "", "tiny" or a visual encoder."""
+    if argument not in ("", "tiny", *RELEASED):
+        raise ValueError(f"unknown variant '{argument}'; there are tiny, {', '.join(RELEASED)}")
+    encoder = released_encoder(argument if argument in RELEASED else "dinov2_vitb14_reg").config
     group = ml_collections.ConfigDict
     config = group(dict(seed=0))
     config.model = group(
         dict(
             arch="transformer",  # linear | mlp | resnet | transformer
-            input_dim=768,
+            input_dim=encoder.feature_width,
             bottleneck_dim=16,
             hidden_dim=768,
             num_layers=2,
@@ -75,11 +79,11 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
         dict(
             path="",  # stored features: `sfd extract --repa`, or released shards
             held_out_path="",
-            # Instead of stored features: a checkpoint of DINOv2 (S, B or L) and images to make them from.
+            # Instead of stored features: a checkpoint of a visual encoder and images to make them from.
             visual_encoder="",
             # Input size of the encoder in pixels: the image of image_size is scaled down, as in `sfd extract`.
             # (The released training cropped the central 224 of 256, the released extraction scaled.)
-            view_size=224,
+            view_size=16 * encoder.patch_size,
             images=group(dict(kind="folder", path="", split="train", held_out_split="", image_size=256)),
             workers=8,
             flips=False,

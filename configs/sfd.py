@@ -13,16 +13,20 @@ Command:  sfd train --config=configs/sfd.py:xl --workdir=runs/xl --config.data.p
 The argument is a size (s, b, l, xl, 1p0b, 1p6b), then, after commas, any of
   lr2e4  the "80 epochs, lr 2e-4" recipe: beta2 0.95, REPA weight 0.5 by the mean of cosine and MSE;
   weak   the AutoGuidance model: stops at 70k steps;
+  dinov3, dinov3_s, dinov3_l, siglip2, clip, mae
+         REPA with the features of that encoder, computed from images; `sfd fetch NAME` downloads it;
   tiny   the same recipe at tiny sizes, for tests and laptops.
 """
 
 import ml_collections
 
+from sfd_jax.convert.hub import cache_dir
 from sfd_jax.diffusion.sample_config import SampleJob
+from sfd_jax.models.encoders import RELEASED, released_encoder
 from sfd_jax.settings import config_group
 
 SIZES = ("s", "b", "l", "xl", "1p0b", "1p6b")
-VARIANTS = ("lr2e4", "weak", "tiny")
+VARIANTS = ("lr2e4", "weak", "tiny", *RELEASED)
 
 
 def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
@@ -33,6 +37,8 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
     for variant in variants:
         if variant not in VARIANTS:
             raise ValueError(f"unknown variant '{variant}' in '{argument}'; variants: {', '.join(VARIANTS)}")
+    if len(RELEASED.keys() & variants) > 1:
+        raise ValueError(f"'{argument}' names several visual encoders: REPA takes one")
 
     config = ml_collections.ConfigDict()
     config.seed = 0
@@ -110,7 +116,7 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
             flips=True,
             repa_source="stored",  # stored | semvae | online: the source of REPA's targets (docs/repa.md)
             semantic_vae="",  # checkpoint, for semvae
-            visual_encoder="",  # checkpoint of DINOv2, for online
+            visual_encoder="",  # checkpoint of a visual encoder, for online
             tile_grid=16,  # tile of both encoders, in latent pixels: 256 px; 512 px are four tiles
             # For online: the images that the latents were made from.
             images=dict(kind="folder", path="", split="train", image_size=256),
@@ -131,6 +137,9 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
     if "weak" in variants:
         config.train.steps = 70_000
         config.train.keep_every = 10_000
+    for encoder in RELEASED.keys() & variants:
+        config.model.repa_features = released_encoder(encoder).config.feature_width
+        config.data.update(dict(repa_source="online", visual_encoder=str(cache_dir() / encoder)))
     if "tiny" in variants:
         _shrink(config)
     return config.lock()

@@ -69,7 +69,8 @@ RANGES = {
     **_rows("depth num_heads repa_depth num_layers num_res_blocks transformer_heads transformer_blocks ch_mult", _FEW),
     **_rows("channels", _WIDTH) | _rows("depths", _FEW) | _rows("attention_levels", Range(int, -64, 64)),
     **_rows("input_size patch_size image_size view_size tile_size tile_grid", Range(int, 1, 2**14)),
-    **_rows("mlp_ratio", Range(float, 0, 64, above=True)),
+    **_rows("mlp_ratio", Range(float, 0, 64, above=True)) | _rows("mlp_width", _WIDTH),
+    **_rows("epsilon", Range(float, 0, 1, above=True)) | _rows("rope_theta", Range(float, 1, 1e9, above=True)),
     **_rows("layer_scale_init", Range(float, 0, 1e3, above=True)),
     **_rows("model.num_classes", Range(int, 1, 10**6)) | _rows("num_classes", Range(int, 0, 10**6)),
     # The method

@@ -29,6 +29,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_compilation_cache", True)
 
 ROOT = Path(__file__).resolve().parents[1]
+_shared = ROOT.parent / "shared"
+os.environ.setdefault("SFD_PARITY_DIR", f"{_shared / 'parity'}{os.pathsep}{_shared / 'parity_more'}")
 # `configs/` and helpers of test folders are imported from here without installation.
 sys.path.insert(0, str(ROOT))
 
@@ -41,11 +43,13 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def parity_dir() -> Path:
-    """The folder of released answers: `SFD_PARITY_DIR`, by default ../shared/parity."""
-    folder = Path(os.environ.get("SFD_PARITY_DIR", ROOT.parent / "shared" / "parity"))
-    if not (folder / "README.md").exists() and not list(folder.glob("*.npz")):
-        pytest.skip(f"no parity pack in {folder}; set SFD_PARITY_DIR to its folder")
-    return folder
+    """The folder of released answers: of those of `SFD_PARITY_DIR` the first that has the released files."""
+    from sfd_jax.parity.pack import pack_folders
+
+    folders = [folder for folder in pack_folders(os.environ["SFD_PARITY_DIR"]) if list(folder.glob("*.npz"))]
+    if not folders:
+        pytest.skip("no parity pack; set SFD_PARITY_DIR to a folder that holds one, or to several with colons between")
+    return next((folder for folder in folders if (folder / "files").is_dir()), folders[0])
 
 
 @pytest.fixture(scope="session")

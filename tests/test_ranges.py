@@ -14,7 +14,7 @@ from sfd_jax.diffusion.sample_config import SampleConfig, SampleJob, SolverConfi
 from sfd_jax.errors import SfdError
 from sfd_jax.experiment.config_files import load_config
 from sfd_jax.latents import LatentLayout
-from sfd_jax.models.encoders import DINOV2_SIZES, DinoV2Config
+from sfd_jax.models.encoders import DINOV2_SIZES, DinoV2Config, DinoV3Config
 from sfd_jax.models.lightning_dit import SIZES, DiTConfig
 from sfd_jax.models.lpips import LpipsConfig
 from sfd_jax.models.semantic_vae import SemanticVAEConfig
@@ -55,6 +55,7 @@ CLASSES = {
     LatentLayout: {"texture_channels": 3, "semantic_channels": 2},
     DiTConfig: SIZES["S"],
     DinoV2Config: DINOV2_SIZES["S"],
+    DinoV3Config: DINOV2_SIZES["S"],
     SemanticVAEConfig: {},
     TextureVAEConfig: {},
     LpipsConfig: {},

@@ -12,7 +12,8 @@ FILE is a PyTorch file (.pt, .pth, .ckpt, .bin), a safetensors file, an index of
 folder that holds one of them, recognised by its content, not its name. Averaged (EMA) weights are taken if
 there are any, under any name; raw ones only if there is no average or with --weights=raw.
 Known networks: LightningDiT, Semantic VAE, texture VAE (latent-diffusion's and MAR's), DINOv2 with
-registers (original and Hugging Face names), the FID Inception network, LPIPS. The architecture is derived
+registers (original and Hugging Face names), DINOv3 ViT, SigLIP 2, CLIP and MAE (Hugging Face names, with
+their config.json beside the weights), the FID Inception network, LPIPS. The architecture is derived
 from shapes; assumptions are printed and can be changed with --set; keys that were renamed or left out are
 printed too. No code of a file is run: a file that needs it is refused. Nothing is overwritten.
 """

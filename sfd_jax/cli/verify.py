@@ -1,6 +1,6 @@
 """Compare this machine's arithmetic with a parity pack.
 
-  sfd verify --pack=DIR [--dtype=float32|bfloat16] [--cases='dit_*,loss']
+  sfd verify --pack=DIR[:DIR] [--dtype=float32|bfloat16] [--cases='dit_*,loss']
 
 Runs every case of the pack through the converter and our networks, loss, training step, samplers and
 evaluation on this machine's backend (CPU, GPU or TPU), and prints the error of each number against the

@@ -12,7 +12,7 @@ A format is a module with a `TABLE` of keys (their key, our path, the change of 
 torch). To add a network, write its module and list it below.
 """
 
-from sfd_jax.convert import dinov2, inception, lightning_dit, lpips, semantic_vae, texture_vae
+from sfd_jax.convert import dinov2, encoders, inception, lightning_dit, lpips, semantic_vae, texture_vae
 from sfd_jax.registry import FORMATS
 
 # In the order in which they are tried on a state dict.
@@ -22,6 +22,10 @@ for _name, _format in (
     ("texture_vae", texture_vae),
     ("dinov2", dinov2.ORIGINAL),
     ("dinov2_hf", dinov2.HUGGING_FACE),
+    ("dinov3", encoders.DINOV3),
+    ("siglip2", encoders.SIGLIP2),
+    ("clip", encoders.CLIP),
+    ("mae", encoders.MAE),
     ("inception", inception),
     ("lpips", lpips),
 ):

@@ -15,9 +15,17 @@ from typing import Any
 import numpy as np
 
 from sfd_jax.convert import FORMATS
+from sfd_jax.convert.encoders import refuse_others
 from sfd_jax.convert.pickles import left_out
 from sfd_jax.convert.table import export_state, import_params, kept_as_stored, skipped_keys
-from sfd_jax.convert.weight_files import STEP_KEYS, WeightFile, choose_state, read_statistics, read_tree
+from sfd_jax.convert.weight_files import (
+    STEP_KEYS,
+    WeightFile,
+    choose_state,
+    read_config_json,
+    read_statistics,
+    read_tree,
+)
 from sfd_jax.errors import SfdError
 from sfd_jax.latents import LatentStatistics
 from sfd_jax.models import Network
@@ -129,6 +137,8 @@ def read_architecture(file: WeightFile, path: str | os.PathLike, stated: Stated 
     """
     name, module = identify(file.state, path)
     stored = file.stored()
+    if getattr(module, "reads_config_json", False):
+        stored |= read_config_json(path)
     system, statistics = {}, None
     try:
         fields, notes = module.read_config(file.state, stated.given, stored)
@@ -155,6 +165,10 @@ def identify(state: Mapping[str, Any], path: str | os.PathLike) -> tuple[str, An
     Raises:
       SfdError: no format recognises it.
     """
+    try:
+        refuse_others(state)
+    except SfdError as error:
+        raise SfdError(f"'{path}': {error}") from error
     for name, module in FORMATS.items():
         if module.recognises(state):
             return name, module

@@ -36,6 +36,8 @@ class Source:
       prefer: where `files` fits several files, take the last by name that fits this pattern too.
       count: number of files.
       converts: it is a checkpoint that `sfd convert` reads.
+      beside: names of files next to it that are fetched too, if present.
+      gated: its repository requires accepting a licence.
     """
 
     where: str
@@ -44,11 +46,18 @@ class Source:
     prefer: str = "*"
     count: int = 1
     converts: bool = True
+    beside: tuple[str, ...] = ()
+    gated: bool = False
 
     @property
     def on_hub(self) -> bool:
         """Tell whether it is a repository of the hub."""
         return "://" not in self.where
+
+
+def _transformers(where: str, about: str, gated: bool = False) -> Source:
+    """Return the source of a network that transformers stores, under either name of its weights."""
+    return Source(where, "*model.[sb]*", about, prefer="model.safetensors", beside=("config.json",), gated=gated)
 
 
 CATALOGUE = {
@@ -83,9 +92,13 @@ CATALOGUE = {
         "ldm-imagenet256-f16d32-50ep.ckpt",
         "texture VAE f16d32",
     ),
-    "dinov2_vitb14_reg": Source(
-        "facebook/dinov2-with-registers-base", "model.safetensors", "DINOv2 ViT-B/14 with registers"
-    ),
+    "dinov2_vitb14_reg": _transformers("facebook/dinov2-with-registers-base", "DINOv2 ViT-B/14 with registers"),
+    "dinov3_s": _transformers("facebook/dinov3-vits16-pretrain-lvd1689m", "DINOv3 ViT-S/16, gated", gated=True),
+    "dinov3": _transformers("facebook/dinov3-vitb16-pretrain-lvd1689m", "DINOv3 ViT-B/16, gated", gated=True),
+    "dinov3_l": _transformers("facebook/dinov3-vitl16-pretrain-lvd1689m", "DINOv3 ViT-L/16, gated", gated=True),
+    "siglip2": _transformers("google/siglip2-base-patch16-256", "SigLIP 2 ViT-B/16, 256 px"),
+    "clip": _transformers("openai/clip-vit-base-patch16", "CLIP ViT-B/16"),
+    "mae": _transformers("facebook/vit-mae-base", "MAE ViT-B/16"),
     "inception": Source(
         "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights",
         "pt_inception-2015-12-05-6726825d.pth",
@@ -134,7 +147,8 @@ def fetch(name: str, file: str | None = None) -> list[Path]:
     basename = PurePosixPath(source.files).name
     here = {path.name: path for path in folder.glob(basename) if path.suffix != ".part"}
     found = _choose(source, here, file)
-    if found and (file or source.count > 1 or fnmatch.fnmatch(found[0].name, source.prefer)):
+    complete = all((folder / name).exists() for name in source.beside)
+    if found and complete and (file or source.count > 1 or fnmatch.fnmatch(found[0].name, source.prefer)):
         for path in found:
             if wrong := _wrong_download(path, path.name):
                 raise SfdError(f"'{path}' is {wrong}; remove it and run the same command again")
@@ -142,18 +156,20 @@ def fetch(name: str, file: str | None = None) -> list[Path]:
         return found
     try:
         remote = {item.name: item for item in _listing(source)}
+        beside = [remote.pop(name) for name in source.beside if name in remote]
         chosen = _choose(source, remote, file)
         if not chosen:
             raise SfdError(f"{name} has no file '{file}'; it has {', '.join(sorted(remote))}")
-        return [_download(item, folder) for item in chosen]
+        return [_download(item, folder) for item in [*chosen, *beside]]
     except _Unreachable as error:
         if found:
             print(f"{name}: {error}; using {found[0]}")
             return found
+        gated = " The repository is gated: accept its licence on its page and set HF_TOKEN to a token of that account."
         raise SfdError(
-            f"{name}: {error}. What was downloaded is kept: run the same command again to resume. Without a "
-            f"connection: fetch {_url(source, source.files)} on another machine, put {basename} into {folder} and run "
-            "the same command again"
+            f"{name}: {error}.{gated * source.gated} What was downloaded is kept: run the same command again to resume. "
+            f"Without a connection: fetch {_url(source, source.files)} on another machine, put "
+            f"{' and '.join((basename, *source.beside))} into {folder} and run the same command again"
         ) from error
 
 
@@ -182,10 +198,10 @@ def _listing(source: Source) -> list[RemoteFile]:
     found = [
         RemoteFile(_url(source, entry.path), PurePosixPath(entry.path).name, True, entry.size, sha256)
         for entry in entries
-        if isinstance(entry, RepoFile) and fnmatch.fnmatch(entry.path, source.files)
+        if isinstance(entry, RepoFile) and (fnmatch.fnmatch(entry.path, source.files) or entry.path in source.beside)
         for sha256 in [entry.lfs and entry.lfs.sha256]
     ]
-    if not found:
+    if not {item.name for item in found} - {*source.beside}:
         raise SfdError(f"{source.where} no longer holds {source.files}; look for the file there by hand")
     return found
 
@@ -248,6 +264,7 @@ def _wrong_download(path: Path, name: str) -> str:
     """Return the kind of a file that is not what its name says (a web page, a pointer, empty); else ""."""
     kind = kind_of(path)
     wanted = kind.what.startswith(NPZ) and name.endswith(".npz")
+    wanted |= kind.what.startswith("text that begins with '{") and name.endswith(".json")
     return kind.what if kind.advice and not wanted else ""
 
 

@@ -38,6 +38,10 @@ LAYOUTS = {
     "same": Layout(lambda a: a, lambda a: a),
     "linear": Layout(lambda a: a.T, lambda a: a.T),
     "conv": Layout(lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1)),
+    # Tokens and position tables, whose leading axes of length 1 differ.
+    "batched": Layout(lambda a: a[None], lambda a: a[0]),
+    "first": Layout(lambda a: a[0], lambda a: a[None]),
+    "vector": Layout(lambda a: a[None, None], lambda a: a[0, 0]),
 }
 
 

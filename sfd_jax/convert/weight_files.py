@@ -28,7 +28,7 @@ from sfd_jax.files import atomic_write
 # Keys of the weights being trained, in the order of preference, and of their average.
 RAW_KEYS = ("model", "model_state_dict", "state_dict", "params", "module", "net", "network", "weights")
 EMA_KEY = "ema"
-# Modules that training wraps around others; none of our networks has submodules of these names.
+# Modules that training or a larger model wraps around others; none of our networks has submodules of these names.
 WRAPPERS = {
     "module",  # DataParallel, AveragedModel
     "_module",  # Opacus
@@ -37,6 +37,8 @@ WRAPPERS = {
     "_fsdp_wrapped_module",
     "_fpw_module",  # FSDP before torch 2
     "_forward_module",  # Lightning Fabric
+    "vision_model",  # CLIP and SigLIP in transformers, beside the text tower
+    "vit",  # MAE in transformers, beside the decoder
 }
 # Counters that averages keep beside the weights.
 _COUNTERS = {"n_averaged", "num_updates", "decay", "ema_decay", "initted", "step", "num_batches_averaged"}
@@ -433,6 +435,33 @@ def _read_shards(index: Path) -> dict[str, LazyArray]:
     if faults:
         raise SfdError(f"'{index}' and its shards disagree; copy all of them again:\n" + "\n".join(faults))
     return arrays
+
+
+def read_config_json(path: str | os.PathLike) -> dict[str, Any]:
+    """Return the `config.json` of transformers beside a file of weights, an image tower's entries above the rest.
+
+    Args:
+      path: the file, or its folder.
+
+    Returns:
+      {} where there is none, or one of another program.
+
+    Raises:
+      SfdError: it cannot be read.
+    """
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    file = folder / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        if file.stat().st_size > _MAX_CONFIG:
+            raise ValueError(f"it is larger than {_MAX_CONFIG:,} bytes")
+        config = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise SfdError(f"'{file}' cannot be read ({error}); copy it again, or take it away") from error
+    config = config if isinstance(config, dict) and "model_type" in config else {}
+    vision = config.get("vision_config")
+    return config | (vision if isinstance(vision, dict) else {})
 
 
 def read_statistics(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:

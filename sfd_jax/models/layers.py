@@ -121,7 +121,7 @@ def conv(
 class PatchEmbed(nnx.Module):
     """Cut an image into patches and project each: a strided convolution, as one matmul.
 
-    Parameters: kernel (P, P, C, D), bias (D,).
+    Parameters: kernel (P, P, C, D), bias (D,) unless there is none.
     """
 
     execution = PLAIN
@@ -134,10 +134,11 @@ class PatchEmbed(nnx.Module):
         *,
         rngs: nnx.Rngs,
         init: jax.nn.initializers.Initializer = XAVIER,
+        bias: bool = True,
     ):
         flat = init(rngs.params(), (patch_size * patch_size * channels, width), jnp.float32)
         self.kernel = nnx.Param(flat.reshape(patch_size, patch_size, channels, width))
-        self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((width,), jnp.float32)) if bias else None
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Map (B, H, W, C) to tokens (B, N, D) in row order."""
@@ -145,7 +146,8 @@ class PatchEmbed(nnx.Module):
         b, h, w, _ = images.shape
         patches = images.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
         patches = patches.reshape(b, (h // p) * (w // p), p * p * c)
-        return self.execution.product(patches, self.kernel[...].reshape(p * p * c, d)) + self.bias[...][None, None]
+        tokens = self.execution.product(patches, self.kernel[...].reshape(p * p * c, d))
+        return tokens if self.bias is None else tokens + self.bias[...][None, None]
 
 
 def unpatchify(tokens: jax.Array, grid_size: int, patch_size: int) -> jax.Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Rotary = tuple[np.ndarray, np.ndarray, np.ndarray]  # what `rotary_2d` returns
+Rotary = tuple[np.ndarray, ...]  # what `rotary_2d` and `rotary_of_patches` return
 
 
 @functools.cache
@@ -67,15 +67,44 @@ def rotary_2d(head_width: int, grid_size: int) -> Rotary:
     return tuple(table.astype(np.float32) for table in tables)
 
 
-def rotate(x: jax.Array, tables: Rotary) -> jax.Array:
-    """Turn queries or keys (B, N, K, E) by their positions, in float32; tables of `rotary_2d`.
+@functools.cache
+def rotary_of_patches(head_width: int, rows: int, columns: int, leading: int, theta: float) -> Rotary:
+    """Return the tables of DINOv3's rotary embedding for `rotate`.
 
-    Neighbours are fetched by rolling the last axis: a reshape to (..., E/2, 2) would be equivalent
+    The centre of a patch has coordinates in [-1, 1], whatever the size of the image. Features i and i + E/2 turn
+    together: in each half rows first and columns second, by 2 pi * coordinate * theta^(-4i / E).
+
+    Args:
+      head_width: E, divisible by 4.
+      rows, columns: patches along the sides.
+      leading: tokens before the patches, which are not turned.
+      theta: base of the frequencies.
+
+    Returns:
+      (cos, sin), each (leading + rows * columns, E) float32, the signs of the rotation in the sines.
+
+    Source: transformers, modeling_dinov3_vit.py, DINOv3ViTRopePositionEmbedding.
+    """
+    omega = 2 * np.pi * float(theta) ** -(np.arange(head_width // 4) * 4 / head_width)
+    lines = [(2 * np.arange(side) + 1) / side - 1 for side in (rows, columns)]
+    places = np.stack(np.meshgrid(*lines, indexing="ij"), axis=-1).reshape(-1, 2)
+    angles = (places[:, :, None] * omega[None, None]).reshape(len(places), -1)
+    angles = np.concatenate([np.zeros((leading, head_width // 2)), angles])
+    cos, sin = np.cos(angles), np.sin(angles)
+    return tuple(np.concatenate(halves, axis=-1).astype(np.float32) for halves in ((cos, cos), (-sin, sin)))
+
+
+def rotate(x: jax.Array, tables: Rotary) -> jax.Array:
+    """Turn queries or keys (B, N, K, E) by their positions, in float32.
+
+    The other feature of a pair is fetched by rolling the last axis: a reshape to (..., E/2, 2) would be equivalent
     but gives a TPU rows of width 2.
     """
-    cos, sin_next, sin_previous = (jnp.asarray(table)[None, :, None, :] for table in tables)
+    cos, *sines = (jnp.asarray(table)[None, :, None, :] for table in tables)
+    # Partners are neighbours, of which each table picks one, or lie half the width apart.
+    shifts = (-1, 1) if len(sines) == 2 else (x.shape[-1] // 2,)
     x = x.astype(jnp.float32)
-    return x * cos + jnp.roll(x, -1, -1) * sin_next + jnp.roll(x, 1, -1) * sin_previous
+    return sum((jnp.roll(x, shift, -1) * sin for shift, sin in zip(shifts, sines, strict=True)), x * cos)
 
 
 def time_features(t: jax.Array, features: int = 256) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The other networks: Semantic VAE, texture VAE, DINOv2, Inception, and the lists of released keys."""
+"""The other networks: Semantic VAE, texture VAE, visual encoders, Inception, and the lists of released keys."""
 
 import functools
 from collections.abc import Iterator
@@ -7,13 +7,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from sfd_jax.convert.checkpoints import identify
+from sfd_jax.convert.checkpoints import identify, import_checkpoint
 from sfd_jax.convert.table import import_params, key_shapes
 from sfd_jax.diffusion.losses import cosine_distance
 from sfd_jax.errors import SfdError
 from sfd_jax.generation.sampler import DECODE_AT_ONCE
 from sfd_jax.models import Network
-from sfd_jax.models.encoders.dinov2 import preprocess
+from sfd_jax.models.encoders.vit import preprocess
 from sfd_jax.models.texture_vae import to_bytes
 from sfd_jax.parity.check import Check, relative_error
 from sfd_jax.parity.pack import Case
@@ -21,6 +21,7 @@ from sfd_jax.training.terms import gaussian_kl
 
 # bfloat16: up to 3e-2 measured on CPU, with a margin for other backends.
 BOUND = {"float32": 2e-5, "bfloat16": 1e-1}
+ENCODERS_BOUND = BOUND | {"float32": 5e-6}
 # Decoded bytes: the fraction that may differ, and by how much.
 BYTES_SHARE, BYTES_MOST = 1e-3, 1.0
 
@@ -106,6 +107,19 @@ def check_dinov2(case: Case, dtype: str) -> Iterator[Check]:
     yield check("patch tokens", tokens["patch_tokens"], case.array("out_patch"))
     yield check("class token", tokens["cls_token"], case.array("out_cls"))
     yield check("register tokens", tokens["register_tokens"], case.array("out_reg"))
+
+
+def check_encoders(case: Case, dtype: str) -> Iterator[Check]:
+    """Compare patch features and class token of each encoder, whose file and config.json lie in the case's folder."""
+    for name, about in case.get("encoders").items():
+        imported = import_checkpoint(case.folder / name)
+        network = Network(imported.network.name, imported.network.config_dict() | {"compute_dtype": dtype})
+        apply = functools.partial(network.apply, method="tokens")
+        grid = about["image_size"] // about["patch_size"]
+        tokens = jax.jit(apply, static_argnums=2)(imported.params, case.images(f"in_{name}"), grid)
+        for ours, released in (("patch_tokens", "patches"), ("cls_token", "cls")):
+            if case.has(answer := f"out_{name}_{released}"):
+                yield _check(case, ENCODERS_BOUND[dtype], f"{name}: {released}", tokens[ours], case.array(answer))
 
 
 def check_inception(case: Case, dtype: str) -> Iterator[Check]:

@@ -23,6 +23,11 @@ from sfd_jax.errors import SfdError
 ANSWERS = ("out_", "grad_", "after_", "ema_")
 
 
+def pack_folders(text: str | os.PathLike) -> list[Path]:
+    """Return the folders of a list with colons between, as SFD_PARITY_DIR and `--pack` take it."""
+    return [Path(part) for part in os.fspath(text).split(os.pathsep) if part]
+
+
 def case_names(directory: str | os.PathLike) -> list[str]:
     """Return the sorted names of a pack's cases, including those with a missing file.
 
@@ -48,7 +53,7 @@ class Case:
     """
 
     def __init__(self, directory: str | os.PathLike, name: str):
-        self.name = name
+        self.name, self.folder = name, Path(directory) / name  # files beside the arrays, if any
         self._unread: set[str] = set()
         path = Path(directory) / f"{name}.json"
         try:

@@ -11,12 +11,13 @@ from sfd_jax.parity.losses import check_loss, check_train
 from sfd_jax.parity.metrics import check_metrics
 from sfd_jax.parity.networks import (
     check_dinov2,
+    check_encoders,
     check_inception,
     check_keys,
     check_semantic_vae,
     check_texture_vae,
 )
-from sfd_jax.parity.pack import Case, case_names
+from sfd_jax.parity.pack import Case, case_names, pack_folders
 from sfd_jax.parity.sampling import check_ode
 
 # Pattern of a case's name -> its comparison; the first match is used.
@@ -30,6 +31,7 @@ COMPARISONS = {
     "semvae_*": check_semantic_vae,
     "vae*": check_texture_vae,
     "dinov2*": check_dinov2,
+    "encoders*": check_encoders,
     "inception*": check_inception,
     "metrics*": check_metrics,
 }
@@ -67,16 +69,21 @@ def run_case(directory: str | os.PathLike, name: str, dtype: str = "float32") ->
         yield broken("case", f"cannot be compared: {type(error).__name__}: {error}")
 
 
-def run_pack(directory: str | os.PathLike, dtype: str = "float32", only: list[str] | None = None) -> Iterator[Check]:
+def run_pack(directories: str | os.PathLike, dtype: str = "float32", only: list[str] | None = None) -> Iterator[Check]:
     """Compare all cases of a pack, or those whose names fit one of the patterns `only`.
+
+    Args:
+      directories: the pack, or several with colons between.
+      dtype: as `run_case` takes it.
+      only: patterns of case names.
 
     Raises:
       SfdError: there is no pack, or no case fits.
     """
-    names = case_names(directory)
+    cases = [(folder, name) for folder in pack_folders(directories) for name in case_names(folder)]
     if only:
-        names = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in only)]
-        if not names:
-            raise SfdError(f"no case of '{directory}' fits {', '.join(only)}")
-    for name in names:
-        yield from run_case(directory, name, dtype)
+        cases = [(folder, name) for folder, name in cases if any(fnmatch.fnmatch(name, pattern) for pattern in only)]
+    if not cases:
+        raise SfdError(f"no case of '{directories}' fits {', '.join(only or ['*'])}")
+    for folder, name in cases:
+        yield from run_case(folder, name, dtype)

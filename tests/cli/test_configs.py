@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from sfd_jax.errors import SfdError
 from sfd_jax.experiment.build import task_from_config, train_config
 from sfd_jax.experiment.config_files import load_config
 from sfd_jax.experiment.demo.pictures import semantic_colours
@@ -23,6 +24,18 @@ def test_imagenet_recipe_resolves(argument):
     if "tiny" in argument:
         params = jax.eval_shape(task.init, jax.random.key(0))
         assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(params)) < 1e6
+
+
+@pytest.mark.parametrize("encoder, width, view", [("dinov3", 768, 256), ("dinov3_l", 1024, 256), ("clip", 768, 256)])
+def test_recipes_of_other_encoders(encoder, width, view):
+    config = load_config(f"configs/sfd.py:xl,{encoder}")
+    assert task_from_config(config).network.config.repa_features == width
+    assert config.data.repa_source == "online" and config.data.visual_encoder.endswith(encoder)
+    config = load_config(f"configs/semantic_vae.py:{encoder}")
+    assert (config.model.input_dim, config.data.view_size) == (width, view)
+    assert Network("semantic_vae", config.model.to_dict()).config.input_dim == width
+    with pytest.raises(SfdError, match="several visual encoders"):
+        load_config(f"configs/sfd.py:xl,{encoder},mae")
 
 
 def test_default_recipe_is_the_released_one():

@@ -46,6 +46,10 @@ NETWORKS = {
     "dinov2_swiglu": ("dinov2", DINO | dict(ffn="swiglu", num_registers=0)),
     "dinov2_hf": ("dinov2_hf", DINO),
     "dinov2_hf_swiglu": ("dinov2_hf", DINO | dict(ffn="swiglu")),
+    "dinov3": ("dinov3", DINO | dict(num_heads=3, image_size=224, patch_size=16)),
+    "siglip2": ("siglip2", DINO | dict(num_registers=0, mlp_width=40)),
+    "clip": ("clip", DINO | dict(num_registers=0)),
+    "mae": ("mae", DINO | dict(num_registers=0)),
     "inception": ("inception", {}),
 }
 

@@ -53,6 +53,7 @@ CASES = {
     },
     "dinov2": ("dinov2", DINO, whole, [(1, 4, 6, 3)]),
     "dinov2, swiglu": ("dinov2", DINO | {"ffn": "swiglu", "num_registers": 0}, whole, [(1, 4, 6, 3)]),
+    **{name: (name, DINO, whole, [(1, 4, 6, 3)]) for name in ("dinov3", "siglip2", "clip", "mae")},
     # Enough channels that no pixel is zero in all of them, where the distance has no derivative.
     "lpips": ("lpips", dict(channels=(16, 24), depths=(1, 1)), whole, [(1, 8, 8, 3)] * 2),
     "inception": ("inception", {}, whole, [(1, 16, 16, 3)]),

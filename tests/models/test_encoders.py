@@ -6,9 +6,10 @@ from model_testing import call, random_params
 
 from sfd_jax.errors import SfdError
 from sfd_jax.models import Network
-from sfd_jax.models.encoders import DinoV2Config, dinov2_config
-from sfd_jax.models.encoders.dinov2 import IMAGENET_MEAN, IMAGENET_STD, preprocess
+from sfd_jax.models.encoders import ENCODERS, DinoV2Config, Tiling, VisualEncoder, dinov2_config
+from sfd_jax.models.encoders.vit import IMAGENET, preprocess
 from sfd_jax.models.inception import average_pool, max_pool_same
+from sfd_jax.models.positions import rotary_of_patches, rotate
 from sfd_jax.models.resize import resize_bicubic, resize_bilinear_tf1
 
 TINY = dict(width=8, depth=2, num_heads=2, image_size=15, patch_size=5, num_registers=3)
@@ -82,7 +83,8 @@ def test_every_parameter_but_the_mask_token_is_trained(encoder):
 def test_preprocessing_of_a_constant_image():
     # Weights of a resize sum to one, so a constant stays constant: (0.75 - mean) / std.
     out = preprocess(jnp.full((1, 8, 12, 3), 0.5), 7)
-    wanted = (0.75 - IMAGENET_MEAN) / IMAGENET_STD
+    mean, std = np.array(IMAGENET, np.float32)
+    wanted = (0.75 - mean) / std
     np.testing.assert_allclose(out, np.broadcast_to(wanted, (1, 7, 7, 3)), rtol=1e-5)
 
 
@@ -93,6 +95,39 @@ def test_bicubic_by_hand():
     row = resize_bicubic(ramp, 3, 16)[0, 1, :, 0]
     np.testing.assert_allclose(row[7], 3 + 0.296875, rtol=1e-6)
     np.testing.assert_allclose(row[8], 3 + 0.703125, rtol=1e-6)
+
+
+SIZES = dict(width=16, depth=1, num_heads=2, image_size=16, patch_size=4)
+
+
+@pytest.mark.parametrize("name", sorted(ENCODERS))
+def test_each_encoder_keeps_to_any_grid(name):
+    """Through the seam of extraction and REPA: bytes in, tokens of each tile out, also at a size of no table."""
+    network = Network(name, SIZES)
+    params, encoder = random_params(network), VisualEncoder(network, Tiling(16, 6))
+    images = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
+    features = jax.jit(encoder.features)(params, images)
+    assert features.shape == (1, 144, 16)
+    corner = jax.jit(encoder.features)(params, images[:, 16:, 16:])
+    np.testing.assert_allclose(features.reshape(12, 12, 16)[6:, 6:].reshape(1, 36, 16), corner, atol=1e-5)
+
+
+def test_pixels_that_fit_are_not_resized():
+    pixels = jax.random.uniform(jax.random.key(0), (1, 8, 8, 3), minval=-1.0)
+    text = jax.jit(lambda x: preprocess(x, 8)).lower(pixels).as_text()
+    assert "dot_general" not in text
+    np.testing.assert_array_equal(preprocess(pixels, 8, ((0.5,) * 3, (0.5,) * 3)), pixels)
+
+
+def test_rotary_positions_turn_by_the_difference_of_places():
+    # Of two patches the product of query and key depends on their distance; leading tokens are not turned.
+    tables = rotary_of_patches(8, 3, 3, 2, 100.0)
+    query, key = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
+    turn = lambda x: rotate(jnp.broadcast_to(x, (1, 11, 1, 8)), tables)[0, :, 0]
+    products = jnp.einsum("ne,me->nm", turn(query), turn(key), precision="highest")
+    np.testing.assert_allclose(products[:2, :2], products[0, 0], rtol=1e-5)
+    np.testing.assert_allclose(products[2, 6], products[6, 10], rtol=1e-4)  # one row and column further
+    assert abs(products[2, 3] - products[2, 5]) > 1e-3  # a column is not a row
 
 
 def test_tensorflow_1_bilinear_by_hand():

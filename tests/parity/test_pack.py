@@ -16,18 +16,18 @@ from sfd_jax.errors import SfdError
 from sfd_jax.parity import run_case, run_pack
 
 
-def test_case(parity_dir, case_name):
-    checks = list(run_case(parity_dir, case_name))
+def test_case(parity_dir, place):
+    checks = list(run_case(*place))
     broken = [str(check) for check in checks if not check.ok]
     assert checks and not broken, "\n".join(broken)
 
 
-def test_large_case(parity_dir, case_name):
+def test_large_case(parity_dir, place):
     """A billion parameters within 12 GiB, measured in a separate process."""
     code = f"""
 import resource
 from sfd_jax.parity import run_case
-broken = [str(check) for check in run_case({str(parity_dir)!r}, {case_name!r}) if not check.ok]
+broken = [str(check) for check in run_case({str(place[0])!r}, {place[1]!r}) if not check.ok]
 print("BROKEN", broken)
 print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
@@ -120,6 +120,15 @@ def test_a_damaged_pack_fails(copy, name, length):
     checks = list(run_pack(pack))
     assert [check.ok for check in checks] == [False]
     assert CASE in checks[0].note
+
+
+def test_several_packs_are_one(copy, tmp_path_factory, capsys):
+    pack, other = copy(), tmp_path_factory.mktemp("other")
+    shutil.copytree(pack, other, dirs_exist_ok=True)
+    (other / f"{CASE}.npz").unlink()
+    assert main([f"--pack={pack}:{other}"]) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("BROKEN") == 1 and printed.count(" ok") > 3
 
 
 def test_a_case_of_unknown_kind_fails(copy):

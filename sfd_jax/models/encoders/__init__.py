@@ -18,6 +18,8 @@ from flax import nnx
 
 from sfd_jax.models.encoders.dinov2 import DINOV2_SIZES, DinoV2, DinoV2Config, dinov2_config
 from sfd_jax.models.encoders.tiles import Tiling, VisualEncoder, to_float
+from sfd_jax.models.encoders.variants import ClipConfig, DinoV3Config, MaeConfig, Siglip2Config
+from sfd_jax.models.encoders.vit import ViT
 from sfd_jax.models.network import NETWORKS, Network
 from sfd_jax.registry import FORMATS, Registry
 
@@ -44,19 +46,47 @@ def register_encoder(name: str, config: type, network: type[nnx.Module], formats
         FORMATS.register(format_name, form, module)
 
 
-def released_encoder(**changes: Any) -> Network:
-    """Return the network of the encoder that the released latents were made with, with fields set otherwise."""
-    return Network("dinov2", dinov2_config("B", **changes))
-
-
 register_encoder("dinov2", DinoV2Config, DinoV2)
+register_encoder("dinov3", DinoV3Config, ViT)
+register_encoder("siglip2", Siglip2Config, ViT)
+register_encoder("clip", ClipConfig, ViT)
+register_encoder("mae", MaeConfig, ViT)
+
+# As `sfd fetch` and the configs call them -> network and size.
+RELEASED = {
+    "dinov2_vitb14_reg": ("dinov2", "B"),
+    "dinov3_s": ("dinov3", "S"),
+    "dinov3": ("dinov3", "B"),
+    "dinov3_l": ("dinov3", "L"),
+    "siglip2": ("siglip2", "B"),
+    "clip": ("clip", "B"),
+    "mae": ("mae", "B"),
+}
+
+
+def released_encoder(name: str = "dinov2_vitb14_reg", **changes: Any) -> Network:
+    """Return the network of a released encoder, with fields set otherwise.
+
+    Args:
+      name: a key of RELEASED; by default the encoder that the released latents were made with.
+      changes: fields of its config.
+    """
+    network, size = RELEASED[name]
+    return Network(network, DINOV2_SIZES[size] | changes)
+
 
 __all__ = [
     "DINOV2_SIZES",
     "ENCODERS",
+    "RELEASED",
+    "ClipConfig",
     "DinoV2",
     "DinoV2Config",
+    "DinoV3Config",
+    "MaeConfig",
+    "Siglip2Config",
     "Tiling",
+    "ViT",
     "VisualEncoder",
     "dinov2_config",
     "released_encoder",
