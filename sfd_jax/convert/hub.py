@@ -167,7 +167,7 @@ def fetch(name: str, file: str | None = None) -> list[Path]:
             return found
         gated = " The repository is gated: accept its licence on its page and set HF_TOKEN to a token of that account."
         raise SfdError(
-            f"{name}: {error}.{gated * source.gated} What was downloaded is kept: run the same command again to resume. "
+            f"{name}: {error}.{gated * source.gated} What was downloaded is kept: repeat the command to resume. "
             f"Without a connection: fetch {_url(source, source.files)} on another machine, put "
             f"{' and '.join((basename, *source.beside))} into {folder} and run the same command again"
         ) from error
