@@ -111,6 +111,11 @@ def open_sampler(args: argparse.Namespace) -> tuple["Sampler", np.ndarray, dict[
         other_texture_vae=args.other_texture_vae,
     )
     labels = make_labels(job.labels, job.num, sampler.num_classes, sampler.class_names, args.seed, sampler.labels)
+    if sampler.class_names and job.labels not in ("balanced", "random"):
+        say(
+            "classes: "
+            + ", ".join(f"{label} ({sampler.class_names[label]})" for label in dict.fromkeys(labels.tolist()))
+        )
     told = {
         "labels": {"mode": job.labels, "hash": hashlib.sha256(labels.astype(np.int32).tobytes()).hexdigest()},
         "notes": notes + sampler.recipe["notes"],

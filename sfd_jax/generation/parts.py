@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sfd_jax.class_names import readable
 from sfd_jax.diffusion.clocks import Clocks, FixedOffset, Synchronous, make_clocks, split_params
 from sfd_jax.errors import SfdError
 from sfd_jax.latents import LatentStatistics, other_makers
@@ -110,7 +111,7 @@ def _check_weak(model: Checkpoint, weak: Checkpoint, hashes: Mapping, statistics
     told = theirs.get("latent_statistics")
     if told and not statistics.same_scale(LatentStatistics.from_dict(told)):
         raise SfdError(f"{names} were trained with other latent statistics: their latents are not the same")
-    if None not in (pair := [each.get("class_names") for each in (theirs, ours)]) and pair[0] != pair[1]:
+    if None not in (pair := [readable(each.get("class_names")) for each in (theirs, ours)]) and pair[0] != pair[1]:
         raise SfdError(f"{names} have other class names: one label would mean two classes")
     classes = [trained_labels(each, each["network_config"]["num_classes"]) for each in (theirs, ours)]
     if missing := sorted(set(classes[1].tolist()) - set(classes[0].tolist())):
