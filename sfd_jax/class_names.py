@@ -1,7 +1,7 @@
 """What classes are called: ImageNet's 1,000 in label order, and names as people read them.
 
-A name may list synonyms, split by commas, the first of which is shown: "tabby, tabby cat, n02123045". ImageNet's end with
-the class's WordNet id, which is what its image folders are called; so all sources mean one class by one label.
+A name may list synonyms, split by commas, the first of which is shown: "tabby, tabby cat, n02123045". ImageNet's end
+with the class's WordNet id, which is what its image folders are called; so all sources mean one class by one label.
 
 Source: `imagenet_classes.txt` has the words of WordNet 3.0 (copyright 2006 Princeton University), sorted by id.
 """

@@ -150,11 +150,19 @@ def fetch(name: str, file: str | None = None) -> list[Path]:
         if found:
             print(f"{name}: {error}; taking {found[0]}")
             return found
+        path = _wanted_path(source, file)
+        what = f"{path} of {source.where}" if "*" in path else _url(source, path)
         raise SfdError(
             f"{name}: {error}. What came is kept: run the same command again to go on. Without a connection: fetch "
-            f"{_url(source, source.files)} on another machine, put {basename} into {folder} and run the same command "
-            "again"
+            f"{what} on another machine, put {PurePosixPath(path).name} into {folder} and run the same command again"
         ) from error
+
+
+def _wanted_path(source: Source, file: str | None) -> str:
+    """Return the path of the file that is wanted, or a pattern of it where only the hub's listing can tell."""
+    pattern = PurePosixPath(source.files)
+    name = file or source.prefer.strip("*")
+    return str(pattern.with_name(name)) if "*" in pattern.name and name.endswith(pattern.suffix) else source.files
 
 
 def _choose(source: Source, files: dict, wanted: str | None) -> list:

@@ -101,7 +101,7 @@ def open_sampler(args: argparse.Namespace) -> tuple["Sampler", np.ndarray, dict[
         weak = open_checkpoint(args.weak, "lightning_dit", flag="--weak", **which).weights
     sampler = make_sampler(
         (params, metadata),
-        _load_texture_vae(args, metadata),
+        open_texture_vae(args, metadata),
         job,
         weak=weak,
         seed=args.seed,
@@ -134,8 +134,13 @@ def described(job: SampleConfig) -> str:
     return " ".join(f"{name}={value}" for name, value in values.items() if value is not None and name not in idle)
 
 
-def _load_texture_vae(args: argparse.Namespace, model: dict) -> tuple[dict, dict]:
-    """Return the texture VAE; where it holds averaged and raw weights, those that made the model's latents."""
+def open_texture_vae(args: argparse.Namespace, model: dict) -> tuple[dict, dict]:
+    """Return the texture VAE; where it holds averaged and raw weights, those that made the model's latents.
+
+    Args:
+      args: `texture_vae`, its folder, and `weights`, "ema" or "raw".
+      model: the diffusion model's metadata.
+    """
     from sfd_jax.generation.parts import made_latents
     from sfd_jax.models.fingerprint import params_hash
 
