@@ -6,7 +6,7 @@ from pathlib import Path
 
 # Libtpu looks for the machine it is on, says at length what it does not find, and lets one process at a time use the
 # chips. Where there are none, this answers its questions beforehand.
-_NO_MACHINE = {
+NO_MACHINE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -21,7 +21,7 @@ def installed() -> bool:
 
 def expect_no_machine() -> None:
     """Tell libtpu, before it is loaded, that it is to compile and not to run."""
-    for name, value in _NO_MACHINE.items():
+    for name, value in NO_MACHINE.items():
         os.environ.setdefault(name, value)
 
 
