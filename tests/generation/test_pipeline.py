@@ -1,10 +1,12 @@
 """`sfd_jax.Pipeline`: from a folder or a released name to images, the same as `sfd sample` makes."""
 
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_commands import DIT, VAE, save_random
 
 from sfd_jax import Pipeline
@@ -26,7 +28,8 @@ def demo(tmp_path_factory):
     """The folder of a demo with drawn weights, whose model was trained on two of ImageNet's class folders."""
     folder = tmp_path_factory.mktemp("demo")
     about = {"latent_statistics": STATISTICS, "class_names": ["n02444819", "n02099601", "a", "b", "c"]}
-    save_random(folder / "diffusion", "lightning_dit", DIT, 0, **about)
+    sample = {"guidance": "autoguidance", "guidance_scale": 1.5, **FAST}
+    save_random(folder / "diffusion", "lightning_dit", DIT, 0, **about, config={"sample": sample})
     save_random(folder / "weak", "lightning_dit", DIT, 2, **about)
     save_random(folder / "texture_vae", "texture_vae", VAE, 1)
     return folder
@@ -53,6 +56,14 @@ def test_images_are_those_of_the_command(demo, tmp_path):
     sampler = pipeline.sampler
     assert len(pipeline.generate("otter", seed=3, guidance_scale=1.5, **FAST)) == 1
     assert pipeline.sampler is sampler  # the same settings compile once
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_readme(demo, tmp_path, monkeypatch, root):
+    (tmp_path / "demo_out").symlink_to(demo)
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"```python\n(.*?)```", (root / "README.md").read_text(), re.S)[1], {})
+    assert Image.open(tmp_path / "three.png").size == (8, 8)
 
 
 @pytest.fixture
