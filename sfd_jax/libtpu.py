@@ -6,7 +6,7 @@ from pathlib import Path
 
 # Libtpu queries the machine it is on, logs at length what it does not find, and lets one process at a time use the
 # chips. Where there are no chips, these variables answer its queries.
-_NO_MACHINE = {
+NO_MACHINE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -21,7 +21,7 @@ def installed() -> bool:
 
 def expect_no_machine() -> None:
     """Set the environment for libtpu, before it is loaded, to compile without a TPU."""
-    for name, value in _NO_MACHINE.items():
+    for name, value in NO_MACHINE.items():
         os.environ.setdefault(name, value)
 
 

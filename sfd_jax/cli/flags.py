@@ -18,7 +18,6 @@ from collections.abc import Mapping
 
 from sfd_jax import ranges
 from sfd_jax.errors import Faults, SfdError, nearest
-from sfd_jax.experiment.config_files import load_config
 from sfd_jax.files import user_path
 
 
@@ -98,6 +97,8 @@ def parse_command(
     found += ranges.faults(vars(known), "--", parser.prog.removeprefix("sfd "), own)
     found += ranges.useless(rules, vars(known), known.given, "--{}".format).values()
     if config is not None:
+        from sfd_jax.experiment.config_files import load_config  # brings JAX
+
         known.config_name = known.config
         known.config = load_config(known.config, overrides, like=config, pending=found)
     if pending is None:

@@ -30,6 +30,7 @@ COMMANDS = {
     "verify": "compare this machine's arithmetic with a parity pack",
     "compile_pod": "compile the real programs for a TPU slice ahead of time, without a TPU: do they fit?",
     "plan": "memory, time and storage of a training run on a TPU slice",
+    "env": "versions, devices, caches: what an issue report needs",
 }
 
 # Advice when a device is out of memory. That for training keeps the run: see `FREE_KEYS` of training/record.py.
@@ -52,7 +53,9 @@ def usage() -> str:
     """Return the overview that `sfd --help` prints."""
     width = max(map(len, COMMANDS))
     commands = "\n".join(f"  {name:<{width}}  {line}" for name, line in COMMANDS.items())
-    more = "`sfd <command> --help` explains its flags; --plugin=MODULE goes with all."
+    more = (
+        "`sfd <command> --help` explains its flags; --plugin=MODULE goes with all. `sfd --version` tells the version."
+    )
     return f"usage: sfd <command> [flags]\n\n{commands}\n\n{more}"
 
 
@@ -61,9 +64,7 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         return run_command(lambda _: print(usage()), "help", [])
     if argv[0] == "--version":
-        from sfd_jax import __version__
-
-        return run_command(lambda _: print(__version__), "version", [])
+        return run_command(lambda _: print(importlib.import_module("sfd_jax.cli.env").version()), "version", [])
     command, *arguments = argv
     if command not in COMMANDS:
         print(f"sfd: unknown command '{command}'; {nearest(command, COMMANDS)}", file=sys.stderr)

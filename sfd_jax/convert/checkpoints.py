@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from sfd_jax.class_names import class_names_of
 from sfd_jax.convert import FORMATS
 from sfd_jax.convert.encoders import refuse_others
 from sfd_jax.convert.pickles import left_out
@@ -105,12 +106,16 @@ def import_checkpoint(path: str | os.PathLike, stated: Stated = Stated(), *, all
     step = step_of(path, file)
     if step is None and network.name == "lightning_dit":
         notes.append("step 0: neither the file nor its name gives one")
+    class_names = None
+    if network.name == "lightning_dit":
+        class_names, assumed = class_names_of({}, network.config.num_classes)
+        notes += assumed
     source = f"'{path}' ({file.which} weights)"
     params = import_params(table, file.state, network, source=source, allow_nonfinite=allow_nonfinite)
     metadata = {
         **network.metadata(),
         "latent_statistics": statistics and statistics.to_dict(),
-        "class_names": None,
+        "class_names": class_names,
         "config": found.system,
         "step": step or 0,
         "source": f"{Path(path).name} ({file.which} weights)",

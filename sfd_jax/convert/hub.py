@@ -166,11 +166,21 @@ def fetch(name: str, file: str | None = None) -> list[Path]:
             print(f"{name}: {error}; using {found[0]}")
             return found
         gated = " The repository is gated: accept its licence on its page and set HF_TOKEN to a token of that account."
+        path = _wanted_path(source, file)
+        what = f"{path} of {source.where}" if "*" in path else _url(source, path)
+        names = " and ".join((PurePosixPath(path).name, *source.beside))
         raise SfdError(
             f"{name}: {error}.{gated * source.gated} What was downloaded is kept: repeat the command to resume. "
-            f"Without a connection: fetch {_url(source, source.files)} on another machine, put "
-            f"{' and '.join((basename, *source.beside))} into {folder} and run the same command again"
+            f"Without a connection: fetch {what} on another machine, put {names} into {folder} and run the same command "
+            "again"
         ) from error
+
+
+def _wanted_path(source: Source, file: str | None) -> str:
+    """Return the path of the file that is wanted, or a pattern of it where only the hub's listing can tell."""
+    pattern = PurePosixPath(source.files)
+    name = file or source.prefer.strip("*")
+    return str(pattern.with_name(name)) if "*" in pattern.name and name.endswith(pattern.suffix) else source.files
 
 
 def _choose(source: Source, files: dict, wanted: str | None) -> list:

@@ -103,7 +103,7 @@ def open_sampler(args: argparse.Namespace) -> tuple["Sampler", np.ndarray, dict[
         weak = open_checkpoint(args.weak, "lightning_dit", flag="--weak", **which).weights
     sampler = make_sampler(
         (params, metadata),
-        _load_texture_vae(args, metadata),
+        open_texture_vae(args, metadata),
         job,
         weak=weak,
         seed=args.seed,
@@ -113,6 +113,9 @@ def open_sampler(args: argparse.Namespace) -> tuple["Sampler", np.ndarray, dict[
         other_texture_vae=args.other_texture_vae,
     )
     labels = make_labels(job.labels, job.num, sampler.num_classes, sampler.class_names, args.seed, sampler.labels)
+    if sampler.class_names and job.labels not in ("balanced", "random"):
+        names = (f"{label} ({sampler.class_names[label]})" for label in dict.fromkeys(labels.tolist()))
+        say("classes: " + ", ".join(names))
     extra = {
         "labels": {"mode": job.labels, "hash": hashlib.sha256(labels.astype(np.int32).tobytes()).hexdigest()},
         "notes": notes + sampler.recipe["notes"],
@@ -131,8 +134,13 @@ def described(job: SampleConfig) -> str:
     return " ".join(f"{name}={value}" for name, value in values.items() if value is not None and name not in idle)
 
 
-def _load_texture_vae(args: argparse.Namespace, model: dict) -> tuple[dict, dict]:
-    """Return the texture VAE; where it holds averaged and raw weights, those that made the model's latents."""
+def open_texture_vae(args: argparse.Namespace, model: dict) -> tuple[dict, dict]:
+    """Return the texture VAE; where it holds averaged and raw weights, those that made the model's latents.
+
+    Args:
+      args: `texture_vae`, its folder, and `weights`, "ema" or "raw".
+      model: the diffusion model's metadata.
+    """
     from sfd_jax.generation.parts import made_latents
     from sfd_jax.models.fingerprint import params_hash
 

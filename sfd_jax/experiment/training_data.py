@@ -5,6 +5,7 @@ import contextlib
 import jax
 from ml_collections import ConfigDict
 
+from sfd_jax.class_names import readable
 from sfd_jax.convert.weight_files import read_statistics
 from sfd_jax.data.latent_store import LatentSource, LatentStore
 from sfd_jax.data.paired import WithPixels
@@ -115,7 +116,7 @@ def check_init(path: str, network: Network, clocks: Clocks, source: LatentSource
     statistics = metadata.get("latent_statistics")
     if statistics and not LatentStatistics.from_dict(statistics).same_scale(source.statistics):
         notes.append(f"--init={path} was trained with other latent statistics than those of these latents")
-    names = metadata.get("class_names"), source.class_names
+    names = readable(metadata.get("class_names")), readable(source.class_names)
     if None not in names and names[0] != names[1]:
         notes.append(
             f"--init={path} was trained with other class names: its label embeddings start as those of other classes"

@@ -1,5 +1,7 @@
 """The class label of each sample."""
 
+import re
+
 import jax
 import numpy as np
 
@@ -75,34 +77,51 @@ _LABEL_STREAM = 2**32 - 1
 def parse_classes(spec: str, num_classes: int, class_names: list[str] | None = None) -> list[int]:
     """Return the class numbers of a list of numbers or names; see `make_labels`.
 
+    Case does not matter, nor whether words are joined by spaces, underscores or hyphens. The first synonym of a class
+    takes precedence over the same word in the list of another class: "harp" is the instrument, not the harmonica.
+
     Raises:
-      SfdError: a number outside [0, num_classes), or an unknown name.
+      SfdError: a number outside [0, num_classes), or a name that no class or several classes have.
     """
-    names = {name.strip().lower(): label for label, name in reversed(list(enumerate(class_names or [])))}
-    comma = ";" if ";" in spec or spec.strip().lower() in names else ","
+    names = _labels_by_name(class_names or [])
+    comma = ";" if ";" in spec or _plain(spec) in names else ","
     parts = [part.strip() for part in spec.split(comma) if part.strip()]
     if not parts:
         raise SfdError(f"labels '{spec}' contain no class; give 'balanced', 'random', or numbers or names of classes")
-    return [_find_class(part, num_classes, names) for part in parts]
+    return [_find_class(part, num_classes, names, class_names) for part in parts]
 
 
-def _find_class(text: str, num_classes: int, names: dict[str, int]) -> int:
-    if text.lower() in names:  # before numbers: the names of the digits are numbers
-        return names[text.lower()]
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]+", " ", name).strip().lower()
+
+
+def _labels_by_name(class_names: list[str]) -> dict[str, list[int]]:
+    first, others = {}, {}
+    for label, name in enumerate(class_names):
+        synonyms = [_plain(synonym) for synonym in name.split(",")]
+        for found, texts in ((first, {_plain(name), synonyms[0]}), (others, set(synonyms))):
+            for text in texts:
+                found.setdefault(text, []).append(label)
+    return others | first
+
+
+def _find_class(text: str, num_classes: int, names: dict[str, list[int]], class_names: list[str] | None) -> int:
+    labels = names.get(_plain(text), [])
+    if len(labels) == 1:  # before numbers: the names of the digits are numbers
+        return labels[0]
+    if labels:
+        found = " and ".join(f"{label} ({class_names[label]})" for label in labels)
+        raise SfdError(f"'{text}' names {len(labels)} classes: {found}; give the number")
     if text.lstrip("-").isdecimal():
         if 0 <= int(text) < num_classes:
             return int(text)
         raise SfdError(f"there is no class {text}: classes are 0..{num_classes - 1}")
-    # ImageNet's names list synonyms ("tabby, tabby cat"); any unique one is accepted.
-    having = [label for name, label in names.items() if text.lower() in map(str.strip, name.split(","))]
-    if len(having) == 1:
-        return having[0]
-    if len(having) > 1:
-        raise SfdError(f"'{text}' names {len(having)} classes ({', '.join(map(str, having))}); give the number")
     if not names:
         raise SfdError(f"'{text}' is not a number, and this checkpoint has no class names; give 0..{num_classes - 1}")
-    synonyms = {synonym.strip() for name in names for synonym in name.split(",")}
-    hint = nearest(text.lower(), synonyms)
-    if len(synonyms) > 20 and not hint.startswith("did you mean"):  # a list of a thousand names is no help
+    if having := [name for name in names if _plain(text) in name.split() and "," not in name]:
+        more = ", ..." if len(having) > 8 else ""
+        raise SfdError(f"no class is called '{text}', but there are: {', '.join(having[:8])}{more}")
+    hint = nearest(_plain(text), [name for name in names if "," not in name])
+    if len(names) > 20 and not hint.startswith("did you mean"):  # a list of a thousand names is no help
         hint = "give its number"
     raise SfdError(f"no class is called '{text}'; {hint}")

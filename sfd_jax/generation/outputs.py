@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from sfd_jax.class_names import short_names
 from sfd_jax.errors import SfdError
 from sfd_jax.files import atomic_write
 from sfd_jax.generation.job import chunk_files
@@ -89,7 +90,8 @@ def write_grid(folder: str | Path, class_names: list[str] | None = None, rows: i
         if all(len(samples) == columns for samples in found.values()):
             break
     path = folder / "grid.png"
-    names = [class_names[label] if class_names else str(label) for label in shown]
+    short = short_names(class_names) if class_names else None
+    names = [short[label] if short else str(label) for label in shown]
     try:
         with atomic_write(path) as part:
             draw_grid(list(found.values()), names).save(part, format="PNG")

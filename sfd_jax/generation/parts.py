@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sfd_jax.class_names import readable
 from sfd_jax.diffusion.clocks import Clocks, FixedOffset, Synchronous, make_clocks, split_params
 from sfd_jax.errors import SfdError
 from sfd_jax.latents import LatentStatistics, other_makers
@@ -108,7 +109,7 @@ def _check_weak(model: Checkpoint, weak: Checkpoint, hashes: Mapping, statistics
     weak_statistics = theirs.get("latent_statistics")
     if weak_statistics and not statistics.same_scale(LatentStatistics.from_dict(weak_statistics)):
         raise SfdError(f"{names} were trained with different latent statistics; give models of the same latents")
-    if None not in (pair := [each.get("class_names") for each in (theirs, ours)]) and pair[0] != pair[1]:
+    if None not in (pair := [readable(each.get("class_names")) for each in (theirs, ours)]) and pair[0] != pair[1]:
         raise SfdError(f"{names} have different class names: a label would mean two classes")
     classes = [trained_labels(each, each["network_config"]["num_classes"]) for each in (theirs, ours)]
     if missing := sorted(set(classes[1].tolist()) - set(classes[0].tolist())):

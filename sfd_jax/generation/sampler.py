@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from sfd_jax.class_names import class_names_of
 from sfd_jax.diffusion import guidance
 from sfd_jax.diffusion.clocks import Clocks, clocks_config, split_params
 from sfd_jax.diffusion.sample_config import SampleConfig
@@ -366,6 +367,7 @@ def make_sampler(
     compared = weak if config.guidance == "autoguidance" else None  # otherwise `Sampler` refuses an unused weak model
     image_size = networks["model"].config.input_size * networks["texture_vae"].config.downsampling
     notes = check_parts(model, texture_vae, compared, hashes, statistics, image_size, other_texture_vae)
+    class_names, assumed = class_names_of(metadata, networks["model"].config.num_classes)
     recipe = {
         "model": described["model"],
         "weak_model": described.get("weak"),
@@ -375,7 +377,7 @@ def make_sampler(
         "sampler": {name: getattr(config, name) for name in defaults_of(SampleConfig)},
         "dtype": networks["model"].config.compute_dtype,
         "seed": seed,
-        "notes": notes,
+        "notes": notes + assumed,
     }
     return Sampler(
         (networks["model"], params),
@@ -386,7 +388,7 @@ def make_sampler(
         clocks=clocks,
         config=config,
         seed=seed,
-        class_names=metadata.get("class_names"),
+        class_names=class_names,
         labels=trained_labels(metadata, networks["model"].config.num_classes),
         recipe=recipe,
         scan_blocks=(training.get("model") or {}).get("scan_blocks"),

@@ -18,7 +18,7 @@ from sfd_jax.distributed import make_mesh
 from sfd_jax.distributed.lock import FolderLock
 from sfd_jax.evaluation import Extractor
 from sfd_jax.experiment import evaluation
-from sfd_jax.experiment.sampling import _load_texture_vae
+from sfd_jax.experiment.sampling import open_texture_vae
 from sfd_jax.latents import LatentStatistics
 from sfd_jax.models import Network
 from sfd_jax.models.fingerprint import params_hash
@@ -246,9 +246,9 @@ def test_raw_weights_are_decoded_by_the_vae_that_made_the_latents(flags, tmp_pat
     assert made_by["ema"] != made_by["raw"]
     for which, asked in (("ema", "raw"), ("raw", "ema")):
         args = argparse.Namespace(texture_vae=str(tmp_path / "vae"), weights=asked)
-        params, metadata = _load_texture_vae(args, {"latents": {"weights": {"texture_vae": made_by[which]}}})
+        params, metadata = open_texture_vae(args, {"latents": {"weights": {"texture_vae": made_by[which]}}})
         assert metadata["which"] == which and params_hash(params) == made_by[which]
-    assert _load_texture_vae(args, model[1])[1]["which"] == "ema"  # unknown: the requested weights
+    assert open_texture_vae(args, model[1])[1]["which"] == "ema"  # unknown: the requested weights
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 """Labels: balance, order, and what a user may write."""
 
+import re
+
 import numpy as np
 import pytest
 
+from sfd_jax.class_names import class_names_of, imagenet_classes, short_names
 from sfd_jax.errors import SfdError
-from sfd_jax.generation.labels import balanced_labels, make_labels, random_labels
+from sfd_jax.generation.labels import balanced_labels, make_labels, parse_classes, random_labels
 
 NAMES = ["tench, Tinca tinca", "goldfish", "crane", "drake", "crane"]
 
@@ -42,6 +45,7 @@ def test_random_labels_are_a_function_of_seed_and_index():
         ("tench, Tinca tinca; DRAKE", [0, 3, 0, 3, 0]),
         ("tench, Tinca tinca", [0, 0, 0, 0, 0]),
         ("goldfish,3", [1, 3, 1, 3, 1]),
+        ("TINCA_tinca", [0, 0, 0, 0, 0]),
     ],
 )
 def test_classes_by_number_and_name(spec, expected):
@@ -57,6 +61,7 @@ def test_classes_by_number_and_name(spec, expected):
         ("goldfish", None, "has no class names"),
         (" , ", NAMES, "contain no class"),
         ("balance", NAMES, "no class is called"),
+        ("crane", NAMES, r"names 2 classes: 2 \(crane\) and 4 \(crane\); give the number"),
     ],
 )
 def test_unknown_classes_are_refused(spec, names, words):
@@ -67,3 +72,52 @@ def test_unknown_classes_are_refused(spec, names, words):
 def test_no_sample_is_refused():
     with pytest.raises(SfdError, match="num=0: give an integer from 1"):
         make_labels("balanced", 0, 5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "label"),
+    [
+        ("tench", 0),
+        ("goldfish", 1),
+        ("Golden_Retriever", 207),
+        ("tabby", 281),
+        ("otter", 360),
+        ("n02444819", 360),
+        ("harp", 594),  # and not the harmonica, which has it as a synonym
+        ("volcano", 980),
+        ("toilet tissue", 999),
+        ("toilet tissue, toilet paper, bathroom tissue, n15075141", 999),
+    ],
+)
+def test_classes_of_imagenet(spec, label):
+    assert make_labels(spec, 1, 1000, list(imagenet_classes())).tolist() == [label]
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("crane", r"134 \(crane, n02012849\) and 517 \(crane, n03126707\); give the number"),
+        ("maillot", "638 .* and 639"),
+        ("cat", "there are: .*tabby cat"),
+        ("oter", "did you mean 'otter'"),
+        ("qqqq", "'qqqq'; give its number"),
+    ],
+)
+def test_names_that_several_classes_of_imagenet_have_or_none(spec, words):
+    with pytest.raises(SfdError, match=words):
+        make_labels(spec, 1, 1000, list(imagenet_classes()))
+
+
+def test_the_classes_of_imagenet_are_a_thousand_and_sorted_by_id():
+    ids = [name.rpartition(", ")[2] for name in imagenet_classes()]
+    assert len(set(ids)) == 1000 and ids == sorted(ids) and all(re.fullmatch(r"n\d{8}", each) for each in ids)
+    assert len(set(short_names(imagenet_classes()))) == 1000 and short_names(imagenet_classes())[517] == "crane (517)"
+
+
+def test_folders_called_by_ids_get_words_and_a_thousand_classes_without_names_are_imagenet():
+    names, notes = class_names_of({"class_names": ["n02444819", "mine"]}, 2)
+    assert names == ["otter, n02444819", "mine"] and not notes
+    assert parse_classes("otter, n02444819", 2, names) == [0]
+    names, notes = class_names_of({"class_names": None}, 1000)
+    assert names[360].startswith("otter") and "ImageNet" in notes[0]
+    assert class_names_of({}, 10) == (None, [])

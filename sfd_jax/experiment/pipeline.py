@@ -1,0 +1,146 @@
+"""From a name or a folder to images in three lines of Python.
+
+from sfd_jax import Pipeline
+pipeline = Pipeline.from_pretrained("sfd_xl")  # or a folder, such as the demo's
+pipeline.generate("otter")[0].save("otter.png")
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sfd_jax.class_names import class_names_of
+from sfd_jax.convert.hub import CATALOGUE
+from sfd_jax.diffusion.sample_config import SampleJob
+from sfd_jax.errors import SfdError, nearest
+from sfd_jax.experiment.checkpoints import open_checkpoint
+from sfd_jax.experiment.released import cached_checkpoint
+from sfd_jax.experiment.sampling import open_texture_vae, sample_job
+from sfd_jax.generation import make_labels, make_sampler, parse_classes
+from sfd_jax.generation.parts import Checkpoint
+from sfd_jax.settings import defaults_of
+
+# Released model -> step of the weaker model (`sfd_autoguidance_b`) that guides it; the paper's table, 800 epochs.
+_WEAK_STEPS = {"sfd_xl": 70_000, "sfd_1p0": 120_000}
+_RELEASED_SETTINGS = {"guidance": "autoguidance", "guidance_scale": 1.5}
+
+
+class Pipeline:
+    """Make images of classes; `from_pretrained` builds one.
+
+    Attributes:
+      num_classes, class_names: of the model; names by label, None where there are none.
+      sampler: that made the newest images; None before. `sampler.recipe` tells all that decided them.
+    """
+
+    def __init__(
+        self,
+        model: Checkpoint,
+        texture_vae: Checkpoint,
+        weak: Checkpoint | None = None,
+        settings: dict[str, Any] | None = None,
+    ):
+        """Keep the parts.
+
+        Args:
+          model, texture_vae, weak: (params, metadata) as `training.load_params` returns; `weak` is AutoGuidance's.
+          settings: how to sample where `generate` is not told; by default what the model's checkpoint keeps.
+        """
+        self._parts = {"model": model, "texture_vae": texture_vae}
+        self._weak = weak
+        self._saved = settings or (model[1].get("config") or {}).get("sample") or {}
+        self.num_classes = model[1]["network_config"]["num_classes"]
+        self.class_names, _ = class_names_of(model[1], self.num_classes)
+        self._key, self.sampler = None, None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike,
+        *,
+        texture_vae: str | os.PathLike | None = None,
+        weak: str | os.PathLike | None = None,
+    ) -> "Pipeline":
+        """Open a model with the texture VAE that decodes its latents and the weaker model that guides it.
+
+        Args:
+          name: "sfd_xl" or "sfd_1p0" (released; fetched and converted where the cache does not hold them), the work
+            folder of `sfd demo`, or a folder of the diffusion model's checkpoints.
+          texture_vae, weak: folders of checkpoints or released names. By default those that belong to a released model
+            or lie in the demo's folder; any other model needs a texture VAE, and is guided where `weak` is given.
+
+        Raises:
+          SfdError: no such name or folder, a part that is missing, or a download that failed (with what to put where).
+        """
+        name, folder, settings = str(name), Path(name), None
+        if name in _WEAK_STEPS and not folder.exists():
+            settings = _RELEASED_SETTINGS
+            name, steps = cached_checkpoint(name), _WEAK_STEPS[name]
+            texture_vae = texture_vae or "texture_vae"
+            weak = weak or cached_checkpoint("sfd_autoguidance_b", steps)
+        elif (folder / "diffusion").is_dir():
+            name, texture_vae = str(folder / "diffusion"), texture_vae or folder / "texture_vae"
+            weak = weak or next(folder.glob("weak"), None)
+        elif not folder.exists() and "://" not in name:
+            hint = nearest(name, _WEAK_STEPS)
+            raise SfdError(f"there is no folder '{name}', nor a released model of that name; {hint}")
+        elif texture_vae is None:
+            raise SfdError(
+                f"'{name}' holds no texture VAE, which decodes its latents: give texture_vae=FOLDER (or 'texture_vae', "
+                "the released one)"
+            )
+        model = open_checkpoint(_place(name), "lightning_dit").weights
+        vae = open_texture_vae(argparse.Namespace(texture_vae=_place(texture_vae), weights="ema"), model[1])
+        return cls(model, vae, weak and open_checkpoint(_place(weak), "lightning_dit").weights, settings)
+
+    def generate(
+        self, labels: str | int | Sequence[str | int], num: int | None = None, *, seed: int = 0, **settings: Any
+    ) -> list[Image.Image]:
+        """Make images.
+
+        Args:
+          labels: classes by name or number, one or several: "otter", 207, ["otter", 207]; or "balanced", "random".
+          num: how many images, spread over the classes; by default one of each.
+          seed: image i is a function of the seed, i and its label.
+          settings: how to sample, by the names of the flags of `sfd sample` (guidance_scale=1.3, solver="ab2",
+            nfe=16, ...). Another seed or setting compiles anew.
+
+        Returns:
+          The images, the same as `sfd sample` makes of these labels.
+
+        Raises:
+          SfdError: no such class or setting, or a value that is not allowed.
+        """
+        if unknown := sorted(set(settings) - (known := defaults_of(SampleJob).keys() - {"num", "labels"})):
+            raise SfdError(f"no setting '{unknown[0]}'; {nearest(unknown[0], known)}")
+        flags = argparse.Namespace(
+            weak=self._weak is not None and settings.get("guidance") in (None, "autoguidance"),
+            given=settings.keys(),
+            **dict.fromkeys(defaults_of(SampleJob)) | settings,
+        )
+        spec = labels if isinstance(labels, str) else "".join(f"{label};" for label in np.atleast_1d(labels))
+        known = self.num_classes, self.class_names
+        if num is None:
+            num = 1 if spec in ("balanced", "random") else len(parse_classes(spec, *known))
+        job, notes = sample_job(flags, self._saved)
+        if self._key != (job, seed):
+            self.sampler = None  # its weights leave the devices before those of the next one come
+            weak = self._weak if job.guidance == "autoguidance" else None
+            self.sampler = make_sampler(**self._parts, config=job, weak=weak, seed=seed)
+            self._key = job, seed
+            for note in notes + self.sampler.recipe["notes"]:
+                print(f"note: {note}")
+        drawn = make_labels(spec, num, *known, seed, self.sampler.labels)
+        at_once = min(num, job.batch_size * self.sampler.mesh.size)
+        return [Image.fromarray(image) for image in self.sampler(np.arange(num), drawn, at_once)[0]]
+
+
+def _place(name: str | os.PathLike) -> str:
+    """Return the folder of a checkpoint that is given by its folder or its released name."""
+    released = str(name) in CATALOGUE and not Path(name).exists()
+    return str(cached_checkpoint(str(name)) if released else name)

@@ -1,0 +1,132 @@
+"""`sfd_jax.Pipeline`: from a folder or a released name to images, the same as `sfd sample` makes."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_commands import DIT, VAE, save_random
+
+from sfd_jax import Pipeline
+from sfd_jax.class_names import imagenet_classes
+from sfd_jax.cli import sample as sample_command
+from sfd_jax.cli.main import run_command
+from sfd_jax.convert import hub
+from sfd_jax.errors import SfdError
+from sfd_jax.experiment import released
+from sfd_jax.latents import LatentStatistics
+
+STATISTICS = LatentStatistics(np.zeros(3), np.ones(3), np.zeros(2), np.ones(2)).to_dict()
+FAST = {"solver": "euler", "num_steps": 4}
+OF_IMAGENET = {**DIT, "num_classes": 1000}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The folder of a demo with drawn weights, whose model was trained on two of ImageNet's class folders."""
+    folder = tmp_path_factory.mktemp("demo")
+    about = {"latent_statistics": STATISTICS, "class_names": ["n02444819", "n02099601", "a", "b", "c"]}
+    sample = {"guidance": "autoguidance", "guidance_scale": 1.5, **FAST}
+    save_random(folder / "diffusion", "lightning_dit", DIT, 0, **about, config={"sample": sample})
+    save_random(folder / "weak", "lightning_dit", DIT, 2, **about)
+    save_random(folder / "texture_vae", "texture_vae", VAE, 1)
+    return folder
+
+
+@pytest.mark.slow
+def test_images_are_those_of_the_command(demo, tmp_path):
+    pipeline = Pipeline.from_pretrained(demo)
+    images = pipeline.generate(["golden_retriever", 0, "B"], 5, seed=3, guidance_scale=1.5, **FAST)
+    assert [image.size for image in images] == [(8, 8)] * 5 and pipeline.sampler.recipe["seed"] == 3
+    flags = [f"--checkpoint={demo / 'diffusion'}", f"--texture_vae={demo / 'texture_vae'}", f"--weak={demo / 'weak'}"]
+    flags += [
+        "--labels=n02099601,0,b",
+        "--num=5",
+        "--seed=3",
+        "--guidance_scale=1.5",
+        "--solver=euler",
+        "--num_steps=4",
+    ]
+    assert run_command(sample_command.main, "sample", [*flags, f"--out={tmp_path / 'out'}"]) == 0
+    with np.load(tmp_path / "out" / "samples.npz") as file:
+        assert file["arr_1"].tolist() == [1, 0, 3, 1, 0]
+        np.testing.assert_array_equal(np.stack(images), file["arr_0"])
+    sampler = pipeline.sampler
+    assert len(pipeline.generate("otter", seed=3, guidance_scale=1.5, **FAST)) == 1
+    assert pipeline.sampler is sampler  # the same settings compile once
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_readme(demo, tmp_path, monkeypatch, root):
+    (tmp_path / "demo_out").symlink_to(demo)
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"```python\n(.*?)```", (root / "README.md").read_text(), re.S)[1], {})
+    assert Image.open(tmp_path / "three.png").size == (8, 8)
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """What `make_sampler` was given, which makes none: compiling takes seconds."""
+    given = {}
+
+    def make_sampler(**parts):
+        given.update(parts)
+        raise SfdError("enough")
+
+    monkeypatch.setattr("sfd_jax.experiment.pipeline.make_sampler", make_sampler)
+    return given
+
+
+def test_guidance_can_be_left_out_and_faults_are_named(demo, built):
+    pipeline = Pipeline.from_pretrained(demo / "diffusion", texture_vae=demo / "texture_vae")
+    with pytest.raises(SfdError, match="enough"):
+        pipeline.generate("balanced", **FAST)
+    assert built["weak"] is None and built["config"].guidance == "none" and built["config"].num_steps == 4
+    with pytest.raises(SfdError, match="did you mean 'guidance_scale'"):
+        pipeline.generate(0, guidance_scal=2)
+    with pytest.raises(SfdError, match="did you mean 'otter'"):
+        pipeline.generate("oter")
+    with pytest.raises(SfdError, match="give texture_vae=FOLDER"):
+        Pipeline.from_pretrained(demo / "diffusion")
+    with pytest.raises(SfdError, match="no folder 'sfd_x'.*did you mean 'sfd_xl'"):
+        Pipeline.from_pretrained("sfd_x")
+
+
+def test_a_released_name_takes_what_belongs_to_it(tmp_path, monkeypatch, built):
+    """From the cache, where `sfd fetch` left it; what is not there is fetched."""
+    monkeypatch.setenv("SFD_CACHE", str(tmp_path))
+    save_random(tmp_path / "sfd_xl", "lightning_dit", OF_IMAGENET, 0, step=9, latent_statistics=STATISTICS)
+    save_random(tmp_path / "texture_vae", "texture_vae", VAE, 1)
+    asked = []
+
+    def fetch_checkpoint(name, file=None):
+        asked.append((name, file))
+        return save_random(tmp_path / "b", "lightning_dit", OF_IMAGENET, 2, latent_statistics=STATISTICS)
+
+    monkeypatch.setattr(released, "fetch_checkpoint", fetch_checkpoint)
+    pipeline = Pipeline.from_pretrained("sfd_xl")
+    assert asked == [("sfd_autoguidance_b", "0070000.pt")] and pipeline.class_names == list(imagenet_classes())
+    with pytest.raises(SfdError, match="enough"):
+        pipeline.generate("otter")
+    assert built["weak"] and (built["config"].guidance, built["config"].guidance_scale) == ("autoguidance", 1.5)
+
+
+def test_without_a_connection_it_says_what_to_put_where(tmp_path, monkeypatch):
+    monkeypatch.setenv("SFD_CACHE", str(tmp_path))
+
+    def nothing(source):
+        raise hub._Unreachable("no connection")
+
+    monkeypatch.setattr(hub, "_listing", nothing)
+    with pytest.raises(
+        SfdError, match=r"resolve/main/model_weights/sfd_xl/4000000.pt .*put 4000000\.pt into \S*sfd_xl and run"
+    ):
+        Pipeline.from_pretrained("sfd_xl")
+
+
+def test_the_package_alone_imports_nothing():
+    code = "import sys, sfd_jax; print('jax' in sys.modules); sfd_jax.Pipeline; print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
