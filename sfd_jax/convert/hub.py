@@ -171,8 +171,7 @@ def fetch(name: str, file: str | None = None) -> list[Path]:
         names = " and ".join((PurePosixPath(path).name, *source.beside))
         raise SfdError(
             f"{name}: {error}.{gated * source.gated} What was downloaded is kept: repeat the command to resume. "
-            f"Without a connection: fetch {what} on another machine, put {names} into {folder} and run the same command "
-            "again"
+            f"Without a connection: fetch {what} on another machine, put {names} into {folder} and repeat the command"
         ) from error
 
 
