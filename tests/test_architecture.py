@@ -7,13 +7,14 @@ import sys
 
 import pytest
 
-EVERYONE = {"budget", "errors", "files", "libtpu", "randomness", "ranges", "registry", "settings", "trees"}
+EVERYONE = {"budget", "errors", "files", "libtpu", "progress", "randomness", "ranges", "registry", "settings", "trees"}
 # package -> packages it may import, beside itself and the leaves above, which are everybody's.
 MAY_IMPORT = {
     "budget": set(),
     "errors": set(),
     "files": set(),
     "libtpu": set(),
+    "progress": set(),
     "randomness": set(),
     "ranges": set(),
     "registry": set(),

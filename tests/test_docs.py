@@ -17,6 +17,7 @@ PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.m
 DEFAULT_CONFIG = {
     "train_semvae": "configs/semantic_vae.py",
     "train_texture_vae": "configs/texture_vae.py",
+    "train_encoder": "configs/visual_encoder.py",
     "demo": "configs/digits.py",
 }
 
