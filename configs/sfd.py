@@ -10,8 +10,8 @@ Expected: FID-50k, balanced labels, released numbers (not ours), without guidanc
           1p0b 800 epochs 2.38 / 1.04 (weak model b at 120k steps, scale 1.5)
 Command:  sfd train --config=configs/sfd.py:xl --workdir=runs/xl --config.data.path=latents/train
 
-The argument is a size (s, b, l, xl, 1p0b, 1p6b), or `small`: the recipe for a laptop or one GPU and latents of the other
-`small` configs (docs/your_own_images.md), with classes and grid of the latents; then, after commas, any of
+The argument is a size (s, b, l, xl, 1p0b, 1p6b), or `small`: the recipe for a laptop or one GPU and for latents of the
+other `small` configs (docs/your_own_images.md), with classes and grid of the latents; then, after commas, any of
   lr2e4  the "80 epochs, lr 2e-4" recipe: beta2 0.95, REPA weight 0.5 by the mean of cosine and MSE;
   weak   the AutoGuidance model: stops at 70k steps (small: half as wide and deep, a quarter of the steps);
   tiny   the same recipe shrunk until a step takes a moment on a laptop; tests run it.

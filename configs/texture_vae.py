@@ -6,8 +6,8 @@ Hardware: any; the arguments "small" and "digits" run on a laptop.
 Expected: digits: held-out PSNR of about 32 dB (the demo trains this recipe and measured 31.7 over all pixels).
 Command:  sfd train_texture_vae --config=configs/texture_vae.py --workdir=runs/vae --config.data.path=IMAGES
 
-The argument is "", "small" (f8d8 for images of 32 px; larger ones with --config.data.image_size=64), "digits", or "tiny",
-which is "digits" for four steps.
+The argument is "", "small" (f8d8 for images of 32 px; larger ones with --config.data.image_size=64), "digits", or
+"tiny", which is "digits" for four steps.
 """
 
 import ml_collections

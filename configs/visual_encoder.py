@@ -5,7 +5,7 @@ Hardware: any; the argument "small" runs on a laptop.
 Expected: "small" on 360 held-out digits: accuracy of 97 % and more (the demo's encoder).
 Command:  sfd train_encoder --config=configs/visual_encoder.py:small --workdir=runs/encoder --config.data.path=IMAGES
 
-The argument is "" (ViT-S/16 for images of 256 px; its numbers were not tried), "small" (images of 32 px; larger ones with
+The argument is "" (ViT-S/16 for images of 256 px, never trained), "small" (images of 32 px; larger ones with
 --config.data.image_size=64), or "tiny", which is "small" on digits for four steps.
 """
 

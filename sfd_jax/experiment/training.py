@@ -159,7 +159,7 @@ def open_semantic_vae(
 def _first_params(
     init: str | None, task: Task, seed: int, made_from: dict | None = None
 ) -> tuple[dict | None, tuple[str, ...]]:
-    """Return the parameters that --init's checkpoint gives a task, heads drawn, and what sets it apart from this run."""
+    """Return the parameters that --init's checkpoint gives a task, with drawn heads, and notes on it."""
     if not init:
         return None, ()
     _, notes = check_init(init, task.network, made_from)
@@ -250,8 +250,8 @@ def open_visual_encoder(config: ConfigDict, found: Faults | None = None, *, init
             held_out = _images_of(config, data.held_out_split)
             if held_out.class_names != source.class_names:
                 raise SfdError(
-                    f"the held-out images have the classes {', '.join(held_out.class_names)}, not those of the training "
-                    f"images, {', '.join(source.class_names)}: give both splits the same class folders"
+                    f"the held-out images have the classes {', '.join(held_out.class_names)}, those to train on "
+                    f"{', '.join(source.class_names)}: give both splits the same class folders"
                 )
             held_out = functools.partial(measure_visual_encoder, network), held_out
     if not found:
