@@ -41,7 +41,7 @@ class VisualEncoderLoss:
         check_fields("loss", self)
         if self.num_classes < 2:
             raise SfdError(
-                f"loss.num_classes={self.num_classes}: the encoder learns to tell classes apart, so it needs at least 2; "
+                f"loss.num_classes={self.num_classes}: the encoder learns to tell classes apart and needs two; "
                 "for images of one class take a released encoder (`sfd fetch`)"
             )
 

@@ -68,7 +68,7 @@ def test_train_encoder_and_who_takes_its_folder(images, tmp_path, capsys):
     "flags, words",
     [
         ([], ("say where the images are",)),
-        (["--config.data.path={}", "--config.data.split=one"], ("loss.num_classes=1", "at least 2")),
+        (["--config.data.path={}", "--config.data.split=one"], ("loss.num_classes=1", "needs two")),
         (["--config.data.path={}", "--config.data.held_out_split=other"], ("have the classes b, c", "a, b")),
         (["--config.data.path={}", "--config.data.image_size=30"], ("image_size 30 does not divide by patch_size 8",)),
         (["--config.data.path={}", "--config.loss.num_classes=2", "--config.data.split=val"], ()),
