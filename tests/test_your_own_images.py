@@ -17,9 +17,9 @@ STEPS = ["--config.train.steps=2", "--config.train.global_batch_size=4"]
 SHRUNK = {
     "train_texture_vae": [*STEPS, "--config.data.image_size=8", "--config.model.ch_mult=(1,1)"],
     "train_encoder": [*STEPS, "--config.data.image_size=8", "--config.model.patch_size=2", "--config.model.depth=1"],
-    "train_semvae": [*STEPS, "--config.data.images.image_size=8", "--config.model.transformer_blocks=1"],
+    "train_semvae": [*STEPS, "--config.data.images.image_size=8", "--config.model.arch=linear"],
     "extract": ["--batch_size=8"],
-    "train": [*STEPS, "--config.model.depth=2", "--config.model.width=48", "--config.model.num_heads=2"],
+    "train": [*STEPS, "--config.model.depth=1", "--config.model.repa_depth=1", "--config.model.width=24"],
     "sample": ["--num=6", "--batch_size=6", "--solver=euler", "--num_steps=4"],
     "evaluate": ["--image_size=8"],
 }

@@ -39,14 +39,8 @@ from sfd_jax.distributed.heartbeat import Heartbeat
 from sfd_jax.distributed.lock import FolderLock
 from sfd_jax.distributed.preflight import Job
 from sfd_jax.errors import Faults, SfdError
-from sfd_jax.experiment.extraction import (
-    extract_latents,
-    job_share,
-    open_encoder,
-    planned_latents,
-    repack_statistics,
-    trained_size,
-)
+from sfd_jax.experiment.checkpoints import trained_size
+from sfd_jax.experiment.extraction import extract_latents, job_share, open_encoder, planned_latents, repack_statistics
 from sfd_jax.ranges import Only
 from sfd_jax.settings import flags_from, from_args
 from sfd_jax.training import load_metadata

@@ -24,7 +24,7 @@ from sfd_jax.distributed.lock import FolderLock
 from sfd_jax.distributed.mesh import make_mesh
 from sfd_jax.distributed.sharding import batch_sharding, replicated
 from sfd_jax.errors import SfdError
-from sfd_jax.experiment.checkpoints import open_checkpoint
+from sfd_jax.experiment.checkpoints import open_checkpoint, trained_size
 from sfd_jax.latents import LatentStatistics, other_makers
 from sfd_jax.models import ENCODERS, Network
 from sfd_jax.models.encoders import Tiling, VisualEncoder
@@ -106,11 +106,6 @@ def open_encoder(config: ExtractConfig, paths: Mapping[str, str | None]) -> Open
             )
     checkpoints = {name: {key: each.get(key) for key in ("source", "step")} for name, each in told.items()}
     return OpenEncoder(encoder, params, checkpoints, notes)
-
-
-def trained_size(metadata: Mapping[str, Any]) -> int | None:
-    """Return the side in pixels of the images that a checkpoint's network was trained on; None where it tells none."""
-    return ((metadata.get("config") or {}).get("data") or {}).get("image_size")
 
 
 def local_mesh(batch_size: int) -> Mesh:

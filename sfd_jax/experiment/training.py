@@ -16,6 +16,7 @@ from sfd_jax.data.pipeline import feature_transform, latent_transform, pixel_tra
 from sfd_jax.data.released import open_latents
 from sfd_jax.errors import Faults, SfdError
 from sfd_jax.experiment import build
+from sfd_jax.experiment.checkpoints import trained_size
 from sfd_jax.experiment.run import Run
 from sfd_jax.experiment.targets import check_repa_source, open_frozen, open_targets
 from sfd_jax.experiment.training_data import (
@@ -33,7 +34,7 @@ from sfd_jax.models.encoders import Tiling, VisualEncoder
 from sfd_jax.models.fingerprint import params_hash
 from sfd_jax.models.layers import check_divides
 from sfd_jax.settings import from_group
-from sfd_jax.training import Task, TrainConfig, load_params
+from sfd_jax.training import Task, TrainConfig, load_metadata, load_params
 from sfd_jax.training.checkpoint import find_checkpoint
 from sfd_jax.training.frozen_features import FrozenFeatures, online_features
 from sfd_jax.training.semantic_vae import SemanticVAELoss, measure_semantic_vae, semantic_vae_task
@@ -182,6 +183,11 @@ def _open_images(config: ConfigDict) -> tuple[ImageSource, ImageSource | None, F
         raise SfdError(
             f"model.input_dim={config.model.input_dim}, but data.visual_encoder={config.data.visual_encoder} "
             f"makes features of {network.config.feature_width}"
+        )
+    if (size := trained_size(load_metadata(config.data.visual_encoder))) not in (None, config.data.view_size):
+        raise SfdError(
+            f"data.visual_encoder={config.data.visual_encoder} was trained on images of {size} px and would see "
+            f"{config.data.view_size} px here: --config.data.images.image_size={size} --config.data.view_size={size}"
         )
     encoder = VisualEncoder(network, Tiling.whole(images.image_size, config.data.view_size, network))
     split = lambda name: _kept(open_images(images.kind, images.path, name, images.image_size), config)

@@ -58,6 +58,8 @@ def test_train_encoder_and_who_takes_its_folder(images, tmp_path, capsys):
     semvae += [f"--config.data.visual_encoder={folder}", f"--config.data.images.path={images}"]
     assert run("train_semvae", *semvae, "--config.data.images.image_size=16", f"--workdir={tmp_path}", "--check") == 0
     assert "8 images" in capsys.readouterr().out
+    assert run("train_semvae", *semvae, f"--workdir={tmp_path}", "--check") == 2
+    assert "images of 16 px and would see 32 px here: --config.data.images.image_size=16" in capsys.readouterr().err
 
     again = tmp_path / "again"
     assert run("train_encoder", *small, f"--init={folder}", f"--workdir={again}", "--config.train.steps=1") == 0
