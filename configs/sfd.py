@@ -10,15 +10,17 @@ Expected: FID-50k, balanced labels, released numbers (not ours), without guidanc
           1p0b 800 epochs 2.38 / 1.04 (weak model b at 120k steps, scale 1.5)
 Command:  sfd train --config=configs/sfd.py:xl --workdir=runs/xl --config.data.path=latents/train
 
-The argument is a size (s, b, l, xl, 1p0b, 1p6b), then, after commas, any of
+The argument is a size (s, b, l, xl, 1p0b, 1p6b), or `small`: the recipe for a laptop or one GPU and for latents of the
+other `small` configs (docs/your_own_images.md), with classes and grid of the latents; then, after commas, any of
   lr2e4  the "80 epochs, lr 2e-4" recipe: beta2 0.95, REPA weight 0.5 by the mean of cosine and MSE;
-  weak   the AutoGuidance model: stops at 70k steps;
+  weak   the AutoGuidance model: stops at 70k steps (small: half as wide and deep, a quarter of the steps);
   dinov3, dinov3_s, dinov3_l, siglip2, clip, mae
          REPA with the features of that encoder, computed from images; `sfd fetch NAME` downloads it;
   tiny   the same recipe at tiny sizes, for tests and laptops.
 """
 
 import ml_collections
+from ml_collections.config_dict import placeholder
 
 from sfd_jax.convert.hub import cache_dir
 from sfd_jax.diffusion.sample_config import SampleJob
@@ -26,14 +28,15 @@ from sfd_jax.models.encoders import RELEASED, released_encoder
 from sfd_jax.settings import config_group
 
 SIZES = ("s", "b", "l", "xl", "1p0b", "1p6b")
+SMALL = "small"
 VARIANTS = ("lr2e4", "weak", "tiny", *RELEASED)
 
 
 def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
-    """Return the configuration for a size and variants, e.g. "xl", "b,weak" or "xl,tiny"."""
+    """Return the configuration for a size and variants, e.g. "xl", "b,weak", "small" or "xl,tiny"."""
     size, *variants = argument.lower().split(",")
-    if size not in SIZES:
-        raise ValueError(f"unknown size '{size}' in '{argument}'; sizes: {', '.join(SIZES)}")
+    if size not in (*SIZES, SMALL):
+        raise ValueError(f"unknown size '{size}' in '{argument}'; sizes: {', '.join(SIZES)}, {SMALL}")
     for variant in variants:
         if variant not in VARIANTS:
             raise ValueError(f"unknown variant '{variant}' in '{argument}'; variants: {', '.join(VARIANTS)}")
@@ -46,7 +49,7 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
     # --- Network -------------------------------------------------------------------------------------
     config.model = ml_collections.ConfigDict(
         dict(
-            size=size.replace("b", "B") if size[0] == "1" else size.upper(),
+            size="S" if size == SMALL else size.replace("b", "B") if size[0] == "1" else size.upper(),
             input_size=16,  # latent grid side, in latent pixels
             patch_size=1,
             num_classes=1000,
@@ -129,12 +132,14 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
     # dopri5 (docs/sampling.md).
     config.sample = config_group(SampleJob(batch_size=64, guidance="autoguidance", guidance_scale=1.5))
 
+    if size == SMALL:
+        _make_small(config, weak="weak" in variants)
     if "lr2e4" in variants:
         config.optimizer.learning_rate = 2e-4
         config.optimizer.b2 = 0.95
         config.loss.repa_weight = 0.5
         config.loss.repa_kind = "cos_mse"
-    if "weak" in variants:
+    if "weak" in variants and size != SMALL:
         config.train.steps = 70_000
         config.train.keep_every = 10_000
     for encoder in RELEASED.keys() & variants:
@@ -143,6 +148,25 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
     if "tiny" in variants:
         _shrink(config)
     return config.lock()
+
+
+def _make_small(config: ml_collections.ConfigDict, weak: bool) -> None:
+    """Keep the method, and take sizes and counts for a few thousand small images on a laptop."""
+    width, depth, num_heads, steps = (96, 3, 3, 250) if weak else (192, 6, 6, 1000)
+    config.model.update(dict(width=width, depth=depth, num_heads=num_heads))
+    # As the latents have them.
+    config.model.update(dict(num_classes=placeholder(int), input_size=placeholder(int)))
+    config.model.update(dict(repa_features=128, repa_depth=2, repa_width=256))
+    # Few blocks: unrolled they run faster on a processor.
+    config.model.update(dict(scan_blocks=False, remat="none", compute_dtype="float32"))
+    config.latents.update(dict(texture_channels=8, semantic_channels=8))
+    config.optimizer.update(dict(learning_rate=1e-3, warmup_steps=50, clip_norm=1.0))
+    # The average after n steps holds ema_decay^n of the first weights: with 1 - 5/n that is 0.7 %.
+    config.train.update(dict(steps=steps, global_batch_size=64, ema_decay=1 - 5 / steps))
+    config.train.update(dict(log_every=50, checkpoint_every=250, keep_last=1, keep_every=0))
+    config.data.workers = 0
+    config.data.images.image_size = 32
+    config.sample.update(dict(num=100, guidance="cfg", atol=1e-3, rtol=1e-2))
 
 
 def _shrink(config: ml_collections.ConfigDict) -> None:

@@ -39,9 +39,11 @@ from sfd_jax.distributed.heartbeat import Heartbeat
 from sfd_jax.distributed.lock import FolderLock
 from sfd_jax.distributed.preflight import Job
 from sfd_jax.errors import Faults, SfdError
+from sfd_jax.experiment.checkpoints import trained_size
 from sfd_jax.experiment.extraction import extract_latents, job_share, open_encoder, planned_latents, repack_statistics
 from sfd_jax.ranges import Only
 from sfd_jax.settings import flags_from, from_args
+from sfd_jax.training import load_metadata
 
 # The only settings with an effect on --repack.
 REPACKED = ("repa", "dtype", "shard_size", "workers")
@@ -98,6 +100,9 @@ def _extract(args: argparse.Namespace, config: ExtractConfig) -> int:
     source = open_images(args.images, args.path, args.split, config.image_size)
     paths = {name: getattr(args, name) for name in ("texture_vae", "visual", "semantic_vae")}
     hosts.start(Job({"flags": vars(args), "images": len(source)}, args.out, needs=tuple(paths.values())))
+    if "image_size" not in args.given and (size := trained_size(load_metadata(args.texture_vae))):
+        hosts.say(f"note: images of {size} px, since --texture_vae was trained on such")
+        config, source.image_size = dataclasses.replace(config, image_size=size), size
     opened = open_encoder(config, paths)
     for note in (*source.notes, *opened.notes):
         hosts.say(f"note: {note}")

@@ -13,8 +13,6 @@ Errors for unknown flags and config keys name the nearest valid one.
 import argparse
 import functools
 import re
-import types
-from collections.abc import Mapping
 
 from sfd_jax import ranges
 from sfd_jax.errors import Faults, SfdError, nearest
@@ -106,24 +104,20 @@ def parse_command(
     return known
 
 
-def parse_training(
-    command: str, doc: str, argv: list[str], config: str, flags: Mapping[str, dict] = types.MappingProxyType({})
-) -> tuple[argparse.Namespace, Faults]:
+def parse_training(command: str, doc: str, argv: list[str], config: str) -> tuple[argparse.Namespace, Faults]:
     """Parse the arguments of a training command, and collect faults, to report all of them at once.
 
     Args:
       command, doc: its name and docstring.
       argv: arguments after its name.
       config: default of `--config`.
-      flags: flags besides --workdir and --check -> their arguments of `add_argument`.
 
     Returns:
       (namespace of `parse_command`, faults so far).
     """
     parser = command_parser(command, doc)
     parser.add_argument("--workdir", type=path, required=True, help="folder of the run")
-    for flag, options in flags.items():
-        parser.add_argument(flag, **options)
+    parser.add_argument("--init", type=path, metavar="CKPT", help="checkpoint whose weights to start from")
     parser.add_argument("--check", action="store_true", help="only look for faults")
     found = Faults()
     return parse_command(parser, argv, config=config, pending=found), found

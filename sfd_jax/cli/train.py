@@ -3,6 +3,8 @@
   sfd train --config=configs/sfd.py:xl --workdir=runs/xl --config.data.path=latents/train
   sfd train --config=configs/sfd.py:b,weak --workdir=runs/b --config.data.path=latents/train
       the weaker model for AutoGuidance
+  sfd train --config=configs/sfd.py:small --workdir=runs/small --config.data.path=latents
+      a small model for images of 32 or 64 px: docs/your_own_images.md
   sfd train ... --config.data.repa_source=semvae --config.data.semantic_vae=CKPT
       REPA without stored features; or `online` from the images: see docs/repa.md
   sfd train ... --init=CKPT
@@ -19,13 +21,12 @@ again later. On several hosts, start the same command on all of them with one wo
 gs://.
 """
 
-from sfd_jax.cli.flags import parse_training, path
+from sfd_jax.cli.flags import parse_training
 
 
 def main(argv: list[str]) -> int:
     """Read the flags, then train or only look for faults."""
-    init = {"type": path, "metavar": "CKPT", "help": "checkpoint whose weights to start from"}
-    args, found = parse_training("train", __doc__, argv, config="configs/sfd.py:xl", flags={"--init": init})
+    args, found = parse_training("train", __doc__, argv, config="configs/sfd.py:xl")
 
     from sfd_jax.experiment.run import train_or_check
     from sfd_jax.experiment.training import open_diffusion

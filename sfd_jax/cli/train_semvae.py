@@ -3,10 +3,14 @@
   sfd train_semvae --config=configs/semantic_vae.py --workdir=runs/semvae --config.data.path=latents/train
   sfd train_semvae ... --config.data.held_out_path=latents/val
       log MSE, L1, cosine similarity and KL of held-out features at each checkpoint
+  sfd train_semvae ... --init=CKPT
+      start from the weights of another run, or from converted ones
   sfd train_semvae ... --check
       look for faults before a long job, without training
   sfd train_semvae ... --config.data.visual_encoder=CKPT --config.data.images.path=IMAGENET
       make the features from images inside the step instead of storing them
+  sfd train_semvae --config=configs/semantic_vae.py:small ...
+      the same for small images, with the encoder of `sfd train_encoder`
 
 The features are those of `sfd extract --repa` or of released shards. Use the checkpoint with
 `sfd extract --semantic_vae=runs/semvae`. Work folder, resuming and SIGTERM are as with `sfd train`.
@@ -22,6 +26,6 @@ def main(argv: list[str]) -> int:
     from sfd_jax.experiment.run import train_or_check
     from sfd_jax.experiment.training import open_semantic_vae
 
-    open_run = lambda: open_semantic_vae(args.config, found)
+    open_run = lambda: open_semantic_vae(args.config, found, init=args.init)
     train_or_check(open_run, args.workdir, found, check=args.check)
     return 0

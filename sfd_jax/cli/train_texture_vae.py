@@ -1,7 +1,11 @@
 """Train a texture VAE on images.
 
   sfd train_texture_vae --config=configs/texture_vae.py --workdir=runs/vae --config.data.path=IMAGENET
+  sfd train_texture_vae --config=configs/texture_vae.py:small --workdir=runs/vae --config.data.path=IMAGES
+      for images of 64 px, on a laptop or one GPU
   sfd train_texture_vae --config=configs/texture_vae.py:digits --workdir=runs/digits_vae
+  sfd train_texture_vae ... --init=CKPT
+      start from the weights of another run, or from converted ones (to fine-tune the released VAE)
   sfd train_texture_vae ... --check
       look for faults before a long job, without training
 
@@ -20,6 +24,6 @@ def main(argv: list[str]) -> int:
     from sfd_jax.experiment.run import train_or_check
     from sfd_jax.experiment.training import open_texture_vae
 
-    open_run = lambda: open_texture_vae(args.config, found)
+    open_run = lambda: open_texture_vae(args.config, found, init=args.init)
     train_or_check(open_run, args.workdir, found, check=args.check)
     return 0

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from sfd_jax.data.checks import check_writable
 from sfd_jax.data.images import BrokenImage, BrokenImages, ImageSource, Tolerant
@@ -30,6 +29,7 @@ from sfd_jax.data.pipeline import make_eval_batches
 from sfd_jax.data.released import ReleasedLatents
 from sfd_jax.errors import SfdError, refuse
 from sfd_jax.latents import LatentStatistics
+from sfd_jax.progress import ProgressBar
 from sfd_jax.ranges import check_fields
 from sfd_jax.settings import setting, to_dict
 
@@ -42,7 +42,7 @@ POSTERIORS = ("sample", "mean")
 class ExtractConfig:
     """Configure extraction: the settings that decide the latents (`identity`), and how the work is done."""
 
-    image_size: int = setting(256, "pixels a side")
+    image_size: int = setting(256, "pixels a side; where it is not given, those that the texture VAE was trained on")
     tile_size: int = setting(256, "pixels a side that the visual encoder sees at once")
     pca: int | None = setting(None, "principal components instead of a Semantic VAE", metavar="CHANNELS")
     pca_images: int = setting(50_000, "images to fit them on")
@@ -208,11 +208,12 @@ def _fill(
     if pending:
         (Path(out_dir) / "manifest.json").unlink(missing_ok=True)
         refuse(check_writable(out_dir, sum(len(plan.span(s)) for s in pending) * bytes_per_image(plan)))
-        bar = tqdm(
+        bar = ProgressBar(
             desc=f"write {Path(out_dir).name}",
             total=sum(len(plan.span(s)) for s in shards),
             initial=sum(len(plan.span(s)) for s in shards if s not in pending),
             unit="image",
+            before="reading and compiling",
             disable=None if share.progress is None else not share.progress,
         )
         with bar:

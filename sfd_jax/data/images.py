@@ -74,8 +74,14 @@ class ImageSource:
     def __init__(self, dataset: LabelledImages, image_size: int):
         self.dataset = dataset
         self.image_size = image_size
+        self._kept: dict[int, dict] | None = None
         self.class_names = list(dataset.class_names)
         self.notes = list(getattr(dataset, "notes", ()))
+
+    def keep(self, most: int = 2**29) -> None:
+        """Keep what is decoded in memory from now on, if all of it takes at most `most` bytes."""
+        if 3 * self.image_size**2 * len(self) <= most:
+            self._kept = {}
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -88,6 +94,8 @@ class ImageSource:
           SfdError: its label is not that of a class.
         """
         index = int(index)
+        if self._kept is not None and index in self._kept:
+            return self._kept[index]
         try:
             image, label = self.dataset[index]
             pixels = center_crop(to_rgb(image), self.image_size)
@@ -96,7 +104,10 @@ class ImageSource:
             raise BrokenImage(self.name(index), str(error) or type(error).__name__) from error
         if not (0 <= label < len(self.class_names) and label == int(label)):
             raise SfdError(f"{self.name(index)} has label {label}, but there are {len(self.class_names)} classes")
-        return {"pixels": pixels, "label": int(label), "index": index}
+        record = {"pixels": pixels, "label": int(label), "index": index}
+        if self._kept is not None:
+            self._kept[index] = record
+        return record
 
     def label_counts(self) -> dict[int, int]:
         """Return the number of images by label; empty where labels are only known by reading the images."""

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from sfd_jax.data.moments import RunningMoments
 from sfd_jax.distributed import is_host0
@@ -16,6 +15,7 @@ from sfd_jax.evaluation.image_sets import ImageSet
 from sfd_jax.evaluation.metrics import RunningInceptionScore, frechet_distance, kernel_distance, precision_recall
 from sfd_jax.evaluation.reference import Reference
 from sfd_jax.evaluation.statistics import FeatureStatistics
+from sfd_jax.progress import ProgressBar
 from sfd_jax.ranges import check
 
 # Metric -> whether it needs the features of all images, besides mean and covariance.
@@ -231,7 +231,7 @@ def gather(
     collected = [_Collected(split_size, keep) for keep in keep_features]
     batch_size = min(batch_size, images.count)  # do not pad a small set to a large batch
     count = 0
-    bar = tqdm(total=images.count, desc=label, unit="img", disable=not (progress and is_host0()))
+    bar = ProgressBar(total=images.count, desc=label, unit="img", disable=not (progress and is_host0()))
     with bar:
         pieces = images.pieces(batch_size)
         for answers in extract_features(extractors, pieces, batch_size=batch_size, mesh=mesh):

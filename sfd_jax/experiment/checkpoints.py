@@ -1,7 +1,7 @@
 """From a checkpoint to its network and weights, for commands, the demo and benchmarks."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from sfd_jax.models import Network, network_of
@@ -31,6 +31,11 @@ class OpenCheckpoint(NamedTuple):
     def notes(self) -> list[str]:
         """Notes on an EMA that still holds much of the initial weights."""
         return average_notes(self.metadata)
+
+
+def trained_size(metadata: Mapping[str, Any]) -> int | None:
+    """Return the side in pixels of the images that a checkpoint's network was trained on; None where it tells none."""
+    return ((metadata.get("config") or {}).get("data") or {}).get("image_size")
 
 
 def open_checkpoint(

@@ -23,6 +23,7 @@ KINDS = (
     ("train", ("latents", "clocks"), "configs/sfd.py:xl"),
     ("train_texture_vae", ("lpips",), "configs/texture_vae.py"),
     ("train_semvae", ("model.bottleneck_dim",), "configs/semantic_vae.py"),
+    ("train_encoder", ("model.num_registers",), "configs/visual_encoder.py"),
 )
 # Settings that may be set to None although a config has another value.
 MAY_BE_NONE = ("scan_blocks", *(name for name, default in defaults_of(SampleJob).items() if default is None))

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from tqdm import tqdm
 
 from sfd_jax.data.extract import ExtractConfig, Share, extract, extract_plan
 from sfd_jax.data.images import ImageSource, Tolerant
@@ -25,13 +24,14 @@ from sfd_jax.distributed.lock import FolderLock
 from sfd_jax.distributed.mesh import make_mesh
 from sfd_jax.distributed.sharding import batch_sharding, replicated
 from sfd_jax.errors import SfdError
-from sfd_jax.experiment.checkpoints import open_checkpoint
+from sfd_jax.experiment.checkpoints import open_checkpoint, trained_size
 from sfd_jax.latents import LatentStatistics, other_makers
 from sfd_jax.models import ENCODERS, Network
 from sfd_jax.models.encoders import Tiling, VisualEncoder
 from sfd_jax.models.fingerprint import params_hash
 from sfd_jax.models.latent_encoder import LatentEncoder, jit_encoder
 from sfd_jax.models.layers import check_divides
+from sfd_jax.progress import ProgressBar
 from sfd_jax.training.optimizer import average_notes
 
 
@@ -82,12 +82,18 @@ def open_encoder(config: ExtractConfig, paths: Mapping[str, str | None]) -> Open
     Raises:
       SfdError: as `make_encoder`, or the Semantic VAE was trained on other features.
     """
-    networks, params, metadata = {}, {}, {}
+    networks, params, metadata, notes = {}, {}, {}, []
     for name, path in paths.items():
         if path:
             kind = ENCODERS if name == "visual" else name
             opened = open_checkpoint(path, kind, flag=f"--{name}", weights=config.weights)
             networks[name], params[name], metadata[name] = opened
+            seen = min(config.image_size, config.tile_size) if name == "visual" else config.image_size
+            if (size := trained_size(metadata[name])) not in (None, seen) and name != "semantic_vae":
+                notes.append(
+                    f"{metadata[name]['given_as']} was trained on images of {size} px, but here they have {seen} px"
+                )
+            notes += average_notes(metadata[name])
     encoder = make_encoder(networks, config)
     if encoder.semantic is not None:
         trained_on, tokens = metadata["semantic_vae"].get("latents") or {}, encoder.visual.tiling.grid**2
@@ -101,7 +107,6 @@ def open_encoder(config: ExtractConfig, paths: Mapping[str, str | None]) -> Open
                 f"tile of {encoder.visual.tiling.tile_size} px has {tokens}: --tile_size={wanted} would do"
             )
     checkpoints = {name: {key: each.get(key) for key in ("source", "step")} for name, each in metadata.items()}
-    notes = [note for each in metadata.values() for note in average_notes(each)]
     return OpenEncoder(encoder, params, checkpoints, notes)
 
 
@@ -215,9 +220,11 @@ def _pca(
         features = jax.jit(encoder.visual.features)
 
         def parts():
-            for batch in tqdm(batches, desc="fit PCA", total=-(-len(indices) // config.batch_size), disable=None):
-                tokens = features(params["visual"], jax.device_put(batch["pixels"], sharding))
-                yield np.asarray(tokens)[batch["mask"] & (batch["broken"] == "")]
+            with ProgressBar(desc="fit PCA", total=-(-len(indices) // config.batch_size), disable=None) as bar:
+                for batch in batches:
+                    tokens = features(params["visual"], jax.device_put(batch["pixels"], sharding))
+                    yield np.asarray(tokens)[batch["mask"] & (batch["broken"] == "")]
+                    bar.update()
 
         save_pca(path, fit_pca(parts(), config.pca))
     hosts.barrier("extract: PCA fitted", timeout=3600.0)

@@ -6,6 +6,7 @@ Each adds to `found` the faults that can be found without a device, and raises a
 import functools
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from sfd_jax.data.checks import check_labels, check_released, check_store
@@ -15,20 +16,30 @@ from sfd_jax.data.pipeline import feature_transform, latent_transform, pixel_tra
 from sfd_jax.data.released import open_latents
 from sfd_jax.errors import Faults, SfdError
 from sfd_jax.experiment import build
+from sfd_jax.experiment.checkpoints import trained_size
 from sfd_jax.experiment.run import Run
 from sfd_jax.experiment.targets import check_repa_source, open_frozen, open_targets
-from sfd_jax.experiment.training_data import check_data, check_init, load_init, open_source, unused_classes
+from sfd_jax.experiment.training_data import (
+    check_data,
+    check_diffusion_init,
+    check_init,
+    completed,
+    load_init,
+    open_source,
+    unused_classes,
+)
 from sfd_jax.latents import other_makers
 from sfd_jax.models import ENCODERS, Network
 from sfd_jax.models.encoders import Tiling, VisualEncoder
 from sfd_jax.models.fingerprint import params_hash
+from sfd_jax.models.layers import check_divides
 from sfd_jax.settings import from_group
-from sfd_jax.training import TrainConfig
+from sfd_jax.training import Task, TrainConfig, load_metadata, load_params
 from sfd_jax.training.checkpoint import find_checkpoint
 from sfd_jax.training.frozen_features import FrozenFeatures, online_features
 from sfd_jax.training.semantic_vae import SemanticVAELoss, measure_semantic_vae, semantic_vae_task
 from sfd_jax.training.texture_vae import TextureVAELoss, measure_texture_vae, texture_vae_task
-from sfd_jax.training.visual_encoder import VisualEncoderLoss, visual_encoder_task
+from sfd_jax.training.visual_encoder import VisualEncoderLoss, measure_visual_encoder, visual_encoder_task
 
 
 def open_diffusion(config: ConfigDict, found: Faults | None = None, *, init: str | None = None) -> Run:
@@ -43,6 +54,10 @@ def open_diffusion(config: ConfigDict, found: Faults | None = None, *, init: str
       SfdError: values are unknown or contradict each other, or the latents do not fit; all faults are named.
     """
     found, notes = Faults() if found is None else found, []
+    if None in (config.model.num_classes, config.model.input_size):
+        with found:
+            config = completed(config, open_source(config.data.path, repa=False))
+        found.stop()
     for part in (build.layout_from_config, build.network_from_config, build.diffusion_settings, build.task_from_config):
         with found:
             part(config)
@@ -68,9 +83,8 @@ def open_diffusion(config: ConfigDict, found: Faults | None = None, *, init: str
     task, clocks = build.task_from_config(config, targets), build.diffusion_settings(config)["clocks"]
     params = None
     if init:
-        notes += check_init(init, task.network, clocks, source)
-        with found:
-            params = load_init(init, task.network, clocks, config.seed)
+        notes += check_diffusion_init(init, task.network, clocks, source)
+        params = load_init(init, task.network, clocks, config.seed)
     metadata = {"latent_statistics": source.statistics.to_dict(), "class_names": source.class_names}
     metadata |= {"latents": source.origin, "registered_in": build.registered_in(config)}
     transform = latent_transform(layout, source.statistics, repa=repa)
@@ -86,12 +100,15 @@ def _check_latents(config: ConfigDict, latents: Any, repa: bool) -> list[str]:
     return check_released(latents, **wanted)
 
 
-def open_semantic_vae(config: ConfigDict, found: Faults | None = None, *, features: Any = None) -> Run:
+def open_semantic_vae(
+    config: ConfigDict, found: Faults | None = None, *, init: str | None = None, features: Any = None
+) -> Run:
     """Open a run of the Semantic VAE.
 
     Args:
       config: with the groups of configs/semantic_vae.py.
       found: faults found so far.
+      init: checkpoint whose weights to start from.
       features: records with `repa_features` (N, F) to train on, instead of those in `config.data`.
 
     Raises:
@@ -135,7 +152,22 @@ def open_semantic_vae(config: ConfigDict, found: Faults | None = None, *, featur
     measure = functools.partial(measure_semantic_vae, network, source=maker)
     metadata = {"latents": {"weights": weights, "tokens": tokens}}  # encoder and number of the features
     task = semantic_vae_task(network, loss, maker)
-    return Run(task, train, config, source, transform, metadata, held_out=(measure, held_out) if held_out else None)
+    params, notes = _first_params(init, task, config.seed, {"weights": weights})
+    held_out = (measure, held_out) if held_out else None
+    return Run(task, train, config, source, transform, metadata, params=params, notes=notes, held_out=held_out)
+
+
+def _first_params(
+    init: str | None, task: Task, seed: int, made_from: dict | None = None
+) -> tuple[dict | None, tuple[str, ...]]:
+    """Return the parameters that --init's checkpoint gives a task, with drawn heads, and notes on it."""
+    if not init:
+        return None, ()
+    _, notes = check_init(init, task.network, made_from)
+    params, key = load_params(init, abstract=task.network.abstract_params())[0], jax.random.key(seed)
+    if "heads" in jax.eval_shape(task.init, key):
+        params = {"network": params, "heads": jax.jit(lambda key: task.init(key)["heads"])(key)}
+    return params, tuple(notes)
 
 
 def _visual(latents: Any) -> dict[str, str]:
@@ -152,18 +184,24 @@ def _open_images(config: ConfigDict) -> tuple[ImageSource, ImageSource | None, F
             f"model.input_dim={config.model.input_dim}, but data.visual_encoder={config.data.visual_encoder} "
             f"makes features of {network.config.feature_width}"
         )
+    if (size := trained_size(load_metadata(config.data.visual_encoder))) not in (None, config.data.view_size):
+        raise SfdError(
+            f"data.visual_encoder={config.data.visual_encoder} was trained on images of {size} px and would see "
+            f"{config.data.view_size} px here: --config.data.images.image_size={size} --config.data.view_size={size}"
+        )
     encoder = VisualEncoder(network, Tiling.whole(images.image_size, config.data.view_size, network))
-    split = lambda name: open_images(images.kind, images.path, name, images.image_size)
+    split = lambda name: _kept(open_images(images.kind, images.path, name, images.image_size), config)
     held_out = split(images.held_out_split) if images.held_out_split else None
     return split(images.split), held_out, online_features(encoder, params), encoder.tiling.grid**2
 
 
-def open_texture_vae(config: ConfigDict, found: Faults | None = None) -> Run:
+def open_texture_vae(config: ConfigDict, found: Faults | None = None, *, init: str | None = None) -> Run:
     """Open a run of the texture VAE.
 
     Args:
       config: with the groups of configs/texture_vae.py.
       found: faults found so far.
+      init: checkpoint whose weights to start from.
 
     Raises:
       SfdError: values are unknown or contradict each other, or there are no images; all faults are named.
@@ -171,6 +209,9 @@ def open_texture_vae(config: ConfigDict, found: Faults | None = None) -> Run:
     found, data = Faults() if found is None else found, config.data
     network, loss, train = _network_loss_train("texture_vae", config, TextureVAELoss, found)
     perceptual = frozen = held_out = None
+    with found:
+        if network:
+            check_divides(data.image_size, network.config.downsampling, "the texture VAE's downsampling")
     with found:
         if config.lpips and not config.loss.perceptual_weight:
             raise SfdError("lpips has no effect with loss.perceptual_weight=0: leave one of them out")
@@ -185,33 +226,61 @@ def open_texture_vae(config: ConfigDict, found: Faults | None = None) -> Run:
             held_out = measure, _images_of(config, data.held_out_split)
     found.stop()
     task = texture_vae_task(network, loss, perceptual, frozen)
-    return Run(task, train, config, source, pixel_transform, {"class_names": source.class_names}, held_out=held_out)
+    params, notes = _first_params(init, task, config.seed)
+    metadata = {"class_names": source.class_names}
+    return Run(task, train, config, source, pixel_transform, metadata, params=params, notes=notes, held_out=held_out)
 
 
-def open_visual_encoder(config: ConfigDict, found: Faults | None = None) -> Run:
+def open_visual_encoder(config: ConfigDict, found: Faults | None = None, *, init: str | None = None) -> Run:
     """Open a run of a small visual encoder on labelled images.
 
     Args:
-      config: with the groups of configs/texture_vae.py.
+      config: with the groups of configs/visual_encoder.py.
       found: faults found so far.
+      init: checkpoint whose weights to start from.
 
     Raises:
       SfdError: values are unknown or contradict each other, or there are no images; all faults are named.
     """
-    found = Faults() if found is None else found
+    found, data, held_out = Faults() if found is None else found, config.data, None
+    with found:
+        source = _images_of(config, data.split)
+        if config.loss.num_classes is None:
+            config = config.copy_and_resolve_references()
+            config.loss.num_classes = len(source.class_names)
+    if config.loss.num_classes is None:
+        found.stop()
     network, loss, train = _network_loss_train("dinov2", config, VisualEncoderLoss, found)
     with found:
-        source = _images_of(config, config.data.split)
+        if data.get("held_out_split") and not found:
+            held_out = _images_of(config, data.held_out_split)
+            if held_out.class_names != source.class_names:
+                raise SfdError(
+                    f"the held-out images have the classes {', '.join(held_out.class_names)}, those to train on "
+                    f"{', '.join(source.class_names)}: give both splits the same class folders"
+                )
+            held_out = functools.partial(measure_visual_encoder, network), held_out
+    if not found:
+        found += check_labels(source, loss.num_classes, "loss.num_classes")
     found.stop()
     task = visual_encoder_task(network, loss)
-    return Run(task, train, config, source, pixel_transform, {"class_names": source.class_names})
+    params, notes = _first_params(init, task, config.seed)
+    metadata = {"class_names": source.class_names}
+    return Run(task, train, config, source, pixel_transform, metadata, params=params, notes=notes, held_out=held_out)
 
 
 def _images_of(config: ConfigDict, split: str) -> ImageSource:
     data = config.data
     if not data.path and data.kind != "digits":
         raise SfdError("give the images: --config.data.path=IMAGES")
-    return open_images(data.kind, data.path, split, data.image_size)
+    return _kept(open_images(data.kind, data.path, split, data.image_size), config)
+
+
+def _kept(source: ImageSource, config: ConfigDict) -> ImageSource:
+    """Keep a small set in memory once decoded, unless several processes would each keep all of it."""
+    if not config.data.workers:
+        source.keep()
+    return source
 
 
 def _network_loss_train(name: str, config: ConfigDict, loss: type, found: Faults) -> tuple[Network, Any, TrainConfig]:

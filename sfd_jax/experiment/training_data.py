@@ -1,6 +1,8 @@
 """The latents of a training run, and checks against its config and --init."""
 
 import contextlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -19,6 +21,7 @@ from sfd_jax.latents import LatentStatistics, other_makers
 from sfd_jax.models import Network, network_of
 from sfd_jax.training import load_metadata, load_params
 from sfd_jax.training.optimizer import average_notes
+from sfd_jax.trees import shapes_by_name
 
 
 def open_source(path: str, *, repa: bool) -> LatentStore | ReleasedLatents:
@@ -75,6 +78,16 @@ def check_data(config: ConfigDict, source: LatentStore | ReleasedLatents, found:
         )
 
 
+def completed(config: ConfigDict, source: LatentStore | ReleasedLatents) -> ConfigDict:
+    """Return a config whose model.num_classes and model.input_size, where they are None, are those of the latents."""
+    config = config.copy_and_resolve_references()
+    if config.model.num_classes is None:
+        config.model.num_classes = len(source.class_names or ()) or max(source.label_counts()) + 1
+    if config.model.input_size is None:
+        config.model.input_size = source[0]["texture"].shape[0]
+    return config
+
+
 def unused_classes(num_classes: int, source: LatentStore | ReleasedLatents) -> list[str]:
     """Return a note if some of the network's classes have no data."""
     known = source.label_counts() or source.class_names or ()
@@ -98,19 +111,40 @@ def load_init(path: str, network: Network, clocks: Clocks, seed: int) -> dict:
     return join_params(params, trained if theirs == clocks else clocks.init(jax.random.key(seed)))
 
 
-def check_init(path: str, network: Network, clocks: Clocks, source: LatentSource | WithPixels) -> list[str]:
-    """Return notes on how the checkpoint of --init differs from this run.
+def check_init(path: str, network: Network, made_from: Mapping[str, Any] | None) -> tuple[dict, list[str]]:
+    """Compare the checkpoint of --init with this run.
+
+    Args:
+      path: of the checkpoint.
+      network: the network to train.
+      made_from: the makers of the latents or features to train on, if known.
+
+    Returns:
+      Its metadata, and notes on the differences.
 
     Raises:
-      SfdError: it is of another network.
+      SfdError: it is of another network, or of one of another shape.
     """
     start()  # Orbax asks JAX for its devices
     metadata = {**load_metadata(path), "given_as": f"--init={path}"}
-    network_of(metadata, network.name)
-    notes = [
-        f"--init={path} was trained on latents of another {line}"
-        for line in other_makers(metadata.get("latents"), source.origin)
-    ] + average_notes(metadata)
+    saved = network_of(metadata, network.name)
+    theirs, ours = saved.config_dict(), network.config_dict()
+    changed = [name for name in theirs if theirs[name] != ours[name] and name != "compute_dtype"]
+    differing = f"--init={path} has " + ", ".join(f"{name} {theirs[name]} (here {ours[name]})" for name in changed)
+    if shapes_by_name(saved.abstract_params()) != shapes_by_name(network.abstract_params()):
+        raise SfdError(f"{differing}: set config.model so, or start from another checkpoint")
+    makers = other_makers(metadata.get("latents"), made_from)
+    notes = [f"--init={path} was trained on latents or features of another {line}" for line in makers]
+    return metadata, notes + ([differing] if changed else []) + average_notes(metadata)
+
+
+def check_diffusion_init(path: str, network: Network, clocks: Clocks, source: LatentSource | WithPixels) -> list[str]:
+    """Return notes on how the checkpoint of --init differs from a run of the diffusion model.
+
+    Raises:
+      SfdError: as `check_init`.
+    """
+    metadata, notes = check_init(path, network, source.origin)
     if (metadata.get("config") or {}).get("clocks") and (theirs := clocks_of(metadata)) != clocks:
         notes.append(f"--init={path} was trained with other clocks, {theirs}; this run's are {clocks}")
     statistics = metadata.get("latent_statistics")

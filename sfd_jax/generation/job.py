@@ -21,12 +21,12 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 from sfd_jax.diffusion.sample_config import SampleConfig
 from sfd_jax.distributed import is_host0
 from sfd_jax.errors import SfdError
 from sfd_jax.files import PART, atomic_write, differences, write_json
+from sfd_jax.progress import ProgressBar
 from sfd_jax.ranges import RULES, check, useless
 from sfd_jax.settings import over_defaults
 
@@ -69,12 +69,11 @@ def make_images(
     if "batch_size" in recipe:  # samples of a batch depend on each other, and chunks determine where batches start
         recipe["chunk_size"] = chunk_size
     missing = _on_host0(lambda: _prepare(folder, recipe, labels), num)
-    bar = tqdm(
+    bar = ProgressBar(
         total=num,
         initial=num - int(missing.sum()),
         desc="sampling",
         unit="img",
-        smoothing=0.1,
         disable=not (progress and is_host0()),
     )
     with bar:

@@ -6,7 +6,6 @@ an uninterrupted one, since batches, noise and dropout are functions of (seed, s
 """
 
 import dataclasses
-import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -14,7 +13,6 @@ import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from sfd_jax.distributed import barrier, host_rows, is_host0, put_batch, say
 from sfd_jax.distributed.heartbeat import Heartbeat
@@ -22,6 +20,7 @@ from sfd_jax.distributed.hosts import preemption_watch
 from sfd_jax.distributed.lock import FolderLock
 from sfd_jax.errors import SfdError, TryAgain
 from sfd_jax.models.fingerprint import params_hash
+from sfd_jax.progress import ProgressBar
 from sfd_jax.training.checkpoint import Checkpointer
 from sfd_jax.training.logging import MetricsLog
 from sfd_jax.training.optimizer import check_average, make_optimizer
@@ -100,7 +99,8 @@ def _fit(lock, task, batches, config, workdir, mesh, seed, metadata, params, eva
     metadata["average"] = {"decay": config.ema_decay, "from": "given weights" if metadata["init"] else "drawn weights"}
     if first:
         state = checkpointer.restore(abstract_state(task, optimizer, mesh))
-        say(f"{task.name}: resuming from step {first} of {config.steps}")
+        done = f"has done {first} steps, so there is nothing left of train.steps={config.steps}"
+        say(f"{task.name}: " + (f"resuming from step {first} of {config.steps}" if first < config.steps else done))
     elif params is not None:
         state = state_from_params(params, optimizer, mesh)
     else:
@@ -117,8 +117,7 @@ def _fit(lock, task, batches, config, workdir, mesh, seed, metadata, params, eva
             preemption_watch() as preempted,
             _bar(task.name, first, config.steps, progress) as bar,
         ):
-            iterator, total, logged, clock = batches(first), None, first, time.monotonic()
-            metrics = None
+            iterator, total, metrics = batches(first), None, None
             for step in range(first + 1, config.steps + 1):
                 try:
                     rows = next(iterator)
@@ -136,6 +135,8 @@ def _fit(lock, task, batches, config, workdir, mesh, seed, metadata, params, eva
                 jax.block_until_ready(before)
                 heartbeat.at(step - 1)
                 bar.update()
+                if step == first + 1:  # which was compiled: no rate counts it
+                    logged, clock = step, time.monotonic()
 
                 leave = preempted(step)
                 save_now = leave or step == config.steps or step % config.checkpoint_every == 0
@@ -146,7 +147,8 @@ def _fit(lock, task, batches, config, workdir, mesh, seed, metadata, params, eva
                 values = mean_metrics(total)
                 _stop_if_bad(state, step, config, checkpointer.latest_step())
                 seconds, clock = time.monotonic() - clock, time.monotonic()
-                values["steps_per_second"] = (step - logged) / seconds
+                if step > logged:
+                    values["steps_per_second"] = (step - logged) / seconds
                 total, logged = None, step
                 bar.set_postfix_str(" ".join(f"{k} {values[k]:.4g}" for k in ("loss", "grad_norm") if k in values))
                 # Not before an extra checkpoint: that is urgent, and an uninterrupted run would not evaluate here.
@@ -196,7 +198,7 @@ def _claim(workdir, metadata: dict, config: TrainConfig, write: bool = True) -> 
     )
     record = {name: metadata[name] for name in names if name in metadata}
     record["fit"] = dataclasses.asdict(config)
-    return claim_workdir(workdir, record, may_extend=config.optimizer.schedule == "constant", write=write)
+    return claim_workdir(workdir, record, may_extend=config.optimizer.may_extend, write=write)
 
 
 def _complete(metadata: dict, task: Task, seed: int, params: dict | None) -> dict:
@@ -209,19 +211,9 @@ def _complete(metadata: dict, task: Task, seed: int, params: dict | None) -> dic
     return {"source": "trained by sfd_jax", **known, **metadata, "task": task.name, "seed": seed}
 
 
-def _bar(name: str, first: int, steps: int, progress: bool) -> tqdm:
-    """Return the progress bar; in a log file it speaks rarely."""
-    seconds = 0.5 if sys.stderr.isatty() else 15.0
-    return tqdm(
-        desc=name,
-        initial=first,
-        total=steps,
-        unit="step",
-        mininterval=seconds,
-        maxinterval=2 * seconds,
-        dynamic_ncols=True,
-        disable=not (progress and is_host0()),
-    )
+def _bar(name: str, first: int, steps: int, progress: bool) -> ProgressBar:
+    hidden = not (progress and is_host0() and first < steps)
+    return ProgressBar(desc=name, initial=first, total=steps, unit="step", disable=hidden)
 
 
 def _checked(batch: dict[str, np.ndarray], config: TrainConfig, mesh: Mesh) -> dict[str, np.ndarray]:

@@ -56,6 +56,11 @@ class OptimizerConfig:
             found.append(f"optimizer.schedule '{self.schedule}' is unknown; {nearest(self.schedule, SCHEDULES)}")
         found.stop()
 
+    @property
+    def may_extend(self) -> bool:
+        """Tell whether the learning rate of a step is the same whatever the length of the run."""
+        return self.schedule == "constant"
+
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
     """Build the optimizer: clip, then AdamW.

@@ -76,15 +76,21 @@ def _compare(path: epath.Path, old: dict, new: dict, may_extend: bool) -> None:
         free += ("init",)
     if "data_hash" not in old:
         free += ("data_hash", "held_out_hash")
-    differing = [
-        line
+    differing = {
+        key: line
         for key, line in differences(upgraded(old), upgraded(new)).items()
         if of_a_part(".".join(key)) or (key[-1] not in free and not set(key[:2]) & set(FREE_GROUPS))
-    ]
+    }
+    if differing and all(key[-1] == "steps" for key in differing):
+        raise SfdError(
+            f"the run in {path.parent} cannot be made longer or shorter: its optimizer.schedule depends on train.steps "
+            "('constant' does not). Nothing was changed. Set train.steps back, or train these weights further as a new "
+            f"run: --init={path.parent} with another --workdir"
+        )
     if differing:
         raise SfdError(
             f"work folder {path.parent} belongs to another run ({path} differs); nothing was changed. Give "
-            "another --workdir, or set these back:\n  " + "\n  ".join(differing)
+            "another --workdir, or set these back:\n  " + "\n  ".join(differing.values())
         )
 
 

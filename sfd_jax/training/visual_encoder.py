@@ -1,4 +1,4 @@
-"""Train a small DINOv2-shaped encoder on labels, for data where no released one is at hand (the digits).
+"""Train a small DINOv2-shaped encoder on labels, for images where no released one is at hand.
 
 Class token and mean patch token each pass a linear classifier: the first makes a feature of the image, the
 second makes the patch tokens, which SFD compresses, carry what the image shows.
@@ -40,7 +40,10 @@ class VisualEncoderLoss:
     def __post_init__(self):
         check_fields("loss", self)
         if self.num_classes < 2:
-            raise SfdError(f"loss.num_classes={self.num_classes}: a classifier needs at least 2")
+            raise SfdError(
+                f"loss.num_classes={self.num_classes}: the encoder learns to tell classes apart and needs two; "
+                "for images of one class take a released encoder (`sfd fetch`)"
+            )
 
 
 def visual_encoder_task(network: Network, settings: VisualEncoderLoss) -> Task:
@@ -64,17 +67,39 @@ def visual_encoder_task(network: Network, settings: VisualEncoderLoss) -> Task:
         pixels, labels = batch["pixels"], batch["labels"]
         if settings.shift or settings.scale:
             pixels = shift_and_scale(keys_by_row(key, batch["row_indices"]), pixels, settings.shift, settings.scale)
-        grid = network.config.image_size // network.config.patch_size
-        output = network.apply(params["network"], pixels, grid, method="tokens")
         total, metrics = jnp.zeros(()), {}
-        for name, read in _OUTPUTS.items():
-            logits = apply_head(params["heads"][name], read(output))
+        for name, logits in _logits(network, params, pixels).items():
             metrics[f"cross_entropy_{name}"] = cross_entropy(logits, labels, settings.label_smoothing).mean()
             metrics[f"accuracy_{name}"] = hits(logits, labels)
             total += metrics[f"cross_entropy_{name}"]
         return total, metrics
 
     return Task("visual_encoder", network, init, loss)
+
+
+def measure_visual_encoder(network: Network, params: dict, batch: dict) -> dict[str, jax.Array]:
+    """Return whether class token and mean patch token are read rightly, one number a row.
+
+    Args:
+      network: the encoder.
+      params: the task's.
+      batch: `pixels` (B, H, W, 3) in [-1, 1], `labels` (B,).
+
+    Returns:
+      "accuracy_cls" and "accuracy_patches", 0 or 1, and "cross_entropy_" of both: (B,) each.
+    """
+    measures, labels = {}, batch["labels"]
+    for name, logits in _logits(network, params, batch["pixels"]).items():
+        measures[f"accuracy_{name}"] = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+        measures[f"cross_entropy_{name}"] = cross_entropy(logits, labels)
+    return measures
+
+
+def _logits(network: Network, params: dict, pixels: jax.Array) -> dict[str, jax.Array]:
+    """Return what each head says of images as the encoder sees them: whole, at its own size."""
+    grid = network.config.image_size // network.config.patch_size
+    output = network.apply(params["network"], pixels, grid, method="tokens")
+    return {name: apply_head(params["heads"][name], read(output)) for name, read in _OUTPUTS.items()}
 
 
 def shift_and_scale(keys: jax.Array, pixels: jax.Array, shift: float, scale: float) -> jax.Array:

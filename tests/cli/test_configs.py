@@ -47,6 +47,33 @@ def test_default_recipe_is_the_released_one():
     assert task.network.num_params() + 256 * 1152 == 682_765_424
 
 
+@pytest.mark.parametrize("size", [32, 64])
+def test_small_configs_fit_each_other(size):
+    load = lambda name, *flags: load_config(f"configs/{name}.py:small", [f"--config.{flag}" for flag in flags])
+    vae, encoder = (load(name, f"data.image_size={size}") for name in ("texture_vae", "visual_encoder"))
+    semvae, sfd = load("semantic_vae", f"data.images.image_size={size}"), load("sfd", "model.num_classes=3")
+    textures, visual = Network("texture_vae", vae.model.to_dict()), Network("dinov2", encoder.model.to_dict())
+    grid = size // textures.config.downsampling
+    assert visual.config.image_size == semvae.data.view_size == size and grid == size // visual.config.patch_size
+    assert visual.config.feature_width == semvae.model.input_dim == sfd.model.repa_features
+    assert sfd.latents.texture_channels == vae.model.z_channels
+    assert sfd.latents.semantic_channels == semvae.model.bottleneck_dim
+    assert encoder.loss.num_classes is sfd.model.input_size is None  # the data's
+    for argument in ("small", "small,weak"):
+        task_from_config(
+            load_config(f"configs/sfd.py:{argument}", ["--config.model.num_classes=3", "--config.model.input_size=4"])
+        )
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["texture_vae.py:small", "semantic_vae.py:small", "visual_encoder.py:small", "sfd.py:small", "sfd.py:small,weak"],
+)
+def test_averages_of_small_configs_forget_the_first_weights_and_their_runs_may_go_on(argument):
+    train = train_config(load_config(f"configs/{argument}"))
+    assert train.ema_decay**train.steps < 0.01 and train.optimizer.may_extend
+
+
 @pytest.mark.parametrize("argument", ["", ":tiny"])
 def test_digits_resolve(argument):
     config = load_config(f"configs/digits.py{argument}")

@@ -21,6 +21,7 @@ from sfd_jax.errors import SfdError
 from sfd_jax.models.fingerprint import params_hash
 from sfd_jax.training import EXIT_PREEMPTED, OptimizerConfig, Preempted, fit, load_params
 from sfd_jax.training.logging import read_metrics
+from sfd_jax.training.optimizer import SCHEDULES, make_schedule
 
 
 def train(workdir, config=None, batches=None, devices=1, seed=3, **kwargs):
@@ -252,8 +253,31 @@ def test_steps_may_change_only_if_the_schedule_does_not_depend_on_them(tmp_path)
     config = toy_config(steps=2)
     falling = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, schedule="cosine"))
     train(tmp_path, falling)
-    with pytest.raises(SfdError, match="fit.steps: there 2, here 6"):
+    with pytest.raises(SfdError, match=f"cannot be made longer or shorter(.|\n)*--init={tmp_path} with another"):
         train(tmp_path, dataclasses.replace(falling, steps=6))
+    with pytest.raises(SfdError, match=r"fit.ema_decay: there 0.9, here 0.5(.|\n)*fit.steps: there 2, here 6"):
+        train(tmp_path, dataclasses.replace(falling, steps=6, ema_decay=0.5))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_run_may_be_extended_where_its_learning_rates_stay_what_they_were(schedule):
+    """Two lengths of a run have the same rates up to the end of the shorter one, or it may not be extended."""
+    config = OptimizerConfig(
+        learning_rate=1.0, schedule=schedule, warmup_steps=3, constant_steps=4 * (schedule != "constant")
+    )
+    rates = [[float(make_schedule(config, length)(step)) for step in range(10)] for length in (10, 20)]
+    assert config.may_extend == (rates[0] == rates[1])
+
+
+def test_a_run_with_warm_up_goes_on_for_more_steps(tmp_path, capsys):
+    config = toy_config(steps=6)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, warmup_steps=4))
+    whole = train(tmp_path / "whole", config)
+    train(tmp_path / "longer", dataclasses.replace(config, steps=2))
+    assert_same(whole, train(tmp_path / "longer", config))
+    capsys.readouterr()
+    train(tmp_path / "longer", dataclasses.replace(config, steps=2))
+    assert "has done 6 steps, so there is nothing left of train.steps=2" in capsys.readouterr().out
 
 
 def test_batch_of_the_wrong_size(tmp_path):

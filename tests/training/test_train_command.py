@@ -417,9 +417,10 @@ def test_train_texture_vae_on_digits(tmp_path):
     assert load_params(run)[1]["class_names"] == [str(digit) for digit in range(10)]
 
 
-@pytest.mark.parametrize("config", ["configs/semantic_vae.py", "configs/texture_vae.py"])
-def test_full_recipes_resolve(config):
-    config = load_config(config)
-    name = "semantic_vae" if "arch" in config.model else "texture_vae"
+@pytest.mark.parametrize(
+    "config, name", [("semantic_vae", "semantic_vae"), ("texture_vae", "texture_vae"), ("visual_encoder", "dinov2")]
+)
+def test_full_recipes_resolve(config, name):
+    config = load_config(f"configs/{config}.py")
     assert Network(name, config.model.to_dict()).num_params() > 1e7
-    assert train_config(config).steps >= 400_000
+    assert train_config(config).steps >= 50_000
