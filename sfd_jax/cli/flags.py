@@ -11,6 +11,7 @@ An unknown flag, an unknown config key or a value of the wrong type stops with t
 """
 
 import argparse
+import copy
 import functools
 import re
 import types
@@ -103,6 +104,14 @@ def parse_command(
     if pending is None:
         found.stop()
     return known
+
+
+def read_ahead(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """Return `--config` as it was given and the flags that a parser knows, for a config that depends on them."""
+    ahead = copy.deepcopy(parser)
+    ahead.add_argument("--config")
+    argv = [argument for argument in argv if argument not in ("-h", "--help")]
+    return ahead.parse_known_args(_without_none(ahead, argv))[0]
 
 
 def parse_training(
