@@ -15,12 +15,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from sfd_jax.data.class_folders import NO_CLASS, SPLITS
 from sfd_jax.data.images import ImageSource, Tolerant, open_images
 from sfd_jax.errors import SfdError, refuse
 from sfd_jax.files import PART
 
 PREPARED = "prepared"  # folder in the work folder
-MOST_IMAGES = 10_000  # held in memory by some stages, with their features under 2 GiB
+MOST_IMAGES = 10_000  # the features of their two orientations are held in memory: 1.3 GB at most
 LEAST_IMAGES = 8
 HELD_OUT = 5  # one image of so many, in each class
 HEAD = 2**14  # bytes of a file that tell, with its name and size, whether it has changed
@@ -103,14 +104,15 @@ def find_images(folder: str, workdir: Path, image_size: int) -> OwnImages:
     if len(train) < LEAST_IMAGES:
         refuse([f"{folder} holds {len(labels)} images; the demo needs {LEAST_IMAGES} at least, better hundreds"])
     present = np.unique(labels).tolist()
-    # Numbers with gaps between them would be read as labels that have no images.
-    prefix = "class_" if len(present) < len(source.class_names) else ""
+    # Numbers with gaps between them would be read as labels without images; other names are those of no class.
+    strange = {name.lower() for name in source.class_names} & (NO_CLASS | SPLITS)
+    prefix = "class_" if strange or len(present) < len(source.class_names) else ""
     classes = {label: prefix + source.class_names[label] for label in present}
     notes = [note for note in source.notes if "its own folders are taken" not in note]
     if len(train) + len(held_out) < len(labels):
         notes.append(
             f"{len(train) + len(held_out):,} of the {len(labels):,} images are used, about equally many of each class: "
-            "what more would teach takes longer than a demo (docs/your_own_images.md)"
+            "what more would teach takes longer than a demo: `sfd extract` and `sfd train` have no such limit"
         )
     if small := [classes[label] for label in present if label not in labels[held_out]]:
         notes.append(

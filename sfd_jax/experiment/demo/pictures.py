@@ -61,8 +61,7 @@ def draw_samples(
             canvas[top : top + height, left : left + width] = tile
     names = [_short(class_names[label]) for label in classes]
     pyplot = _pyplot()
-    scale = 60 * height / 32  # canvas pixels an inch
-    figure, axes = pyplot.subplots(figsize=(canvas.shape[1] / scale, canvas.shape[0] / scale + 0.5))
+    figure, axes = pyplot.subplots(figsize=(canvas.shape[1] / 60, canvas.shape[0] / 60 + 0.5))
     axes.imshow(canvas, interpolation="nearest")
     axes.set_yticks([gap + row * (height + gap) + height / 2 for row in range(len(classes))], names)
     axes.set_xticks([gap + width / 2, canvas.shape[1] / 2 + width / 2], ["real", "samples"])

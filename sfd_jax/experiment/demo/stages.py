@@ -68,7 +68,8 @@ class Demo:
         if not (self.digits or (self.workdir / PREPARED / split).is_dir()):  # all classes are too small
             size = self.data["image_size"]
             return np.empty((0, size, size, 3), np.uint8), np.empty(0, int)
-        source, records = self.source(split), list(self.source(split))
+        source = self.source(split)
+        records = list(source)
         # By name: not every class need have held-out images.
         labels = {name: label for label, name in enumerate(self.class_names)}
         labels = [labels[source.class_names[record["label"]]] for record in records]
@@ -91,9 +92,9 @@ class Demo:
         config.data = {**here, **config.get("data", {})}
         return config
 
-    def train(self, stage: str, run: Run) -> None:
-        """Train a run into the stage's folder."""
-        train(dataclasses.replace(run, cache=True), str(self.workdir / stage), table=False)
+    def train(self, stage: str, run: Run, *, cache: bool = True) -> None:
+        """Train a run into the stage's folder, its records in memory."""
+        train(dataclasses.replace(run, cache=cache), str(self.workdir / stage), table=False)
 
     def visual_encoder(self) -> tuple[VisualEncoder, dict]:
         """Return the trained encoder, which sees whole images, and its parameters."""
@@ -210,7 +211,7 @@ def train_semantic_vae(demo: Demo) -> dict:
         pixels = np.concatenate([pixels, mirrored(pixels, np.ones(len(pixels), bool))])
         labels = np.concatenate([labels, labels])
     features = _Features(visual_features(demo, pixels), labels, params_hash(demo.open("encoder").params))
-    demo.train("semantic_vae", training.open_semantic_vae(config, features=features))
+    demo.train("semantic_vae", training.open_semantic_vae(config, features=features), cache=False)
 
     network, params, _ = demo.open("semantic_vae")
     pixels, _ = demo.images("held_out")
