@@ -34,7 +34,7 @@ def choose_sizes(images: int, classes: int, image_size: int, cores: int) -> dict
       cores: of the processor.
 
     Returns:
-      "width" of the transformers; "batch" of all stages; steps of "texture_vae", "encoder", "semantic_vae", "diffusion"
+      "width" of the transformers; "batch" of all stages but the texture VAE, which takes half; steps of "texture_vae", "encoder", "semantic_vae", "diffusion"
       and "weak"; "samples" to make.
     """
     wide = cores >= 8
@@ -47,7 +47,7 @@ def choose_sizes(images: int, classes: int, image_size: int, cores: int) -> dict
         texture_vae=steps(1200),
         encoder=steps(500),
         semantic_vae=steps(500),
-        diffusion=steps(1600),
+        diffusion=steps(1400),
         weak=steps(500),
         samples=max(min(24 * classes, 480), min(classes, 1000)),
     )
@@ -71,7 +71,8 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config = _digits["get_config"]().unlock()
     patch, width = image_size // GRID, sizes["width"]
     config.data = ml_collections.ConfigDict(dict(kind="folder", image_size=image_size))
-    config.texture_vae.model.update(dict(ch=16, ch_mult=(1, 2, 4, 4)[: patch.bit_length()]))
+    # Narrow where there are many pixels: convolutions there are what a processor takes longest for.
+    config.texture_vae.model.update(dict(ch=8, ch_mult=(1, 2, 8) if patch == 4 else (1, 2, 4, 8)))
     config.encoder.model.update(dict(image_size=image_size, patch_size=patch, width=width))
     # One class leaves nothing to tell apart but how an image is turned: stages.py, `Rotated`.
     config.encoder.loss.update(dict(num_classes=classes if classes > 1 else 4, shift=image_size // 16))
@@ -87,6 +88,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
         ema = min(0.99, 1 - 5 / steps)
         config[stage].train.update(dict(steps=steps, global_batch_size=sizes["batch"], ema_decay=round(ema, 3)))
         config[stage].optimizer.warmup_steps = min(config[stage].optimizer.warmup_steps, steps // 10)
+    config.texture_vae.train.global_batch_size = sizes["batch"] // 2
     config.sample.update(dict(num=sizes["samples"], batch_size=min(sizes["samples"], 120)))
     if tiny:
         _digits["_shrink"](config)

@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
         record.run("metrics", "judge them beside real ones", lambda: results.measure(demo))
         record.run("pictures", "samples, neighbours, stages, losses", lambda: results.draw_pictures(demo))
         results.write_report(demo, record.stages, assumed)
-    _print_summary(workdir, record.stages, "real training images" if own else "real training digits")
+    _print_summary(workdir, record.stages, own is not None)
     return 0
 
 
@@ -133,13 +133,18 @@ def _assumed(own: "OwnImages", args: argparse.Namespace) -> list[str]:
     ]
 
 
-def _print_summary(workdir: Path, stages: dict[str, dict], real: str) -> None:
-    print()
+def _print_summary(workdir: Path, stages: dict[str, dict], own: bool) -> None:
+    metrics = stages["metrics"]
+    rows = {"samples": metrics["samples"], f"real training {'images' if own else 'digits'}": metrics["real"]}
+    if own:
+        rows["held-out images"] = metrics["held_out"]
     told = {"read_as_label": "read as their label {:.1%}", "frechet_distance": "Frechet distance {:.2f}"}
     told |= {"precision": "precision {:.3f}", "recall": "recall {:.3f}"}
-    for name, values in (("samples", stages["metrics"]["samples"]), (real, stages["metrics"]["real"])):
-        print(
-            f"{name:<21} {', '.join(text.format(values[key]) for key, text in told.items() if key in values)}".rstrip()
-        )
+    print()
+    for name, values in rows.items():
+        if values := [text.format(values[key]) for key, text in told.items() if key in values]:
+            print(f"{name:<21} {', '.join(values)}")
+    if own:
+        print(metrics["about"]["copies"])
     seconds = sum(stage["seconds"] for stage in stages.values())
     print(f"\n{seconds:.0f} s in all. Look at {workdir / 'samples.png'}, then read {workdir / 'report.md'}.")

@@ -45,11 +45,18 @@ class OwnImages:
     notes: list[str]
 
     def identity(self) -> str:
-        """Return a description that changes with the images, wherever their folder lies."""
+        """Return a description that changes with the images, wherever their folder lies.
+
+        Raises:
+          SfdError: a file that cannot be read.
+        """
         digest, dataset = hashlib.sha256(), self.source.dataset
         for index in range(len(dataset)):
-            with open(dataset.name(index), "rb") as file:
-                told = (bytes(dataset.paths[index]), os.fstat(file.fileno()).st_size, file.read(HEAD))
+            try:
+                with open(dataset.name(index), "rb") as file:
+                    told = (bytes(dataset.paths[index]), os.fstat(file.fileno()).st_size, file.read(HEAD))
+            except OSError as error:
+                raise SfdError(f"cannot read {self.source.name(index)}: {error.strerror}") from error
             digest.update(repr(told).encode())
         return f"{len(dataset):,} images in {len(self.classes)} classes, content {digest.hexdigest()[:12]}"
 

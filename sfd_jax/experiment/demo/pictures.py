@@ -89,19 +89,18 @@ def draw_neighbours(
       columns: pairs a row.
     """
     pyplot, rows = _pyplot(), -(-len(samples) // columns)
-    figure, axes = pyplot.subplots(2 * rows, columns, figsize=(1.05 * columns + 0.5, 2.4 * rows + 0.4), squeeze=False)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(1.1 * columns + 0.5, 2.4 * rows), squeeze=False)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
         axis.spines[:].set_visible(False)
-    for number, pair in enumerate(zip(samples, nearest, strict=True)):
-        row, column = divmod(number, columns)
-        for axis, image in zip(axes[2 * row : 2 * row + 2, column], pair, strict=True):
-            axis.imshow(image, interpolation="nearest")
-        axes[2 * row + 1, column].set_xlabel(f"{distances[number]:.3f}", fontsize=8)
-    for row in range(rows):
-        axes[2 * row, 0].set_ylabel("sample", fontsize=8)
-        axes[2 * row + 1, 0].set_ylabel("nearest\ntraining image", fontsize=8)
+    height, width = samples.shape[1:3]
+    gap = np.full((max(2, height // 16), width, 3), 255, np.uint8)
+    for axis, sample, real, distance in zip(axes.flat, samples, nearest, distances, strict=False):  # some stay empty
+        axis.imshow(np.concatenate([sample, gap, real]), interpolation="nearest")
+        axis.set_xlabel(f"{distance:.3f}", fontsize=8)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("nearest training image | sample", fontsize=7)
     figure.tight_layout()
     _save(figure, path)
 

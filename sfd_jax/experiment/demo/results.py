@@ -25,6 +25,7 @@ from sfd_jax.training.logging import read_metrics
 
 TAUS_SHOWN = 8
 SAMPLES_COMPARED = 16
+LEAST_FOR_MANIFOLDS = 30  # images, for precision and recall
 
 
 def open_sampler(demo: Demo) -> Sampler:
@@ -97,13 +98,15 @@ def measure(demo: Demo) -> dict:
     }
     metrics["about"] = {
         "read_as_label": of_reader,
-        "others": f"against {len(held_out)} held-out {noun}, class token of the demo's encoder, k=3 manifolds",
+        "others": f"against {len(held_out)} held-out {noun}, class token of the demo's encoder, k=3 manifolds"
+        if wanted
+        else "",
         "left_out": left_out,
         "copies": _of_copies(metrics[ours], metrics[held], len(real)),
         "images": len(samples),
     }
     write_json(demo.workdir / "metrics.json", metrics)
-    return {"samples": metrics[ours], "real": metrics[train]}
+    return {"samples": metrics[ours], "real": metrics[train], "held_out": metrics[held], "about": metrics["about"]}
 
 
 def load_samples(demo: Demo) -> tuple[np.ndarray, np.ndarray]:
@@ -116,19 +119,16 @@ def _reader(demo: Demo) -> tuple[Callable[[np.ndarray, np.ndarray], float] | Non
     """Return what tells the share of images that show their label, None for a single class, and what it is."""
     if demo.digits:
         reader = judge.train_judge(*digits_8x8("train"))
-        return (
-            lambda images, labels: judge.accuracy(reader, images, labels)
-        ), "fraction read as their label by a support vector classifier of 8x8 training digits"
+        accuracy = lambda images, labels: judge.accuracy(reader, images, labels)
+        return accuracy, "fraction read as their label by a support vector classifier of 8x8 training digits"
     if len(demo.class_names) == 1:
         return None, "left out: there is one class"
-    return lambda images, labels: float(np.mean(read_labels(demo, images) == labels)), (
+    accuracy = lambda images, labels: float(np.mean(read_labels(demo, images) == labels))
+    return accuracy, (
         "fraction whose nearest class mean of training features is that of their label. The features are of this run's "
         "own encoder, which was trained with these labels: no independent judge. Its answer on held-out images says "
         "how far to trust it"
     )
-
-
-LEAST_FOR_MANIFOLDS = 30
 
 
 def _metrics(images: int, width: int, noun: str) -> tuple[tuple[str, ...], str]:
@@ -276,8 +276,9 @@ def write_report(demo: Demo, stages: dict[str, dict], assumed: list[str]) -> Non
         "|---|---|---|---|---|---|",
         *rows,
         "",
-        f"Read as their label: {about['read_as_label']}. Frechet distance, precision and recall: {about['others']}. "
-        "Nearest training image: median of the root mean square difference of colours on a grid of 16x16."
+        f"Read as their label: {about['read_as_label']}. Nearest training image: median of the root mean square "
+        "difference of colours on a grid of 16x16."
+        + (f" Frechet distance, precision and recall: {about['others']}." if about["others"] else "")
         + (f" {about['left_out']}" if about["left_out"] else ""),
         "",
         *(["What was assumed:", "", *(f"- {note}" for note in assumed), ""] if assumed else []),
