@@ -34,8 +34,8 @@ def choose_sizes(images: int, classes: int, image_size: int, cores: int) -> dict
       cores: of the processor.
 
     Returns:
-      "width" of the transformers; "batch" of all stages but the texture VAE, which takes half; steps of "texture_vae", "encoder", "semantic_vae", "diffusion"
-      and "weak"; "samples" to make.
+      "width" of the transformers; "batch" of all stages but the texture VAE, which takes half; steps of "texture_vae",
+      "encoder", "semantic_vae", "diffusion" and "weak"; "samples" to make.
     """
     wide = cores >= 8
     data = min(max(images, 100), 10_000) ** 0.5 / 1000**0.5  # 0.3 to 3.2
