@@ -1,32 +1,59 @@
-"""From real handwritten digits to new ones, on a laptop's processor, with nothing downloaded.
+"""From real images to new ones on a laptop's processor, with nothing downloaded: the digits, or images of your own.
 
-Trains every part of Semantic-First Diffusion on the 1,437 training digits that ship inside scikit-learn:
-texture VAE, visual encoder, Semantic VAE, the two-clock diffusion model and a weaker one for
-AutoGuidance; then makes 1,000 new digits and judges them. The work folder then holds samples.npz,
-samples.png, stages.png, losses.png, metrics.json and report.md. Killed and started again, it goes on
-from the last finished work and ends with the same samples.
+  sfd demo
+      the 1,437 training digits that ship inside scikit-learn
+  sfd demo --images=FOLDER --image_size=64 --workdir=OUT
+      your own: FOLDER/CLASS/IMAGE, or FOLDER/train/CLASS/IMAGE; one class is enough, hundreds of images are better
+
+Trains every part of Semantic-First Diffusion: texture VAE, visual encoder, Semantic VAE, the two-clock diffusion model
+and a weaker one for AutoGuidance; then makes new images and judges them. The work folder then holds samples.npz,
+samples.png, neighbours.png (samples above their nearest training images), stages.png, losses.png, metrics.json and
+report.md. Killed and started again, it goes on from the last finished work and ends with the same samples.
+
+Of images of your own a fifth of each class is held out. Sizes and steps follow from the number of images and classes,
+the image size and the cores, by `choose_sizes` of configs/own_images.py; they are printed, and any of them can be set:
+--config.diffusion.train.steps=3000, --config.diffusion.model.width=192. Mirrored images count as images; take
+--no-flips where left and right matter, as in letters.
 """
 
+import argparse
 import os
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 
-from sfd_jax.cli.flags import command_parser, local_path, parse_command
-from sfd_jax.errors import needs_extra
+from sfd_jax.cli.flags import command_parser, local_path, parse_command, read_ahead
+from sfd_jax.errors import SfdError, needs_extra
+from sfd_jax.ranges import Only
+
+if TYPE_CHECKING:
+    from sfd_jax.experiment.demo.own_images import OwnImages
+
+CONFIG = "configs/own_images.py"
+SIZES = (32, 64)
 
 
 def main(argv: list[str]) -> int:
     """Run the demo's stages that are not done yet."""
     parser = command_parser("demo", __doc__)
-    parser.add_argument(
-        "--workdir", type=local_path, default="demo_out", help="folder of the run (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, help="of everything drawn (default: the config's, 0)")
-    args = parse_command(parser, argv, config="configs/digits.py")
+    flag = parser.add_argument
+    flag("--workdir", type=local_path, default="demo_out", help="folder of the run (default: %(default)s)")
+    flag("--seed", type=int, help="of everything drawn (default: the config's, 0)")
+    flag("--images", type=local_path, metavar="FOLDER", help="your own images (default: the digits)")
+    flag("--image_size", type=int, choices=SIZES, help="pixels a side that they are cropped to (default: 32)")
+    flag("--flips", action=argparse.BooleanOptionalAction, help="mirrored images count as images (default: yes)")
+    config, own = _own_images(parser, argv)
+    only = (Only("image_size flips", "images"),)
+    args = parse_command(parser, [*argv, *config], config="configs/digits.py", rules=only)
+    if args.config.data.kind != "digits" and own is None:
+        raise SfdError(f"--config={args.config_name} is for images of your own: say where they are, --images=FOLDER")
     if args.seed is not None:
         args.config.seed = args.seed
-    # Digits are small: the demo is for the processor, and gives there what README.md shows.
+    if args.flips is not None:
+        args.config.extract.flips = args.flips
+    # Small images: the demo is for the processor, and gives there what README.md shows.
     if not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", "cpu")
 
@@ -39,32 +66,85 @@ def main(argv: list[str]) -> int:
 
     workdir = Path(args.workdir).absolute()
     with FolderLock(workdir):
-        demo = stages.Demo(args.config, workdir)
-        record = DemoRecord(workdir, args.config.to_dict())
-        record.run("texture_vae", "texture VAE: 32x32 pixels to 4x4 latents", lambda: stages.train_texture_vae(demo))
+        demo, assumed = stages.Demo(args.config, workdir), []
+        of = {"images": own.identity(), "chosen_for": args.config_name.partition(":")[2]} if own else {}
+        record = DemoRecord(workdir, args.config.to_dict(), **of)
+        if own:
+            assumed = _assumed(own, args)
+            print("\n".join([*(f"note: {note}" for note in assumed), *results.sizes(demo)]), flush=True)
+            record.run("images", "your images to squares", lambda: own.prepare(workdir))
+        size, grid = args.config.data.image_size, args.config.diffusion.model.input_size
+        of_pixels = f"texture VAE: {size}x{size} pixels to {grid}x{grid} latents"
+        record.run("texture_vae", of_pixels, lambda: stages.train_texture_vae(demo))
         record.run("encoder", "visual encoder, a small ViT with registers", lambda: stages.train_encoder(demo))
         of_features = "Semantic VAE on the encoder's patch features"
         record.run("semantic_vae", of_features, lambda: stages.train_semantic_vae(demo))
-        record.run("latents", "training digits to latent shards with statistics", lambda: stages.extract(demo))
+        record.run("latents", "training images to latent shards with statistics", lambda: stages.extract(demo))
         record.run("diffusion", "two-clock diffusion model", lambda: stages.train_diffusion(demo, "diffusion"))
         record.run("weak", "weaker model for AutoGuidance", lambda: stages.train_diffusion(demo, "weak"))
-        record.run("sample", "new digits", lambda: results.make_samples(demo))
+        record.run("sample", "new images", lambda: results.make_samples(demo))
         record.run("metrics", "judge them beside real ones", lambda: results.measure(demo))
-        record.run("pictures", "samples.png, stages.png, losses.png", lambda: results.draw_pictures(demo))
-        results.write_report(demo, record.stages)
-    _print_summary(workdir, record.stages)
+        record.run("pictures", "samples, neighbours, stages, losses", lambda: results.draw_pictures(demo))
+        results.write_report(demo, record.stages, assumed)
+    _print_summary(workdir, record.stages, own is not None)
     return 0
 
 
-def _print_summary(workdir: Path, stages: dict[str, dict]) -> None:
+def _own_images(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[list[str], "OwnImages | None"]:
+    """Find the images that the flags name; return the `--config` chosen for them, and them. For the digits: nothing."""
+    given = read_ahead(parser, argv)
+    if given.images is None:
+        return [], None
+    from sfd_jax.experiment.demo.own_images import find_images
+    from sfd_jax.experiment.demo.record import read_record
+
+    file, _, argument = (given.config or CONFIG).partition(":")
+    if Path(file).name == "digits.py":
+        raise SfdError(f"--config={file} is for the digits; with --images leave it out, or take {CONFIG}")
+    workdir, image_size = Path(given.workdir or parser.get_default("workdir")), given.image_size or SIZES[0]
+    own = find_images(given.images, workdir, image_size)
+    # Who goes on, on whatever machine, goes on with the sizes that were begun.
+    begun = re.search(r"cores=(\d+)", (read_record(workdir) or {}).get("chosen_for", ""))
+    cores = int(begun[1]) if begun else _cores()
+    numbers = f"images={len(own.train)},classes={len(own.classes)},image_size={image_size},cores={cores}"
+    return [f"--config={file}:{numbers}{',' * bool(argument)}{argument}"], own
+
+
+def _cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _assumed(own: "OwnImages", args: argparse.Namespace) -> list[str]:
+    """Return what was assumed of one's own images, a sentence each."""
+    names, size = list(own.classes.values()), args.config.data.image_size
+    flips = (
+        "mirrored images count as images, as of photographs; --no-flips where left and right matter"
+        if args.config.extract.flips
+        else "images are not mirrored"
+    )
+    return [
+        f"{len(own.train):,} images to train on and {len(own.held_out):,} held out, cut to {size} px a side, "
+        f"of {len(names)} {'class' if len(names) == 1 else 'classes'}: {', '.join(names[:10])}"
+        f"{', ...' if len(names) > 10 else ''}",
+        f"sizes and steps are those of {args.config_name}, where --config does not say otherwise",
+        flips,
+        *own.notes,
+    ]
+
+
+def _print_summary(workdir: Path, stages: dict[str, dict], own: bool) -> None:
+    metrics = stages["metrics"]
+    rows = {"samples": metrics["samples"], f"real training {'images' if own else 'digits'}": metrics["real"]}
+    if own:
+        rows["held-out images"] = metrics["held_out"]
+    told = {"read_as_label": "read as their label {:.1%}", "frechet_distance": "Frechet distance {:.2f}"}
+    told |= {"precision": "precision {:.3f}", "recall": "recall {:.3f}"}
     print()
-    for name, values in (
-        ("samples", stages["metrics"]["samples"]),
-        ("real training digits", stages["metrics"]["real"]),
-    ):
-        print(
-            f"{name:<21} read as their label {values['read_as_label']:.1%}, Frechet distance "
-            f"{values['frechet_distance']:.2f}, precision {values['precision']:.3f}, recall {values['recall']:.3f}"
-        )
+    for name, values in rows.items():
+        if values := [text.format(values[key]) for key, text in told.items() if key in values]:
+            print(f"{name:<21} {', '.join(values)}")
+    if own:
+        print(metrics["about"]["copies"])
     seconds = sum(stage["seconds"] for stage in stages.values())
     print(f"\n{seconds:.0f} s in all. Look at {workdir / 'samples.png'}, then read {workdir / 'report.md'}.")

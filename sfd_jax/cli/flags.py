@@ -11,6 +11,7 @@ Errors for unknown flags and config keys name the nearest valid one.
 """
 
 import argparse
+import copy
 import functools
 import re
 
@@ -102,6 +103,14 @@ def parse_command(
     if pending is None:
         found.stop()
     return known
+
+
+def read_ahead(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """Return `--config` as it was given and the flags that a parser knows, for a config that depends on them."""
+    ahead = copy.deepcopy(parser)
+    ahead.add_argument("--config")
+    argv = [argument for argument in argv if argument not in ("-h", "--help")]
+    return ahead.parse_known_args(_without_none(ahead, argv))[0]
 
 
 def parse_training(command: str, doc: str, argv: list[str], config: str) -> tuple[argparse.Namespace, Faults]:

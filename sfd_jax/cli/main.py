@@ -18,7 +18,7 @@ from sfd_jax.registry import take_plugins
 
 # One line per command, in the order of use in a project.
 COMMANDS = {
-    "demo": "from real handwritten digits to new ones, on a laptop, with nothing downloaded",
+    "demo": "from real images, the digits or your own, to new ones: on a laptop, with nothing downloaded",
     "extract": "images to latent shards with statistics",
     "train": "train the two-clock diffusion transformer on latent shards",
     "train_semvae": "train the Semantic VAE on visual-encoder features",

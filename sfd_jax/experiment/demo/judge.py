@@ -1,4 +1,7 @@
-"""A judge outside the project's own networks: a support vector classifier on the original 8x8 digits."""
+"""Judges outside the project's own networks.
+
+Of digits: a support vector classifier on the original 8x8 grey levels. Of any images: how near the training images lie.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -17,10 +20,35 @@ def shrink_to_8x8(images: np.ndarray) -> np.ndarray:
     Returns:
       (B, 64) float64 in [0, 16].
     """
-    batch, height, width, _ = images.shape
-    grey = images.astype(np.float64).mean(axis=-1) / 255 * 16
-    blocks = grey.reshape(batch, 8, height // 8, 8, width // 8)
-    return blocks.mean(axis=(2, 4)).reshape(batch, 64)
+    grey = images.astype(np.float64).mean(axis=-1, keepdims=True) / 255 * 16
+    return area_mean(grey, 8).reshape(len(images), 64)
+
+
+def area_mean(images: np.ndarray, side: int) -> np.ndarray:
+    """Scale images (B, H, W, C) down to (B, side, side, C) by area mean; `side` divides H and W."""
+    batch, height, width, channels = images.shape
+    blocks = images.reshape(batch, side, height // side, side, width // side, channels)
+    return blocks.mean(axis=(2, 4))
+
+
+def nearest_images(images: np.ndarray, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find the nearest of other images to each image: by root mean square of colours on a grid of 16x16.
+
+    The grid makes a copy near even where it is a little softer than what it copies.
+
+    Args:
+      images: uint8 (N, H, W, 3).
+      among: uint8 (M, H, W, 3), M > 0.
+
+    Returns:
+      Which it is, int (N,), and how far, float64 (N,) from 0 to 1.
+    """
+    pieces = lambda each: np.array_split(each, len(each) // 1000 + 1)  # as floats they are eight times as large
+    small = lambda each: np.concatenate([area_mean(part / 255, 16) for part in pieces(each)]).reshape(len(each), 768)
+    ours, theirs = small(images), small(among)
+    squares = np.sum(ours**2, axis=1)[:, None] + np.sum(theirs**2, axis=1) - 2 * ours @ theirs.T
+    nearest = np.argmin(squares, axis=1)
+    return nearest, np.sqrt(np.mean((ours - theirs[nearest]) ** 2, axis=1))
 
 
 def train_judge(images_8x8: np.ndarray, labels: np.ndarray) -> "SVC":

@@ -1,4 +1,4 @@
-"""The demo's pictures: samples by class beside real ones, one digit emerging, and the losses.
+"""The demo's pictures: samples by class beside real images and beside their nearest ones, one emerging, the losses.
 
 Every function takes arrays and writes one PNG; matplotlib is imported only here, without a display.
 """
@@ -26,8 +26,17 @@ def _save(figure, path: Path) -> None:
     _pyplot().close(figure)
 
 
+MOST_ROWS = 20  # classes shown
+
+
 def draw_samples(
-    path: Path, samples: np.ndarray, labels: np.ndarray, real: np.ndarray, real_labels: np.ndarray, columns: int = 12
+    path: Path,
+    samples: np.ndarray,
+    labels: np.ndarray,
+    real: np.ndarray,
+    real_labels: np.ndarray,
+    class_names: list[str],
+    columns: int = 12,
 ) -> None:
     """Draw a row of samples a class, with a column of real images of the class at the left.
 
@@ -35,11 +44,12 @@ def draw_samples(
       path: PNG to write.
       samples: (N, H, W, 3) uint8.
       labels: (N,) int.
-      real: (M, H, W, 3) uint8, held out.
+      real: (M, H, W, 3) uint8, of every class; the first of each is shown.
       real_labels: (M,) int.
+      class_names: by label.
       columns: samples a row.
     """
-    classes = np.unique(labels)
+    classes = np.unique(labels)[:MOST_ROWS]
     _, height, width, _ = samples.shape
     gap = 3
     canvas = np.full((len(classes) * (height + gap) + gap, (columns + 1) * (width + gap) + 5 * gap, 3), 255, np.uint8)
@@ -49,14 +59,48 @@ def draw_samples(
         for column, tile in enumerate(tiles):
             left = gap + column * (width + gap) + (4 * gap if column else 0)
             canvas[top : top + height, left : left + width] = tile
+    names = [_short(class_names[label]) for label in classes]
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(canvas.shape[1] / 60, canvas.shape[0] / 60 + 0.5))
     axes.imshow(canvas, interpolation="nearest")
-    axes.set_yticks([gap + row * (height + gap) + height / 2 for row in range(len(classes))], classes)
+    axes.set_yticks([gap + row * (height + gap) + height / 2 for row in range(len(classes))], names)
     axes.set_xticks([gap + width / 2, canvas.shape[1] / 2 + width / 2], ["real", "samples"])
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def _short(name: str, most: int = 18) -> str:
+    """Return a class name as it stands beside a picture; a dollar sign would start a formula."""
+    return (name if len(name) <= most else name[: most - 3] + "...").replace("$", r"\$")
+
+
+def draw_neighbours(
+    path: Path, samples: np.ndarray, nearest: np.ndarray, distances: np.ndarray, columns: int = 8
+) -> None:
+    """Draw samples, each above its nearest training image, with their distance.
+
+    Args:
+      path: PNG to write.
+      samples, nearest: (N, H, W, 3) uint8.
+      distances: (N,).
+      columns: pairs a row.
+    """
+    pyplot, rows = _pyplot(), -(-len(samples) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(1.1 * columns + 0.5, 2.4 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.spines[:].set_visible(False)
+    height, width = samples.shape[1:3]
+    gap = np.full((max(2, height // 16), width, 3), 255, np.uint8)
+    for axis, sample, real, distance in zip(axes.flat, samples, nearest, distances, strict=False):  # some stay empty
+        axis.imshow(np.concatenate([sample, gap, real]), interpolation="nearest")
+        axis.set_xlabel(f"{distance:.3f}", fontsize=8)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("nearest training image | sample", fontsize=7)
     figure.tight_layout()
     _save(figure, path)
 

@@ -12,6 +12,8 @@ from sfd_jax.errors import SfdError
 from sfd_jax.files import differences, write_json
 from sfd_jax.training.record import upgraded
 
+FORMAT = 2  # of the work folder; another number where its stages would read what an earlier version wrote otherwise
+
 
 class DemoRecord:
     """The work folder of one demo run, `demo.json` in it.
@@ -20,25 +22,39 @@ class DemoRecord:
     that one goes on from its own checkpoints, shards or chunks.
     """
 
-    def __init__(self, workdir: Path, config: dict):
+    def __init__(self, workdir: Path, config: dict, images: str = "digits", chosen_for: str = ""):
         """Claim the folder for this configuration.
 
         Args:
           workdir: made where needed.
           config: JSON-able; everything that decides the run's numbers.
+          images: on which images.
+          chosen_for: argument of the config's file, for who goes on.
 
         Raises:
-          SfdError: the folder cannot be written to, or holds the run of another configuration.
+          SfdError: the folder cannot be written to, or holds the run of another configuration, of other images or of
+            another version.
         """
         self.workdir = workdir
         self._path = workdir / "demo.json"
-        self._content = {"config": config, "stages": {}}
-        with writing(workdir):
-            workdir.mkdir(parents=True, exist_ok=True)
-            found = json.loads(self._path.read_text()) if self._path.exists() else None
-            if found is None:
+        self._content = {
+            "format": FORMAT,
+            "images": images,
+            "chosen_for": chosen_for,
+            "config": config,
+            "stages": {},
+        }
+        found = read_record(workdir)
+        if found is None:
+            with writing(workdir):
+                workdir.mkdir(parents=True, exist_ok=True)
                 self._write()
-        if found is not None:
+        else:
+            if found["images"] != images:
+                raise SfdError(
+                    f"{workdir} holds the demo of other images; nothing was changed. There: {found['images']}. Here: "
+                    f"{images}. Choose another --workdir"
+                )
             differing = differences(upgraded(found["config"]), upgraded(config)).values()
             if differing:
                 raise SfdError(
@@ -70,6 +86,23 @@ class DemoRecord:
 
     def _write(self) -> None:
         write_json(self._path, self._content)
+
+
+def read_record(workdir: Path) -> dict | None:
+    """Return what `demo.json` holds, None where there is none.
+
+    Raises:
+      SfdError: it is damaged, or of another version.
+    """
+    path = workdir / "demo.json"
+    with writing(workdir):
+        found = json.loads(path.read_text()) if path.exists() else None
+    if found is not None and (not isinstance(found, dict) or found.get("format") != FORMAT):
+        raise SfdError(
+            f"{workdir} holds a demo begun by another version of sfd_jax, which this one cannot go on with; nothing "
+            "was changed. Choose another --workdir"
+        )
+    return found
 
 
 @contextlib.contextmanager

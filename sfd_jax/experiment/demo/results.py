@@ -1,19 +1,21 @@
 """The demo's last stages: samples, their judges, pictures and the report."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from sfd_jax.data.digits import digits_8x8
 from sfd_jax.data.latent_store import LatentStore
+from sfd_jax.data.pipeline import mirrored
 from sfd_jax.evaluation.evaluate import evaluate
 from sfd_jax.evaluation.features import Extractor, class_token
 from sfd_jax.evaluation.image_sets import image_set_of
 from sfd_jax.evaluation.reference import Reference
 from sfd_jax.experiment.build import layout_from_config, mesh_from_config
 from sfd_jax.experiment.demo import judge, pictures
-from sfd_jax.experiment.demo.stages import Demo
+from sfd_jax.experiment.demo.stages import Demo, read_labels
 from sfd_jax.files import write_json, write_text
 from sfd_jax.generation.job import make_images
 from sfd_jax.generation.labels import balanced_labels
@@ -22,6 +24,8 @@ from sfd_jax.generation.sampler import SampleConfig, Sampler, make_sampler
 from sfd_jax.training.logging import read_metrics
 
 TAUS_SHOWN = 8
+SAMPLES_COMPARED = 16
+LEAST_FOR_MANIFOLDS = 30  # images, for precision and recall
 
 
 def open_sampler(demo: Demo) -> Sampler:
@@ -58,51 +62,128 @@ def make_samples(demo: Demo) -> dict:
 
 
 def measure(demo: Demo) -> dict:
-    """Judge the samples and, beside them, real digits by the same yardsticks; write `metrics.json`."""
-    with np.load(demo.workdir / "samples.npz") as file:
-        samples, labels = file["arr_0"], file["arr_1"]
+    """Judge the samples and, beside them, real images by the same yardsticks; write `metrics.json`."""
+    samples, labels = load_samples(demo)
     real, real_labels = demo.images("train")
     held_out, held_out_labels = demo.images("held_out")
-    # As many real training digits as samples, where there are as many.
+    # As many real training images as samples, where there are as many.
     chosen = np.random.default_rng(0).permutation(len(real))[: len(samples)]
-    reader = judge.train_judge(*digits_8x8("train"))
+    accuracy, of_reader = _reader(demo)
+    noun = "digits" if demo.digits else "images"
 
     network, params, _ = demo.open("encoder")
-    extractor = Extractor("digits encoder", params, class_token(network, demo.config.data.image_size))
-    reference = Reference("held-out digits", None, image_set_of("held-out digits", held_out), "")
+    extractor = Extractor(f"{noun} encoder", params, class_token(network, demo.config.data.image_size))
+    wanted, left_out = _metrics(min(len(samples), len(real), len(held_out)), network.config.feature_width, noun)
+    reference = Reference(f"held-out {noun}", None, image_set_of(f"held-out {noun}", held_out), "")
 
     def compare(name: str, images: np.ndarray) -> dict:
-        values = evaluate(
-            image_set_of(name, images), reference, extractor, metrics=("fid", "precision", "recall"), batch_size=120
-        )
-        return {
-            "frechet_distance": round(values["fid"], 4),
-            "precision": round(values["precision"], 4),
-            "recall": round(values["recall"], 4),
-        }
+        if not wanted:
+            return {}
+        values = evaluate(image_set_of(name, images), reference, extractor, metrics=wanted, batch_size=120)
+        names = {"frechet_distance": "fid", "precision": "precision", "recall": "recall"}
+        return {name: round(values[metric], 4) for name, metric in names.items() if metric in values}
 
+    def read(images: np.ndarray, labels: np.ndarray) -> dict:
+        return {"read_as_label": accuracy(images, labels)} if accuracy and len(images) else {}
+
+    def distance(images: np.ndarray) -> dict:
+        distances = nearest_in_training(demo, images)[1] if len(images) else None
+        return {} if distances is None else {"nearest_training_image": round(float(np.median(distances)), 4)}
+
+    ours, train, held = "samples", f"real training {noun}", f"held-out {noun}"
     metrics = {
-        "samples": {"read_as_label": judge.accuracy(reader, samples, labels), **compare("samples", samples)},
-        "real training digits": {
-            "read_as_label": judge.accuracy(reader, real[chosen], real_labels[chosen]),
-            **compare("training digits", real[chosen]),
-        },
-        "held-out digits": {"read_as_label": judge.accuracy(reader, held_out, held_out_labels)},
-        "about": {
-            "read_as_label": "fraction read as their label by a support vector classifier of 8x8 training digits",
-            "others": f"against {len(held_out)} held-out digits, class token of the demo's encoder, k=3 manifolds",
-            "images": len(samples),
-        },
+        ours: {**read(samples, labels), **compare(ours, samples), **distance(samples)},
+        train: {**read(real[chosen], real_labels[chosen]), **compare(f"training {noun}", real[chosen])},
+        held: {**read(held_out, held_out_labels), **distance(held_out)},
+    }
+    metrics["about"] = {
+        "read_as_label": of_reader,
+        "others": f"against {len(held_out)} held-out {noun}, class token of the demo's encoder, k=3 manifolds"
+        if wanted
+        else "",
+        "left_out": left_out,
+        "copies": _of_copies(metrics[ours], metrics[held], len(real)),
+        "images": len(samples),
     }
     write_json(demo.workdir / "metrics.json", metrics)
-    return {"samples": metrics["samples"], "real": metrics["real training digits"]}
+    return {"samples": metrics[ours], "real": metrics[train], "held_out": metrics[held], "about": metrics["about"]}
+
+
+def load_samples(demo: Demo) -> tuple[np.ndarray, np.ndarray]:
+    """Return the samples, uint8 (N,H,W,3), and their labels (N,)."""
+    with np.load(demo.workdir / "samples.npz") as file:
+        return file["arr_0"], file["arr_1"]
+
+
+def _reader(demo: Demo) -> tuple[Callable[[np.ndarray, np.ndarray], float] | None, str]:
+    """Return what tells the share of images that show their label, None for a single class, and what it is."""
+    if demo.digits:
+        reader = judge.train_judge(*digits_8x8("train"))
+        accuracy = lambda images, labels: judge.accuracy(reader, images, labels)
+        return accuracy, "fraction read as their label by a support vector classifier of 8x8 training digits"
+    if len(demo.class_names) == 1:
+        return None, "left out: there is one class"
+    accuracy = lambda images, labels: float(np.mean(read_labels(demo, images) == labels))
+    return accuracy, (
+        "fraction whose nearest class mean of training features is that of their label. The features are of this run's "
+        "own encoder, which was trained with these labels: no independent judge. Its answer on held-out images says "
+        "how far to trust it"
+    )
+
+
+def _metrics(images: int, width: int, noun: str) -> tuple[tuple[str, ...], str]:
+    """Return the metrics that the smallest of the sets compared allows, and a sentence on those left out."""
+    least = {"fid": width + 1, "precision": LEAST_FOR_MANIFOLDS, "recall": LEAST_FOR_MANIFOLDS}
+    wanted = tuple(name for name, count in least.items() if images >= count)
+    told = []
+    if "fid" not in wanted:
+        told.append(
+            f"The Frechet distance is left out: a covariance of {width} features takes more than {width} {noun}"
+        )
+    if "recall" not in wanted:
+        told.append(
+            f"Precision and recall are left out: manifolds of k=3 say little below {LEAST_FOR_MANIFOLDS} {noun}"
+        )
+    there = f"; the smallest set here (samples, training, held out) has {images}." if told else ""
+    return wanted, "; ".join(told) + there
+
+
+def nearest_in_training(demo: Demo, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the training image nearest to each of `images`, mirrored or not: uint8 (N,H,W,3), and how far (N,)."""
+    real, _ = demo.images("train")
+    if demo.flips:
+        real = np.concatenate([real, mirrored(real, np.ones(len(real), bool))])
+    which, distances = judge.nearest_images(images, real)
+    return real[which], distances
+
+
+def _of_copies(samples: dict, held_out: dict, count: int) -> str:
+    """Say whether the samples are copies of the training images."""
+    ours, theirs = (group.get("nearest_training_image") for group in (samples, held_out))
+    told = f"Half of the samples lie within {ours} of a training image (0 is the same, 1 black against white)"
+    few = " With so few training images that is to be expected: add images." if count < 1000 else ""
+    if theirs is None:
+        return f"{told}. No image was held out, so nothing says what an image that was never seen would give.{few}"
+    told = f"{told}; half of the held-out images, which were never seen, within {theirs}."
+    if ours < 0.5 * theirs:
+        return f"{told} Most samples are near-copies of training images.{few}"
+    if ours < 0.8 * theirs:
+        return f"{told} The samples are nearer than unseen images are: some copy training images.{few}"
+    return f"{told} The samples are not much nearer than unseen images are: no sign of copying."
 
 
 def draw_pictures(demo: Demo) -> dict:
-    """Draw `samples.png`, `stages.png` and `losses.png`."""
-    with np.load(demo.workdir / "samples.npz") as file:
-        samples, labels = file["arr_0"], file["arr_1"]
-    pictures.draw_samples(demo.workdir / "samples.png", samples, labels, *demo.images("held_out"))
+    """Draw `samples.png`, `neighbours.png`, `stages.png` and `losses.png`."""
+    samples, labels = load_samples(demo)
+    held_out, train = demo.images("held_out"), demo.images("train")
+    real, real_labels = (np.concatenate(pair) for pair in zip(held_out, train, strict=True))
+    pictures.draw_samples(demo.workdir / "samples.png", samples, labels, real, real_labels, demo.class_names)
+    # The first samples of each class in turn.
+    rank = np.empty(len(labels), int)
+    for label in np.unique(labels):
+        rank[labels == label] = np.arange(np.sum(labels == label))
+    shown = samples[np.lexsort((labels, rank))[:SAMPLES_COMPARED]]
+    pictures.draw_neighbours(demo.workdir / "neighbours.png", shown, *nearest_in_training(demo, shown))
     _draw_stages(demo)
     curves = {
         stage: _curves(demo.workdir / stage, names)
@@ -118,8 +199,9 @@ def draw_pictures(demo: Demo) -> dict:
     return {}
 
 
-def _draw_stages(demo: Demo, label: int = 3) -> None:
-    sampler = open_sampler(demo)
+def _draw_stages(demo: Demo) -> None:
+    sampler, names = open_sampler(demo), demo.class_names
+    label = min(3, len(names) - 1)
     clocks, layout = sampler.clocks, layout_from_config(demo.config.diffusion)
     taus = np.linspace(0, clocks.tau_end, TAUS_SHOWN)
     latents, decoded = sampler.trajectory(np.array([0]), np.array([label]), taus)
@@ -133,7 +215,7 @@ def _draw_stages(demo: Demo, label: int = 3) -> None:
         np.asarray(t_texture),
         pictures.semantic_colours(layout.split(latents)[1][:, 0], clean),
         decoded[:, 0],
-        f"How a {label} emerges: semantics run ahead of texture",
+        f"How one image of class {names[label]} emerges: semantics run ahead of texture",
     )
 
 
@@ -146,38 +228,61 @@ def _curves(folder: Path, names: tuple[str, ...]) -> dict[str, tuple[np.ndarray,
     return curves
 
 
-def write_report(demo: Demo, stages: dict[str, dict]) -> None:
-    """Write `report.md`: what was made, how it is judged, what each stage took."""
+def sizes(demo: Demo) -> list[str]:
+    """Return a table of what is trained and how long, in Markdown."""
+    lines = ["| stage | steps | images a step | width |", "|---|---|---|---|"]
+    for stage in ("texture_vae", "encoder", "semantic_vae", "diffusion", "weak"):
+        config = demo.config[stage]
+        width = next(config.model[name] for name in ("width", "hidden_dim", "ch") if name in config.model)
+        lines.append(f"| {stage} | {config.train.steps} | {config.train.global_batch_size} | {width} |")
+    return lines
+
+
+def write_report(demo: Demo, stages: dict[str, dict], assumed: list[str]) -> None:
+    """Write `report.md`: what was made, how it is judged, what each stage took, what was assumed."""
     metrics = json.loads((demo.workdir / "metrics.json").read_text())
+    about = metrics.pop("about")
     total = sum(stage["seconds"] for stage in stages.values())
-    rows = [
-        f"| {name} | {values['read_as_label']:.1%} | {values.get('frechet_distance', '')} | "
-        f"{values.get('precision', '')} | {values.get('recall', '')} |"
-        for name, values in metrics.items()
-        if name != "about"
-    ]
+    columns = ("frechet_distance", "precision", "recall", "nearest_training_image")
+    rows = []
+    for name, values in metrics.items():
+        read = f"{values['read_as_label']:.1%}" if "read_as_label" in values else ""
+        rows.append(f"| {' | '.join([name, read, *(str(values.get(column, '')) for column in columns)])} |")
     took = []
     for name, stage in stages.items():
         facts = {k: v for k, v in stage.items() if k not in ("seconds", "peak_gib") and not isinstance(v, dict)}
         took.append(f"| {name} | {stage['seconds']} | {', '.join(f'{k} {v}' for k, v in facts.items())} |")
     peak = max(stage["peak_gib"] for stage in stages.values())
+    what, noun = ("Handwritten digits", "digits") if demo.digits else ("Your own images", "images")
+    more = len(demo.class_names) - pictures.MOST_ROWS
     lines = [
-        "# Handwritten digits by Semantic-First Diffusion",
+        f"# {what} by Semantic-First Diffusion",
         "",
-        f"{metrics['about']['images']} samples in [samples.npz](samples.npz) (`arr_0` images, `arr_1` labels), made "
+        f"{about['images']} samples in [samples.npz](samples.npz) (`arr_0` images, `arr_1` labels), made "
         "as [recipe.json](recipe.json) says; numbers in [metrics.json](metrics.json).",
         "",
-        "![samples by class, real digits at the left](samples.png)",
+        f"![samples by class, real {noun} at the left](samples.png)",
+        *([f"\nThe first {pictures.MOST_ROWS} of {len(demo.class_names)} classes are shown."] if more > 0 else []),
         "",
-        "![how one digit emerges](stages.png)",
+        "![samples above their nearest training images](neighbours.png)",
+        "",
+        f"Below each sample is its nearest training image, and how far it is. {about['copies']}",
+        "",
+        "![how one image emerges](stages.png)",
         "",
         "![losses of all stages](losses.png)",
         "",
-        "| images | read as their label | Frechet distance | precision | recall |",
-        "|---|---|---|---|---|",
+        "| images | read as their label | Frechet distance | precision | recall | nearest training image |",
+        "|---|---|---|---|---|---|",
         *rows,
         "",
-        f"Read as their label: {metrics['about']['read_as_label']}. The other columns: {metrics['about']['others']}.",
+        f"Read as their label: {about['read_as_label']}. Nearest training image: median of the root mean square "
+        "difference of colours on a grid of 16x16."
+        + (f" Frechet distance, precision and recall: {about['others']}." if about["others"] else "")
+        + (f" {about['left_out']}" if about["left_out"] else ""),
+        "",
+        *(["What was assumed:", "", *(f"- {note}" for note in assumed), ""] if assumed else []),
+        *sizes(demo),
         "",
         "| stage | seconds | result |",
         "|---|---|---|",

@@ -1,13 +1,14 @@
 """The demo's stages up to the trained models: each what its command does, with a small config.
 
-    digits -> texture VAE -> texture latents  \\
-    digits -> encoder -> features -> Semantic VAE -> semantic latents  -> latent shards -> diffusion models
+    images -> texture VAE -> texture latents  \\
+    images -> encoder -> features -> Semantic VAE -> semantic latents  -> latent shards -> diffusion models
 
 A stage reads what earlier ones wrote to the work folder, so that a run that goes on does what an
 uninterrupted one does.
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from ml_collections import ConfigDict
 
 from sfd_jax.data.extract import ExtractConfig
 from sfd_jax.data.images import ImageSource, open_images
+from sfd_jax.data.pipeline import mirrored
 from sfd_jax.experiment import training
 from sfd_jax.experiment.checkpoints import OpenCheckpoint, open_checkpoint
+from sfd_jax.experiment.demo.own_images import PREPARED
 from sfd_jax.experiment.extraction import OpenEncoder, extract_latents, make_encoder
 from sfd_jax.experiment.run import Run, train
 from sfd_jax.models.encoders import Tiling, VisualEncoder, to_float
@@ -33,22 +36,49 @@ class Demo:
     """What every stage needs.
 
     Attributes:
-      config: configs/digits.py.
+      config: configs/digits.py or configs/own_images.py.
       workdir: one folder a stage in it.
     """
 
     config: ConfigDict
     workdir: Path
 
-    def digits(self, split: str) -> ImageSource:
-        """Return the digits of a split, "train" or "held_out"."""
-        data = self.config.data
-        return open_images(data.kind, data.path, split, data.image_size)
+    @property
+    def digits(self) -> bool:
+        """Whether the images are the digits."""
+        return self.config.data.kind == "digits"
+
+    @property
+    def flips(self) -> bool:
+        """Whether mirrored images count as images; a mirrored digit is no digit."""
+        return self.config.extract.flips
+
+    @property
+    def data(self) -> dict:
+        """Where the images are, as the stages' configs say it."""
+        data = self.config.data.to_dict()
+        return data if self.digits else {**data, "path": str(self.workdir / PREPARED)}
+
+    def source(self, split: str) -> ImageSource:
+        """Return the images of a split, "train" or "held_out"."""
+        return open_images(self.data["kind"], self.data["path"], split, self.data["image_size"])
 
     def images(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the digits of a split: pixels uint8 (N,H,W,3), labels (N,)."""
-        records = list(self.digits(split))
-        return np.stack([r["pixels"] for r in records]), np.array([r["label"] for r in records])
+        """Return the images of a split: pixels uint8 (N,H,W,3), labels (N,)."""
+        if not (self.digits or (self.workdir / PREPARED / split).is_dir()):  # all classes are too small
+            size = self.data["image_size"]
+            return np.empty((0, size, size, 3), np.uint8), np.empty(0, int)
+        source = self.source(split)
+        records = list(source)
+        # By name: not every class need have held-out images.
+        labels = {name: label for label, name in enumerate(self.class_names)}
+        labels = [labels[source.class_names[record["label"]]] for record in records]
+        return np.stack([record["pixels"] for record in records]), np.array(labels)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names by label."""
+        return self.source("train").class_names
 
     def open(self, stage: str) -> OpenCheckpoint:
         """Open what a stage has trained."""
@@ -58,64 +88,104 @@ class Demo:
         """Return a stage's config in the shape that its training command takes; `data` goes into its group `data`."""
         config = self.config[stage].copy_and_resolve_references().unlock()
         config.seed, config.mesh = self.config.seed, self.config.mesh.to_dict()
-        here = {"workers": 0, "flips": False, **self.config.data, **data}  # a mirrored digit is no digit
+        here = {"workers": 0, "flips": self.flips, **self.data, **data}
         config.data = {**here, **config.get("data", {})}
         return config
 
-    def train(self, stage: str, run: Run) -> None:
-        """Train a run into the stage's folder."""
-        train(dataclasses.replace(run, cache=True), str(self.workdir / stage), table=False)
+    def train(self, stage: str, run: Run, *, cache: bool = True) -> None:
+        """Train a run into the stage's folder, its records in memory."""
+        train(dataclasses.replace(run, cache=cache), str(self.workdir / stage), table=False)
 
     def visual_encoder(self) -> tuple[VisualEncoder, dict]:
-        """Return the trained encoder, which sees whole digits, and its parameters."""
+        """Return the trained encoder, which sees whole images, and its parameters."""
         network, params, _ = self.open("encoder")
         size = self.config.data.image_size
         return VisualEncoder(network, Tiling.whole(size, size, network)), params
 
 
+def by_pieces(function: Callable, params: dict, rows: np.ndarray, size: int = 2048) -> np.ndarray:
+    """Return `function(params, rows)`, an answer for each row (N, ...), computed `size` rows at a time."""
+    starts = range(0, len(rows), size)
+    return np.concatenate([np.asarray(function(params, rows[start : start + size])) for start in starts])
+
+
 def train_texture_vae(demo: Demo) -> dict:
-    """Train the texture VAE on the training digits; report how held-out ones come back."""
+    """Train the texture VAE on the training images; report how held-out ones come back."""
     config = demo.stage_config("texture_vae", split="train", held_out_split="")
     config.lpips = ""
     demo.train("texture_vae", training.open_texture_vae(config))
 
     network, params, _ = demo.open("texture_vae")
-    pixels = to_float(jnp.asarray(demo.images("held_out")[0]))
+    pixels, _ = demo.images("held_out")
+    if not len(pixels):
+        return {}
 
     @jax.jit
     def squared_error(params, pixels):
+        pixels = to_float(pixels)
         mean, _ = network.apply(params, pixels, method="encode")
-        return jnp.mean((network.apply(params, mean, method="decode") - pixels) ** 2)
+        return jnp.mean((network.apply(params, mean, method="decode") - pixels) ** 2, axis=(1, 2, 3))
 
-    psnr = 10 * np.log10(4.0 / float(squared_error(params, pixels)))  # pixels span 2
-    return {"held-out PSNR": round(psnr, 2)}
+    psnr = 10 * np.log10(4.0 / by_pieces(squared_error, params, pixels, size=360).mean())  # pixels span 2
+    return {"held-out PSNR": round(float(psnr), 2)}
 
 
 def train_encoder(demo: Demo) -> dict:
-    """Train the visual encoder on the training digits, since no released weight is at hand."""
-    demo.train("encoder", training.open_visual_encoder(demo.stage_config("encoder", split="train")))
-    return {"held-out accuracy": round(_probe_accuracy(demo), 4)}
+    """Train the visual encoder on the training images, since no released weight is at hand."""
+    run = training.open_visual_encoder(demo.stage_config("encoder", split="train"))
+    if len(demo.class_names) == 1:
+        run = dataclasses.replace(run, source=Rotated(run.source))
+    demo.train("encoder", run)
+    pixels, labels = demo.images("held_out")
+    if len(demo.class_names) == 1 or not len(pixels):
+        return {}
+    return {"held-out accuracy": round(float(np.mean(read_labels(demo, pixels) == labels)), 4)}
 
 
-def _probe_accuracy(demo: Demo) -> float:
-    """Classify held-out digits by the nearest class mean of training features: no head is needed."""
-    tokens = {}
-    for split in ("train", "held_out"):
-        features, labels = visual_features(demo, split)
-        features = features.mean(axis=1)
-        tokens[split] = features / np.linalg.norm(features, axis=1, keepdims=True), labels
-    features, labels = tokens["train"]
-    means = np.stack([features[labels == label].mean(axis=0) for label in range(labels.max() + 1)])
-    features, labels = tokens["held_out"]
-    return float(np.mean(np.argmax(features @ means.T, axis=1) == labels))
+class Rotated:
+    """Each image turned by 0, 90, 180 and 270 degrees, with the quarter turns as its label.
+
+    What teaches an encoder without classes (Gidaris et al. 2018, arXiv 1803.07728).
+    """
+
+    def __init__(self, source: ImageSource):
+        self.source = source
+        self.class_names = ["0", "90", "180", "270"]
+
+    def __len__(self) -> int:
+        return 4 * len(self.source)
+
+    def __getitem__(self, index: int) -> dict:
+        pixels, turns = self.source[index // 4]["pixels"], index % 4
+        return {"pixels": np.rot90(pixels, turns).copy(), "label": turns, "index": index}
 
 
-def visual_features(demo: Demo, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the patch features (N,T,F) float32 and labels (N,) of a split."""
+def read_labels(demo: Demo, pixels: np.ndarray) -> np.ndarray:
+    """Read images by the nearest class mean of the encoder's training features: no head is needed.
+
+    Args:
+      demo: with a trained encoder.
+      pixels: uint8 (N,H,W,3).
+
+    Returns:
+      Labels, int (N,).
+    """
+
+    def unit(pixels):
+        features = visual_features(demo, pixels).mean(axis=1)
+        return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+    train, labels = demo.images("train")
+    features, present = unit(train), np.unique(labels)
+    means = np.stack([features[labels == label].mean(axis=0) for label in present])
+    return present[np.argmax(unit(pixels) @ means.T, axis=1)]
+
+
+def visual_features(demo: Demo, pixels: np.ndarray) -> np.ndarray:
+    """Return the patch features (N,T,F) float32 of images uint8 (N,H,W,3)."""
     encoder, params = demo.visual_encoder()
-    pixels, labels = demo.images(split)
     features = jax.jit(lambda params, pixels: encoder.features(params, to_float(pixels)))
-    return np.asarray(features(params, pixels)), labels
+    return by_pieces(features, params, pixels)
 
 
 class _Features:
@@ -135,25 +205,32 @@ class _Features:
 
 def train_semantic_vae(demo: Demo) -> dict:
     """Train the Semantic VAE on the encoder's features with the released loss."""
-    config = demo.stage_config("semantic_vae", held_out_path="", visual_encoder="")
-    features = _Features(*visual_features(demo, "train"), params_hash(demo.open("encoder").params))
-    demo.train("semantic_vae", training.open_semantic_vae(config, features=features))
+    config = demo.stage_config("semantic_vae", held_out_path="", visual_encoder="", flips=False)
+    pixels, labels = demo.images("train")
+    if demo.flips:
+        pixels = np.concatenate([pixels, mirrored(pixels, np.ones(len(pixels), bool))])
+        labels = np.concatenate([labels, labels])
+    features = _Features(visual_features(demo, pixels), labels, params_hash(demo.open("encoder").params))
+    demo.train("semantic_vae", training.open_semantic_vae(config, features=features), cache=False)
 
     network, params, _ = demo.open("semantic_vae")
-    measure = jax.jit(lambda params, features: measure_semantic_vae(network, params, {"features": features}))
-    similarity = measure(params, visual_features(demo, "held_out")[0])["cosine"].mean()
+    pixels, _ = demo.images("held_out")
+    if not len(pixels):
+        return {}
+    measure = jax.jit(lambda params, features: measure_semantic_vae(network, params, {"features": features})["cosine"])
+    similarity = by_pieces(measure, params, visual_features(demo, pixels)).mean()
     return {"held-out cosine similarity": round(float(similarity), 4)}
 
 
 def extract(demo: Demo) -> dict:
-    """Turn the training digits into latent shards with statistics and REPA features."""
+    """Turn the training images into latent shards with statistics and REPA features."""
     config = from_group(ExtractConfig, {**demo.config.extract, "seed": demo.config.seed}, "config group 'extract'")
     stages = {"texture_vae": "texture_vae", "visual": "encoder", "semantic_vae": "semantic_vae"}
     opened = {name: demo.open(stage) for name, stage in stages.items()}
     encoder = make_encoder({name: each.network for name, each in opened.items()}, config)
     opened = OpenEncoder(encoder, {name: each.params for name, each in opened.items()}, {}, [])
     about = {"data": demo.config.data.to_dict()}
-    store = extract_latents(demo.digits("train"), opened, config, str(demo.workdir / "latents"), about)
+    store = extract_latents(demo.source("train"), opened, config, str(demo.workdir / "latents"), about)
     store.verify()
     return {"images": len(store)}
 
