@@ -52,13 +52,19 @@ def choose_execution(
     return Execution(
         # No fused kernel on CPUs and TPUs: with 256 tokens the attention weights are small, and a head width of 72
         # does not fill a TPU's lanes.
-        attention=kernels.cudnn_attention if platform == "gpu" else kernels.tuned_attention,
+        attention=kernels.cudnn_attention if _cudnn_attends(device) else kernels.tuned_attention,
         product=kernels.cpu_product if platform == "cpu" else kernels.product,
         scan=scan,
         remat=remat,
         gather=functools.partial(_gather, mesh) if mesh.shape["fsdp"] > 1 else PLAIN.gather,
         split=functools.partial(_split, mesh) if mesh.size > 1 else PLAIN.split,
     )
+
+
+def _cudnn_attends(device: jax.Device) -> bool:
+    """Tell whether a device has cuDNN's attention: NVIDIA's do from Ampere on, so a T4 or V100 and AMD's do not."""
+    major = getattr(device, "compute_capability", "").partition(".")[0]  # "9.0" of an H100; "gfx942" of AMD's
+    return major.isdigit() and int(major) >= 8
 
 
 def _what_fits(platform: str, kind: str, kept: float, scan: bool) -> str:

@@ -16,18 +16,23 @@ from sfd_jax.models.execution import PLAIN, Execution, current, executing
 from sfd_jax.training import TrainConfig
 
 
-def mesh_of(kind="", platform="cpu", chips=1, fsdp=None):
-    device = types.SimpleNamespace(platform=platform, device_kind=kind)
+def mesh_of(kind="", platform="cpu", chips=1, fsdp=None, **attributes):
+    device = types.SimpleNamespace(platform=platform, device_kind=kind, **attributes)
     shape = {"data": 1, "fsdp": chips if fsdp is None else fsdp}
     return types.SimpleNamespace(devices=np.array([device] * chips), size=chips, shape=shape)
 
 
 def test_operations_by_backend():
-    cpu, tpu, gpu = (choose_execution(mesh_of(platform=platform)) for platform in ("cpu", "tpu", "cuda"))
+    cpu, tpu = (choose_execution(mesh_of(platform=platform)) for platform in ("cpu", "tpu"))
+    gpu = choose_execution(mesh_of(platform="gpu", compute_capability="9.0"))
     assert [e.attention for e in (cpu, tpu, gpu)] == [kernels.tuned_attention] * 2 + [kernels.cudnn_attention]
     assert [e.product for e in (cpu, tpu, gpu)] == [kernels.cpu_product] + [kernels.product] * 2
     assert [e.scan for e in (cpu, tpu, gpu)] == [True, True, False]
     assert choose_execution(mesh_of(platform="gpu"), scan=True).scan
+    # A T4 and AMD's cards have no fused attention by cuDNN, which would stop at the first step.
+    for capability in ("7.5", "gfx942"):
+        other = choose_execution(mesh_of(platform="gpu", compute_capability=capability))
+        assert other.attention is kernels.tuned_attention and not other.scan
     assert (cpu.gather, cpu.split) == (PLAIN.gather, PLAIN.split)
     split = choose_execution(mesh_of(chips=4, fsdp=1))
     assert split.gather is PLAIN.gather and split.split is not PLAIN.split

@@ -99,18 +99,24 @@ def make_train_step(
 
 
 def trace_train_step(
-    task: Task, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh, batch: dict
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    config: TrainConfig,
+    mesh: Mesh,
+    batch: dict,
+    execution: Execution | None = None,
 ) -> jax.stages.Traced:
     """Trace the step of `make_train_step` from shapes, to compile it ahead of time for devices that need not exist.
 
     Args:
-      task, optimizer, config, mesh: as for `make_train_step`; `task.frozen` may hold shapes instead of arrays.
+      task, optimizer, config, mesh, execution: as for `make_train_step`; `task.frozen` may hold shapes instead of
+        arrays.
       batch: name -> shape and dtype of a global batch's array.
 
     Raises:
       SfdError: the batch does not divide over the mesh and the accumulation.
     """
-    step, frozen = _jit_step(task, optimizer, config, mesh), put_frozen(task, mesh)
+    step, frozen = _jit_step(task, optimizer, config, mesh, execution), put_frozen(task, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     return step.trace(abstract_state(task, optimizer, mesh), batch, key, frozen)
 
