@@ -301,7 +301,7 @@ def report(problem, contenders, args, notes) -> None:
         "nfe_by_stage": by_stage,
         "errors": errors,
         "ratios": ratios,
-        "details": {name: f"{calls[name]} NFE, error {errors[name]:.1e}" for name in calls},
+        "details": {name: f"{nfe[name]} NFE, error {errors[name]:.1e}" for name in nfe},
         "peak_gib": memory,
     }
     finish(record, tables, notes, args.json)
