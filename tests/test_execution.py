@@ -29,7 +29,7 @@ def test_operations_by_backend():
     assert [e.product for e in (cpu, tpu, gpu)] == [kernels.cpu_product] + [kernels.product] * 2
     assert [e.scan for e in (cpu, tpu, gpu)] == [True, True, False]
     assert choose_execution(mesh_of(platform="gpu"), scan=True).scan
-    # A T4 and AMD's cards have no fused attention by cuDNN, which would stop at the first step.
+    # A T4 and AMD's cards have no fused attention by cuDNN.
     for capability in ("7.5", "gfx942"):
         other = choose_execution(mesh_of(platform="gpu", compute_capability=capability))
         assert other.attention is kernels.tuned_attention and not other.scan

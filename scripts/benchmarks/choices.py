@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="4 on a CPU, 64 elsewhere")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="float32 on a CPU, bfloat16 elsewhere")
     parser.add_argument("--depth", type=int, help="another number of blocks")
+    parser.add_argument("--steps", type=int, help="of the step's choices the first of this number alone")
     args = parser.parse_args()
     share_memory()
     import jax
@@ -59,7 +60,7 @@ def main() -> None:
     first = (False, "none", best)
     steps = [first, (False, "dots", best), (True, "dots", best), (True, "full", best)]
     steps += [(False, "none", "tuned")] * (best == "cudnn") + [first]
-    for number, (scan, remat, form) in enumerate(steps):
+    for number, (scan, remat, form) in enumerate(steps[: args.steps]):
         name = f"step {number}: {'loop' if scan else 'unrolled'}, {remat}, {form}"
         execution = dataclasses.replace(chosen, scan=scan, remat=remat, attention=forms[form])
         try:

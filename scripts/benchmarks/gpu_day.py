@@ -35,7 +35,7 @@ from _common import machine, share_memory, table
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUIRED = ("flax", "optax", "orbax", "ml_collections", "absl", "etils", "PIL", "tqdm")
-COMPARED = ("torch", "torchdiffeq", "torch_fidelity")
+COMPARED = ("torch", "torchdiffeq", "torch_fidelity", "torchvision")
 LEAST_SECONDS = 15  # a part that would get less is not started
 
 # Name: time limit in seconds, packages of the comparison, command, its sizes, and those of a dry run.
@@ -48,8 +48,8 @@ PARTS = {
     "verify_float32": (100, "", VERIFY, MOST_CASES, TINY_CASES),
     "train_step": (130, "torch", f"{TRAIN} --no_compile", "", TINY),
     "sample": (110, "torch torchdiffeq", SAMPLE, "--rounds=2 --checked=4", TINY_SAMPLE),
-    "choices": (150, "", f"{HERE}/choices.py --batch={{batch}}", "", TINY),
-    "features": (60, "torch torch_fidelity", f"{HERE}/features.py", "--images=512", TINY_IMAGES),
+    "choices": (150, "", f"{HERE}/choices.py --batch={{batch}}", "", f"{TINY} --steps=1"),
+    "features": (60, "torch torch_fidelity torchvision", f"{HERE}/features.py", "--images=512", TINY_IMAGES),
     "verify_bfloat16": (70, "", f"{VERIFY} --dtype=bfloat16", MOST_CASES, TINY_CASES),
     "train_step_compiled": (150, "torch", TRAIN, "--rounds=3", f"{TINY} --no_compile"),
     "verify_xl": (60, "", VERIFY, "--cases=full_xl", TINY_CASES),
@@ -207,7 +207,7 @@ def rows_of(name: str, part: dict) -> list[list]:
     if part["status"] != "done":
         name = f"{name} ({part['status']})"
     if not numbers:
-        return [[name, "", "", "", ""]]
+        return [[name, "", "", "", part.get("log", "").strip().rpartition("\n")[2][:100]]]
     if "comparisons" in numbers:
         said = f"{numbers['comparisons']} comparisons, {len(numbers['broken'])} bounds broken"
         return [[name, said, part["seconds"], "", ", ".join(numbers["broken"][:5])]]
