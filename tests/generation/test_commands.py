@@ -30,7 +30,7 @@ DIT = dict(width=8, depth=1, num_heads=2, input_size=4, in_channels=5, num_class
 VAE = dict(ch=4, ch_mult=(1, 2), num_res_blocks=1, z_channels=3, norm_groups=2, attention_levels=())
 
 
-def save_random(folder, name, config, seed, **metadata):
+def save_random(folder, name, config, seed, /, **metadata):
     network = Network(name, config)
     leaves, tree = jax.tree.flatten(network.abstract_params())
     generator = np.random.default_rng(seed)

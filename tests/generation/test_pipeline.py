@@ -36,34 +36,20 @@ def demo(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_images_are_those_of_the_command(demo, tmp_path):
-    pipeline = Pipeline.from_pretrained(demo)
-    images = pipeline.generate(["golden_retriever", 0, "B"], 5, seed=3, guidance_scale=1.5, **FAST)
-    assert [image.size for image in images] == [(8, 8)] * 5 and pipeline.sampler.recipe["seed"] == 3
-    flags = [f"--checkpoint={demo / 'diffusion'}", f"--texture_vae={demo / 'texture_vae'}", f"--weak={demo / 'weak'}"]
-    flags += [
-        "--labels=n02099601,0,b",
-        "--num=5",
-        "--seed=3",
-        "--guidance_scale=1.5",
-        "--solver=euler",
-        "--num_steps=4",
-    ]
-    assert run_command(sample_command.main, "sample", [*flags, f"--out={tmp_path / 'out'}"]) == 0
+def test_the_lines_of_the_readme_and_the_command_make_the_same_images(demo, tmp_path, monkeypatch, root):
+    (tmp_path / "demo_out").symlink_to(demo)
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"```python\n(.*?)```", (root / "README.md").read_text(), re.S)[1], names := {})
+    assert Image.open("three.png").size == (8, 8)
+    sampler = names["pipeline"].sampler
+    images = names["pipeline"].generate(["golden_retriever", 0, "B"], 5)
+    assert names["pipeline"].sampler is sampler  # the same settings compile once
+    flags = ["--checkpoint=demo_out/diffusion", "--texture_vae=demo_out/texture_vae", "--weak=demo_out/weak"]
+    flags += ["--labels=n02099601,0,b", "--num=5", "--batch_size=1", "--out=out"]
+    assert run_command(sample_command.main, "sample", flags) == 0
     with np.load(tmp_path / "out" / "samples.npz") as file:
         assert file["arr_1"].tolist() == [1, 0, 3, 1, 0]
         np.testing.assert_array_equal(np.stack(images), file["arr_0"])
-    sampler = pipeline.sampler
-    assert len(pipeline.generate("otter", seed=3, guidance_scale=1.5, **FAST)) == 1
-    assert pipeline.sampler is sampler  # the same settings compile once
-
-
-@pytest.mark.slow
-def test_the_lines_of_the_readme(demo, tmp_path, monkeypatch, root):
-    (tmp_path / "demo_out").symlink_to(demo)
-    monkeypatch.chdir(tmp_path)
-    exec(re.search(r"```python\n(.*?)```", (root / "README.md").read_text(), re.S)[1], {})
-    assert Image.open(tmp_path / "three.png").size == (8, 8)
 
 
 @pytest.fixture
