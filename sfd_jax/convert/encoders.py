@@ -36,14 +36,16 @@ def norm_rows(theirs: str, ours: str) -> tuple[Row, Row]:
     return Row(f"{theirs}.weight", f"{ours}/scale"), Row(f"{theirs}.bias", f"{ours}/bias")
 
 
-def block_rows(layer: str, norm1: str, qkv: tuple[str, ...], proj: str, norm2: str, fc1: str, fc2: str) -> list[Row]:
+def block_rows(
+    layer: str, norm1: str, qkv: tuple[str, str, str], proj: str, norm2: str, fc1: str, fc2: str, key_bias: bool = True
+) -> list[Row]:
     """Return the rows of a block whose queries, keys and values are apart; `layer` goes before the other names."""
     norm1, proj, norm2, fc1, fc2 = (f"{layer}.{name}" for name in (norm1, proj, norm2, fc1, fc2))
-    weights, biases = (tuple(f"{layer}.{part}.{kind}" for part in qkv) for kind in ("weight", "bias"))
+    biased = qkv if key_bias else (qkv[0], qkv[2])
     return [
         *norm_rows(norm1, "blocks/norm1"),
-        Row(weights, "blocks/attention/qkv/kernel", "linear"),
-        Row(biases, "blocks/attention/qkv/bias"),
+        Row(tuple(f"{layer}.{part}.weight" for part in qkv), "blocks/attention/qkv/kernel", "linear"),
+        Row(tuple(f"{layer}.{part}.bias" for part in biased), "blocks/attention/qkv/bias"),
         *dense_rows(proj, "blocks/attention/proj"),
         *norm_rows(norm2, "blocks/norm2"),
         *dense_rows(fc1, "blocks/mlp/fc1"),
@@ -165,17 +167,15 @@ DINOV3 = EncoderFormat(
             Row("embeddings.register_tokens", "register_tokens"),
             Row("embeddings.mask_token", "mask_token", "first"),
             *dense_rows("embeddings.patch_embeddings", "patch_embed", "conv"),
-            *(
-                Row((row.theirs[0], row.theirs[2]), row.ours) if row.ours.endswith("qkv/bias") else row
-                for row in block_rows(
-                    "layer.{layer}",
-                    "norm1",
-                    ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
-                    "attention.o_proj",
-                    "norm2",
-                    "mlp.up_proj",
-                    "mlp.down_proj",
-                )
+            *block_rows(
+                "layer.{layer}",
+                "norm1",
+                ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+                "attention.o_proj",
+                "norm2",
+                "mlp.up_proj",
+                "mlp.down_proj",
+                key_bias=False,
             ),
             Row("layer.{layer}.layer_scale1.lambda1", "blocks/scale1/gamma"),
             Row("layer.{layer}.layer_scale2.lambda1", "blocks/scale2/gamma"),

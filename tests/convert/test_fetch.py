@@ -10,6 +10,7 @@ import urllib.parse
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from sfd_jax.cli.fetch import main
 from sfd_jax.convert import FORMATS, hub
@@ -220,6 +221,29 @@ def test_a_wrong_file_copied_there_by_hand_is_named(server):
     (folder / "ldm-imagenet256-f16d32-50ep.ckpt").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(SfdError, match="ckpt' is a Git LFS pointer.*remove it and run the same command again"):
         hub.fetch("texture_vae")
+
+
+def test_an_encoder_is_fetched_with_its_config_json(server, capsys):
+    """The weights under either name, with the number of heads from the file beside them."""
+    network = Network("mae", dict(width=24, depth=1, num_heads=2, image_size=8, patch_size=4))
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), network.abstract_params())
+    weights = safetensors.numpy.save(export_state(FORMATS["mae"].TABLE, params, network))
+    config = json.dumps({"model_type": "vit_mae", "num_attention_heads": 2}).encode()
+    server.files[hub.CATALOGUE["mae"].where] = {"pytorch_model.bin": weights, "tf_model.h5": b"", "config.json": config}
+    for _ in range(2):
+        assert main(["mae"]) == 0
+        assert sum(path.startswith("/cdn/") for path, _ in server.requests) == 2
+    assert load_params(capsys.readouterr().out.splitlines()[-1])[1]["network_config"]["num_heads"] == 2
+    downloads = hub.cache_dir() / "downloads" / "mae"
+    assert {path.name for path in downloads.iterdir()} == {"pytorch_model.bin", "config.json"}
+    (downloads / "config.json").unlink()
+    server.files.clear()
+    assert hub.fetch("mae") == [downloads / "pytorch_model.bin"]  # by hand, without it
+
+
+def test_a_gated_repository_says_what_to_do(server):
+    with pytest.raises(SfdError, match="gated: accept its licence on its page and set HF_TOKEN.*and config.json into"):
+        hub.fetch("dinov3")
 
 
 def test_offline_the_message_says_which_file_to_copy_where(monkeypatch, tmp_path):

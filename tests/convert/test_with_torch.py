@@ -174,6 +174,42 @@ def test_the_semantic_vaes_block_is_torchs_own_encoder_layer():
     np.testing.assert_allclose(network.apply(params, ours, method="decode"), decoded, atol=5e-5)
 
 
+@pytest.mark.parametrize("kind, leading", [("DINOv3ViT", 4), ("SiglipVision", 0), ("CLIPVision", 1), ("ViTMAE", 1)])
+def test_visual_encoders_are_hugging_faces(tmp_path, kind, leading):
+    """As `test_dinov2_is_hugging_faces`, at an image size that is not the config's; what we export loads there."""
+    transformers = pytest.importorskip("transformers", reason="needs the package transformers")
+    sizes = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80, patch_size=4)
+    sizes |= {"ViTMAE": {"mask_ratio": 0.0}, "DINOv3ViT": {"num_register_tokens": 3}}.get(kind, {})
+    config = getattr(transformers, f"{kind}Config")(**sizes, image_size=12)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    for parameter in model.parameters():
+        parameter.data = 0.2 * torch.randn_like(parameter) + (1 if parameter.ndim == 1 else 0)
+    model.save_pretrained(tmp_path / "theirs")
+    assert main([f"{tmp_path}/theirs", f"--out={tmp_path}/ours"]) == 0
+    params, metadata = load_params(tmp_path / "ours")
+    network = Network(metadata["network"], metadata["network_config"])
+    pixels = np.random.default_rng(0).standard_normal((2, 20, 20, 3)).astype(np.float32)
+    options = {} if kind == "DINOv3ViT" else {"interpolate_pos_encoding": True}
+    if kind == "ViTMAE":
+        options["noise"] = torch.arange(25.0)[None].expand(2, 25)  # it shuffles, though nothing is masked
+    answer = lambda model: model(torch.from_numpy(pixels.transpose(0, 3, 1, 2)), **options).last_hidden_state
+    with torch.no_grad():
+        hidden = answer(model).numpy()
+    ours = network.apply(params, pixels)
+    scale = np.abs(hidden).max()
+    np.testing.assert_allclose(ours["patch_tokens"] / scale, hidden[:, leading:] / scale, atol=5e-6)
+    if leading:
+        np.testing.assert_allclose(ours["cls_token"] / scale, hidden[:, 0] / scale, atol=5e-6)
+
+    (tmp_path / "back").mkdir()
+    config.save_pretrained(tmp_path / "back")
+    assert main([f"{tmp_path}/ours", f"--export={tmp_path}/back/model.safetensors"]) == 0
+    back = getattr(transformers, f"{kind}Model").from_pretrained(tmp_path / "back").eval()
+    with torch.no_grad():  # poolers, which we leave out, come after these
+        assert torch.equal(answer(back), torch.from_numpy(hidden))
+
+
 @pytest.mark.parametrize("swiglu", [False, True])
 def test_dinov2_is_hugging_faces(tmp_path, swiglu):
     """A public reference for DINOv2 and its second table, by files, where transformers is installed.

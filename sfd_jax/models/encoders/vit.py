@@ -56,7 +56,7 @@ class ViTConfig:
 
     Attributes:
       width, depth, num_heads: D, L, K.
-      image_size: size in pixels that the position table is made for.
+      image_size: size in pixels that the position table is made for; rotary positions have none.
       patch_size: P.
       num_registers: R.
       ffn: "mlp" or "swiglu".
@@ -105,7 +105,7 @@ class ViTConfig:
             f"a head of {self.width // self.num_heads} does not divide by 4, as rotary positions need",
         )
         check(
-            self.image_size % self.patch_size == 0,
+            not self.position_table or self.image_size % self.patch_size == 0,
             f"image_size {self.image_size} does not divide by patch_size {self.patch_size}",
         )
         check(self.ffn in ("mlp", "swiglu"), f"no ffn '{self.ffn}': choose mlp or swiglu")
