@@ -70,7 +70,7 @@ def test_the_texture_vae_is_the_one_that_made_the_latents():
             "different latent statistics",
         ),
         (lambda: model(5, 8, class_names=[f"name {i}" for i in reversed(range(CLASSES))]), "different class names"),
-        (lambda: model(5, 8, latents={**OURS, "labels": [0, 1, 4]}), "2 are missing, the first is 2"),
+        (lambda: model(5, 8, latents={**OURS, "labels": [0, 1, 4]}), "the weak model lacks 2, the first is 2"),
         (lambda: model(5, 8, config={"clocks": {"name": "fixed_offset", "delta_t": 0.5}}), "different clocks"),
     ],
 )
