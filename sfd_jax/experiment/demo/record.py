@@ -37,13 +37,8 @@ class DemoRecord:
         """
         self.workdir = workdir
         self._path = workdir / "demo.json"
-        self._content = {
-            "format": FORMAT,
-            "images": images,
-            "chosen_for": chosen_for,
-            "config": config,
-            "stages": {},
-        }
+        about = {"format": FORMAT, "images": images, "chosen_for": chosen_for}
+        self._content = {**about, "config": config, "stages": {}}
         found = read_record(workdir)
         if found is None:
             with writing(workdir):

@@ -144,8 +144,9 @@ def _metrics(images: int, width: int, noun: str) -> tuple[tuple[str, ...], str]:
         told.append(
             f"Precision and recall are left out: manifolds of k=3 say little below {LEAST_FOR_MANIFOLDS} {noun}"
         )
-    there = f"; the smallest set here (samples, training, held out) has {images}." if told else ""
-    return wanted, "; ".join(told) + there
+    if told:
+        told.append(f"The smallest set here (samples, training, held out) has {images}")
+    return wanted, "".join(f"{sentence}. " for sentence in told).strip()
 
 
 def nearest_in_training(demo: Demo, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
