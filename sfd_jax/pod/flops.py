@@ -18,7 +18,7 @@ def program_flops(program: core.Jaxpr | core.ClosedJaxpr, read: Sequence[bool] |
       program: `jaxpr` of a `jax.stages.Traced`.
       read: which of its results are used; None for all.
     """
-    program = program.jaxpr if isinstance(program, core.ClosedJaxpr) else program
+    program = _open(program)
     read = [True] * len(program.outvars) if read is None else read
     needed = {var for var, is_read in zip(program.outvars, read, strict=True) if is_read and isinstance(var, core.Var)}
     total = 0.0
@@ -30,6 +30,10 @@ def program_flops(program: core.Jaxpr | core.ClosedJaxpr, read: Sequence[bool] |
     return total
 
 
+def _open(program: core.Jaxpr | core.ClosedJaxpr) -> core.Jaxpr:
+    return program.jaxpr if isinstance(program, core.ClosedJaxpr) else program
+
+
 def _equation_flops(equation: core.JaxprEqn, live: list[bool]) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
@@ -39,13 +43,15 @@ def _equation_flops(equation: core.JaxprEqn, live: list[bool]) -> float:
     if name == "conv_general_dilated":
         kernel, features_out = equation.invars[1].aval, params["dimension_numbers"].rhs_spec[0]
         return 2.0 * equation.outvars[0].aval.size * kernel.size / kernel.shape[features_out]
-    if name == "scan":  # the next iteration uses the carry
-        live = [True] * params["num_carry"] + live[params["num_carry"] :]
+    if name == "scan":  # the next iteration uses the carry: the results without an axis of iterations
+        inner = _open(params["jaxpr"]).outvars
+        carried = [one.aval.ndim == stacked.aval.ndim for one, stacked in zip(inner, equation.outvars, strict=True)]
+        live = [is_carried or is_read for is_carried, is_read in zip(carried, live, strict=True)]
     inside = []
     for value in params.values():
         for part in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(part, (core.Jaxpr, core.ClosedJaxpr)):
-                outputs = len(part.jaxpr.outvars if isinstance(part, core.ClosedJaxpr) else part.outvars)
+                outputs = len(_open(part).outvars)
                 inside.append(program_flops(part, live if outputs == len(live) and name != "while" else None))
     if name == "cond":
         return max(inside)
