@@ -44,7 +44,7 @@ def choose_sizes(images: int, classes: int, image_size: int, cores: int) -> dict
     return dict(
         width=256 if wide else 128,
         batch=32 if images < 1000 else 64,
-        texture_vae=steps(1200),
+        texture_vae=steps(2000),
         encoder=steps(500),
         semantic_vae=steps(500),
         diffusion=steps(1400),
