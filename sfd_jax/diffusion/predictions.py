@@ -9,12 +9,14 @@ Source: released `transport/transport.py`, `training_losses`, `get_drift`, `chec
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from sfd_jax.diffusion.paths import Path
+from sfd_jax import settings
+from sfd_jax.diffusion.paths import PATHS, Path
 from sfd_jax.latents import LatentLayout
 from sfd_jax.ranges import Range, check_fields
 from sfd_jax.registry import Registry
@@ -115,6 +117,29 @@ class ScorePrediction(_Weighted):
 
     def velocity(self, output, latents, t, path):
         return path.velocity_from_score(output, latents, t)
+
+
+def transport_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return {"path": Path, "prediction": PredictionType} of a diffusion config; linear and velocity where not given.
+
+    Args:
+      config: whole, with groups `loss.path` and `loss.prediction`, each {"name": ..., **fields}, or without them.
+
+    Raises:
+      SfdError: an unknown name or field, or a value outside its range.
+    """
+    loss = config.get("loss") or {}
+    return {
+        "path": settings.make(PATHS, loss.get("path") or {"name": "linear"}),
+        "prediction": settings.make(PREDICTIONS, loss.get("prediction") or {"name": "velocity"}),
+    }
+
+
+def describe_transport(path: Path, prediction: PredictionType) -> dict[str, Any]:
+    """Return both as configs under their names for a recipe; {} for linear and velocity, the default."""
+    if {"path": path, "prediction": prediction} == transport_of({}):
+        return {}
+    return {"path": settings.describe(PATHS, path), "prediction": settings.describe(PREDICTIONS, prediction)}
 
 
 def velocity_from(

@@ -35,7 +35,8 @@ def check_transport(case: Case, dtype: str) -> Iterator[Check]:
     network, params = load_dit(case, dtype)
     layout, clocks, eps = layout_of(case), clocks_of(case), case.get("eps")
     labels = case.array("in_y").astype(np.int32)
-    apply = lambda *inputs: network.apply(params, *inputs, labels)
+    forward = jax.jit(lambda *inputs: network.apply(params, *inputs))
+    apply = lambda *inputs: forward(*inputs, labels)
     start = case.images("in_z")
 
     def check(quantity, ours, released, bound=BOUND[dtype]):
@@ -54,7 +55,6 @@ def check_transport(case: Case, dtype: str) -> Iterator[Check]:
         weights = {} if prediction == "velocity" else {"weight": weight}
         return PATHS[path.lower()](), PREDICTIONS[prediction](eps=eps, **weights)
 
-    forward = jax.jit(lambda *inputs: network.apply(params, *inputs))
     draws = Draws(case.images("in_x0"), case.array("in_t"), labels)
     for name, released in case.arrays("out_loss_").items():
         path, prediction = chosen(*name.split("_"))
