@@ -68,10 +68,12 @@ class VelocityPrediction(PredictionType):
     def interval(self, path: Path) -> tuple[float, float]:
         return 0.0, 1 - self.eps if path.steep_end else 1.0
 
-    def compared(self, output, data, noise, t, path):
+    def compared(
+        self, output: jax.Array, data: jax.Array, noise: jax.Array, t: jax.Array, path: Path
+    ) -> tuple[jax.Array, jax.Array]:
         return output, path.velocity(data, noise, t)
 
-    def velocity(self, output, latents, t, path):
+    def velocity(self, output: jax.Array, latents: jax.Array, t: jax.Array, path: Path) -> jax.Array:
         return output
 
 
@@ -84,7 +86,7 @@ class _Weighted(PredictionType):
         choices=WEIGHTS,
     )
 
-    def loss_weight(self, t, path):
+    def loss_weight(self, t: jax.Array, path: Path) -> jax.Array | None:
         if self.weight == "none":
             return None
         low, high = self.interval(path)
@@ -100,10 +102,12 @@ class _Weighted(PredictionType):
 class NoisePrediction(_Weighted):
     """Predict the noise at the start of the path; score = -noise / sigma."""
 
-    def compared(self, output, data, noise, t, path):
+    def compared(
+        self, output: jax.Array, data: jax.Array, noise: jax.Array, t: jax.Array, path: Path
+    ) -> tuple[jax.Array, jax.Array]:
         return output, noise
 
-    def velocity(self, output, latents, t, path):
+    def velocity(self, output: jax.Array, latents: jax.Array, t: jax.Array, path: Path) -> jax.Array:
         return path.velocity_from_score(-output / path.sigma(t), latents, t)
 
 
@@ -112,10 +116,12 @@ class NoisePrediction(_Weighted):
 class ScorePrediction(_Weighted):
     """Predict the score, the gradient of the log density; the loss compares sigma times it with minus the noise."""
 
-    def compared(self, output, data, noise, t, path):
+    def compared(
+        self, output: jax.Array, data: jax.Array, noise: jax.Array, t: jax.Array, path: Path
+    ) -> tuple[jax.Array, jax.Array]:
         return output * path.sigma(t), -noise
 
-    def velocity(self, output, latents, t, path):
+    def velocity(self, output: jax.Array, latents: jax.Array, t: jax.Array, path: Path) -> jax.Array:
         return path.velocity_from_score(output, latents, t)
 
 
