@@ -21,7 +21,8 @@ from sfd_jax.parity.check import Check, relative_error
 from sfd_jax.parity.dit import clocks_of, layout_of, load_dit
 from sfd_jax.parity.pack import Case
 
-BOUND = {"float32": 1e-5, "bfloat16": 1e-1}
+# bfloat16 measured on CPU: up to 1.6e-3.
+BOUND = {"float32": 1e-5, "bfloat16": 1e-2}
 LONG_BOUND = {"float32": 1e-4, "bfloat16": 1e-1}
 _SOLVERS = {"heun2": "heun"}  # torchdiffeq's names
 _THEIR_FORMS = {form: form for form in FORMS} | {
