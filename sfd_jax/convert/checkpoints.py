@@ -214,6 +214,10 @@ def export_checkpoint(
         raise SfdError(f"format {name} is for {module.TABLE.network}, not for {metadata['network']}")
     if params.keys() == {"network", "clocks"}:
         raise SfdError("this model's clocks were trained with it; the released format cannot store them")
+    loss = (metadata.get("config") or {}).get("loss") or {}
+    for part, usual in (("path", "linear"), ("prediction", "velocity")):
+        if (name_there := (loss.get(part) or {}).get("name", usual)) != usual:
+            raise SfdError(f"this model's {part} is {name_there}; a released file would be read as {usual}")
     network = Network(metadata["network"], metadata["network_config"])
     kept = foreign.get("kept") if foreign.get("format") == name else None
     state = export_state(module.TABLE, params, network, kept, allow_nonfinite=allow_nonfinite)

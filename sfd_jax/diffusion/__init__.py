@@ -4,11 +4,14 @@ Convention everywhere: t = 0 is noise, t = 1 is data, velocity = data - noise. G
 time tau runs from 0 to tau_end and a pair of clocks maps it to the time of each group of channels.
 
   clocks    tau -> (t_semantic, t_texture), with breakpoints; used by the loss and the sampler
-  paths     from noise to data
+  paths     from noise to data: linear, gvp, vp
+  predictions  what the network predicts: velocity, noise or score
   losses    the training loss
   guidance  network and labels -> velocity function
   solvers   fixed-step integrators, each one compiled loop
   dopri5    adaptive integrators
+  sde       stochastic sampling, a diffusion for each group
+  likelihood  the log density of latents
   sampling  velocity function and noise -> latents
   sample_config  the settings of sampling
 

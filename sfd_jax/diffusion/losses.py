@@ -8,6 +8,9 @@ from x0 to x1 and has its own target u_g there. With v the predicted velocity an
     repa     = distance of projected hidden states to DINOv2 patch features (cosine, mse or both)
     total    = velocity + cosine_weight * cosine + repa_weight * repa + weights * custom terms
 
+With another path or prediction (`LossConfig.path`, `LossConfig.prediction`), v and u are what that prediction compares,
+such as the predicted and the true noise, and the first term has its weight.
+
 A custom term is a frozen dataclass derived from `LossTerm`, registered under a name (docs/extend.md).
 
 All randomness depends on a key and the row of the sample in the global batch alone, so that neither
@@ -27,6 +30,7 @@ import jax.numpy as jnp
 from sfd_jax import settings
 from sfd_jax.diffusion.clocks import Clocks
 from sfd_jax.diffusion.paths import LinearPath, Path
+from sfd_jax.diffusion.predictions import PredictionType, VelocityPrediction
 from sfd_jax.errors import SfdError, nearest
 from sfd_jax.latents import LatentLayout
 from sfd_jax.randomness import keys_by_row
@@ -55,7 +59,8 @@ class Draws(NamedTuple):
 class Prediction(NamedTuple):
     """The inputs of a loss term; float32 except the labels.
 
-    latents, velocity, target: (B,H,W,C): the point on the path, the predicted velocity there, and its target.
+    latents, velocity, target: (B,H,W,C): the point on the path, the predicted velocity there, and its target (with
+      another prediction, the pair that it compares).
     data: (B,H,W,C), the end of the path. draws: noise (the start of the path), time and labels.
     t_semantic, t_texture: (B,). layout: which channels are texture.
     clocks: the pair with its trained parameters; tau = draws.t * clocks.tau_end.
@@ -120,6 +125,8 @@ class LossConfig:
       repa_kind: "cos", "mse", or "cos_mse" for the mean of both.
       time: distribution of t: "logit_normal" (released code) or "uniform" (paper).
       label_dropout: probability of the null label.
+      path: from noise to data.
+      prediction: what the network predicts.
       terms: custom terms by name, see `make_terms`.
 
     Raises:
@@ -132,6 +139,8 @@ class LossConfig:
     repa_kind: str = setting("cos", "distance to the features", choices=REPA_KINDS)
     time: str = setting("logit_normal", "distribution of t", choices=TIMES)
     label_dropout: float = 0.1
+    path: Path = LinearPath()
+    prediction: PredictionType = VelocityPrediction()
     terms: Mapping[str, LossTerm] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
@@ -231,20 +240,18 @@ def velocity_loss(
     layout: LatentLayout,
     clocks: Clocks,
     config: LossConfig,
-    path: Path = LinearPath(),
     repa_features: jax.Array | None = None,
 ) -> LossTerms:
     """Compute the loss of each sample; pure, float32.
 
     Args:
-      predict: (latents, t_semantic, t_texture, labels) -> velocity (B,H,W,C), or if `config.reads_hidden`
-        -> (velocity, projected hidden states (B,N,F)).
+      predict: (latents, t_semantic, t_texture, labels) -> what `config.prediction` says (B,H,W,C), or if
+        `config.reads_hidden` -> (that, projected hidden states (B,N,F)).
       data: (B,H,W,C) normalised latents.
       draws: noise, time and labels, as `draw` returns them.
       layout: which channels are texture.
       clocks: the pair of clocks.
-      config: weights.
-      path: from noise to data.
+      config: weights, path and prediction.
       repa_features: (B,N,F) DINOv2 patch features; needed if `config.repa_weight` > 0.
 
     Raises:
@@ -257,19 +264,22 @@ def velocity_loss(
         )
     t_semantic, t_texture = clocks.training_times(draws.t)
     t = layout.per_channel(t_texture, t_semantic)[:, None, None, :]
-    latents = path.interpolate(data, draws.noise, t)
-    target = path.velocity(data, draws.noise, t)
-    velocity = predict(latents, t_semantic, t_texture, draws.labels)
+    on_path = config.prediction.clip(t, config.path)
+    latents = config.path.interpolate(data, draws.noise, on_path)
+    output = predict(latents, t_semantic, t_texture, draws.labels)
     projected = None
-    if isinstance(velocity, tuple):
-        velocity, projected = velocity
+    if isinstance(output, tuple):
+        output, projected = output
 
-    velocity = velocity.astype(jnp.float32)
+    output = output.astype(jnp.float32)
+    velocity, target = config.prediction.compared(output, data, draws.noise, on_path, config.path)
     error = (velocity - target) ** 2
     weight = layout.per_channel(1.0, config.semantic_weight)
     error_texture, error_semantic = layout.split(error)
     zero = jnp.zeros(len(data), jnp.float32)
-    velocity_term = _sample_mean(error * weight[None, None, None, :])
+    weighted = error * weight[None, None, None, :]
+    of_time = config.prediction.loss_weight(t, config.path)
+    velocity_term = _sample_mean(weighted if of_time is None else weighted * of_time)
     cosine = repa = zero
     if config.cosine_weight > 0:
         cosine = cosine_distance(velocity, target)

@@ -1,35 +1,152 @@
-"""Paths between noise (t = 0) and data (t = 1).
+"""Paths between noise (t = 0) and data (t = 1): x_t = alpha(t) data + sigma(t) noise.
 
-A path gives the point at time t and the velocity there. Time is an array that broadcasts against
-the latents, (B,1,1,C) in the loss, because the two groups of channels have their own clocks.
+Time is an array that broadcasts against the latents, (B,1,1,C) in the loss, because the two groups of channels have
+their own clocks. A path of your own is a frozen dataclass with `alpha` and `sigma`, registered under a name. Its fields
+are its settings.
+
+Source: released `transport/path.py`.
 """
 
+import abc
 import dataclasses
-from typing import Protocol
+from collections.abc import Callable
+from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sfd_jax.ranges import Range, check_fields
+from sfd_jax.registry import Registry
+from sfd_jax.settings import setting
+
+PATHS: Registry[type["Path"]] = Registry("path")
 
 
-class Path(Protocol):
-    """Connect noise to data; any class with these two methods will do."""
+class Path(abc.ABC):
+    """Connect noise to data.
+
+    The probability flow of the score s is velocity = alpha'/alpha x + g s, with g the drift variance.
+
+    Attributes:
+      pure_noise: whether alpha(0) = 0, so that alpha'/alpha and g are infinite at t = 0.
+      steep_end: whether sigma' is infinite at t = 1, and so is the velocity.
+    """
+
+    pure_noise: ClassVar[bool] = True
+    steep_end: ClassVar[bool] = False
+
+    def __post_init__(self):
+        check_fields("path", self)
+
+    @abc.abstractmethod
+    def alpha(self, t: jax.Array) -> jax.Array:
+        """Return the coefficient of the data: 1 at t = 1; shape of t."""
+
+    @abc.abstractmethod
+    def sigma(self, t: jax.Array) -> jax.Array:
+        """Return the coefficient of the noise: 0 at t = 1; shape of t."""
+
+    def d_alpha(self, t: jax.Array) -> jax.Array:
+        """Return the derivative of `alpha`."""
+        return _derivative(self.alpha, t)
+
+    def d_sigma(self, t: jax.Array) -> jax.Array:
+        """Return the derivative of `sigma`."""
+        return _derivative(self.sigma, t)
+
+    def alpha_ratio(self, t: jax.Array) -> jax.Array:
+        """Return alpha' / alpha."""
+        return self.d_alpha(t) / self.alpha(t)
+
+    def drift_variance(self, t: jax.Array) -> jax.Array:
+        """Return g = alpha'/alpha sigma^2 - sigma sigma'."""
+        sigma = self.sigma(t)
+        return self.alpha_ratio(t) * sigma**2 - sigma * self.d_sigma(t)
 
     def interpolate(self, data: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-        """Return the point at time t: `noise` at t = 0, `data` at t = 1."""
+        """Return the point at time t: `data` at t = 1, `noise` at t = 0 if `pure_noise`."""
+        return self.alpha(t) * data + self.sigma(t) * noise
 
     def velocity(self, data: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
         """Return the derivative of `interpolate` with respect to t."""
+        return self.d_alpha(t) * data + self.d_sigma(t) * noise
+
+    def velocity_from_score(self, score: jax.Array, latents: jax.Array, t: jax.Array) -> jax.Array:
+        """Return the velocity of the probability flow, from the score of the latents at time t."""
+        return self.alpha_ratio(t) * latents + self.drift_variance(t) * score
+
+    def noise_from_velocity(self, velocity: jax.Array, latents: jax.Array, t: jax.Array) -> jax.Array:
+        """Return the expected noise of the latents at time t."""
+        ratio = self.alpha(t) / self.d_alpha(t)  # finite at t = 0, unlike its inverse
+        return (ratio * velocity - latents) / (ratio * self.d_sigma(t) - self.sigma(t))
+
+    def score_from_velocity(self, velocity: jax.Array, latents: jax.Array, t: jax.Array) -> jax.Array:
+        """Return the score, the gradient of the log density, of the latents at time t < 1."""
+        return -self.noise_from_velocity(velocity, latents, t) / self.sigma(t)
 
 
+def _derivative(function: Callable[[jax.Array], jax.Array], t: jax.Array) -> jax.Array:
+    return jax.jvp(function, (t,), (jnp.ones_like(t),))[1]
+
+
+@PATHS.register("linear")
 @dataclasses.dataclass(frozen=True)
-class LinearPath:
+class LinearPath(Path):
     """Connect noise and data by a straight line: x_t = t data + (1 - t) noise, velocity = data - noise.
 
-    Source: released `transport/path.py`, ICPlan.
+    Source: ICPlan.
     """
 
-    def interpolate(self, data: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-        return t * data + (1.0 - t) * noise
+    def alpha(self, t: jax.Array) -> jax.Array:
+        return t
 
-    def velocity(self, data: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-        del t  # constant along the path
-        return data - noise
+    def sigma(self, t: jax.Array) -> jax.Array:
+        return 1.0 - t
+
+
+@PATHS.register("gvp")
+@dataclasses.dataclass(frozen=True)
+class GVPPath(Path):
+    """Keep the variance of uncorrelated ends: alpha = sin(pi t / 2), sigma = cos(pi t / 2).
+
+    Source: GVPCPlan.
+    """
+
+    def alpha(self, t: jax.Array) -> jax.Array:
+        return jnp.sin(np.float32(np.pi / 2) * t)
+
+    def sigma(self, t: jax.Array) -> jax.Array:
+        return jnp.cos(np.float32(np.pi / 2) * t)
+
+
+@PATHS.register("vp")
+@dataclasses.dataclass(frozen=True)
+class VPPath(Path):
+    """Follow the variance-preserving diffusion: alpha = exp(-int beta / 2), sigma^2 = 1 - alpha^2.
+
+    beta falls linearly from `beta_max` at the noise to `beta_min` at the data. alpha(0) is 0.0066, not 0.
+
+    Source: VPCPlan.
+    """
+
+    pure_noise = False
+    steep_end = True
+
+    beta_min: float = setting(0.1, "beta at the data", range=Range(float, 0, 1e3, above=True))
+    beta_max: float = setting(20.0, "beta at the noise", range=Range(float, 0, 1e3, above=True))
+
+    def _log_alpha(self, t):
+        return -0.25 * (1 - t) ** 2 * (self.beta_max - self.beta_min) - 0.5 * (1 - t) * self.beta_min
+
+    def alpha(self, t: jax.Array) -> jax.Array:
+        return jnp.exp(self._log_alpha(t))
+
+    def sigma(self, t: jax.Array) -> jax.Array:
+        return jnp.sqrt(-jnp.expm1(2 * self._log_alpha(t)))
+
+    def alpha_ratio(self, t: jax.Array) -> jax.Array:
+        return (self.beta_min + (1 - t) * (self.beta_max - self.beta_min)) / 2
+
+    def drift_variance(self, t: jax.Array) -> jax.Array:
+        return self.alpha_ratio(t)  # sigma^2 + alpha^2 = 1

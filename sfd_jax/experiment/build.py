@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from sfd_jax.diffusion.clocks import CLOCKS, make_clocks
 from sfd_jax.diffusion.losses import LossConfig, make_terms
+from sfd_jax.diffusion.predictions import transport_of
 from sfd_jax.distributed import make_mesh
 from sfd_jax.errors import Faults
 from sfd_jax.latents import LatentLayout
@@ -56,7 +57,8 @@ def diffusion_settings(config: ConfigDict) -> dict[str, Any]:
         settings["clocks"] = make_clocks(config.clocks)
     with found:
         terms = make_terms(config.loss.get("terms", {}))
-        settings["config"] = from_group(LossConfig, {**config.loss, "terms": terms}, "config group 'loss'")
+        group = {**config.loss, **transport_of(config), "terms": terms}
+        settings["config"] = from_group(LossConfig, group, "config group 'loss'")
     found.stop()
     return settings
 

@@ -10,8 +10,10 @@ from absl import flags as absl_flags
 from ml_collections import config_flags
 
 from sfd_jax import ranges
+from sfd_jax.diffusion import paths
 from sfd_jax.diffusion.clocks import CLOCKS
 from sfd_jax.diffusion.losses import TERMS
+from sfd_jax.diffusion.predictions import PREDICTIONS
 from sfd_jax.diffusion.sample_config import SampleJob
 from sfd_jax.errors import Faults, SfdError, nearest
 from sfd_jax.files import user_path
@@ -91,6 +93,10 @@ def load_config(
     return config
 
 
+# Group of a part -> its registry, and the part that is meant where the group is missing.
+_PARTS = {"clocks": (CLOCKS, None), "loss.path": (paths.PATHS, "linear"), "loss.prediction": (PREDICTIONS, "velocity")}
+
+
 def _choose_parts(config: ml_collections.ConfigDict, overrides: list[str], path: str = "") -> dict[str, ranges.Range]:
     """Give the groups of exchangeable parts the fields of the parts chosen by `overrides`, "a.b=c".
 
@@ -101,16 +107,21 @@ def _choose_parts(config: ml_collections.ConfigDict, overrides: list[str], path:
       The ranges of the parts' fields, by full name.
     """
     own = {}
+    for part, (_, default) in _PARTS.items():
+        group, _, key = part.rpartition(".")
+        if path == f"{group}." and key not in config and any(text.startswith(f"{part}.") for text in overrides):
+            config[key] = ml_collections.ConfigDict({"name": default})
     for key, group in list(config.items()):
         if not isinstance(group, ml_collections.ConfigDict):
             continue
         here = f"{path}{key}."
         given = [text.removeprefix(here) for text in overrides if text.startswith(here)]
-        if key == "clocks" and "name" in group:
+        registry, _ = _PARTS.get(here[:-1], (None, None))
+        if registry is not None and "name" in group:
             name = [group.name, *(text.removeprefix("name=") for text in given if text.startswith("name="))][-1]
-            if name not in CLOCKS:
+            if name not in registry:
                 continue  # reported when they are built, with all other faults
-            cls, fields = CLOCKS[name], group if name == group.name else {"name": name}
+            cls, fields = registry[name], group if name == group.name else {"name": name}
             # Old configs have a delta_t for all clocks.
             config[key] = part_group(
                 cls, **{k: x for k, x in fields.items() if k != "delta_t" or k in defaults_of(cls)}

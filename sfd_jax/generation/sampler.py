@@ -8,7 +8,8 @@ separately: batch size, padding, devices and hosts change nothing but float roun
 step size for the batch, as released, so the batch size matters there.)
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,14 @@ from jax.sharding import Mesh, PartitionSpec
 from sfd_jax.class_names import class_names_of
 from sfd_jax.diffusion import guidance
 from sfd_jax.diffusion.clocks import Clocks, clocks_config, split_params
+from sfd_jax.diffusion.paths import LinearPath, Path
+from sfd_jax.diffusion.predictions import (
+    PredictionType,
+    VelocityPrediction,
+    describe_transport,
+    transport_of,
+    velocity_from,
+)
 from sfd_jax.diffusion.sample_config import SampleConfig
 from sfd_jax.diffusion.sampling import sample, trajectory
 from sfd_jax.distributed import batch_sharding, make_mesh, param_shardings, put_same, replicated
@@ -61,6 +70,8 @@ class Sampler:
         clocks: Clocks,
         config: SampleConfig = SampleConfig(),
         weak: tuple[Network, dict] | None = None,
+        path: Path = LinearPath(),
+        predictions: Mapping[str, PredictionType] = MappingProxyType({}),
         seed: int = 0,
         class_names: list[str] | None = None,
         labels: np.ndarray | None = None,
@@ -75,6 +86,7 @@ class Sampler:
             sampler can only be traced.
           layout, statistics, clocks: those the model was trained with; clocks with their trained parameters.
           config: how to sample.
+          path, predictions: the path they were trained on, and what "model" and "weak" predict; velocity by default.
           seed: of the noise.
           class_names: names of the classes.
           labels: those that were trained, sorted; all of them by default.
@@ -98,7 +110,8 @@ class Sampler:
         params = {"model": model[1], "vae": texture_vae[1]} | ({"weak": weak[1]} if weak else {})
         self._params = put_same(params, param_shardings(params, self.mesh))
         self._layout, self._statistics, self.clocks = layout, statistics, clocks
-        self._config, self._seed = config, seed
+        self._config, self._seed, self._path = config, seed, path
+        self._predictions = {"model": VelocityPrediction(), "weak": VelocityPrediction(), **predictions}
         # Every host gets all rows: the host that writes needs them, and they are small compared with the work.
         # Both programs keep unused weights, so the memory that XLA reports includes all that the device holds.
         options = {"out_shardings": replicated(self.mesh), "keep_unused": True}
@@ -248,11 +261,11 @@ class Sampler:
 
     def _velocity_fn(self, params, labels):
         def network(name):
-            def velocity(*args):
+            def output(*args):
                 with executing(self._execution):
                     return self._networks[name].apply(params[name], *args)
 
-            return velocity
+            return velocity_from(output, self._predictions[name], self._path, self._layout)
 
         config = self._config
         interval = dict(
@@ -364,6 +377,11 @@ def make_sampler(
     parts = {"model": model, "weak": weak, "texture_vae": texture_vae}
     described = {name: _describe(part) for name, part in parts.items() if part}
     hashes = {name: part["hash"] for name, part in described.items()}
+    models = {"model": model} | ({"weak": weak} if weak else {})
+    transports = {name: transport_of(part[1].get("config") or {}) for name, part in models.items()}
+    paths = {name: transport["path"] for name, transport in transports.items()}
+    if len(set(paths.values())) > 1:
+        raise SfdError(f"model and weak model were trained on different paths: {paths['model']} and {paths['weak']}")
     compared = weak if config.guidance == "autoguidance" else None  # otherwise `Sampler` refuses an unused weak model
     image_size = networks["model"].config.input_size * networks["texture_vae"].config.downsampling
     notes = check_parts(model, texture_vae, compared, hashes, statistics, image_size, other_texture_vae)
@@ -374,6 +392,7 @@ def make_sampler(
         "texture_vae": described["texture_vae"],
         "latent_statistics": statistics.hash(),
         "clocks": clocks_config(clocks),
+        **describe_transport(**transports["model"]),
         "sampler": {name: getattr(config, name) for name in defaults_of(SampleConfig)},
         "dtype": networks["model"].config.compute_dtype,
         "seed": seed,
@@ -387,6 +406,8 @@ def make_sampler(
         statistics=statistics,
         clocks=clocks,
         config=config,
+        path=paths["model"],
+        predictions={name: transport["prediction"] for name, transport in transports.items()},
         seed=seed,
         class_names=class_names,
         labels=trained_labels(metadata, networks["model"].config.num_classes),

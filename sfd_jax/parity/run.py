@@ -19,6 +19,7 @@ from sfd_jax.parity.networks import (
 )
 from sfd_jax.parity.pack import Case, case_names, pack_folders
 from sfd_jax.parity.sampling import check_ode
+from sfd_jax.parity.transport import check_transport
 
 # Pattern of a case's name -> its comparison; the first match is used.
 COMPARISONS = {
@@ -34,6 +35,7 @@ COMPARISONS = {
     "encoders*": check_encoders,
     "inception*": check_inception,
     "metrics*": check_metrics,
+    "transport*": check_transport,
 }
 
 

@@ -4,8 +4,10 @@ import jax
 import numpy as np
 import pytest
 
+from sfd_jax.diffusion.paths import VPPath
+from sfd_jax.diffusion.predictions import NoisePrediction
 from sfd_jax.errors import SfdError
-from sfd_jax.experiment.build import task_from_config, train_config
+from sfd_jax.experiment.build import diffusion_settings, task_from_config, train_config
 from sfd_jax.experiment.config_files import load_config
 from sfd_jax.experiment.demo.pictures import semantic_colours
 from sfd_jax.generation import SampleConfig
@@ -45,6 +47,15 @@ def test_default_recipe_is_the_released_one():
     assert (config.train.global_batch_size, config.train.ema_decay) == (256, 0.9999)
     # 682.8M of the paper's table, which counts the fixed 256 x 1152 position table too.
     assert task.network.num_params() + 256 * 1152 == 682_765_424
+
+
+def test_path_and_prediction_are_chosen_by_flags():
+    given = ["--config.loss.path.name=vp", "--config.loss.path.beta_max=15", "--config.loss.prediction.name=noise"]
+    loss = diffusion_settings(load_config("configs/sfd.py:s,tiny", given))["config"]
+    assert (loss.path, loss.prediction) == (VPPath(beta_max=15.0), NoisePrediction())
+    for flag, says in (("path.name=vq", "did you mean 'vp'"), ("path.beta_max=15", "has no 'beta_max'")):
+        with pytest.raises(SfdError, match=says):
+            diffusion_settings(load_config("configs/sfd.py:s,tiny", [f"--config.loss.{flag}"]))
 
 
 @pytest.mark.parametrize("size", [32, 64])

@@ -21,7 +21,7 @@ from sfd_jax.diffusion.losses import (
     sample_time,
     velocity_loss,
 )
-from sfd_jax.diffusion.paths import LinearPath
+from sfd_jax.diffusion.paths import LinearPath, Path
 from sfd_jax.errors import SfdError
 from sfd_jax.latents import LatentLayout
 
@@ -95,20 +95,22 @@ def test_terms_by_hand():
 
 
 def test_another_path():
-    class Circle:
-        def interpolate(self, data, noise, t):
-            return jnp.sin(t * jnp.pi / 2) * data + jnp.cos(t * jnp.pi / 2) * noise
+    @dataclasses.dataclass(frozen=True)
+    class Circle(Path):
+        def alpha(self, t):
+            return jnp.sin(t * jnp.pi / 2)
 
-        def velocity(self, data, noise, t):
-            return jnp.pi / 2 * (jnp.cos(t * jnp.pi / 2) * data - jnp.sin(t * jnp.pi / 2) * noise)
+        def sigma(self, t):
+            return jnp.cos(t * jnp.pi / 2)
 
+    circle = Circle()
     data, draws = batch()
 
     def predict(latents, t_semantic, t_texture, labels):
         t = LAYOUT.per_channel(t_texture, t_semantic)[:, None, None, :]
-        return Circle().velocity(data, draws.noise, t)
+        return circle.velocity(data, draws.noise, t)
 
-    np.testing.assert_array_equal(loss(predict, PLAIN, path=Circle()).total, np.zeros(4))
+    np.testing.assert_array_equal(loss(predict, dataclasses.replace(PLAIN, path=circle)).total, np.zeros(4))
     assert (loss(predict, PLAIN).total > 0.1).all()
 
 

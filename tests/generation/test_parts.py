@@ -72,6 +72,7 @@ def test_the_texture_vae_is_the_one_that_made_the_latents():
         (lambda: model(5, 8, class_names=[f"name {i}" for i in reversed(range(CLASSES))]), "different class names"),
         (lambda: model(5, 8, latents={**OURS, "labels": [0, 1, 4]}), "the weak model lacks 2, the first is 2"),
         (lambda: model(5, 8, config={"clocks": {"name": "fixed_offset", "delta_t": 0.5}}), "different clocks"),
+        (lambda: model(5, 8, config={"loss": {"path": {"name": "gvp"}}}), "different paths"),
     ],
 )
 def test_a_weak_model_of_another_system_is_refused(weak, words):
@@ -187,3 +188,15 @@ def test_an_ema_dominated_by_initial_weights_is_noted(metadata, share):
     )  # no note: it made the latents
     found = notes(model(**metadata), early_vae, EULER)
     assert len(found) == (share is not None) and all(f"still hold {share} of the initial" in note for note in found)
+
+
+def test_path_and_prediction_are_those_of_the_checkpoint():
+    loss = {"path": {"name": "gvp"}, "prediction": {"name": "noise", "eps": 0.01, "weight": "velocity"}}
+    plain, other = make_sampler(model(), vae(), EULER), make_sampler(model(config={"loss": loss}), vae(), EULER)
+    assert {key: other.recipe[key] for key in loss} == loss
+    assert not loss.keys() & plain.recipe.keys()  # recipes of the usual ones are as before
+    # The same network, whose output is read as noise: at t = 0.5, GVP has alpha = sigma = sqrt(1/2).
+    latents = np.random.default_rng(0).standard_normal((2, *plain._latent_shape)).astype(np.float32)
+    at, labels = np.full(2, 0.5, np.float32), np.zeros(2, np.int32)
+    output, velocity = (made._velocity_fn(made._params, labels)(latents, at, at) for made in (plain, other))
+    np.testing.assert_allclose(velocity, np.pi / 2 * (latents - np.sqrt(2) * output), atol=1e-4)

@@ -9,14 +9,12 @@ import pytest
 from sfd_jax.parity import case_names
 from sfd_jax.parity.pack import pack_folders
 
-NOT_YET = {"transport"}  # to be taken out with its first comparison
-
 
 def pytest_generate_tests(metafunc):
     if "place" not in metafunc.fixturenames:
         return
     folders = [folder for folder in pack_folders(os.environ["SFD_PARITY_DIR"]) if list(folder.glob("*.npz"))]
-    places = [(folder, name) for folder in folders for name in case_names(folder) if name not in NOT_YET]
+    places = [(folder, name) for folder in folders for name in case_names(folder)]
     large = [place for place in places if _millions(*place) > 300]
     if metafunc.function.__name__ == "test_large_case":
         params = [pytest.param(place, id=place[1], marks=pytest.mark.slow) for place in large]
