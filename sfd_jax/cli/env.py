@@ -35,7 +35,7 @@ PACKAGES = (
     *("numpy", "ml-collections", "safetensors", "huggingface-hub", "pillow", "scikit-learn", "gcsfs", "torch"),
 )
 VARIABLES = re.compile(
-    r"(JAX|XLA|LIBTPU|TPU|TF|SFD|HF|HUGGINGFACE|CUDA|NVIDIA|GLIBC|OMP|SLURM)_|LD_PRELOAD$|PYTHONPATH$"
+    r"(JAX|XLA|LIBTPU|TPU|TF_CPP|TF_XLA|SFD|HF|HUGGINGFACE|CUDA|NVIDIA|GLIBC|OMP|SLURM)_|LD_PRELOAD$|PYTHONPATH$"
 )
 SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL", re.I)
 
@@ -101,6 +101,8 @@ def devices(timeout: float) -> str:
         found = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
         last = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
+        if platforms := os.environ.get("JAX_PLATFORMS"):  # JAX fails without a word where none of them is there
+            last += f" (JAX_PLATFORMS={platforms})"
         return f"JAX does not start: {last:.400}"
     kinds = {}
     for kind, memory in found["devices"]:

@@ -4,14 +4,14 @@
   sfd train_encoder ... --config.data.held_out_split=val
       log the accuracy on IMAGES/val at each checkpoint
   sfd train_encoder ... --config.data.flips=False
-      for letters, digits and whatever else is not itself in a mirror
+      for letters, digits and whatever else means something else when mirrored
   sfd train_encoder ... --init=CKPT
       start from the weights of another run, or from converted ones
   sfd train_encoder ... --check
-      look for faults before a long job, and train nothing
+      look for faults before a long job, without training
 
 The network has the shape of DINOv2. It learns the labels from its class token and from the mean of its patch tokens;
-the classifiers are left behind. The work folder is what `sfd extract --visual`, `--config.data.visual_encoder` of
+the classifiers are not saved. The work folder is what `sfd extract --visual`, `--config.data.visual_encoder` of
 `sfd train_semvae` and `sfd train`, and `sfd evaluate --dinov2` take. Resuming and SIGTERM are as with `sfd train`.
 """
 

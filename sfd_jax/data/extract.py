@@ -50,7 +50,7 @@ class ExtractConfig:
     texture_posterior: str = setting("sample", "texture latents", choices=POSTERIORS)
     semantic_posterior: str = setting("sample", "semantic latents", choices=POSTERIORS)
     flips: bool = setting(True, "mirrored images too")
-    repa: bool = setting(False, "store the visual features as well (large: see README)")
+    repa: bool = setting(False, "store the visual features as well (large: see docs/repa.md)")
     seed: int = setting(0, "seed of the posterior samples")
     dtype: str = setting("bfloat16", "dtype of the stored latents", choices=("bfloat16", "float32"))
     batch_size: int = setting(64, "images a host encodes at once")

@@ -118,6 +118,8 @@ class Pipeline:
         """
         if unknown := sorted(set(settings) - (known := defaults_of(SampleJob).keys() - {"num", "labels"})):
             raise SfdError(f"no setting '{unknown[0]}'; {nearest(unknown[0], known)}")
+        if settings.get("guidance") == "autoguidance" and self._weak is None:
+            raise SfdError("guidance='autoguidance' needs a weaker model: from_pretrained(..., weak=FOLDER)")
         flags = argparse.Namespace(
             weak=self._weak is not None and settings.get("guidance") in (None, "autoguidance"),
             given=settings.keys(),
@@ -129,7 +131,7 @@ class Pipeline:
             num = 1 if spec in ("balanced", "random") else len(parse_classes(spec, *known))
         job, notes = sample_job(flags, self._saved)
         if self._key != (job, seed):
-            self.sampler = None  # its weights leave the devices before those of the next one come
+            self._key = self.sampler = None  # its weights leave the devices before those of the next one come
             weak = self._weak if job.guidance == "autoguidance" else None
             self.sampler = make_sampler(**self._parts, config=job, weak=weak, seed=seed)
             self._key = job, seed

@@ -77,8 +77,9 @@ _LABEL_STREAM = 2**32 - 1
 def parse_classes(spec: str, num_classes: int, class_names: list[str] | None = None) -> list[int]:
     """Return the class numbers of a list of numbers or names; see `make_labels`.
 
-    Case does not matter, nor whether words are joined by spaces, underscores or hyphens. The first synonym of a class
-    takes precedence over the same word in the list of another class: "harp" is the instrument, not the harmonica.
+    Case does not matter, nor whether words are joined by spaces, underscores or hyphens. A whole name
+    takes precedence, then the first synonym of a class over the same word in the list of another class: "harp" is the
+    instrument, not the harmonica.
 
     Raises:
       SfdError: a number outside [0, num_classes), or a name that no class or several classes have.
@@ -96,13 +97,13 @@ def _plain(name: str) -> str:
 
 
 def _labels_by_name(class_names: list[str]) -> dict[str, list[int]]:
-    first, others = {}, {}
+    whole, first, others = {}, {}, {}
     for label, name in enumerate(class_names):
         synonyms = [_plain(synonym) for synonym in name.split(",")]
-        for found, texts in ((first, {_plain(name), synonyms[0]}), (others, set(synonyms))):
+        for found, texts in ((whole, {_plain(name)}), (first, {synonyms[0]}), (others, set(synonyms))):
             for text in texts:
                 found.setdefault(text, []).append(label)
-    return others | first
+    return others | first | whole
 
 
 def _find_class(text: str, num_classes: int, names: dict[str, list[int]], class_names: list[str] | None) -> int:
@@ -116,12 +117,16 @@ def _find_class(text: str, num_classes: int, names: dict[str, list[int]], class_
         if 0 <= int(text) < num_classes:
             return int(text)
         raise SfdError(f"there is no class {text}: classes are 0..{num_classes - 1}")
+    if _plain(text) in ("balanced", "random"):
+        raise SfdError(f"'{text}' is no class: give 'balanced' or 'random' alone, in lower case, or classes")
     if not names:
         raise SfdError(f"'{text}' is not a number, and this checkpoint has no class names; give 0..{num_classes - 1}")
     if having := [name for name in names if _plain(text) in name.split() and "," not in name]:
         more = ", ..." if len(having) > 8 else ""
         raise SfdError(f"no class is called '{text}', but there are: {', '.join(having[:8])}{more}")
-    hint = nearest(_plain(text), [name for name in names if "," not in name])
+    is_id = re.compile(r"n\d+").fullmatch
+    like = [name for name in names if "," not in name and bool(is_id(name)) == bool(is_id(_plain(text)))]
+    hint = nearest(_plain(text), like)
     if len(names) > 20 and not hint.startswith("did you mean"):  # a list of a thousand names is no help
         hint = "give its number"
     raise SfdError(f"no class is called '{text}'; {hint}")

@@ -11,6 +11,8 @@ import time
 import numpy as np
 import pytest
 
+from sfd_jax import Pipeline
+
 pytestmark = pytest.mark.slow
 
 PROMISED = ("samples.npz", "samples.png", "stages.png", "losses.png", "metrics.json", "report.md", "recipe.json")
@@ -46,6 +48,9 @@ def test_ends_with_what_it_promises(uninterrupted):
     # Real digits are read by the judge, whatever four training steps gave.
     assert metrics["real training digits"]["read_as_label"] > 0.98
     assert "read as their label" in printed
+    pipeline = Pipeline.from_pretrained(workdir)  # the lines of the README
+    assert len(pipeline.generate("3")) == 1
+    assert [pipeline.sampler.recipe["sampler"][name] for name in ("solver", "guidance_scale")] == ["euler", 1.5]
 
 
 def test_the_same_command_again_changes_nothing(uninterrupted, surroundings):

@@ -61,6 +61,7 @@ def test_classes_by_number_and_name(spec, expected):
         ("goldfish", None, "has no class names"),
         (" , ", NAMES, "contain no class"),
         ("balance", NAMES, "no class is called"),
+        ("balanced, 3", NAMES, "'balanced' is no class: give 'balanced' or 'random' alone"),
         ("crane", NAMES, r"names 2 classes: 2 \(crane\) and 4 \(crane\); give the number"),
     ],
 )
@@ -101,11 +102,18 @@ def test_classes_of_imagenet(spec, label):
         ("cat", "there are: .*tabby cat"),
         ("oter", "did you mean 'otter'"),
         ("qqqq", "'qqqq'; give its number"),
+        ("207-210", "'207-210'; give its number"),
+        ("n0209960", "did you mean 'n02099601'"),
     ],
 )
 def test_names_that_several_classes_of_imagenet_have_or_none(spec, words):
     with pytest.raises(SfdError, match=words):
         make_labels(spec, 1, 1000, list(imagenet_classes()))
+
+
+def test_a_whole_name_goes_before_a_synonym():
+    names = ["salt, pepper", "salt"]
+    assert [parse_classes(spec, 2, names) for spec in ("salt", "pepper", "salt, pepper")] == [[1], [0], [0]]
 
 
 def test_the_classes_of_imagenet_are_a_thousand_and_sorted_by_id():

@@ -70,6 +70,9 @@ def test_guidance_can_be_left_out_and_faults_are_named(demo, built):
     with pytest.raises(SfdError, match="enough"):
         pipeline.generate("balanced", **FAST)
     assert built["weak"] is None and built["config"].guidance == "none" and built["config"].num_steps == 4
+    assert pipeline._key is None  # what failed is built again, not taken for built
+    with pytest.raises(SfdError, match="needs a weaker model"):
+        pipeline.generate(0, guidance="autoguidance", guidance_scale=2)
     with pytest.raises(SfdError, match="did you mean 'guidance_scale'"):
         pipeline.generate(0, guidance_scal=2)
     with pytest.raises(SfdError, match="did you mean 'otter'"):

@@ -240,6 +240,8 @@ def train_diffusion(demo: Demo, stage: str) -> dict:
     no_networks = {"repa_source": "stored", "semantic_vae": "", "visual_encoder": ""}
     config = demo.stage_config(stage, **no_networks)
     config.data.path = str(demo.workdir / "latents")
+    if stage == "diffusion":  # how `sfd sample` and `Pipeline` sample from it, unless told otherwise
+        config.sample = demo.config.sample
     run = training.open_diffusion(config)
     demo.train(stage, run)
     return {"parameters": run.task.network.num_params()}
