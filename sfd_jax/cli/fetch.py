@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
         for name, source in CATALOGUE.items():
             print(f"{name:<{width}}  {source.about} ({source.where})")
         return 0
-    if args.no_convert or not CATALOGUE[args.name].converts:
+    if args.no_convert or args.name not in CATALOGUE or not CATALOGUE[args.name].converts:
         for path in fetch(args.name, args.file):
             print(path)
         return 0

@@ -124,8 +124,8 @@ class EncoderFormat:
         elif "num_heads" not in given:
             if width % 64:
                 raise SfdError(
-                    f"the number of heads leaves no trace in the shapes, and the released 64 "
-                    f"does not divide the width {width}: state --set num_heads=NUMBER"
+                    f"the shapes do not tell the number of heads, and the released head width of 64 does not divide "
+                    f"the width {width}: give --set num_heads=NUMBER"
                 )
             fields["num_heads"] = width // 64
             notes.append(f"num_heads {width // 64}: released heads are 64 wide")

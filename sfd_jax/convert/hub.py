@@ -168,6 +168,7 @@ def fetch(name: str, file: str | None = None) -> list[Path]:
         gated = " The repository is gated: accept its licence on its page and set HF_TOKEN to a token of that account."
         path = _wanted_path(source, file)
         what = f"{path} of {source.where}" if "*" in path else _url(source, path)
+        what += "".join(f" and {name} beside it" for name in source.beside)
         names = " and ".join((PurePosixPath(path).name, *source.beside))
         raise SfdError(
             f"{name}: {error}.{gated * source.gated} What was downloaded is kept: repeat the command to resume. "
@@ -179,6 +180,8 @@ def _wanted_path(source: Source, file: str | None) -> str:
     """Return the path of the file that is wanted, or a pattern of it where only the hub's listing can tell."""
     pattern = PurePosixPath(source.files)
     name = file or source.prefer.strip("*")
+    if not file and source.prefer and "*" not in source.prefer:
+        return str(pattern.with_name(source.prefer))
     return str(pattern.with_name(name)) if "*" in pattern.name and name.endswith(pattern.suffix) else source.files
 
 

@@ -256,6 +256,8 @@ def test_offline_the_message_says_which_file_to_copy_where(monkeypatch, tmp_path
     message = str(error.value)
     for part in ("could not be fetched", "resolve/main/ldm-imagenet256-f16d32-50ep.ckpt", str(folder)):
         assert part in message
+    with pytest.raises(SfdError, match=r"resolve/main/model.safetensors and config.json beside it on another machine"):
+        hub.fetch("dinov3")
     folder.mkdir(parents=True)
     by_hand = folder / "ldm-imagenet256-f16d32-50ep.ckpt"
     by_hand.write_bytes(DATA)
@@ -265,6 +267,8 @@ def test_offline_the_message_says_which_file_to_copy_where(monkeypatch, tmp_path
 def test_unknown_names_and_files(server):
     with pytest.raises(SfdError, match="did you mean 'sfd_xl'"):
         hub.fetch("sfd_x")
+    with pytest.raises(SfdError, match="did you mean 'dinov3'"):
+        main(["dinov9"])
     with pytest.raises(SfdError, match="404"):
         hub.fetch("semantic_vae")
     server.files[REPO] = {"README.md": b"x"}

@@ -110,7 +110,7 @@ def test_without_a_connection_it_says_what_to_put_where(tmp_path, monkeypatch):
 
     monkeypatch.setattr(hub, "_listing", nothing)
     with pytest.raises(
-        SfdError, match=r"resolve/main/model_weights/sfd_xl/4000000.pt .*put 4000000\.pt into \S*sfd_xl and run"
+        SfdError, match=r"resolve/main/model_weights/sfd_xl/4000000.pt .*put 4000000\.pt into \S*sfd_xl and repeat"
     ):
         Pipeline.from_pretrained("sfd_xl")
 
