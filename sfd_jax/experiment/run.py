@@ -130,7 +130,7 @@ def train(run: Run, workdir: str, *, table: bool = True) -> None:
         held_out = lambda: make_eval_batches(source, batch_size=len(rows), transform=run.transform, **host)
         evaluate = held_out_metrics(measure, held_out, mesh, put_frozen(run.task, mesh))
     say("\n".join([describe(run, mesh, workdir, table), *(f"note: {note}" for note in run.notes)]))
-    fit(
+    state = fit(
         run.task,
         batches,
         run.train,
@@ -141,7 +141,7 @@ def train(run: Run, workdir: str, *, table: bool = True) -> None:
         params=run.params,
         evaluate=evaluate,
     )
-    say(f"{workdir}: {run.train.steps:,} steps done")
+    say(f"{workdir}: {int(state.step):,} steps done")
 
 
 def check_run(run: Run, workdir: str, found: Faults) -> None:
