@@ -4,6 +4,7 @@ The environment is set before JAX is imported: device count and platform cannot 
 """
 
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -33,6 +34,9 @@ _shared = ROOT.parent / "shared"
 os.environ.setdefault("SFD_PARITY_DIR", f"{_shared / 'parity'}{os.pathsep}{_shared / 'parity_more'}")
 # `configs/` and helpers of test folders are imported from here without installation.
 sys.path.insert(0, str(ROOT))
+# A shell starts background jobs with SIGINT ignored, and so would be the commands that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
