@@ -58,7 +58,7 @@ def test_a_file_of_both_towers_gives_the_image_tower(tmp_path, name):
     alone = import_checkpoint(written(tmp_path, state, config))
     jax.tree.map(np.testing.assert_array_equal, imported.params, alone.params)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(SfdError, match="state --set num_heads"):
+    with pytest.raises(SfdError, match="give --set num_heads"):
         import_checkpoint(tmp_path)
 
 

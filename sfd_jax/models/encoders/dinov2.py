@@ -40,8 +40,8 @@ class DinoV2Config(ViTConfig):
 
     @property
     def metric_size(self) -> int:
-        """Return the size in pixels at which FD-DINOv2 sees images; a small encoder's is the one it was trained at."""
-        return min(self.image_size, 224)
+        """Return the size in pixels at which FD-DINOv2 sees images."""
+        return 224
 
     def metric_name(self, trained_here: bool) -> str:
         """Return "dinov2" for the encoder of the released FD-DINOv2, else a name that says which encoder it is."""
