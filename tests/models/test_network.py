@@ -13,7 +13,10 @@ SMALL = {
     "lightning_dit": dict(width=8, depth=2, num_heads=1, input_size=2, in_channels=3, num_classes=2),
     "semantic_vae": dict(input_dim=5, bottleneck_dim=2, hidden_dim=6, transformer_heads=2),
     "texture_vae": dict(z_channels=2, ch=4, ch_mult=[1, 2], num_res_blocks=1, norm_groups=2),
-    "dinov2": dict(width=8, depth=2, num_heads=2, image_size=6, patch_size=2),
+    **{
+        name: dict(width=8, depth=2, num_heads=2, image_size=6, patch_size=2)
+        for name in ("dinov2", "dinov3", "siglip2", "clip", "mae")
+    },
     "inception": {},
     "lpips": {},
 }
