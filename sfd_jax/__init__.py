@@ -13,6 +13,9 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> object:
     """Import `Pipeline` where it is asked for: it brings JAX, which most commands import late or not at all."""
     if name == "Pipeline":
+        from sfd_jax import libtpu
+
+        libtpu.hush()  # as commands do, before JAX is imported
         from sfd_jax.experiment.pipeline import Pipeline
 
         return Pipeline

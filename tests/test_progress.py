@@ -44,6 +44,10 @@ def test_compilation_is_said_and_not_extrapolated(bar_of, initial):
     assert told["elapsed"] == pytest.approx(20) and "03:00" in str(bar)  # the 90 that are left, two seconds each
 
 
+def test_a_finished_job_does_not_say_that_it_compiles(bar_of):
+    assert "compiling" not in str(bar_of(total=53, initial=53)[0])
+
+
 def test_a_hidden_bar_counts_nothing(capsys):
     with ProgressBar(total=3, disable=True) as bar:
         bar.update()

@@ -114,7 +114,8 @@ def devices(timeout: float) -> str:
 def variables() -> list[str]:
     """Return the environment variables that change what this package does, without secrets."""
     hide = lambda name, value: "(set, not shown)" if SECRET.search(name) else re.sub(r"//[^/@\s]+@", "//...@", value)
-    own = libtpu.NO_MACHINE.items()  # set by `sfd` itself, where there is no TPU
+    # Set by `sfd` itself: for libtpu without a TPU, and the compilation cache.
+    own = {*libtpu.NO_MACHINE.items(), ("JAX_COMPILATION_CACHE_DIR", str(Path(_home()) / "compilations"))}
     kept = [each for each in sorted(os.environ.items()) if VARIABLES.match(each[0]) and each not in own]
     return [f"{name}={hide(name, value)}" for name, value in kept]
 
@@ -137,9 +138,12 @@ def _memory() -> str:
         return ""
 
 
+def _home() -> str:
+    return os.environ.get("SFD_CACHE") or str(Path.home() / ".cache" / "sfd_jax")
+
+
 def _caches() -> list[str]:
-    home = os.environ.get("SFD_CACHE") or str(Path.home() / ".cache" / "sfd_jax")
-    return [home, os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.join(home, "compilations")]
+    return [_home(), os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.join(_home(), "compilations")]
 
 
 def _size(path: str) -> str:

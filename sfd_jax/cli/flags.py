@@ -32,8 +32,19 @@ local_path = functools.partial(path, local=True)
 
 
 class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args: list[str], namespace: argparse.Namespace | None = None):
+        self._args = args
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str):
+        # A flag that is missing may be there, but misspelt: the unknown one is named first.
+        flags = [flag for flag in self._args if re.match(r"--(?!config\.)\w", flag)]
+        if unknown := [flag for flag in flags if flag.split("=")[0] not in self._option_string_actions]:
+            message = self.unknown(unknown[0])
         raise SfdError(f"{message} (see `{self.prog} --help`)")
+
+    def unknown(self, flag: str) -> str:
+        return f"unknown argument '{flag}'; {nearest(flag.split('=')[0], self._option_string_actions)}"
 
 
 def command_parser(command: str, doc: str) -> argparse.ArgumentParser:
@@ -84,9 +95,7 @@ def parse_command(
     overrides = [flag for flag in rest if config is not None and re.match(r"--?config\.", flag)]
     unknown = [flag for flag in rest if flag not in overrides]
     if unknown:
-        name = unknown[0].split("=")[0]
-        valid = [option for option in parser._option_string_actions]
-        raise SfdError(f"unknown argument '{unknown[0]}'; {nearest(name, valid)}")
+        raise SfdError(parser.unknown(unknown[0]))
     known.given = sorted(name for name in actions if getattr(known, name) not in (None, []))
     for name, action in actions.items():
         if getattr(known, name) is None:

@@ -154,6 +154,9 @@ def fetch(name: str, file: str | None = None) -> list[Path]:
                 raise SfdError(f"'{path}' is {wrong}; remove it and run the same command again")
         print(f"{name}: found {', '.join(map(str, found))}")
         return found
+    from huggingface_hub.utils import logging
+
+    logging.disable_propagation()  # it prints its warnings itself; the root's handler would print them again
     try:
         remote = {item.name: item for item in _listing(source)}
         beside = [remote.pop(name) for name in source.beside if name in remote]

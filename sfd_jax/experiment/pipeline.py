@@ -6,8 +6,10 @@ pipeline.generate("otter")[0].save("otter.png")
 """
 
 import argparse
+import contextlib
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,26 +79,28 @@ class Pipeline:
         Raises:
           SfdError: no such name or folder, a part that is missing, or a download that failed (with what to put where).
         """
+        if not isinstance(name, (str, os.PathLike)):
+            raise SfdError(f"from_pretrained takes the name of a released model or a folder, not {name!r}")
         name, folder, settings = str(name), Path(name), None
-        if name in _WEAK_STEPS and not folder.exists():
+        place = _place(name, _WEAK_STEPS)
+        if name != place:
             settings = _RELEASED_SETTINGS
-            name, steps = cached_checkpoint(name), _WEAK_STEPS[name]
             texture_vae = texture_vae or "texture_vae"
-            weak = weak or cached_checkpoint("sfd_autoguidance_b", steps)
+            weak = weak or cached_checkpoint("sfd_autoguidance_b", _WEAK_STEPS[name])
         elif (folder / "diffusion").is_dir():
-            name, texture_vae = str(folder / "diffusion"), texture_vae or folder / "texture_vae"
+            place, texture_vae = str(folder / "diffusion"), texture_vae or folder / "texture_vae"
             weak = weak or next(folder.glob("weak"), None)
-        elif not folder.exists() and "://" not in name:
-            hint = nearest(name, _WEAK_STEPS)
-            raise SfdError(f"there is no folder '{name}', nor a released model of that name; {hint}")
         elif texture_vae is None:
             raise SfdError(
                 f"'{name}' holds no texture VAE, which decodes its latents: give texture_vae=FOLDER (or 'texture_vae', "
                 "the released one)"
             )
-        model = open_checkpoint(_place(name), "lightning_dit").weights
-        vae = open_texture_vae(argparse.Namespace(texture_vae=_place(texture_vae), weights="ema"), model[1])
-        return cls(model, vae, weak and open_checkpoint(_place(weak), "lightning_dit").weights, settings)
+        vae_place = _place(texture_vae, ("texture_vae",))
+        weak_place = weak and _place(weak, [name for name in CATALOGUE if name.startswith("sfd_")])
+        model = open_checkpoint(place, "lightning_dit").weights
+        with _keywords_for_flags():
+            vae = open_texture_vae(argparse.Namespace(texture_vae=vae_place, weights="ema"), model[1])
+        return cls(model, vae, weak and open_checkpoint(weak_place, "lightning_dit").weights, settings)
 
     def generate(
         self, labels: str | int | Sequence[str | int], num: int | None = None, *, seed: int = 0, **settings: Any
@@ -129,20 +133,40 @@ class Pipeline:
         known = self.num_classes, self.class_names
         if num is None:
             num = 1 if spec in ("balanced", "random") else len(parse_classes(spec, *known))
-        job, notes = sample_job(flags, self._saved)
+        with _keywords_for_flags():
+            job, notes = sample_job(flags, self._saved)
         if self._key != (job, seed):
             self._key = self.sampler = None  # its weights leave the devices before those of the next one come
             weak = self._weak if job.guidance == "autoguidance" else None
             self.sampler = make_sampler(**self._parts, config=job, weak=weak, seed=seed)
             self._key = job, seed
             for note in notes + self.sampler.recipe["notes"]:
-                print(f"note: {note}")
+                print(f"note: {_without_dashes(note)}")
         drawn = make_labels(spec, num, *known, seed, self.sampler.labels)
         at_once = min(num, job.batch_size * self.sampler.mesh.size)
         return [Image.fromarray(image) for image in self.sampler(np.arange(num), drawn, at_once)[0]]
 
 
-def _place(name: str | os.PathLike) -> str:
-    """Return the folder of a checkpoint that is given by its folder or its released name."""
-    released = str(name) in CATALOGUE and not Path(name).exists()
-    return str(cached_checkpoint(str(name)) if released else name)
+def _place(name: str | os.PathLike, released: Collection[str]) -> str:
+    """Return the folder of a checkpoint that is given by its folder or by one of the released names."""
+    name = str(name)
+    if Path(name).exists() or "://" in name:
+        return name
+    if name in released:
+        return str(cached_checkpoint(name))
+    raise SfdError(f"there is no folder '{name}', nor a released model of that name; {nearest(name, released)}")
+
+
+@contextlib.contextmanager
+def _keywords_for_flags() -> Iterator[None]:
+    """Let the errors of code that commands share write `nfe=9`, not `--nfe=9`."""
+    try:
+        yield
+    except SfdError as error:
+        error.args = (_without_dashes(str(error)),)
+        raise
+
+
+def _without_dashes(message: str) -> str:
+    names = "|".join(["texture_vae", "weak", *defaults_of(SampleJob)])
+    return re.sub(rf"--(?=({names})\b)", "", message)

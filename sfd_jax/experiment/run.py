@@ -170,7 +170,9 @@ def check_run(run: Run, workdir: str, found: Faults) -> None:
         if run.held_out:
             check_held_out(run.source, run.held_out[1])
     with found:
-        check_workdir(task, how, workdir, seed=run.config.seed, metadata=run.record(), params=run.params)
+        known = {"seed": run.config.seed, "metadata": run.record(), "params": run.params}
+        for note in check_workdir(task, how, workdir, **known):
+            print(f"note: {note}")
     images, parameters = len(run.source), task.network.num_params()
     print(f"{images:,} images; {parameters:,} parameters; checkpoints take {needed / 1e9:.1f} GB")
     unchecked = Faults()

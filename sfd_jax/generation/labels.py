@@ -82,14 +82,22 @@ def parse_classes(spec: str, num_classes: int, class_names: list[str] | None = N
     instrument, not the harmonica.
 
     Raises:
-      SfdError: a number outside [0, num_classes), or a name that no class or several classes have.
+      SfdError: a number outside [0, num_classes), a name that no class or several classes have, or two names of one
+        class.
     """
     names = _labels_by_name(class_names or [])
     comma = ";" if ";" in spec or _plain(spec) in names else ","
     parts = [part.strip() for part in spec.split(comma) if part.strip()]
     if not parts:
         raise SfdError(f"labels '{spec}' contain no class; give 'balanced', 'random', or numbers or names of classes")
-    return [_find_class(part, num_classes, names, class_names) for part in parts]
+    found = [_find_class(part, num_classes, names, class_names) for part in parts]
+    spelt = {}
+    for part, label in zip(parts, found, strict=True):
+        if _plain(other := spelt.setdefault(label, part)) != _plain(part):
+            raise SfdError(
+                f"'{other}' and '{part}' are one class, {label}: name it once, or repeat one of the two for more of it"
+            )
+    return found
 
 
 def _plain(name: str) -> str:
@@ -100,6 +108,7 @@ def _labels_by_name(class_names: list[str]) -> dict[str, list[int]]:
     whole, first, others = {}, {}, {}
     for label, name in enumerate(class_names):
         synonyms = [_plain(synonym) for synonym in name.split(",")]
+        synonyms += [_plain(re.sub(r", n\d{8}$", "", name))]  # other lists of ImageNet's classes have no ids
         for found, texts in ((whole, {_plain(name)}), (first, {synonyms[0]}), (others, set(synonyms))):
             for text in texts:
                 found.setdefault(text, []).append(label)

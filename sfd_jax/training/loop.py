@@ -5,6 +5,7 @@ Started again with the same folder, a run resumes from its newest complete check
 an uninterrupted one, since batches, noise and dropout are functions of (seed, step).
 """
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from sfd_jax.distributed.lock import FolderLock
 from sfd_jax.errors import SfdError, TryAgain
 from sfd_jax.models.fingerprint import params_hash
 from sfd_jax.progress import ProgressBar
-from sfd_jax.training.checkpoint import Checkpointer
+from sfd_jax.training.checkpoint import Checkpointer, load_metadata
 from sfd_jax.training.logging import MetricsLog
 from sfd_jax.training.optimizer import check_average, make_optimizer
 from sfd_jax.training.randomness import stream_key
@@ -99,8 +100,7 @@ def _fit(lock, task, batches, config, workdir, mesh, seed, metadata, params, eva
     metadata["average"] = {"decay": config.ema_decay, "from": "given weights" if metadata["init"] else "drawn weights"}
     if first:
         state = checkpointer.restore(abstract_state(task, optimizer, mesh))
-        done = f"has done {first} steps, so there is nothing left of train.steps={config.steps}"
-        say(f"{task.name}: " + (f"resuming from step {first} of {config.steps}" if first < config.steps else done))
+        say(f"{task.name}: " + (_nothing_left(first, config) or f"resuming from step {first} of {config.steps}"))
     elif params is not None:
         state = state_from_params(params, optimizer, mesh)
     else:
@@ -179,9 +179,24 @@ def check_workdir(
     seed: int = 0,
     metadata: dict | None = None,
     params: dict | None = None,
-) -> None:
-    """Raise SfdError where `fit` would refuse the folder as another run's; nothing is written."""
+) -> list[str]:
+    """Return a note where `fit` would have nothing left to do; nothing is written.
+
+    Raises:
+      SfdError: `fit` would refuse the folder as another run's.
+    """
     _claim(workdir, _complete(metadata or {}, task, seed, params), config, write=False)
+    done = 0
+    with contextlib.suppress(SfdError):  # no checkpoint yet
+        done = load_metadata(epath.Path(workdir) / "checkpoints")["step"]
+    left = _nothing_left(done, config)
+    return [f"{workdir} {left}"] if left else []
+
+
+def _nothing_left(done: int, config: TrainConfig) -> str:
+    """Return the end of a sentence, "" where steps are left."""
+    left = f"has done {done} steps, so there is nothing left of train.steps={config.steps}"
+    return left if done >= config.steps else ""
 
 
 def _claim(workdir, metadata: dict, config: TrainConfig, write: bool = True) -> dict:

@@ -17,6 +17,7 @@ def test_it_tells_versions_devices_caches_and_hides_secrets(tmp_path, monkeypatc
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("HF_ENDPOINT", "https://me:pw@hub.example")
     monkeypatch.setenv("EDITOR", "no business of ours")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)  # then `sfd` sets it
     (tmp_path / "weights").write_bytes(bytes(2**20))
     assert main(["env"]) == 0
     told = capsys.readouterr().out
@@ -30,6 +31,7 @@ def test_it_tells_versions_devices_caches_and_hides_secrets(tmp_path, monkeypatc
         "HF_ENDPOINT=https://...@hub.example",
     ):
         assert wanted in told, told
+    assert "JAX_COMPILATION_CACHE_DIR" not in told
     assert "hf_secret" not in told and "pw@" not in told and "EDITOR" not in told
 
 

@@ -56,6 +56,14 @@ def test_each_mistake_is_named(flag, says):
     assert says in str(error.value)
 
 
+def test_an_unknown_flag_is_named_before_a_missing_one(capsys):
+    for given in ("--wrokdir=w", "--config.seed=1 --wrokdir w"):
+        assert main(["train", *given.split()]) == 2
+        assert "unknown argument '--wrokdir" in (said := capsys.readouterr().err) and "mean '--workdir'?" in said
+    assert main(["train", "--config.seed=1"]) == 2
+    assert "required: --workdir" in capsys.readouterr().err
+
+
 @dataclasses.dataclass(frozen=True)
 class Odd(Clocks):
     """Its fields have the names of settings of other groups."""

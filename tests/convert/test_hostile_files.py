@@ -21,18 +21,32 @@ A = np.arange(6, dtype=np.float32).reshape(2, 3)
 
 def refused(path, match):
     """Read a file and load everything in it; this must raise SfdError and cost almost nothing."""
-    tracemalloc.start()
-    start = time.process_time()
-    try:
+
+    def read():
         with pytest.raises(SfdError, match=match):
             tree = read_tree(path)
             describe(tree)
             for array in tree.values():
                 np.asarray(array)
+
+    assert is_quick(read)  # before the allocations are traced, which takes several times as long
+    tracemalloc.start()
+    try:
+        read()
         assert tracemalloc.get_traced_memory()[1] < budget.Budget(path).total < 32 * 2**20
     finally:
         tracemalloc.stop()
-    assert time.process_time() - start < 5
+
+
+def is_quick(work):
+    """Tell whether it takes 5 s of this thread's processor time, once in three attempts: a busy machine is no fault."""
+
+    def seconds():
+        start = time.thread_time()
+        work()
+        return time.thread_time() - start
+
+    return any(seconds() < 5 for _ in range(3))
 
 
 def zipped(path, torch_file, opcodes, storage=None):
@@ -78,9 +92,7 @@ def test_pickles_that_ask_for_more_than_they_hold(tmp_path, torch_file, name):
     path = zipped(tmp_path / "f.pt", torch_file, opcodes)
     if match:
         return refused(path, match)
-    start = time.process_time()
-    assert isinstance(read_torch_file(path), dict)
-    assert time.process_time() - start < 5
+    assert is_quick(lambda: read_torch_file(path)) and isinstance(read_torch_file(path), dict)
 
 
 @pytest.mark.parametrize(
@@ -252,10 +264,12 @@ def test_configs_in_yaml_that_explode(tmp_path, torch_file, name):
     path = tmp_path / "f.pt"
     path.write_bytes(torch_file({"ema": {"a": A}, "config": CONFIGS[name]}).zip_bytes())
     tree = read_tree(path)
-    start = time.process_time()
-    with pytest.raises(SfdError, match="config is not YAML"):
-        choose_state(tree, path)
-    assert time.process_time() - start < 5
+
+    def read():
+        with pytest.raises(SfdError, match="config is not YAML"):
+            choose_state(tree, path)
+
+    assert is_quick(read)
 
 
 def test_configs_become_json_values(tmp_path, torch_file):

@@ -88,6 +88,7 @@ def test_no_sample_is_refused():
         ("volcano", 980),
         ("toilet tissue", 999),
         ("toilet tissue, toilet paper, bathroom tissue, n15075141", 999),
+        ("toilet tissue, toilet paper, bathroom tissue", 999),  # as lists of the classes without ids have it
     ],
 )
 def test_classes_of_imagenet(spec, label):
@@ -109,6 +110,15 @@ def test_classes_of_imagenet(spec, label):
 def test_names_that_several_classes_of_imagenet_have_or_none(spec, words):
     with pytest.raises(SfdError, match=words):
         make_labels(spec, 1, 1000, list(imagenet_classes()))
+
+
+def test_one_class_by_two_names_is_refused():
+    names = list(imagenet_classes())
+    assert parse_classes("tabby, tabby cat;207", 1000, names) == [281, 207]
+    assert parse_classes("tabby, Tabby, 207", 1000, names) == [281, 281, 207]  # more of one class
+    for spec in ("tabby,tabby cat", "tabby;tabby cat;207"):
+        with pytest.raises(SfdError, match="'tabby' and 'tabby cat' are one class, 281: name it once"):
+            parse_classes(spec, 1000, names)
 
 
 def test_a_whole_name_goes_before_a_synonym():

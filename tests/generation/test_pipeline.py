@@ -3,12 +3,14 @@
 import re
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 from test_commands import DIT, VAE, save_random
 
+import sfd_jax
 from sfd_jax import Pipeline
 from sfd_jax.class_names import imagenet_classes
 from sfd_jax.cli import sample as sample_command
@@ -81,6 +83,27 @@ def test_guidance_can_be_left_out_and_faults_are_named(demo, built):
         Pipeline.from_pretrained(demo / "diffusion")
     with pytest.raises(SfdError, match="no folder 'sfd_x'.*did you mean 'sfd_xl'"):
         Pipeline.from_pretrained("sfd_x")
+    with pytest.raises(SfdError, match="name of a released model or a folder, not None"):
+        Pipeline.from_pretrained(None)
+    for part, name, near in (
+        ("texture_vae", "texture_va", "texture_vae"),
+        ("weak", "sfd_autoguidance", "sfd_autoguidance_b"),
+    ):
+        with pytest.raises(SfdError, match=f"no folder '{name}'.*did you mean '{near}'"):
+            Pipeline.from_pretrained(demo / "diffusion", **{"texture_vae": demo / "texture_vae", part: name})
+
+
+def test_messages_of_code_that_commands_share_name_keyword_arguments(demo, built, monkeypatch, capsys):
+    pipeline = Pipeline.from_pretrained(demo / "diffusion", texture_vae=demo / "texture_vae")
+    with pytest.raises(SfdError, match=r"^nfe=9 has no effect beside solver=dopri5 \("):
+        pipeline.generate(0, nfe=9, solver="dopri5")
+    with pytest.raises(SfdError, match=r"^texture_vae=\S*weak holds 'lightning_dit'"):
+        Pipeline.from_pretrained(demo / "diffusion", texture_vae=demo / "weak")
+    nothing = types.SimpleNamespace(recipe={"notes": []}, labels=None)  # it notes, then fails for want of devices
+    monkeypatch.setattr("sfd_jax.experiment.pipeline.make_sampler", lambda **parts: nothing)
+    with pytest.raises(AttributeError, match="mesh"):
+        pipeline.generate(0, **FAST)
+    assert "no weaker model was given (weak=CKPT)" in capsys.readouterr().out
 
 
 def test_a_released_name_takes_what_belongs_to_it(tmp_path, monkeypatch, built):
@@ -119,3 +142,9 @@ def test_the_package_alone_imports_nothing():
     code = "import sys, sfd_jax; print('jax' in sys.modules); sfd_jax.Pipeline; print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True"]
+
+
+def test_libtpu_is_hushed_where_the_pipeline_is_imported(monkeypatch):
+    hushed = []
+    monkeypatch.setattr("sfd_jax.libtpu.hush", lambda: hushed.append(True))
+    assert sfd_jax.Pipeline and hushed

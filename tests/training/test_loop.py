@@ -21,6 +21,7 @@ from sfd_jax.errors import SfdError
 from sfd_jax.models.fingerprint import params_hash
 from sfd_jax.training import EXIT_PREEMPTED, OptimizerConfig, Preempted, fit, load_params
 from sfd_jax.training.logging import read_metrics
+from sfd_jax.training.loop import check_workdir
 from sfd_jax.training.optimizer import SCHEDULES, make_schedule
 
 
@@ -276,8 +277,13 @@ def test_a_run_with_warm_up_goes_on_for_more_steps(tmp_path, capsys):
     train(tmp_path / "longer", dataclasses.replace(config, steps=2))
     assert_same(whole, train(tmp_path / "longer", config))
     capsys.readouterr()
-    train(tmp_path / "longer", dataclasses.replace(config, steps=2))
-    assert "has done 6 steps, so there is nothing left of train.steps=2" in capsys.readouterr().out
+    shorter = dataclasses.replace(config, steps=2)
+    train(tmp_path / "longer", shorter)
+    left = "has done 6 steps, so there is nothing left of train.steps=2"
+    assert left in capsys.readouterr().out
+    assert check_workdir(toy_task(), shorter, tmp_path / "longer", seed=3) == [f"{tmp_path / 'longer'} {left}"]
+    for steps, folder in ((7, "longer"), (6, "new")):
+        assert not check_workdir(toy_task(), dataclasses.replace(config, steps=steps), tmp_path / folder, seed=3)
 
 
 def test_batch_of_the_wrong_size(tmp_path):
