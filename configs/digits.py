@@ -1,13 +1,13 @@
 """Handwritten digits: the whole SFD pipeline on a laptop, from real images to new ones.
 
-Data:     the 1,797 real digits that ship inside scikit-learn (8x8 grey levels), as 32x32 RGB images;
+Data:     the 1,797 real digits of scikit-learn (8x8 grey levels), as 32x32 RGB images;
           a fixed 1,437 / 360 train / held-out split; nothing is downloaded.
-Method:   arXiv 2512.04926 as released, every stage the general code with a small network.
+Method:   arXiv 2512.04926 as released, every stage is the general code with a small network.
 Hardware: two CPU cores, under 6 GiB of memory.
-Expected: README.md, "What the demo should print".
+Expected: docs/demo.md, "What the demo should print".
 Command:  bash scripts/demo.sh    or    sfd demo --config=configs/digits.py --workdir=demo_out
 
-The argument "tiny" shrinks every stage to a few steps: tests run it; its samples are noise.
+With the argument "tiny" every stage takes a few steps, for tests; the samples are noise.
 """
 
 import runpy
@@ -64,7 +64,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
         ExtractConfig(
             image_size=32,
             tile_size=32,
-            flips=False,  # a mirrored digit is no digit
+            flips=False,  # a mirrored digit is not a digit
             repa=True,
             batch_size=128,
             shard_size=512,
@@ -122,7 +122,7 @@ def _diffusion(*, width, depth, num_heads, repa_depth, steps) -> ml_collections.
             repa_depth=repa_depth,
             repa_width=256,
             mlp_ratio=3.0,
-            scan_blocks=False,  # few blocks: unrolled they run faster on a processor
+            scan_blocks=False,  # few blocks run faster unrolled on a CPU
             remat="none",
             compute_dtype="float32",
         )

@@ -1,13 +1,13 @@
-"""A folder of images of your own: the whole SFD pipeline on a laptop, from real images to new ones.
+"""A folder of your own images: the whole SFD pipeline on a laptop, from real images to new ones.
 
 Data:     `sfd demo --images=FOLDER` with FOLDER/CLASS/IMAGE, cropped to squares of 32 or 64 px.
-Method:   that of configs/digits.py; `choose_sizes` says which sizes and steps.
+Method:   that of configs/digits.py; `choose_sizes` chooses sizes and steps.
 Hardware: two CPU cores or more, under 6 GiB of memory.
-Expected: samples that show their class; copies of the training images where these are few (report.md tells).
+Expected: samples that show their class; copies if the training images are few (see report.md).
 Command:  sfd demo --images=FOLDER --image_size=64 --workdir=OUT
 
-The argument says for what the sizes are chosen, "images=300,classes=5,image_size=64,cores=2"; `sfd demo` fills it in.
-"tiny" in it shrinks every stage to a few steps: tests run it; its samples are noise.
+The argument is what the sizes are chosen for, "images=300,classes=5,image_size=64,cores=2"; `sfd demo` fills it in.
+With "tiny" in it every stage takes a few steps, for tests; the samples are noise.
 """
 
 import runpy
@@ -21,17 +21,17 @@ DEFAULTS = dict(images=1000, classes=10, image_size=32, cores=2)
 
 
 def choose_sizes(images: int, classes: int, image_size: int, cores: int) -> dict[str, int]:
-    """Choose sizes and steps for images of one's own.
+    """Choose sizes and steps for your own images.
 
-    Steps grow with the square root of the number of images, since a few are soon known by heart, and with the cores, so
-    that a run takes about as long on any machine. From 8 cores the transformers are twice as wide, which takes four
-    times the work a step.
+    Steps grow with the square root of the number of images, since a few are soon memorised, and with the cores, so that
+    a run takes about as long on any machine. From 8 cores on, the transformers are twice as wide: four times the work
+    per step.
 
     Args:
-      images: to train on.
+      images: number of training images.
       classes: at least 1.
       image_size: 32 or 64 px.
-      cores: of the processor.
+      cores: CPU cores.
 
     Returns:
       "width" of the transformers; "batch" of all stages but the texture VAE, which takes half; steps of "texture_vae",
@@ -54,27 +54,27 @@ def choose_sizes(images: int, classes: int, image_size: int, cores: int) -> dict
 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
-    """Return the configuration; see the module for `argument`."""
+    """Return the configuration; the module's docstring explains `argument`."""
     numbers, tiny = dict(DEFAULTS), False
     for part in filter(None, argument.split(",")):
         name, equals, value = part.partition("=")
         if part != "tiny" and not (name in numbers and equals and value.isdigit()):
-            raise ValueError(f"unknown '{part}' in '{argument}'; say {', '.join(f'{n}=N' for n in numbers)} or tiny")
+            raise ValueError(f"unknown '{part}' in '{argument}'; give {', '.join(f'{n}=N' for n in numbers)} or tiny")
         if part == "tiny":
             tiny = True
         else:
             numbers[name] = int(value)
     sizes, classes, image_size = choose_sizes(**numbers), numbers["classes"], numbers["image_size"]
     if image_size not in (32, 64):
-        raise ValueError(f"image_size={image_size}: the sizes are 32 and 64")
+        raise ValueError(f"image_size={image_size}: must be 32 or 64")
 
     config = _digits["get_config"]().unlock()
     patch, width = image_size // GRID, sizes["width"]
     config.data = ml_collections.ConfigDict(dict(kind="folder", image_size=image_size))
-    # Narrow where there are many pixels: convolutions there are what a processor takes longest for.
+    # Narrow at high resolution: convolutions there take a CPU longest.
     config.texture_vae.model.update(dict(ch=8, ch_mult=(1, 2, 8) if patch == 4 else (1, 2, 4, 8)))
     config.encoder.model.update(dict(image_size=image_size, patch_size=patch, width=width))
-    # One class leaves nothing to tell apart but how an image is turned: stages.py, `Rotated`.
+    # With one class the encoder learns the four rotations of an image: stages.py, `Rotated`.
     config.encoder.loss.update(dict(num_classes=classes if classes > 1 else 4, shift=image_size // 16))
     config.semantic_vae.model.update(dict(input_dim=width, hidden_dim=width))
     config.extract.update(dict(image_size=image_size, tile_size=image_size, flips=True))
@@ -84,7 +84,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
         model.update(dict(repa_features=width, repa_width=2 * width))
     for stage in ("texture_vae", "encoder", "semantic_vae", "diffusion", "weak"):
         steps = sizes[stage]
-        # The average that is sampled from forgets the first weights: 0.7 % of them are left.
+        # At the end 0.7 % of the first weights are left in the average that is sampled from.
         ema = min(0.99, 1 - 5 / steps)
         config[stage].train.update(dict(steps=steps, global_batch_size=sizes["batch"], ema_decay=round(ema, 3)))
         config[stage].optimizer.warmup_steps = min(config[stage].optimizer.warmup_steps, steps // 10)

@@ -1,8 +1,8 @@
-"""A small visual encoder of DINOv2's shape, trained with labels, for images where no released one is at hand.
+"""A small visual encoder with the architecture of DINOv2, trained on labels, where no released one is available.
 
-Paper:    none: SFD takes DINOv2. The demo's digits are encoded this way.
+Paper:    none: SFD uses DINOv2. The demo trains such an encoder.
 Hardware: any; the argument "small" runs on a laptop.
-Expected: "small" on 360 held-out digits: accuracy of 97 % and more (the demo's encoder).
+Expected: "small" on 360 held-out digits: accuracy of 97 % or more (the demo's encoder).
 Command:  sfd train_encoder --config=configs/visual_encoder.py:small --workdir=runs/encoder --config.data.path=IMAGES
 
 The argument is "" (ViT-S/16 for images of 256 px, never trained), "small" (images of 32 px; larger ones with
@@ -33,7 +33,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
             compute_dtype="bfloat16",
         )
     )
-    # num_classes None: as many as the images have. shift in pixels, scale as a fraction: how images are varied.
+    # num_classes None: as many as the images have. Augmentation: shift in pixels, scale as a fraction.
     config.loss = group(dict(num_classes=placeholder(int), label_smoothing=0.1, shift=16.0, scale=0.2))
     config.optimizer = group(
         dict(
@@ -66,7 +66,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
         config.model.update(dict(patch_size=8, width=128, depth=4, num_heads=4, compute_dtype="float32"))
         config.loss.update(dict(shift=2.0, scale=0.1))
         config.optimizer.update(dict(learning_rate=1e-3, weight_decay=0.0, warmup_steps=20))
-        # The average after n steps holds ema_decay^n of the first weights: with 1 - 5/n that is 0.7 %.
+        # After n steps the average keeps ema_decay^n of the first weights: 0.7 % for 1 - 5/n.
         config.train.update(dict(steps=500, global_batch_size=64, ema_decay=0.99, log_every=50, checkpoint_every=100))
     if argument == "tiny":
         config.data.update(dict(kind="digits", held_out_split="held_out", flips=False))

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Remake constraints.txt, one file for every supported Python, with uv (`pip install uv`) from the ranges of
-# pyproject.toml. Pins that still fit stay as they are. Arguments pass through to uv:
+# pyproject.toml. Pins that still fit are kept. Arguments pass through to uv:
 #   --upgrade, --upgrade-package=jax   take the newest releases
-# CUDA's libraries are left out: the extra `cuda` and PyTorch need different ones, and both name them themselves.
+# CUDA's libraries are left out: the extra `cuda` and PyTorch need different ones, and each pins its own.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 lock=$(mktemp)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Make .venv with the pinned dependencies and this package in it. Safe to run again: it does nothing when pins, package
-# description and Python are unchanged. Usage: setup.sh [extra ...] (extras of pyproject.toml)
-#   setup.sh --find-python [minor ...]   only print which Python it would take, of Python 3's minor versions given
-# Environment: PYTHON, which Python to use (by default the newest here that the pins are tested with, pyenv's too);
+# Make .venv with the pinned dependencies and this package in it. Safe to run again: it does nothing if pins,
+# pyproject.toml and Python are unchanged. Usage: setup.sh [extra ...] (extras of pyproject.toml)
+#   setup.sh --find-python [minor ...]   only print which Python it would use, of these minor versions
+# Environment: PYTHON, which Python to use (default: the first of 3.13, 3.12, 3.14, 3.11 that is found, pyenv's too);
 # SFD_VENV, another folder than .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -12,7 +12,7 @@ find_python() {
     local minor candidate candidates
     for minor in "$@"; do
         candidates=("python3.$minor" python3 "${PYENV_ROOT:-$HOME/.pyenv}/versions/3.$minor."*/bin/python)
-        candidates+=("$(readlink -f "$venv/bin/python" || true)") # what tpu_setup.sh brought
+        candidates+=("$(readlink -f "$venv/bin/python" || true)") # from tpu_setup.sh
         [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
         for candidate in "${candidates[@]}"; do
             if "$candidate" -c "import sys, venv, ensurepip; sys.exit(sys.version_info[:2] != (3, $minor))" 2>/dev/null; then
@@ -43,18 +43,18 @@ if [ -x "$venv/bin/python" ] && [ -f "$stamp" ] && grep -qx "$wanted" "$stamp"; 
     exit 0
 fi
 
-# One installation at a time; the mark of one that was killed tells that the environment is half made.
+# One installation at a time; the mark left by a killed one shows that the environment is incomplete.
 mark=$venv/.installing
 if [ -f "$mark" ] && kill -0 "$(cat "$mark")" 2>/dev/null; then
-    echo "setup: process $(cat "$mark") installs into $venv; waiting for it (if that is none of ours, remove $mark)"
+    echo "setup: process $(cat "$mark") installs into $venv; waiting for it (if that is another program, remove $mark)"
     while [ -f "$mark" ] && kill -0 "$(cat "$mark")" 2>/dev/null; do sleep 1; done
     exec bash scripts/setup.sh "$@"
 fi
 if [ -d "$venv" ] && { [ -f "$mark" ] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; }; then
-    echo "setup: $venv was left half made; making it anew"
+    echo "setup: $venv is incomplete; creating it again"
     rm -rf "$venv"
 elif [ -d "$venv" ] && [ "$("$venv/bin/python" --version)" != "$version" ]; then
-    echo "setup: $venv has $("$venv/bin/python" --version); making it anew with $version (PYTHON=... chooses another)"
+    echo "setup: $venv has $("$venv/bin/python" --version); creating it again with $version (PYTHON= chooses another)"
     rm -rf "$venv"
 fi
 echo "setup: installing pinned dependencies into $venv with $version (a minute or two, once)"
@@ -65,7 +65,7 @@ for attempt in 1 2 3; do
         --constraint constraints.txt --editable ".${extras:+[$extras]}"; then
         break
     fi
-    # Pip fetches everything before it installs, so what failed for the network is as before.
+    # Pip downloads everything before it installs, so a network failure changes nothing.
     if [ "$attempt" = 3 ]; then
         rm -f "$mark"
         echo "setup: pip failed three times, see its messages above; if the network failed, run this again" >&2
@@ -74,7 +74,7 @@ for attempt in 1 2 3; do
     echo "setup: pip failed; trying again in $((5 * attempt)) s" >&2
     sleep $((5 * attempt))
 done
-# Several sets of extras can be current at once: each has its line; other pins start the list anew.
+# Several sets of extras can be current at once, one line each; other pins reset the list.
 if [ -f "$stamp" ] && [ constraints.txt -nt "$stamp" ]; then rm -f "$stamp"; fi
 echo "$wanted" >>"$stamp"
 rm -f "$mark"

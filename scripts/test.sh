@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Set up as the demo does, then run the tests. Arguments pass through to pytest, except:
+# Set up .venv, then run the tests. Arguments pass through to pytest, except:
 #   --with-torch   also install the extra `torch`, so that the tests that need it run
 #   --with-pod     also install the extra `pod`, libtpu, so that a program is compiled for a TPU slice
 #   --fast         leave out the tests marked slow
 # PYTHON and SFD_VENV choose another Python and another environment, see setup.sh.
-# Two processes share the test files, in their order, since the longest one, the demo's, is among the first.
-# SFD_TEST_PROCESSES=0 runs them in one, as a debugger needs it.
+# Two processes share the test files in their order; the longest, the demo's, is among the first.
+# SFD_TEST_PROCESSES=0 runs them in one process, for a debugger.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras=(dev)

@@ -1,7 +1,7 @@
-"""What classes are called: ImageNet's 1,000 in label order, and names as people read them.
+"""Names of classes: ImageNet's 1,000 in label order, and readable forms of names.
 
-A name may list synonyms, split by commas, the first of which is shown: "tabby, tabby cat, n02123045". ImageNet's end
-with the class's WordNet id, which is what its image folders are called; so all sources mean one class by one label.
+A name may list synonyms separated by commas: "tabby, tabby cat, n02123045"; the first is shown. ImageNet's names end
+with the class's WordNet id, the name of its image folder; sorted by id, a class has the same label in all sources.
 
 Source: `imagenet_classes.txt` has the words of WordNet 3.0 (copyright 2006 Princeton University), sorted by id.
 """
@@ -20,16 +20,16 @@ def imagenet_classes() -> tuple[str, ...]:
 
 
 def readable(names: Sequence[str] | None) -> list[str] | None:
-    """Return class names with words beside those that are WordNet ids of ImageNet; None stays None."""
+    """Return class names with WordNet ids of ImageNet replaced by its full names; None stays None."""
     words = {name.rpartition(", ")[2]: name for name in imagenet_classes()}
     return names and [words.get(name, name) for name in names]
 
 
 def class_names_of(metadata: Mapping[str, Any], num_classes: int) -> tuple[list[str] | None, list[str]]:
-    """Return the class names of a diffusion model, and a sentence where they are assumed.
+    """Return the class names of a diffusion model, and a note if they are assumed.
 
     Args:
-      metadata: of its checkpoint; where "class_names" is missing, 1,000 classes are taken for ImageNet's.
+      metadata: of its checkpoint; without "class_names", 1,000 classes are assumed to be ImageNet's.
       num_classes: of the network.
 
     Returns:

@@ -7,12 +7,12 @@ from tqdm import tqdm
 
 
 class ProgressBar(tqdm):
-    """Show progress on stderr; rate and time left leave out what came before the first update.
+    """Show progress on stderr; rate and time left exclude the time before the first update, mostly compilation.
 
-    That is compilation for the most part. In a log file the bar writes rarely.
+    In a log file the bar is written rarely.
 
     Args:
-      before: what it says until the first update.
+      before: text until the first update.
       **options: of tqdm.
     """
 

@@ -39,9 +39,9 @@ def test_compilation_is_said_and_not_extrapolated(bar_of, initial):
     for _ in range(10):
         clock.now += 2
         bar.update()
-    told = bar.format_dict
-    assert told["rate"] == pytest.approx(0.5)
-    assert told["elapsed"] == pytest.approx(20) and "03:00" in str(bar)  # the 90 that are left, two seconds each
+    shown = bar.format_dict
+    assert shown["rate"] == pytest.approx(0.5)
+    assert shown["elapsed"] == pytest.approx(20) and "03:00" in str(bar)  # the 90 that are left, two seconds each
 
 
 def test_a_finished_job_does_not_say_that_it_compiles(bar_of):

@@ -1,12 +1,12 @@
-"""Time and memory of the choices that `sfd_jax/execution.py` has on this device: attention, loop, remat.
+"""Time and memory of the choices in `sfd_jax/execution.py` on this device: attention, loop, remat.
 
   python scripts/benchmarks/choices.py [--size=XL] [--batch=64] [--dtype=bfloat16] [--json=FILE]
 
-First attention alone, forward and with its gradient: plain, with the gradient written out (`tuned`), and by cuDNN where
-the device has it; errors are those beside the plain form in float32. Then the whole training step under each choice,
-one after the other, since a device does not hold them all; the first comes again at the end, to tell differences from
-drift. What does not fit the memory is left out, and a note says so. GiB are what a program was compiled to need:
-arguments, results and temporaries. The JSON is written anew after each: a run that is stopped keeps what it has.
+First attention alone, forward and with its gradient: plain, with a hand-written gradient (`tuned`), and by cuDNN where
+the device has it; errors are relative to the plain form in float32. Then the whole training step under each choice, one
+at a time, since a device does not hold them all; the first is repeated at the end, to show drift. What does not fit in
+memory is skipped with a note. GiB are the arguments, results and temporaries of the compiled program. The JSON is
+rewritten after each measurement, so that a stopped run keeps its results.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from pathlib import Path
 from _common import finish, make_parser, share_memory, spread, table, take_turns
 from train_step import Ours, draw_data
 
-REPEATS = 10  # of attention, sent to the device at once: one takes less than sending it
+REPEATS = 10  # of attention in one dispatch, since one run takes less time than its dispatch
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="4 on a CPU, 64 elsewhere")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="float32 on a CPU, bfloat16 elsewhere")
     parser.add_argument("--depth", type=int, help="another number of blocks")
-    parser.add_argument("--steps", type=int, help="of the step's choices the first of this number alone")
+    parser.add_argument("--steps", type=int, help="measure only this many of the step's choices")
     args = parser.parse_args()
     share_memory()
     import jax
@@ -34,7 +34,7 @@ def main() -> None:
     from sfd_jax.execution import choose_execution
     from sfd_jax.models import Network, dit_config, kernels
 
-    jax.config.update("jax_enable_compilation_cache", False)  # a program of the cache may not tell its memory
+    jax.config.update("jax_enable_compilation_cache", False)  # a cached program may not report its memory
     cpu = jax.default_backend() == "cpu"
     args.size, args.batch = args.size or ("B" if cpu else "XL"), args.batch or (4 if cpu else 64)
     args.dtype = args.dtype or ("float32" if cpu else "bfloat16")
@@ -71,14 +71,14 @@ def main() -> None:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            notes.append(f"{name}: does not fit the memory")
-            ours = None  # its state was given away to the step
+            notes.append(f"{name}: does not fit in memory")
+            ours = None  # its state was donated to the step
     rows = [
         [name, each["median"], spread(each), record["ratios"][name], record["details"][name]]
         for name, each in record["seconds"].items()
     ]
     title = f"{args.size}, batch {args.batch}, {args.dtype}"
-    finish(record, [title, table(["what", "seconds", "spread", "of the first", "more"], rows)], notes, args.json)
+    finish(record, [title, table(["what", "seconds", "spread", "relative", "more"], rows)], notes, args.json)
 
 
 def attention(config, args, forms):

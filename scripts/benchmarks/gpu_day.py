@@ -1,20 +1,20 @@
-"""Everything that a GPU is needed for, in one command of under eight minutes: parity, speed, memory.
+"""All measurements that need a GPU, in one command of under eight minutes: parity, speed, memory.
 
   bash scripts/benchmarks/gpu_day.sh [--out=DIR] [--pack=DIR] [--parts=NAME,...] [--budget=450]
   bash scripts/benchmarks/gpu_day.sh --dry_run        the same on this CPU with tiny networks
 
-Parts run one after the other in processes of their own, those of the most worth first. Each has a time limit; one that
-fails or runs out of time keeps what it had, and the others go on. DIR (by default $OUT, else gpu_day_out) gets
+Parts run one after another, each in its own process, the most important first. Each has a time limit; a part that fails
+or runs out of time keeps its numbers so far, and the next parts still run. DIR (by default $OUT, else gpu_day_out) gets
 gpu_day.json with all numbers, gpu_day.md with one table for docs/performance.md, and gpu_day.log, each kept up to date.
-Networks are XL in bfloat16, as the benchmarks have them on a GPU; batches are smaller on cards below 100 GiB.
+Networks are XL in bfloat16, the benchmarks' default on a GPU; batches are smaller on cards below 100 GiB.
 
-No network is needed. The Python must have JAX with CUDA, Flax, Optax and Orbax. What else is missing is installed from
-the wheels in build/wheels, into a temporary folder. Fetch them beforehand, where there is a network:
+No network is needed. Python must have JAX with CUDA, Flax, Optax and Orbax. Other missing packages are installed from
+the wheels in build/wheels into a temporary folder. Download them first, on a machine with a network:
 
   pip download --no-deps --only-binary=:all: -d build/wheels ml_collections torchdiffeq torch-fidelity
 
-Without PyTorch with CUDA our numbers stand alone, and without a parity pack (--pack, $SFD_PARITY_DIR, shared/parity or
-build/parity) `sfd verify` is left out. For a machine that gets a copy of this folder, without git, give --commit.
+Without PyTorch with CUDA only our numbers are measured, and without a parity pack (--pack, $SFD_PARITY_DIR,
+shared/parity or build/parity) `sfd verify` is left out. Where this folder is a copy without git, give --commit.
 """
 
 import argparse
@@ -64,8 +64,8 @@ def main() -> None:
     flag("--parts", help=f"some of {','.join(PARTS)}")
     flag("--pack", type=Path, help="folder of the parity pack")
     flag("--wheels", type=Path, default=ROOT / "build" / "wheels")
-    flag("--commit", help="which commit this is, where git does not tell")
-    flag("--dry_run", action="store_true", help="tiny networks on the CPU, to see that all runs")
+    flag("--commit", help="commit of this copy, where there is no git")
+    flag("--dry_run", action="store_true", help="tiny networks on the CPU, to check that everything runs")
     flag("--spent", type=float, default=0.0, help=argparse.SUPPRESS)  # seconds before Python
     flag("--probe", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -76,13 +76,13 @@ def main() -> None:
         parser.error(f"no part {', '.join(unknown)}: there are {', '.join(PARTS)}")
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "gpu_day.log").unlink(missing_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("gpu_day: ended from outside; what was measured is kept"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("gpu_day: terminated; what was measured is kept"))
     with tempfile.TemporaryDirectory(prefix="gpu_day_") as work:
         Day(args, Path(work)).measure([name for name in PARTS if name in wanted])
 
 
 class Day:
-    """What was found so far, and the time that is left."""
+    """The results so far, and the time left."""
 
     def __init__(self, args, work: Path):
         self.args, self.work, self.deadline = args, work, time.monotonic() + args.budget - args.spent
@@ -98,7 +98,7 @@ class Day:
             self.env["JAX_PLATFORMS"] = "cpu"
 
     def measure(self, names: list[str]) -> None:
-        """Look at the machine, say what will run, and run it."""
+        """Describe the machine, print what will run, and run it."""
         self.install()
         asked = self.run("probe", [__file__, "--probe"], 90)
         if asked["status"] != "done":
@@ -116,13 +116,13 @@ class Day:
         self.machine = found | {"card": card, "commit": self.args.commit or commit(), "dry_run": self.args.dry_run}
         print(self.title())
         if not found["torch_works"]:
-            self.say("There is no PyTorch with CUDA here: our numbers stand alone.")
+            self.say("No PyTorch with CUDA was found: only our numbers are measured.")
         elif lacking := [name for name in COMPARED if name in missing]:
-            self.say(f"Not installed, so that some of our numbers stand alone: {', '.join(lacking)}.")
+            self.say(f"Not installed, so some comparisons are missing: {', '.join(lacking)}.")
         folders = (self.args.pack, os.environ.get("SFD_PARITY_DIR"), ROOT / "shared/parity", ROOT / "build/parity")
         pack = next((Path(folder).resolve() for folder in folders if folder and Path(folder).is_dir()), None)
         if pack is None:
-            self.say("There is no parity pack here (--pack): `sfd verify` was left out.")
+            self.say("No parity pack was found (--pack): `sfd verify` was left out.")
             names = [name for name in names if not name.startswith("verify")]
         print(f"In at most {self.args.budget:.0f} s: {', '.join(names)}", flush=True)
         batch = 64 if card["gib"] > 100 else 32 if card["gib"] > 60 else 8
@@ -132,13 +132,13 @@ class Day:
             command = f"{command} {sizes}".format(pack=pack, batch=batch).split()
             versus = bool(packages and found["torch_works"] and not set(packages.split()) & set(missing))
             self.run_part(name, command + ["--versus=torch"] * versus, limit)
-            if versus and not self.parts[name].get("numbers"):  # ours alone: what was compiled is in the cache
+            if versus and not self.parts[name].get("numbers"):  # ours alone; its programs are in the compilation cache
                 self.run_part(f"{name}_alone", command, limit)
         print(self.table())
-        print(f"All of it: {self.args.out}/gpu_day.json, gpu_day.md and gpu_day.log")
+        print(f"Results: {self.args.out}/gpu_day.json, gpu_day.md and gpu_day.log")
 
     def install(self) -> None:
-        """Install those wheels whose packages are not there."""
+        """Install the wheels of missing packages."""
         here = {d.name.lower().replace("-", "_") for d in importlib.metadata.distributions()}
         wheels = sorted(self.args.wheels.glob("*.whl"))
         if missing := [str(wheel) for wheel in wheels if wheel.name.split("-")[0].lower() not in here]:
@@ -147,7 +147,7 @@ class Day:
             self.say(f"Wheels installed for this run: {len(missing)} ({done['status']}).")
 
     def run(self, name: str, command: list[str], limit: float) -> dict:
-        """Run a command for at most `limit` seconds, then end it with all that it started."""
+        """Run a command for at most `limit` seconds, then kill it and its children."""
         start, log = time.monotonic(), self.work / f"{name}.log"
         with open(log, "w") as file:
             options = {"cwd": ROOT, "env": self.env, "stdout": file, "stderr": subprocess.STDOUT}
@@ -167,7 +167,7 @@ class Day:
         return {"command": command, "status": status, "seconds": time.monotonic() - start, "log": text}
 
     def run_part(self, name: str, command: list[str], limit: float) -> None:
-        """Run a part, keep its numbers, and write all that is known by then."""
+        """Run a part, keep its numbers, and write all results so far."""
         limit = min(limit, self.deadline - time.monotonic())
         part = {"command": command, "status": "not started: no time was left"}
         if limit >= LEAST_SECONDS:
@@ -184,15 +184,15 @@ class Day:
         replace(self.args.out / "gpu_day.md", self.table())
 
     def title(self) -> str:
-        """Write the machine in one line."""
+        """Return a description of the machine in one line."""
         m, name = self.machine, self.machine["card"]["name"] or self.machine["device"]
         versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
         tiny = "**Dry run with tiny networks: no measurement.** " if m["dry_run"] else ""
         return f"{tiny}{name}, {m['cores']} cores, {m['date']}, commit {m['commit']}; {versions}."
 
     def table(self) -> str:
-        """Write what is known as one table in Markdown."""
-        head = ["part", "what", "seconds", "times ours, or the first choice's", "more"]
+        """Return the results so far as a Markdown table."""
+        head = ["part", "what", "seconds", "relative to ours, or to the first choice", "more"]
         rows = [row for name, part in self.parts.items() for row in rows_of(name, part)]
         return "\n".join([self.title(), "", table(head, rows), "", *(f"- {note}" for note in self.notes)]) + "\n"
 
@@ -202,7 +202,7 @@ class Day:
 
 
 def rows_of(name: str, part: dict) -> list[list]:
-    """Return a part's rows of the table, whatever it came to."""
+    """Return a part's rows of the table, also if it failed."""
     numbers = part.get("numbers")
     if part["status"] != "done":
         name = f"{name} ({part['status']})"
@@ -220,14 +220,14 @@ def rows_of(name: str, part: dict) -> list[list]:
 
 
 def read_checks(log: str) -> dict | None:
-    """Count what `sfd verify` printed, also where it was cut off."""
+    """Count the comparisons that `sfd verify` printed, also if it was cut off."""
     checks = re.findall(r"^(\S+ +.{34}) +\S+ +\S+ (ok|BROKEN)", log, re.M)
     broken = [" ".join(check.split()) for check, verdict in checks if verdict != "ok"]
     return {"comparisons": len(checks), "broken": broken} if checks else None
 
 
 def probe() -> dict:
-    """Describe devices and packages, in a process that ends and gives the GPU back."""
+    """Describe devices and packages; the process ends to release the GPU."""
     missing = [name for name in REQUIRED + COMPARED if not importlib.util.find_spec(name)]
     share_memory()
     found = machine() | {"missing": missing, "torch_works": "torch" not in missing}
@@ -239,7 +239,7 @@ def probe() -> dict:
 
 
 def find_card() -> dict:
-    """Return the first card's name with its driver, and its GiB, as the driver tells them; "" and 0 without one."""
+    """Return the first card's name with its driver, and its GiB, by nvidia-smi; "" and 0 without one."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits"]
     try:
         name, driver, mib = subprocess.check_output(query, text=True, timeout=30).splitlines()[0].split(", ")
@@ -257,7 +257,7 @@ def commit() -> str:
 
 
 def replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     draft = path.with_name(path.name + ".part")
     draft.write_text(text)
     draft.replace(path)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measure on a GPU, in under eight minutes, what docs/performance.md lacks. Flags pass through: gpu_day.sh --help.
-# Takes the first Python whose JAX has a GPU's plugin, else the first with JAX; PYTHON=/path/to/python is asked first.
+# Uses the first Python whose JAX has a GPU plugin, else the first with JAX; PYTHON=/path/to/python is tried first.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 for wanted in 'import jaxlib, jax_plugins' 'import jaxlib'; do
@@ -10,5 +10,5 @@ for wanted in 'import jaxlib, jax_plugins' 'import jaxlib'; do
         fi
     done
 done
-echo "gpu_day: no Python with JAX here; install the extra cuda, or say where it is: PYTHON=/path/to/python $0" >&2
+echo "gpu_day: no Python with JAX found; install the extra cuda, or name one: PYTHON=/path/to/python $0" >&2
 exit 2

@@ -1,9 +1,9 @@
-"""Print what an issue report needs: versions, platform, devices, caches, and variables that matter.
+"""Print what an issue report needs: versions, platform, devices, caches and environment.
 
   sfd env [--timeout=SECONDS]
 
-Devices are asked for in a process of its own, so that the command answers where JAX is broken or the accelerator is
-taken or silent. Values of variables that hold a token, key or password are not shown.
+Devices are listed in a separate process, so the command also works if JAX is broken or the accelerator is busy or does
+not respond. Variables that may hold a token, key or password are shown without their values.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ print(json.dumps({
 
 
 def main(argv: list[str]) -> int:
-    """Print a line or a few on each subject."""
+    """Print a line or more on each subject."""
     parser = command_parser("env", __doc__)
     parser.add_argument(
         "--timeout", type=float, default=60.0, help="seconds to wait for the devices (default: %(default)s)"
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
         "packages": ", ".join(f"{name} {found}" for name in PACKAGES if (found := _version_of(name))),
         "devices": devices(args.timeout),
         "cache": "\n".join(_size(path) for path in _caches()),
-        "variables": "\n".join(variables()) or "none that matter",
+        "variables": "\n".join(variables()) or "none that changes anything",
     }
     width = max(map(len, lines)) + 2
     for name, text in lines.items():
@@ -82,12 +82,12 @@ def version() -> str:
         git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=10"]
         commit = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return f"{sfd_jax.__version__} (a checkout; git does not tell the commit)"
+        return f"{sfd_jax.__version__} (a checkout of unknown commit)"
     return f"{sfd_jax.__version__} (commit {commit})"
 
 
 def devices(timeout: float) -> str:
-    """Return what JAX says of this process's devices, or why it does not."""
+    """Return this process's devices, or why JAX does not list them."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
@@ -101,20 +101,20 @@ def devices(timeout: float) -> str:
         found = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
         last = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
-        if platforms := os.environ.get("JAX_PLATFORMS"):  # JAX fails without a word where none of them is there
+        if platforms := os.environ.get("JAX_PLATFORMS"):  # JAX's message does not name these
             last += f" (JAX_PLATFORMS={platforms})"
         return f"JAX does not start: {last:.400}"
     kinds = {}
     for kind, memory in found["devices"]:
         kinds.setdefault(f"{kind}, {memory / 2**30:.1f} GiB" if memory else kind, []).append(kind)
-    told = "; ".join(f"{len(each)} x {kind}" for kind, each in kinds.items())
-    return f"{found['backend']}: {told} in this process; {found['all']} in all of {found['processes']} process(es)"
+    local = "; ".join(f"{len(each)} x {kind}" for kind, each in kinds.items())
+    return f"{found['backend']}: {local} in this process; {found['all']} in all {found['processes']} process(es)"
 
 
 def variables() -> list[str]:
     """Return the environment variables that change what this package does, without secrets."""
     hide = lambda name, value: "(set, not shown)" if SECRET.search(name) else re.sub(r"//[^/@\s]+@", "//...@", value)
-    # Set by `sfd` itself: for libtpu without a TPU, and the compilation cache.
+    # `sfd` itself sets these: for libtpu without a TPU, and the compilation cache.
     own = {*libtpu.NO_MACHINE.items(), ("JAX_COMPILATION_CACHE_DIR", str(Path(_home()) / "compilations"))}
     kept = [each for each in sorted(os.environ.items()) if VARIABLES.match(each[0]) and each not in own]
     return [f"{name}={hide(name, value)}" for name, value in kept]
@@ -147,11 +147,11 @@ def _caches() -> list[str]:
 
 
 def _size(path: str) -> str:
-    """Return a folder with the number and the size of its files."""
+    """Return a folder with the number and total size of its files."""
     if "://" in path:
         return path
     if not os.path.isdir(path):
-        return f"{path}: not there yet"
+        return f"{path}: does not exist yet"
     sizes = []
     for folder, _, names in os.walk(path):
         for name in names:

@@ -1,7 +1,7 @@
 """DINOv2: the tables of its original names and of Hugging Face's.
 
 `dinov2` has the names of the original release (one fused qkv); `dinov2_hf` those of
-`Dinov2WithRegistersModel` and `Dinov2Model` (query, key and value apart). Source: facebookresearch
+`Dinov2WithRegistersModel` and `Dinov2Model` (separate query, key, value). Source: facebookresearch
 dinov2/models/vision_transformer.py; transformers, modeling_dinov2_with_registers.py (key names).
 """
 

@@ -1,7 +1,7 @@
-"""Visual encoders as Hugging Face's transformers stores them: the tables, and how architectures are read.
+"""Visual encoders as stored by Hugging Face transformers: their tables, and how the architecture is read.
 
-Shapes tell most of an architecture; heads, activation and epsilon stand in the `config.json` beside the weights. Text
-towers, pooling heads and decoders are left out by name. Source: transformers, the modeling_*.py of dinov3_vit, siglip,
+Shapes determine most of an architecture; `config.json` beside the weights has heads, activation and epsilon. Text
+towers, pooling heads and decoders are skipped by name. Source: transformers, the modeling_*.py of dinov3_vit, siglip,
 clip, vit_mae and dinov2_with_registers (key names).
 """
 
@@ -17,12 +17,12 @@ from sfd_jax.convert.table import Row, Table, dense_rows, shape_of
 from sfd_jax.errors import SfdError
 from sfd_jax.models.network import NETWORKS
 
-_HUB = "take the model.safetensors of its repository on the hub"
-# Keys of files that are none of ours though they look alike -> what they are.
+_HUB = "use the model.safetensors of its Hugging Face repository"
+# Keys of similar files that are not supported -> what these files are.
 _OTHERS = {
-    "*stages.0.layers.0.depthwise_conv.weight": "a DINOv3 ConvNeXt, which has no patch tokens; take a DINOv3 ViT",
-    "storage_tokens": f"a DINOv3 under the names of its first release; {_HUB}",
-    "visual.conv1.weight": f"a CLIP under the names of its first release; {_HUB}",
+    "*stages.0.layers.0.depthwise_conv.weight": "a DINOv3 ConvNeXt, which has no patch tokens; use a DINOv3 ViT",
+    "storage_tokens": f"a DINOv3 with the key names of its first release; {_HUB}",
+    "visual.conv1.weight": f"a CLIP with the key names of its first release; {_HUB}",
 }
 _TOWERS = ("text_model.*", "logit_scale", "logit_bias", "text_projection.*", "visual_projection.*", "*position_ids")
 # config.json -> fields of our configs.
@@ -39,7 +39,7 @@ def norm_rows(theirs: str, ours: str) -> tuple[Row, Row]:
 def block_rows(
     layer: str, norm1: str, qkv: tuple[str, str, str], proj: str, norm2: str, fc1: str, fc2: str, key_bias: bool = True
 ) -> list[Row]:
-    """Return the rows of a block whose queries, keys and values are apart; `layer` goes before the other names."""
+    """Return the rows of a block with separate queries, keys and values; `layer` prefixes the other names."""
     norm1, proj, norm2, fc1, fc2 = (f"{layer}.{name}" for name in (norm1, proj, norm2, fc1, fc2))
     biased = qkv if key_bias else (qkv[0], qkv[2])
     return [
@@ -54,13 +54,13 @@ def block_rows(
 
 
 class EncoderFormat:
-    """One naming of one encoder, in the form in which `convert.FORMATS` lists a format.
+    """The key names of one encoder in one kind of file; an entry of `convert.FORMATS`.
 
     Args:
       table: its table.
-      marks: our paths of two arrays or three, two of whose keys tell it from all other files.
-      model_types: what `config.json` may call it; none where no such file lies beside the weights.
-      heads: how many a `config.json` means that does not say.
+      marks: our paths of two or three arrays; a file with at least two of their keys has this format.
+      model_types: the `model_type`s of its `config.json`; empty if it comes without one.
+      heads: number of heads if `config.json` does not state it.
     """
 
     def __init__(self, table: Table, marks: tuple[str, ...], model_types: tuple[str, ...] = (), heads: int = 12):
@@ -70,7 +70,7 @@ class EncoderFormat:
         self._marks = [self._theirs[mark].format(layer=0) for mark in marks]
 
     def recognises(self, state: Mapping[str, Any]) -> bool:
-        """Say whether a state dict is this encoder's under these names."""
+        """Return whether a state dict has this format."""
         return sum(mark in state for mark in self._marks) >= 2
 
     def read_config(
@@ -80,33 +80,33 @@ class EncoderFormat:
 
         Args:
           state: their arrays by key.
-          given: fields of the config that the user states; they win.
-          stored: `config.json`, if any; without it heads are 64 wide unless stated.
+          given: config fields set by the user; they take precedence.
+          stored: content of `config.json`, or empty: then heads are 64 wide unless `given` says otherwise.
 
         Returns:
-          The fields of the network's config, and a sentence for each that neither told.
+          The fields of the network's config, and a note for each that was assumed.
 
         Raises:
-          SfdError: the number of heads has to be stated, or `config.json` is of other weights.
+          SfdError: not a supported encoder, unknown number of heads, or the `config.json` of other weights.
         """
         theirs, cls = self._theirs, NETWORKS[self.TABLE.network][0]
         if len(shape_of(state, theirs["patch_embed/kernel"])) == 2:
             raise SfdError(
-                "it is a SigLIP 2 NaFlex, of images of any shape; take one of a fixed size, such as patch16-256"
+                "it is a SigLIP 2 NaFlex, for images of any shape; use one of fixed size, such as patch16-256"
             )
         if stored.get("use_gated_mlp"):
-            raise SfdError("it has a gated MLP (DINOv3 S+, H+ or 7B); take a DINOv3 ViT-S, -B or -L")
+            raise SfdError("it has a gated MLP (DINOv3 S+, H+ or 7B); use a DINOv3 ViT-S, -B or -L")
         width, _, patch, _ = shape_of(state, theirs["patch_embed/kernel"], rank=4)
         prefix = theirs["blocks/norm1/scale"].partition("{layer}")[0]
         blocks = [int(match[1]) for key in state if (match := re.match(re.escape(prefix) + r"(\d+)\.", key))]
         if not blocks:
-            raise SfdError(f"the state dict has no {prefix}*: it is no whole {self.TABLE.network}")
+            raise SfdError(f"the state dict has no {prefix}*: it is not a complete {self.TABLE.network}")
         fields: dict[str, Any] = dict(width=width, depth=1 + max(blocks), patch_size=patch)
         if cls.position_table:
             places = shape_of(state, theirs["pos_embed"])[-2] - cls.class_token
             side = round(places**0.5)
             if side * side != places:
-                raise SfdError(f"{theirs['pos_embed']} has {places} patches, which is no square grid")
+                raise SfdError(f"{theirs['pos_embed']} has {places} patches, which is not a square grid")
             fields["image_size"] = side * patch
         if key := theirs.get("register_tokens"):
             fields["num_registers"] = tuple(state[key].shape)[1] if key in state else 0
@@ -124,25 +124,25 @@ class EncoderFormat:
         elif "num_heads" not in given:
             if width % 64:
                 raise SfdError(
-                    f"the shapes do not tell the number of heads, and the released head width of 64 does not divide "
-                    f"the width {width}: give --set num_heads=NUMBER"
+                    f"the number of heads is not in the file, and the usual head width of 64 does not divide the "
+                    f"width {width}: give --set num_heads=NUMBER"
                 )
             fields["num_heads"] = width // 64
             notes.append(f"num_heads {width // 64}: released heads are 64 wide")
         return fields | dict(given), notes
 
     def _compare(self, fields: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
-        """Raise SfdError where `config.json` is not of these weights."""
+        """Raise SfdError if `config.json` belongs to other weights."""
         if stored["model_type"] not in self._model_types:
             raise SfdError(
-                f"the config.json beside it is of a '{stored['model_type']}', and the arrays are those of "
-                f"{' or '.join(self._model_types)}: put the weights' own there, or take it away"
+                f"the config.json beside it is of a '{stored['model_type']}', but the arrays are of "
+                f"{' or '.join(self._model_types)}: replace it with that of the weights, or remove it"
             )
         for name, ours in _SIZES.items():
             if stored.get(name, fields[ours]) != fields[ours]:
                 raise SfdError(
-                    f"the config.json beside it says {name} {stored[name]}, and the arrays have {fields[ours]}: put "
-                    "the weights' own there, or take it away"
+                    f"the config.json beside it says {name} {stored[name]}, but the arrays have {fields[ours]}: "
+                    "replace it with that of the weights, or remove it"
                 )
 
     def wrap(self, state: dict[str, np.ndarray], metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,7 +151,7 @@ class EncoderFormat:
 
 
 def refuse_others(state: Mapping[str, Any]) -> None:
-    """Raise SfdError where a state dict is an encoder's that no format reads, though it may look like one."""
+    """Raise SfdError for the state dict of a known encoder that no format supports."""
     for pattern, what in _OTHERS.items():
         if any(fits(key, (pattern,)) for key in state):
             raise SfdError(f"it is {what}")

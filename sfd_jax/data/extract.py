@@ -42,7 +42,7 @@ POSTERIORS = ("sample", "mean")
 class ExtractConfig:
     """Configure extraction: the settings that decide the latents (`identity`), and how the work is done."""
 
-    image_size: int = setting(256, "pixels a side; where it is not given, those that the texture VAE was trained on")
+    image_size: int = setting(256, "pixels a side; if not given, the size that the texture VAE was trained on")
     tile_size: int = setting(256, "pixels a side that the visual encoder sees at once")
     pca: int | None = setting(None, "principal components instead of a Semantic VAE", metavar="CHANNELS")
     pca_images: int = setting(50_000, "images to fit them on")

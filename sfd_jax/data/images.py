@@ -79,7 +79,7 @@ class ImageSource:
         self.notes = list(getattr(dataset, "notes", ()))
 
     def keep(self, most: int = 2**29) -> None:
-        """Keep what is decoded in memory from now on, if all of it takes at most `most` bytes."""
+        """Keep decoded images in memory from now on, if all of them take at most `most` bytes."""
         if 3 * self.image_size**2 * len(self) <= most:
             self._kept = {}
 
@@ -110,7 +110,7 @@ class ImageSource:
         return record
 
     def label_counts(self) -> dict[int, int]:
-        """Return the number of images by label; empty where labels are only known by reading the images."""
+        """Return the number of images by label; empty if labels are known only by reading the images."""
         return dict(Counter(getattr(self.dataset, "labels", np.empty(0, int)).tolist()))
 
     def name(self, index: int) -> str:
@@ -166,8 +166,8 @@ class BrokenImages:
 class Tolerant:
     """Read images that may be broken, for jobs that take every image once.
 
-    A broken image comes out black, with the decoder's message in `broken` and the image's name in `name`;
-    both are empty for whole images.
+    A broken image is returned as black, with the decoder's message in `broken` and the image's name in `name`;
+    both are empty for intact images.
 
     Args:
       source: an `ImageSource`.

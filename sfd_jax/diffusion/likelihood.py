@@ -1,9 +1,9 @@
 """The log density of latents under the probability flow, integrated backwards from data to noise.
 
-With rates r_g of the clocks, d log p / dtau = -trace of the Jacobian of (r_g velocity_g), over all channels. The trace
-is estimated without bias by Hutchinson's probe^T J probe; a mean over several probes has less variance.
+With rates r_g of the clocks, d log p / dtau = -trace of the Jacobian of (r_g velocity_g), over all channels.
+Hutchinson's probe^T J probe is an unbiased estimate of the trace; a mean over several probes has less variance.
 
-Source: released `transport/transport.py`, `sample_ode_likelihood`, which draws another probe at every evaluation.
+Source: released `transport/transport.py`, `sample_ode_likelihood`, which draws a new probe at every evaluation.
 """
 
 import math
@@ -23,7 +23,7 @@ from sfd_jax.randomness import keys_by_row
 
 
 def rademacher_by_row(key: jax.Array, row_indices: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Draw probes of -1 and 1, (B, *shape) float32, by the row's place in the global batch (B,)."""
+    """Draw probes of -1 and 1, (B, *shape) float32, one for each of `row_indices` (B,)."""
     return jax.vmap(lambda row_key: jax.random.rademacher(row_key, shape, jnp.float32))(keys_by_row(key, row_indices))
 
 
@@ -48,15 +48,15 @@ def log_likelihood(
 
     Returns:
       log_likelihood: (B,) in nats, of the normalised latents; NaN where dopri5 gave up.
-      noise: (B,H,W,C), where the flow ends.
+      noise: (B,H,W,C), the end of the flow.
 
     Raises:
-      SfdError: in released mode.
+      SfdError: the solver is in released mode.
     """
     if solver.mode != "staged":
-        raise SfdError("a likelihood is integrated in staged mode: set mode='staged'")
+        raise SfdError("a likelihood needs the staged mode: set mode='staged'")
     batch, axes = len(latents), tuple(range(1, latents.ndim))
-    edges = tuple(clocks.tau_end - tau for tau in reversed(clocks.edges))  # of the time that runs backwards
+    edges = tuple(clocks.tau_end - tau for tau in reversed(clocks.edges))  # of the reversed time
     stages = len(edges) - 1
 
     def backwards(state, time, segment):
@@ -71,7 +71,7 @@ def log_likelihood(
     field = solvers.Field(backwards, lambda time, segment: jnp.ones((batch, 1)))
     state = jnp.concatenate([latents.reshape(batch, -1), jnp.zeros((batch, 1))], axis=1)
     if solver.solver == "dopri5":
-        # The rates, which jump at the edges, are inside the field here: a slope must not be used on both sides.
+        # Here the field contains the rates, which jump at the edges: no slope may be reused across an edge.
         tolerances = dict(atol=solver.atol, rtol=solver.rtol, max_nfe=solver.max_nfe)
         solution = dopri5(field, state, edges, jumps=[True] * len(edges), **tolerances)
     else:

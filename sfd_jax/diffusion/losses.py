@@ -59,8 +59,8 @@ class Draws(NamedTuple):
 class Prediction(NamedTuple):
     """The inputs of a loss term; float32 except the labels.
 
-    latents, velocity, target: (B,H,W,C): the point on the path, the predicted velocity there, and its target (with
-      another prediction, the pair that it compares).
+    latents, velocity, target: (B,H,W,C): the point on the path, the predicted velocity there, and its target (for other
+      prediction types the pair from `PredictionType.compared`).
     data: (B,H,W,C), the end of the path. draws: noise (the start of the path), time and labels.
     t_semantic, t_texture: (B,). layout: which channels are texture.
     clocks: the pair with its trained parameters; tau = draws.t * clocks.tau_end.

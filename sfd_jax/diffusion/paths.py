@@ -1,8 +1,8 @@
 """Paths between noise (t = 0) and data (t = 1): x_t = alpha(t) data + sigma(t) noise.
 
 Time is an array that broadcasts against the latents, (B,1,1,C) in the loss, because the two groups of channels have
-their own clocks. A path of your own is a frozen dataclass with `alpha` and `sigma`, registered under a name. Its fields
-are its settings.
+their own clocks. To add a path, write a frozen dataclass with `alpha` and `sigma` and register it under a name; its
+fields are its settings.
 
 Source: released `transport/path.py`.
 """
@@ -26,11 +26,11 @@ PATHS: Registry[type["Path"]] = Registry("path")
 class Path(abc.ABC):
     """Connect noise to data.
 
-    The probability flow of the score s is velocity = alpha'/alpha x + g s, with g the drift variance.
+    The velocity of the probability flow is alpha'/alpha x + g s, with s the score and g the drift variance.
 
     Attributes:
       pure_noise: whether alpha(0) = 0, so that alpha'/alpha and g are infinite at t = 0.
-      steep_end: whether sigma' is infinite at t = 1, and so is the velocity.
+      steep_end: whether sigma', and so the velocity, is infinite at t = 1.
     """
 
     pure_noise: ClassVar[bool] = True
@@ -41,11 +41,11 @@ class Path(abc.ABC):
 
     @abc.abstractmethod
     def alpha(self, t: jax.Array) -> jax.Array:
-        """Return the coefficient of the data: 1 at t = 1; shape of t."""
+        """Return the coefficient of the data, in the shape of t; 1 at t = 1."""
 
     @abc.abstractmethod
     def sigma(self, t: jax.Array) -> jax.Array:
-        """Return the coefficient of the noise: 0 at t = 1; shape of t."""
+        """Return the coefficient of the noise, in the shape of t; 0 at t = 1."""
 
     def d_alpha(self, t: jax.Array) -> jax.Array:
         """Return the derivative of `alpha`."""
@@ -108,7 +108,7 @@ class LinearPath(Path):
 @PATHS.register("gvp")
 @dataclasses.dataclass(frozen=True)
 class GVPPath(Path):
-    """Keep the variance of uncorrelated ends: alpha = sin(pi t / 2), sigma = cos(pi t / 2).
+    """Preserve the variance if the ends are uncorrelated: alpha = sin(pi t / 2), sigma = cos(pi t / 2).
 
     Source: GVPCPlan.
     """

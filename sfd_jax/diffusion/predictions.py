@@ -1,8 +1,9 @@
 """What the network predicts: the velocity, the noise, or the score.
 
-A prediction says what the loss compares, and how the network's output becomes the velocity that samplers take. The
-noise and the score determine the velocity only inside an interval of times (`interval`); outside it, the loss and the
-samplers use the nearer end. A frozen dataclass in a registry, whose fields are its settings.
+A `PredictionType` defines what the loss compares, and how the network's output becomes the velocity for samplers. Noise
+and score determine the velocity only inside an interval of times (`interval`); loss and samplers clip times to it. A
+type is a frozen dataclass in a registry; its fields are its settings. (`losses.Prediction` is another thing: the
+inputs of a loss term.)
 
 Source: released `transport/transport.py`, `training_losses`, `get_drift`, `check_interval`.
 """
@@ -29,9 +30,9 @@ WEIGHTS = ("none", "velocity", "likelihood")
 
 @dataclasses.dataclass(frozen=True)
 class PredictionType(abc.ABC):
-    """Say what a network predicts; latents, data, noise and outputs are (B,H,W,C), times (B,1,1,C)."""
+    """Define what a network predicts; latents, data, noise and outputs are (B,H,W,C), times (B,1,1,C)."""
 
-    eps: float = setting(1e-3, "least distance to a singular end of the path", range=Range(float, 0, 0.1, above=True))
+    eps: float = setting(1e-3, "distance kept from a singular end of the path", range=Range(float, 0, 0.1, above=True))
 
     def __post_init__(self):
         check_fields("prediction", self)
@@ -41,7 +42,7 @@ class PredictionType(abc.ABC):
         return self.eps if path.pure_noise else 0.0, 1 - self.eps
 
     def clip(self, t: jax.Array, path: Path) -> jax.Array:
-        """Return the times, those outside `interval` moved to its nearer end."""
+        """Return the times clipped to `interval`."""
         low, high = self.interval(path)
         return t if (low, high) == (0, 1) else jnp.clip(t, low, high)
 
@@ -56,7 +57,7 @@ class PredictionType(abc.ABC):
         """Return the velocity of the probability flow, from the network's output at time t inside `interval`."""
 
     def loss_weight(self, t: jax.Array, path: Path) -> jax.Array | None:
-        """Return the weight of the squared differences at the clocks t, shape of t; None for 1."""
+        """Return the weight of the squared differences at times t, in the shape of t; None for 1."""
         return None
 
 
@@ -81,8 +82,8 @@ class VelocityPrediction(PredictionType):
 class _Weighted(PredictionType):
     weight: str = setting(
         "none",
-        "of the squared error, with g the path's drift variance: none: 1; velocity: (g / sigma)^2; likelihood: "
-        "g / sigma^2",
+        "weight of the squared error: none (1), velocity ((g / sigma)^2) or likelihood (g / sigma^2); g is the path's "
+        "drift variance",
         choices=WEIGHTS,
     )
 
@@ -114,7 +115,7 @@ class NoisePrediction(_Weighted):
 @PREDICTIONS.register("score")
 @dataclasses.dataclass(frozen=True)
 class ScorePrediction(_Weighted):
-    """Predict the score, the gradient of the log density; the loss compares sigma times it with minus the noise."""
+    """Predict the score, the gradient of the log density; the loss compares sigma * score with -noise."""
 
     def compared(
         self, output: jax.Array, data: jax.Array, noise: jax.Array, t: jax.Array, path: Path
@@ -126,10 +127,10 @@ class ScorePrediction(_Weighted):
 
 
 def transport_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return {"path": Path, "prediction": PredictionType} of a diffusion config; linear and velocity where not given.
+    """Return {"path": Path, "prediction": PredictionType} of a diffusion config; linear and velocity by default.
 
     Args:
-      config: whole, with groups `loss.path` and `loss.prediction`, each {"name": ..., **fields}, or without them.
+      config: the whole config; `loss.path` and `loss.prediction`, {"name": ..., **fields} each, may be missing.
 
     Raises:
       SfdError: an unknown name or field, or a value outside its range.
@@ -142,7 +143,7 @@ def transport_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe_transport(path: Path, prediction: PredictionType) -> dict[str, Any]:
-    """Return both as configs under their names for a recipe; {} for linear and velocity, the default."""
+    """Return both as configs for a recipe; {} for linear and velocity, the default."""
     if {"path": path, "prediction": prediction} == transport_of({}):
         return {}
     return {"path": settings.describe(PATHS, path), "prediction": settings.describe(PREDICTIONS, prediction)}
@@ -155,7 +156,7 @@ def velocity_from(
 
     Args:
       apply: (latents (B,H,W,C), t_semantic (B,), t_texture (B,), ...) -> output (B,H,W,C).
-      prediction: what the output is.
+      prediction: the type of the output.
       path: the path it was trained on.
       layout: which channels are texture.
 

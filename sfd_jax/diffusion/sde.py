@@ -1,12 +1,12 @@
-"""Sampling by a stochastic differential equation in which each group has its own clock and its own diffusion.
+"""Sampling by a stochastic differential equation, with a clock and a diffusion for each group of channels.
 
 With r_g = dt_g/dtau the rate of the clock of group g, s_g its part of the joint score and D_g its diffusion,
 
     dx_g = (flow_g + D_g s_g) r_g dtau + sqrt(2 D_g r_g) dW,
 
-which has the distribution of the probability flow (D = 0) at every tau, for any D_g >= 0. A step of tau advances the
-clock of a group by dt_g, exactly, so a step is that of the group's own equation in t_g, and a waiting group stands
-still. The whole integration is one `lax.scan`.
+which has the marginals of the probability flow (D = 0) at every tau, for any D_g >= 0. A step of tau advances the clock
+of a group by exactly dt_g, so it is a step of the group's own equation in t_g, and a group whose clock waits does not
+change. The whole integration is one `lax.scan`.
 
 Source: released `transport/integrators.py` and `transport.py`, `sample_sde`, for one clock; arXiv 2401.08740.
 """
@@ -40,10 +40,10 @@ FORMS: dict[str, Callable[[Path, jax.Array, float], jax.Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Diffusion:
-    """Choose the diffusion D(t) of a group; "sbdm" is that of score-based diffusion models, c g(t)."""
+    """Choose the diffusion D(t) of a group; "sbdm" is c g(t), with g the drift variance, as in score-based models."""
 
-    form: str = setting("sbdm", "as a function of the group's clock", choices=tuple(FORMS))
-    norm: float = setting(1.0, "its factor c", range=Range(float, 0, 1e3))
+    form: str = setting("sbdm", "D as a function of the group's clock", choices=tuple(FORMS))
+    norm: float = setting(1.0, "factor c of D", range=Range(float, 0, 1e3))
 
     def __post_init__(self):
         check_fields("sde", self)
@@ -55,22 +55,22 @@ class Diffusion:
 
 @dataclasses.dataclass(frozen=True)
 class SDEConfig:
-    """Choose how to integrate the stochastic equation."""
+    """Configure the integration of the stochastic equation."""
 
     method: str = setting("euler", "euler (Euler-Maruyama) or heun (noise first)", choices=("euler", "heun"))
     num_steps: int = setting(
-        250, "grid points, so one step fewer, of about equal length; then the last step", range=Range(int, 2, 10**6)
+        250, "grid points, about equally spaced; the last step comes after them", range=Range(int, 2, 10**6)
     )
     texture: Diffusion = Diffusion()
     semantic: Diffusion = Diffusion()
     last_step: str = setting(
         "mean",
-        "of each group, without noise: mean (drift), euler (flow), tweedie (expected data) or none",
+        "last step of each group, without noise: mean (drift), euler (flow), tweedie (expected data) or none",
         choices=("mean", "euler", "tweedie", "none"),
     )
-    last_step_size: float = setting(0.04, "of the group's clock", range=Range(float, 0, 0.5, above=True))
+    last_step_size: float = setting(0.04, "its size on the group's clock", range=Range(float, 0, 0.5, above=True))
     eps: float = setting(
-        1e-3, "start of sbdm, and distance from the data without last step", range=Range(float, 0, 0.1)
+        1e-3, "start time of sbdm; distance from the data if there is no last step", range=Range(float, 0, 0.1)
     )
 
     def __post_init__(self):
@@ -82,16 +82,16 @@ class _Step(NamedTuple):
 
     clock: jax.Array  # what the network sees
     clock_after: jax.Array
-    t: jax.Array  # the same, inside the interval of the stochastic equation
+    t: jax.Array  # the same, clipped to the interval of the stochastic equation
     t_after: jax.Array
-    last: jax.Array  # size of the group's last step if it takes it now, else 0
+    last: jax.Array  # size of the group's last step if this is it, else 0
 
 
 def noise_by_step(key: jax.Array, row_indices: jax.Array, shape: tuple[int, ...]) -> Callable[[jax.Array], jax.Array]:
-    """Return the noise of `sample_sde`, a function of (key, row, step): neither batch size nor hosts change it.
+    """Return the noise of `sample_sde`: a function of (key, row, step), whatever the batch size and hosts.
 
     Args:
-      key: of the seed; another stream than the initial noise.
+      key: from the seed; another stream than that of the initial noise.
       row_indices: (B,) int32 places in the global batch.
       shape: of a sample.
 
@@ -121,7 +121,7 @@ def sample_sde(
       layout: which channels are texture.
       clocks, path: those the network was trained with.
       config: method, steps and diffusions.
-      first_t: where clocks start, the first value of the prediction's `interval`; at least `eps` with form "sbdm".
+      first_t: start of the prediction's `interval`; raised to `eps` with form "sbdm" if the path has `pure_noise`.
 
     Returns:
       (B,H,W,C) float32.
@@ -162,9 +162,9 @@ def sample_sde(
 
 
 def _steps(clocks: Clocks, path: Path, config: SDEConfig, first_t: float) -> _Step:
-    """Place the steps. They end at breakpoints, and where a group that arrives early begins and ends its last step.
+    """Place the steps: they end at breakpoints, and where the last step of a group that finishes early begins and ends.
 
-    The other group takes one normal step meanwhile, so the network sees the pairs of times that it was trained on.
+    During that step the other group takes one normal step, so the network sees pairs of times as in training.
     """
     last_steps = config.last_step != "none"
     sbdm = "sbdm" in (config.semantic.form, config.texture.form)
@@ -190,7 +190,7 @@ def _steps(clocks: Clocks, path: Path, config: SDEConfig, first_t: float) -> _St
         if last_steps:
             for group in (0, 1):
                 last[tau.index(stops[group]) if early[group] else begins, group] = 1 - high[group]
-            tau.append(final)  # the last step, during which tau stands still
+            tau.append(final)  # tau does not advance in the last step
         clock = times(tau)
         t = np.clip(clock, np.float32(low), high)
     return _Step(clock[:-1], clock[1:], t[:-1], t[1:], last)

@@ -37,7 +37,7 @@ class Pipeline:
 
     Attributes:
       num_classes, class_names: of the model; names by label, None where there are none.
-      sampler: that made the newest images; None before. `sampler.recipe` tells all that decided them.
+      sampler: made the last images; None before. `sampler.recipe` has everything that determines them.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Pipeline:
 
         Args:
           model, texture_vae, weak: (params, metadata) as `training.load_params` returns; `weak` is AutoGuidance's.
-          settings: how to sample where `generate` is not told; by default what the model's checkpoint keeps.
+          settings: default sampling settings of `generate`; by default those in the model's checkpoint.
         """
         self._parts = {"model": model, "texture_vae": texture_vae}
         self._weak = weak
@@ -71,13 +71,13 @@ class Pipeline:
         """Open a model with the texture VAE that decodes its latents and the weaker model that guides it.
 
         Args:
-          name: "sfd_xl" or "sfd_1p0" (released; fetched and converted where the cache does not hold them), the work
+          name: "sfd_xl" or "sfd_1p0" (released; downloaded and converted unless cached), the work
             folder of `sfd demo`, or a folder of the diffusion model's checkpoints.
-          texture_vae, weak: folders of checkpoints or released names. By default those that belong to a released model
-            or lie in the demo's folder; any other model needs a texture VAE, and is guided where `weak` is given.
+          texture_vae, weak: folders of checkpoints or released names. By default those of the released model or in
+            the demo's folder; any other model needs a texture VAE, and uses AutoGuidance if `weak` is given.
 
         Raises:
-          SfdError: no such name or folder, a part that is missing, or a download that failed (with what to put where).
+          SfdError: no such name or folder, a missing part, or a failed download (with what to put where).
         """
         if not isinstance(name, (str, os.PathLike)):
             raise SfdError(f"from_pretrained takes the name of a released model or a folder, not {name!r}")
@@ -111,8 +111,8 @@ class Pipeline:
           labels: classes by name or number, one or several: "otter", 207, ["otter", 207]; or "balanced", "random".
           num: how many images, spread over the classes; by default one of each.
           seed: image i is a function of the seed, i and its label.
-          settings: how to sample, by the names of the flags of `sfd sample` (guidance_scale=1.3, solver="ab2",
-            nfe=16, ...). Another seed or setting compiles anew.
+          settings: sampling settings, named like the flags of `sfd sample` (guidance_scale=1.3, solver="ab2",
+            nfe=16, ...). A new seed or setting recompiles.
 
         Returns:
           The images, the same as `sfd sample` makes of these labels.
@@ -136,7 +136,7 @@ class Pipeline:
         with _keywords_for_flags():
             job, notes = sample_job(flags, self._saved)
         if self._key != (job, seed):
-            self._key = self.sampler = None  # its weights leave the devices before those of the next one come
+            self._key = self.sampler = None  # frees the devices before the next one is loaded
             weak = self._weak if job.guidance == "autoguidance" else None
             self.sampler = make_sampler(**self._parts, config=job, weak=weak, seed=seed)
             self._key = job, seed

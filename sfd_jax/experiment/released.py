@@ -9,11 +9,11 @@ from sfd_jax.training.checkpoint import load_metadata, save_params
 
 
 def fetch_checkpoint(name: str, file: str | None = None) -> Path:
-    """Fetch a released checkpoint, convert it where that was not done yet, and return its folder.
+    """Fetch a released checkpoint, convert it unless that was done, and return its folder.
 
     Args:
       name: a key of `convert.hub.CATALOGUE` whose files can be converted.
-      file: which file, where there are several (a part of its name).
+      file: part of the file's name, if there are several files.
 
     Raises:
       SfdError: as `fetch`, or the folder holds another checkpoint.
@@ -32,11 +32,11 @@ def fetch_checkpoint(name: str, file: str | None = None) -> Path:
 
 
 def cached_checkpoint(name: str, step: int | None = None) -> Path:
-    """Return the folder of a released checkpoint: what the cache holds converted, the newest by default, or fetch it.
+    """Return the folder of a released checkpoint in the cache, by default the newest, or fetch it.
 
     Args:
       name: a key of `convert.hub.CATALOGUE`.
-      step: of training, where several were released.
+      step: training step, if several were released.
     """
     steps = [int(path.name) for path in (cache_dir() / name).glob("*") if path.name.isdecimal()]
     if here := [each for each in steps if step in (None, each)]:
@@ -45,7 +45,7 @@ def cached_checkpoint(name: str, step: int | None = None) -> Path:
 
 
 def _statistics() -> dict[str, Path]:
-    """Return the released latent statistics, which a diffusion checkpoint needs to be sampled from."""
+    """Return the released latent statistics, which sampling needs."""
     paths = {path.name: path for path in fetch("latent_stats")}
     wanted = {"texture_statistics": "latents_stats.pt", "semantic_statistics": "latents_sv_stats.pt"}
     if lacking := set(wanted.values()) - paths.keys():

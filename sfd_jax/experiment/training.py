@@ -256,7 +256,7 @@ def open_visual_encoder(config: ConfigDict, found: Faults | None = None, *, init
             held_out = _images_of(config, data.held_out_split)
             if held_out.class_names != source.class_names:
                 raise SfdError(
-                    f"the held-out images have the classes {', '.join(held_out.class_names)}, those to train on "
+                    f"the held-out images have the classes {', '.join(held_out.class_names)}, the training images "
                     f"{', '.join(source.class_names)}: give both splits the same class folders"
                 )
             held_out = functools.partial(measure_visual_encoder, network), held_out

@@ -79,7 +79,7 @@ def check_data(config: ConfigDict, source: LatentStore | ReleasedLatents, found:
 
 
 def completed(config: ConfigDict, source: LatentStore | ReleasedLatents) -> ConfigDict:
-    """Return a config whose model.num_classes and model.input_size, where they are None, are those of the latents."""
+    """Return a config with model.num_classes and model.input_size, if None, taken from the latents."""
     config = config.copy_and_resolve_references()
     if config.model.num_classes is None:
         config.model.num_classes = len(source.class_names or ()) or max(source.label_counts()) + 1
@@ -117,13 +117,13 @@ def check_init(path: str, network: Network, made_from: Mapping[str, Any] | None)
     Args:
       path: of the checkpoint.
       network: the network to train.
-      made_from: the makers of the latents or features to train on, if known.
+      made_from: what made the latents or features to train on, if known.
 
     Returns:
       Its metadata, and notes on the differences.
 
     Raises:
-      SfdError: it is of another network, or of one of another shape.
+      SfdError: it is of another network or another shape.
     """
     start()  # Orbax asks JAX for its devices
     metadata = {**load_metadata(path), "given_as": f"--init={path}"}
@@ -132,7 +132,7 @@ def check_init(path: str, network: Network, made_from: Mapping[str, Any] | None)
     changed = [name for name in theirs if theirs[name] != ours[name] and name != "compute_dtype"]
     differing = f"--init={path} has " + ", ".join(f"{name} {theirs[name]} (here {ours[name]})" for name in changed)
     if shapes_by_name(saved.abstract_params()) != shapes_by_name(network.abstract_params()):
-        raise SfdError(f"{differing}: set config.model so, or start from another checkpoint")
+        raise SfdError(f"{differing}: set config.model accordingly, or start from another checkpoint")
     makers = other_makers(metadata.get("latents"), made_from)
     notes = [f"--init={path} was trained on latents or features of another {line}" for line in makers]
     return metadata, notes + ([differing] if changed else []) + average_notes(metadata)

@@ -71,13 +71,13 @@ def rotary_2d(head_width: int, grid_size: int) -> Rotary:
 def rotary_of_patches(head_width: int, rows: int, columns: int, leading: int, theta: float) -> Rotary:
     """Return the tables of DINOv3's rotary embedding for `rotate`.
 
-    The centre of a patch has coordinates in [-1, 1], whatever the size of the image. Features i and i + E/2 turn
-    together: in each half rows first and columns second, by 2 pi * coordinate * theta^(-4i / E).
+    The centre of a patch has coordinates in [-1, 1], whatever the size of the image. Features i and i + E/2
+    are a pair, turned by 2 pi * coordinate * theta^(-4i / E); in each half rows come first, then columns.
 
     Args:
       head_width: E, divisible by 4.
       rows, columns: patches along the sides.
-      leading: tokens before the patches, which are not turned.
+      leading: number of tokens before the patches; they are not turned.
       theta: base of the frequencies.
 
     Returns:
@@ -101,7 +101,7 @@ def rotate(x: jax.Array, tables: Rotary) -> jax.Array:
     but gives a TPU rows of width 2.
     """
     cos, *sines = (jnp.asarray(table)[None, :, None, :] for table in tables)
-    # Partners are neighbours, of which each table picks one, or lie half the width apart.
+    # A pair is two neighbours (one sine table for each side) or two features half the width apart.
     shifts = (-1, 1) if len(sines) == 2 else (x.shape[-1] // 2,)
     x = x.astype(jnp.float32)
     return sum((jnp.roll(x, shift, -1) * sin for shift, sin in zip(shifts, sines, strict=True)), x * cos)

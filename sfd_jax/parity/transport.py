@@ -1,7 +1,7 @@
 """The rest of the released transport library, with one clock: paths, predictions, losses, flows, SDE, likelihood.
 
-Two settings fail in the released code and have no answer in a pack: form "constant" with Heun, and a VP path without
-given epsilons. Here they work: both are ordinary cases of the same functions.
+Two settings fail in the released code, so a pack has no answer for them: form "constant" with Heun, and a VP path
+without given epsilons. They work here, as ordinary cases of the same functions.
 """
 
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ _THEIR_FORMS = {form: form for form in FORMS} | {
 
 
 def check_transport(case: Case, dtype: str) -> Iterator[Check]:
-    """Compare every answer of the case by the name that says what it is."""
+    """Compare every answer of the case; its name says what it is."""
     network, params = load_dit(case, dtype)
     layout, clocks, eps = layout_of(case), clocks_of(case), case.get("eps")
     labels = case.array("in_y").astype(np.int32)

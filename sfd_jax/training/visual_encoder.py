@@ -1,7 +1,7 @@
-"""Train a small DINOv2-shaped encoder on labels, for images where no released one is at hand.
+"""Train a small encoder with the architecture of DINOv2 on labels, where no released encoder is available.
 
-Class token and mean patch token each pass a linear classifier: the first makes a feature of the image, the
-second makes the patch tokens, which SFD compresses, carry what the image shows.
+The class token and the mean patch token each have a linear classifier. The first makes the class token a feature
+of the image; the second makes the patch tokens, which SFD compresses, carry what the image shows.
 
 Batches: `pixels` (B, H, W, 3) in [-1, 1], `labels` (B,).
 """
@@ -23,13 +23,13 @@ _OUTPUTS = {"cls": lambda out: out["cls_token"], "patches": lambda out: out["pat
 
 @dataclasses.dataclass(frozen=True)
 class VisualEncoderLoss:
-    """Classification, and how images are varied.
+    """Configure classification and augmentation.
 
     Attributes:
       num_classes: labels are 0..num_classes-1.
-      label_smoothing: share of the target spread over all classes.
-      shift: greatest shift along each axis, in pixels.
-      scale: greatest change of size, as a fraction.
+      label_smoothing: fraction of the target spread over all classes.
+      shift: maximum shift along each axis, in pixels.
+      scale: maximum change of size, as a fraction.
     """
 
     num_classes: int
@@ -41,13 +41,13 @@ class VisualEncoderLoss:
         check_fields("loss", self)
         if self.num_classes < 2:
             raise SfdError(
-                f"loss.num_classes={self.num_classes}: the encoder learns to tell classes apart and needs two; "
-                "for images of one class take a released encoder (`sfd fetch`)"
+                f"loss.num_classes={self.num_classes}: the encoder learns to distinguish classes and needs two; "
+                "for images of one class use a released encoder (`sfd fetch`)"
             )
 
 
 def visual_encoder_task(network: Network, settings: VisualEncoderLoss) -> Task:
-    """Return the task for a visual encoder with `tokens` ("dinov2") trained with labels.
+    """Return the task of training a visual encoder with a method `tokens` ("dinov2") on labels.
 
     Args:
       network: its `image_size` is the size at which it sees the images.
@@ -78,7 +78,7 @@ def visual_encoder_task(network: Network, settings: VisualEncoderLoss) -> Task:
 
 
 def measure_visual_encoder(network: Network, params: dict, batch: dict) -> dict[str, jax.Array]:
-    """Return whether class token and mean patch token are read rightly, one number a row.
+    """Return per image whether its class token and mean patch token are classified correctly.
 
     Args:
       network: the encoder.
@@ -96,20 +96,20 @@ def measure_visual_encoder(network: Network, params: dict, batch: dict) -> dict[
 
 
 def _logits(network: Network, params: dict, pixels: jax.Array) -> dict[str, jax.Array]:
-    """Return what each head says of images as the encoder sees them: whole, at its own size."""
+    """Return each head's logits of whole images, resized to the encoder's own size."""
     grid = network.config.image_size // network.config.patch_size
     output = network.apply(params["network"], pixels, grid, method="tokens")
     return {name: apply_head(params["heads"][name], read(output)) for name, read in _OUTPUTS.items()}
 
 
 def shift_and_scale(keys: jax.Array, pixels: jax.Array, shift: float, scale: float) -> jax.Array:
-    """Move and resize each image a little about its centre, bilinear; what comes into view is black.
+    """Shift each image and scale it about its centre, bilinearly; uncovered pixels are black.
 
     Args:
       keys: (B,), the randomness of each row.
       pixels: (B, H, W, 3) in [-1, 1].
-      shift: greatest shift along each axis, in pixels.
-      scale: greatest change of size, as a fraction.
+      shift: maximum shift along each axis, in pixels.
+      scale: maximum change of size, as a fraction.
 
     Returns:
       (B, H, W, 3) in [-1, 1].
@@ -124,5 +124,5 @@ def shift_and_scale(keys: jax.Array, pixels: jax.Array, shift: float, scale: flo
             image, image.shape, (0, 1), jnp.stack([factor, factor]), translation, "linear", antialias=False
         )
 
-    # Outside of the image the resampling reads 0, so black has to be 0 there.
+    # Resampling reads 0 outside the image, so black has to be 0.
     return jax.vmap(one)(keys, pixels + 1.0) - 1.0

@@ -96,14 +96,14 @@ def test_chosen_sizes_make_networks_that_fit_together(argument):
     [
         (["--images=none"], "no folder 'none'"),
         (["--images=loose"], "hold 9 images that have no class".replace("hold", "holds")),
-        (["--images=few"], "few holds 5 images; the demo needs 8 at least"),
-        (["--images=good", "--workdir=good/run"], "lie in one another"),
+        (["--images=few"], "few holds 5 images; the demo needs at least 8"),
+        (["--images=good", "--workdir=good/run"], "one is inside the other"),
         (["--images=good/a", "--workdir=good"], "that have no class"),
         (["--images=good", "--image_size=48"], "invalid choice: 48 (choose from 32, 64)"),
         (["--image_size=64"], "--image_size=64 has no effect without --images"),
         (["--no-flips"], "--flips=False has no effect without --images"),
-        (["--images=good", "--config=configs/digits.py:tiny"], "is for the digits; with --images leave it out"),
-        ([f"--config={CONFIG}"], "say where they are, --images=FOLDER"),
+        (["--images=good", "--config=configs/digits.py:tiny"], "is for the digits; omit it with --images"),
+        ([f"--config={CONFIG}"], "is for your own images: give --images=FOLDER"),
         (["--images=good", f"--config={CONFIG}:huge"], "unknown 'huge'"),
         (["--images=good", "--config.diffusion.train.stesp=3"], "did you mean 'steps'?"),
         (["--images=broken", "--workdir=out"], "2 images cannot be decoded"),
@@ -124,10 +124,10 @@ def test_what_newcomers_get_wrong_is_a_sentence(flags, says, tmp_path, monkeypat
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "demo.json").write_text(json.dumps({"stages": {}, **content}))
     assert main(["demo", *flags]) == 2
-    told = capsys.readouterr().err
-    assert says in told
+    printed = capsys.readouterr().err
+    assert says in printed
     if "broken" in flags[0]:
-        assert "3.jpg: not an image of a known format" in told and "4.jpg" in told
+        assert "3.jpg: not an image of a known format" in printed and "4.jpg" in printed
 
 
 def test_classes_that_are_numbers_with_gaps_are_names(tmp_path):
@@ -188,17 +188,17 @@ def test_a_copy_is_near_and_its_original_is_found():
 
 def test_numbers_that_few_images_do_not_give_are_left_out():
     assert results._metrics(129, 128, "images") == (("fid", "precision", "recall"), "")
-    wanted, told = results._metrics(60, 128, "images")
-    assert wanted == ("precision", "recall") and "takes more than 128 images" in told
-    wanted, told = results._metrics(6, 128, "images")
-    assert wanted == () and "Precision and recall are left out" in told and "has 6." in told
+    wanted, note = results._metrics(60, 128, "images")
+    assert wanted == ("precision", "recall") and "needs more than 128 images" in note
+    wanted, note = results._metrics(6, 128, "images")
+    assert wanted == () and "Precision and recall are left out" in note and "has 6." in note
 
 
 @pytest.mark.parametrize("ours, says", [(0.1, "near-copies"), (0.15, "some copy"), (0.25, "no sign of copying")])
 def test_copies_are_told_by_what_unseen_images_give(ours, says):
     near = lambda distance: {"nearest_training_image": distance}
     assert says in results._of_copies(near(ours), near(0.25), 5000)
-    assert "nothing says" in results._of_copies(near(ours), {}, 5000)
+    assert "No image was held out" in results._of_copies(near(ours), {}, 5000)
 
 
 @pytest.mark.slow
@@ -210,7 +210,7 @@ def test_a_tiny_run_ends_with_what_it_promises_and_goes_on(root, quick, tmp_path
     )
     done = start()
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "no image is held out of classes with fewer than 5: one" in done.stdout
+    assert "no image is held out in classes with fewer than 5 images: one" in done.stdout
     promised = ("samples.npz", "samples.png", "neighbours.png", "stages.png", "losses.png", "metrics.json", "report.md")
     assert not [name for name in promised if not (tmp_path / "run" / name).exists()]
     report = (tmp_path / "run" / "report.md").read_text()
@@ -224,7 +224,7 @@ def test_a_tiny_run_ends_with_what_it_promises_and_goes_on(root, quick, tmp_path
     images.rename(tmp_path / "moved")
     run[4], run[5] = f"--images={tmp_path / 'moved'}", f"--config={CONFIG}:tiny"
     done = start()
-    assert done.returncode == 0 and done.stdout.count("done before") == 10, done.stderr[-3000:]
+    assert done.returncode == 0 and done.stdout.count("already done") == 10, done.stderr[-3000:]
     shutil.copy(tmp_path / "moved" / "dog" / "0.jpg", tmp_path / "moved" / "dog" / "new.jpg")
     done = start()
     assert done.returncode == 2 and "holds the demo of other images" in done.stderr and "Traceback" not in done.stderr

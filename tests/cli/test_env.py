@@ -20,7 +20,7 @@ def test_it_tells_versions_devices_caches_and_hides_secrets(tmp_path, monkeypatc
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)  # then `sfd` sets it
     (tmp_path / "weights").write_bytes(bytes(2**20))
     assert main(["env"]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for wanted in (
         f"sfd_jax       {sfd_jax.__version__}",
         f"jax {importlib.metadata.version('jax')}",
@@ -30,9 +30,9 @@ def test_it_tells_versions_devices_caches_and_hides_secrets(tmp_path, monkeypatc
         "HF_TOKEN=(set, not shown)",
         "HF_ENDPOINT=https://...@hub.example",
     ):
-        assert wanted in told, told
-    assert "JAX_COMPILATION_CACHE_DIR" not in told
-    assert "hf_secret" not in told and "pw@" not in told and "EDITOR" not in told
+        assert wanted in printed, printed
+    assert "JAX_COMPILATION_CACHE_DIR" not in printed
+    assert "hf_secret" not in printed and "pw@" not in printed and "EDITOR" not in printed
 
 
 @pytest.mark.parametrize(

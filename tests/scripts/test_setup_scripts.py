@@ -88,7 +88,7 @@ def test_another_python_makes_the_environment_anew(checkout):
     )
     (checkout / ".venv/.installed").write_text("what that Python's stamp was\n")
     done = setup(checkout)
-    assert done.returncode == 0 and ".venv has Python 3.2.1; making it anew with Python 3." in done.stdout
+    assert done.returncode == 0 and ".venv has Python 3.2.1; creating it again with Python 3." in done.stdout
     assert not (checkout / ".venv/old").exists() and len(pip_calls(checkout)) == 2
 
 
@@ -163,7 +163,7 @@ def test_setup_makes_a_half_made_environment_anew(checkout, half):
     else:
         (old / "bin/python").write_text("#!/bin/sh\nexit 1\n")
     done = setup(checkout)
-    assert done.returncode == 0 and "half made" in done.stdout and not (old / "old").exists()
+    assert done.returncode == 0 and "is incomplete" in done.stdout and not (old / "old").exists()
 
 
 def test_setup_waits_for_another_one(checkout):
@@ -194,12 +194,12 @@ def test_tpu_setup_brings_a_python_where_the_image_has_an_old_one(checkout):
         (tools / name).chmod(0o755)
     (tools / "pip_plan").write_text("fail\n")
     done = run(checkout, "tpu_setup.sh")
-    assert done.returncode == 1 and "uv, which brings Python 3.13, could not be installed" in done.stderr
+    assert done.returncode == 1 and "uv, which installs Python 3.13, could not be installed" in done.stderr
     (tools / "uv_fails").touch()
     done = run(checkout, "tpu_setup.sh")
     assert (
         done.returncode == 1
-        and "Python 3.13 could not be fetched" in done.stderr
+        and "Python 3.13 could not be downloaded" in done.stderr
         and "PYTHON=python3.11" in done.stderr
     )
     (tools / "uv_fails").unlink()

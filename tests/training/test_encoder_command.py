@@ -69,7 +69,7 @@ def test_train_encoder_and_who_takes_its_folder(images, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ([], ("say where the images are",)),
+        ([], ("give the images",)),
         (["--config.data.path={}", "--config.data.split=one"], ("loss.num_classes=1", "needs two")),
         (["--config.data.path={}", "--config.data.held_out_split=other"], ("have the classes b, c", "a, b")),
         (["--config.data.path={}", "--config.data.image_size=30"], ("image_size 30 does not divide by patch_size 8",)),
@@ -80,8 +80,8 @@ def test_train_encoder_and_who_takes_its_folder(images, tmp_path, capsys):
 def test_check_of_an_encoder(flags, words, images, tmp_path, capsys):
     flags = ["--config=configs/visual_encoder.py:small", *(flag.format(images) for flag in flags)]
     status = run("train_encoder", *flags, f"--workdir={tmp_path / 'run'}", "--check")
-    told = capsys.readouterr()
-    assert status == (2 if words else 0) and all(word in told.err for word in words), told.err
+    printed = capsys.readouterr()
+    assert status == (2 if words else 0) and all(word in printed.err for word in words), printed.err
     assert not (tmp_path / "run").exists()
 
 
@@ -115,7 +115,9 @@ def test_init_of_a_single_network(name, tmp_path, capsys):
     size = 2 * config.model[wider]
     other, _ = drawn(tmp_path / "other", name, {**config.model.to_dict(), wider: size})
     assert run(COMMANDS[name], *flags, f"--init={other}") == 2
-    assert f"--init={other} has {wider} {size} (here {size // 2}): set config.model so" in capsys.readouterr().err
+    assert (
+        f"--init={other} has {wider} {size} (here {size // 2}): set config.model accordingly" in capsys.readouterr().err
+    )
     assert run(COMMANDS[name], *flags, f"--init={tmp_path / 'none'}") == 2
     assert "no checkpoint folder" in capsys.readouterr().err
     kind, _ = drawn(tmp_path / "kind", "semantic_vae" if name == "dinov2" else "dinov2", KINDS[name == "dinov2"])

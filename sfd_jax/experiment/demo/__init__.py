@@ -1,1 +1,1 @@
-"""The demo: every part of SFD trained on the digits, sampled, judged and drawn, in stages that a folder remembers."""
+"""The demo: train every part of SFD on digits or your own images, sample, judge and draw, in resumable stages."""

@@ -1,6 +1,6 @@
-"""Judges outside the project's own networks.
+"""Judges that use none of the project's networks.
 
-Of digits: a support vector classifier on the original 8x8 grey levels. Of any images: how near the training images lie.
+For digits: a support vector classifier on the original 8x8 grey levels. For any images: the nearest training image.
 """
 
 from typing import TYPE_CHECKING
@@ -32,16 +32,16 @@ def area_mean(images: np.ndarray, side: int) -> np.ndarray:
 
 
 def nearest_images(images: np.ndarray, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find the nearest of other images to each image: by root mean square of colours on a grid of 16x16.
+    """Find the image in `among` nearest to each image, by root mean square difference of colours at 16x16 pixels.
 
-    The grid makes a copy near even where it is a little softer than what it copies.
+    At this size a slightly blurred copy is still near.
 
     Args:
       images: uint8 (N, H, W, 3).
       among: uint8 (M, H, W, 3), M > 0.
 
     Returns:
-      Which it is, int (N,), and how far, float64 (N,) from 0 to 1.
+      Its index, int (N,), and its distance, float64 (N,) from 0 to 1.
     """
     pieces = lambda each: np.array_split(each, len(each) // 1000 + 1)  # as floats they are eight times as large
     small = lambda each: np.concatenate([area_mean(part / 255, 16) for part in pieces(each)]).reshape(len(each), 768)
@@ -52,7 +52,7 @@ def nearest_images(images: np.ndarray, among: np.ndarray) -> tuple[np.ndarray, n
 
 
 def train_judge(images_8x8: np.ndarray, labels: np.ndarray) -> "SVC":
-    """Fit the classifier.
+    """Fit the classifier of digits.
 
     Args:
       images_8x8: (B, 8, 8) grey levels 0..16, as shipped.
@@ -69,5 +69,5 @@ def train_judge(images_8x8: np.ndarray, labels: np.ndarray) -> "SVC":
 
 
 def accuracy(judge: "SVC", images: np.ndarray, labels: np.ndarray) -> float:
-    """Return the fraction of images, (B, H, W, 3) uint8, that the judge reads as their label."""
+    """Return the fraction of images, (B, H, W, 3) uint8, that the judge classifies as their label."""
     return float(np.mean(judge.predict(shrink_to_8x8(images)) == labels))

@@ -1,7 +1,7 @@
-"""A folder of one's own images, made ready for the demo: split by class, cropped once, kept in the work folder.
+"""A folder of your own images, prepared for the demo: split by class, cropped once, kept in the work folder.
 
-The stages then read PREPARED/{train,held_out}/CLASS/NUMBER.png as any folder of class folders, so that no photograph is
-decoded twice and the folder itself is needed no more.
+The stages read PREPARED/{train,held_out}/CLASS/NUMBER.png like any folder of class folders, so that each photograph is
+decoded only once.
 """
 
 import dataclasses
@@ -21,21 +21,21 @@ from sfd_jax.errors import SfdError, refuse
 from sfd_jax.files import PART
 
 PREPARED = "prepared"  # folder in the work folder
-MOST_IMAGES = 10_000  # the features of their two orientations are held in memory: 1.3 GB at most
+MOST_IMAGES = 10_000  # features of both orientations are kept in memory: at most 1.3 GB
 LEAST_IMAGES = 8
-HELD_OUT = 5  # one image of so many, in each class
-HEAD = 2**14  # bytes of a file that tell, with its name and size, whether it has changed
+HELD_OUT = 5  # one image in HELD_OUT of each class
+HEAD = 2**14  # bytes of a file that show, with its name and size, whether it has changed
 
 
 @dataclasses.dataclass(frozen=True)
 class OwnImages:
-    """Images of a folder, sorted and split.
+    """Images of a folder, split by class.
 
     Attributes:
       source: all of them, cropped when read.
-      train, held_out: int (N,), which of them are for what; disjoint.
+      train, held_out: int (N,), their indices in `source`; disjoint.
       classes: names of the classes that have images, by label.
-      notes: sentences on what was assumed.
+      notes: assumptions, as sentences.
     """
 
     source: ImageSource
@@ -45,29 +45,29 @@ class OwnImages:
     notes: list[str]
 
     def identity(self) -> str:
-        """Return a description that changes with the images, wherever their folder lies.
+        """Return a description that depends on the images but not on where their folder is.
 
         Raises:
-          SfdError: a file that cannot be read.
+          SfdError: a file cannot be read.
         """
         digest, dataset = hashlib.sha256(), self.source.dataset
         for index in range(len(dataset)):
             try:
                 with open(dataset.name(index), "rb") as file:
-                    told = (bytes(dataset.paths[index]), os.fstat(file.fileno()).st_size, file.read(HEAD))
+                    content = (bytes(dataset.paths[index]), os.fstat(file.fileno()).st_size, file.read(HEAD))
             except OSError as error:
                 raise SfdError(f"cannot read {self.source.name(index)}: {error.strerror}") from error
-            digest.update(repr(told).encode())
+            digest.update(repr(content).encode())
         return f"{len(dataset):,} images in {len(self.classes)} classes, content {digest.hexdigest()[:12]}"
 
     def prepare(self, workdir: Path) -> dict:
-        """Crop the images and write them below `workdir`; the folder appears when it is whole.
+        """Crop the images and write them below `workdir`; the folder appears once it is complete.
 
         Returns:
-          How many there are for training and held out.
+          The numbers of training and of held-out images.
 
         Raises:
-          SfdError: images that cannot be decoded, all named.
+          SfdError: images cannot be decoded; up to 20 are named.
         """
         part, faults = workdir / (PREPARED + PART), []
         shutil.rmtree(part, ignore_errors=True)
@@ -95,58 +95,58 @@ def find_images(folder: str, workdir: Path, image_size: int) -> OwnImages:
     """Find the images of a folder and split them.
 
     Args:
-      folder: with class folders, or with a folder "train" that holds them.
-      workdir: of the demo.
+      folder: a folder of class folders, or of a folder "train" that holds them.
+      workdir: the demo's work folder.
       image_size: side of the square that each will be cropped to, in pixels.
 
     Raises:
-      SfdError: no folder, no classes, too few images, or folders that lie in one another.
+      SfdError: no folder, no classes, too few images, or one folder is inside the other.
     """
     source = open_images("folder", folder, "train", image_size)
     there, out = Path(folder).resolve(), workdir.resolve()
     if out.is_relative_to(there) or there.is_relative_to(out):
-        raise SfdError(f"--workdir={workdir} and --images={folder} lie in one another; take a --workdir elsewhere")
+        raise SfdError(f"--workdir={workdir} and --images={folder}: one is inside the other; choose another --workdir")
     labels = source.dataset.labels
     train, held_out = split_images(labels)
     if len(train) < LEAST_IMAGES:
-        refuse([f"{folder} holds {len(labels)} images; the demo needs {LEAST_IMAGES} at least, better hundreds"])
+        refuse([f"{folder} holds {len(labels)} images; the demo needs at least {LEAST_IMAGES}, better hundreds"])
     present = np.unique(labels).tolist()
-    # Numbers with gaps between them would be read as labels without images; other names are those of no class.
+    # Numbers with gaps would become labels without images; some names are not accepted as those of classes.
     strange = {name.lower() for name in source.class_names} & (NO_CLASS | SPLITS)
     prefix = "class_" if strange or len(present) < len(source.class_names) else ""
     classes = {label: prefix + source.class_names[label] for label in present}
     notes = [note for note in source.notes if "its own folders are taken" not in note]
     if len(train) + len(held_out) < len(labels):
         notes.append(
-            f"{len(train) + len(held_out):,} of the {len(labels):,} images are used, about equally many of each class: "
-            "what more would teach takes longer than a demo: `sfd extract` and `sfd train` have no such limit"
+            f"only {len(train) + len(held_out):,} of the {len(labels):,} images are used, about equally many of each "
+            "class, to keep the demo short; `sfd extract` and `sfd train` have no such limit"
         )
     if small := [classes[label] for label in present if label not in labels[held_out]]:
         notes.append(
-            f"no image is held out of classes with fewer than {HELD_OUT}: {', '.join(small[:5])}"
+            f"no image is held out in classes with fewer than {HELD_OUT} images: {', '.join(small[:5])}"
             f"{', ...' if len(small) > 5 else ''} ({len(small)} of {len(present)})"
         )
     if len(present) == 1:
         notes.append(
-            "there is one class, so no labels to train the visual encoder with: it learns how an image is turned (0, "
-            "90, 180 or 270 degrees), and no judge reads labels"
+            "with a single class, the visual encoder learns the rotation of an image (0, 90, 180 or 270 degrees), "
+            "not labels, and samples are not classified"
         )
     return OwnImages(source, train, held_out, classes, notes)
 
 
 def split_images(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Split images into those to train on and those held out: of each class a fifth, rounded down.
+    """Split images into training and held-out images: a fifth of each class, rounded down, is held out.
 
     Args:
       labels: int (N,).
 
     Returns:
-      Indices, ascending, for training and held out, MOST_IMAGES together; the same in every run.
+      Ascending indices of training and held-out images, at most MOST_IMAGES together; the same in every run.
     """
-    random, rank = np.random.RandomState(0), np.empty(len(labels), int)  # a stream that numpy keeps
+    random, rank = np.random.RandomState(0), np.empty(len(labels), int)  # a stream that NumPy guarantees
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         rank[random.permutation(members)] = np.arange(len(members))
-    kept = np.sort(np.argsort(rank, kind="stable")[:MOST_IMAGES])  # of each class as many, as far as it has them
+    kept = np.sort(np.argsort(rank, kind="stable")[:MOST_IMAGES])  # equally many of each class, as far as it has them
     held_out = rank[kept] < np.bincount(labels[kept])[labels[kept]] // HELD_OUT
     return kept[~held_out], kept[held_out]

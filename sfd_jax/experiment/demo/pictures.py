@@ -1,6 +1,6 @@
-"""The demo's pictures: samples by class beside real images and beside their nearest ones, one emerging, the losses.
+"""The demo's pictures: samples by class, samples and their nearest images, one image emerging, the losses.
 
-Every function takes arrays and writes one PNG; matplotlib is imported only here, without a display.
+Every function takes arrays and writes one PNG; matplotlib is imported only here, and needs no display.
 """
 
 from pathlib import Path
@@ -38,7 +38,7 @@ def draw_samples(
     class_names: list[str],
     columns: int = 12,
 ) -> None:
-    """Draw a row of samples a class, with a column of real images of the class at the left.
+    """Draw a row of samples per class, with a real image of the class at the left.
 
     Args:
       path: PNG to write.
@@ -47,7 +47,7 @@ def draw_samples(
       real: (M, H, W, 3) uint8, of every class; the first of each is shown.
       real_labels: (M,) int.
       class_names: by label.
-      columns: samples a row.
+      columns: samples per row.
     """
     classes = np.unique(labels)[:MOST_ROWS]
     _, height, width, _ = samples.shape
@@ -73,7 +73,7 @@ def draw_samples(
 
 
 def _short(name: str, most: int = 18) -> str:
-    """Return a class name as it stands beside a picture; a dollar sign would start a formula."""
+    """Return a class name shortened for a picture; a dollar sign would start a formula."""
     return (name if len(name) <= most else name[: most - 3] + "...").replace("$", r"\$")
 
 
@@ -86,7 +86,7 @@ def draw_neighbours(
       path: PNG to write.
       samples, nearest: (N, H, W, 3) uint8.
       distances: (N,).
-      columns: pairs a row.
+      columns: pairs per row.
     """
     pyplot, rows = _pyplot(), -(-len(samples) // columns)
     figure, axes = pyplot.subplots(rows, columns, figsize=(1.1 * columns + 0.5, 2.4 * rows), squeeze=False)
@@ -135,7 +135,7 @@ def draw_stages(
     decoded: np.ndarray,
     title: str,
 ) -> None:
-    """Draw how one image emerges: semantic latent as colours above, decoded texture below, tau rightward.
+    """Draw how one image emerges: semantic latent as colours above, decoded texture below, tau to the right.
 
     Args:
       path: PNG to write.
@@ -164,7 +164,7 @@ def draw_stages(
 
 
 def draw_losses(path: Path, curves: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]) -> None:
-    """Draw the loss curves of every stage, a panel a stage.
+    """Draw the loss curves of every stage, one panel each.
 
     Args:
       path: PNG to write.

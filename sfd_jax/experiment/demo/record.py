@@ -1,4 +1,4 @@
-"""What the demo remembers between starts: whose folder it is, which stages are done, how long they took."""
+"""The demo's record in its work folder: configuration, images, finished stages and their times."""
 
 import contextlib
 import json
@@ -12,14 +12,14 @@ from sfd_jax.errors import SfdError
 from sfd_jax.files import differences, write_json
 from sfd_jax.training.record import upgraded
 
-FORMAT = 2  # of the work folder; another number where its stages would read what an earlier version wrote otherwise
+FORMAT = 2  # of the work folder; changes when stages would misread what an earlier version wrote
 
 
 class DemoRecord:
-    """The work folder of one demo run, `demo.json` in it.
+    """The record of one demo run, `demo.json` in its work folder.
 
-    The file is replaced whole at the end of each stage, so a kill loses at most the stage under way, and
-    that one goes on from its own checkpoints, shards or chunks.
+    The file is replaced atomically at the end of each stage. After a kill, the interrupted stage continues
+    from its own checkpoints, shards or chunks.
     """
 
     def __init__(self, workdir: Path, config: dict, images: str = "digits", chosen_for: str = ""):
@@ -28,12 +28,12 @@ class DemoRecord:
         Args:
           workdir: made where needed.
           config: JSON-able; everything that decides the run's numbers.
-          images: on which images.
-          chosen_for: argument of the config's file, for who goes on.
+          images: description of the images.
+          chosen_for: argument of the config file, needed to continue.
 
         Raises:
-          SfdError: the folder cannot be written to, or holds the run of another configuration, of other images or of
-            another version.
+          SfdError: the folder cannot be written, or holds a run of another configuration, other images or another
+            version.
         """
         self.workdir = workdir
         self._path = workdir / "demo.json"
@@ -54,7 +54,7 @@ class DemoRecord:
             if differing:
                 raise SfdError(
                     f"{workdir} holds the demo of another configuration; nothing was changed. Choose another "
-                    "--workdir, or set these back:\n  " + "\n  ".join(differing)
+                    "--workdir, or restore these values:\n  " + "\n  ".join(differing)
                 )
             self._content = found
 
@@ -66,7 +66,7 @@ class DemoRecord:
     def run(self, name: str, title: str, stage: Callable[[], dict | None]) -> None:
         """Run a stage unless it is done; `stage()` returns a JSON-able dict for the report."""
         if name in self.stages:
-            print(f"[{name}] done before", flush=True)
+            print(f"[{name}] already done", flush=True)
             return
         print(f"[{name}] {title}", flush=True)
         start = time.monotonic()
@@ -84,7 +84,7 @@ class DemoRecord:
 
 
 def read_record(workdir: Path) -> dict | None:
-    """Return what `demo.json` holds, None where there is none.
+    """Return the content of `demo.json`, or None if there is none.
 
     Raises:
       SfdError: it is damaged, or of another version.
@@ -94,25 +94,25 @@ def read_record(workdir: Path) -> dict | None:
         found = json.loads(path.read_text()) if path.exists() else None
     if found is not None and (not isinstance(found, dict) or found.get("format") != FORMAT):
         raise SfdError(
-            f"{workdir} holds a demo begun by another version of sfd_jax, which this one cannot go on with; nothing "
-            "was changed. Choose another --workdir"
+            f"{workdir} holds a demo begun by another version of sfd_jax, which this one cannot continue; nothing was "
+            "changed. Choose another --workdir"
         )
     return found
 
 
 @contextlib.contextmanager
 def writing(workdir: Path) -> Iterator[None]:
-    """Turn an OSError or a damaged record under `workdir` into a sentence."""
+    """Turn an OSError or a damaged record under `workdir` into an SfdError."""
     try:
         yield
     except OSError as error:
         raise SfdError(
-            f"the work folder {workdir} cannot be used: {error}. What is finished is kept: free some space or "
-            "choose another --workdir, then run the same command again"
+            f"the work folder {workdir} cannot be used: {error}. Finished work is kept: free some space and run the "
+            "same command again, or choose another --workdir"
         ) from error
     except json.JSONDecodeError as error:
         raise SfdError(
-            f"{workdir / 'demo.json'} is damaged ({error}); remove it to have the stages looked at anew"
+            f"{workdir / 'demo.json'} is damaged ({error}); remove it and run again, to go through the stages anew"
         ) from error
 
 

@@ -42,7 +42,7 @@ def open_sampler(demo: Demo) -> Sampler:
 
 
 def make_samples(demo: Demo) -> dict:
-    """Make the samples in resumable chunks, then `samples.npz` of them."""
+    """Make the samples in resumable chunks, then write `samples.npz`."""
     settings = demo.config.sample
     sampler = open_sampler(demo)
     labels = balanced_labels(settings.num, sampler.num_classes)
@@ -58,15 +58,15 @@ def make_samples(demo: Demo) -> dict:
     write_text(demo.workdir / "recipe.json", (folder / "recipe.json").read_text())
     write_samples_npz(folder).replace(demo.workdir / "samples.npz")
     recipe = json.loads((folder / "recipe.json").read_text())
-    return {"images": int(settings.num), "network evaluations a sample": round(recipe["nfe"]["mean"], 1)}
+    return {"images": int(settings.num), "network evaluations per sample": round(recipe["nfe"]["mean"], 1)}
 
 
 def measure(demo: Demo) -> dict:
-    """Judge the samples and, beside them, real images by the same yardsticks; write `metrics.json`."""
+    """Measure the samples and, for comparison, real images; write `metrics.json`."""
     samples, labels = load_samples(demo)
     real, real_labels = demo.images("train")
     held_out, held_out_labels = demo.images("held_out")
-    # As many real training images as samples, where there are as many.
+    # As many real training images as samples, if there are enough.
     chosen = np.random.default_rng(0).permutation(len(real))[: len(samples)]
     accuracy, of_reader = _reader(demo)
     noun = "digits" if demo.digits else "images"
@@ -98,7 +98,7 @@ def measure(demo: Demo) -> dict:
     }
     metrics["about"] = {
         "read_as_label": of_reader,
-        "others": f"against {len(held_out)} held-out {noun}, class token of the demo's encoder, k=3 manifolds"
+        "others": f"against the {len(held_out)} held-out {noun}, in class tokens of the demo's encoder, k=3 manifolds"
         if wanted
         else "",
         "left_out": left_out,
@@ -116,41 +116,39 @@ def load_samples(demo: Demo) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _reader(demo: Demo) -> tuple[Callable[[np.ndarray, np.ndarray], float] | None, str]:
-    """Return what tells the share of images that show their label, None for a single class, and what it is."""
+    """Return a function for the fraction of images classified as their label, or None, and its description."""
     if demo.digits:
         reader = judge.train_judge(*digits_8x8("train"))
         accuracy = lambda images, labels: judge.accuracy(reader, images, labels)
-        return accuracy, "fraction read as their label by a support vector classifier of 8x8 training digits"
+        return accuracy, "fraction that a support vector classifier of 8x8 training digits assigns to their label"
     if len(demo.class_names) == 1:
-        return None, "left out: there is one class"
+        return None, "not measured, since there is one class"
     accuracy = lambda images, labels: float(np.mean(read_labels(demo, images) == labels))
     return accuracy, (
-        "fraction whose nearest class mean of training features is that of their label. The features are of this run's "
-        "own encoder, which was trained with these labels: no independent judge. Its answer on held-out images says "
-        "how far to trust it"
+        "fraction of images whose features are nearest to the mean training features of their class. The features are "
+        "those of this run's encoder, which was trained on these labels, so it is no independent judge. Its value on "
+        "held-out images shows how far to trust it"
     )
 
 
 def _metrics(images: int, width: int, noun: str) -> tuple[tuple[str, ...], str]:
-    """Return the metrics that the smallest of the sets compared allows, and a sentence on those left out."""
+    """Return the metrics for which the smallest compared set is large enough, and a note on those left out."""
     least = {"fid": width + 1, "precision": LEAST_FOR_MANIFOLDS, "recall": LEAST_FOR_MANIFOLDS}
     wanted = tuple(name for name, count in least.items() if images >= count)
-    told = []
+    notes = []
     if "fid" not in wanted:
-        told.append(
-            f"The Frechet distance is left out: a covariance of {width} features takes more than {width} {noun}"
+        notes.append(
+            f"The Frechet distance is left out: a covariance of {width} features needs more than {width} {noun}"
         )
     if "recall" not in wanted:
-        told.append(
-            f"Precision and recall are left out: manifolds of k=3 say little below {LEAST_FOR_MANIFOLDS} {noun}"
-        )
-    if told:
-        told.append(f"The smallest set here (samples, training, held out) has {images}")
-    return wanted, "".join(f"{sentence}. " for sentence in told).strip()
+        notes.append(f"Precision and recall are left out: with k=3 they need at least {LEAST_FOR_MANIFOLDS} {noun}")
+    if notes:
+        notes.append(f"The smallest set compared (samples, training, held-out) has {images}")
+    return wanted, "".join(f"{sentence}. " for sentence in notes).strip()
 
 
 def nearest_in_training(demo: Demo, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the training image nearest to each of `images`, mirrored or not: uint8 (N,H,W,3), and how far (N,)."""
+    """Return the training image, perhaps mirrored, nearest to each image, (N,H,W,3) uint8, and its distance (N,)."""
     real, _ = demo.images("train")
     if demo.flips:
         real = np.concatenate([real, mirrored(real, np.ones(len(real), bool))])
@@ -159,18 +157,18 @@ def nearest_in_training(demo: Demo, images: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _of_copies(samples: dict, held_out: dict, count: int) -> str:
-    """Say whether the samples are copies of the training images."""
+    """Say whether the samples are copies of training images."""
     ours, theirs = (group.get("nearest_training_image") for group in (samples, held_out))
-    told = f"Half of the samples lie within {ours} of a training image (0 is the same, 1 black against white)"
-    few = " With so few training images that is to be expected: add images." if count < 1000 else ""
+    near = f"Half of the samples are within {ours} of a training image (0: identical, 1: black against white)"
+    few = f" With only {count} training images, copies are to be expected; more images help." if count < 1000 else ""
     if theirs is None:
-        return f"{told}. No image was held out, so nothing says what an image that was never seen would give.{few}"
-    told = f"{told}; half of the held-out images, which were never seen, within {theirs}."
+        return f"{near}. No image was held out to compare this with.{few}"
+    near = f"{near}; half of the held-out images, never trained on, are within {theirs}."
     if ours < 0.5 * theirs:
-        return f"{told} Most samples are near-copies of training images.{few}"
+        return f"{near} Most samples are near-copies of training images.{few}"
     if ours < 0.8 * theirs:
-        return f"{told} The samples are nearer than unseen images are: some copy training images.{few}"
-    return f"{told} The samples are not much nearer than unseen images are: no sign of copying."
+        return f"{near} The samples are nearer than unseen images: some copy training images.{few}"
+    return f"{near} The samples are not much nearer than unseen images: no sign of copying."
 
 
 def draw_pictures(demo: Demo) -> dict:
@@ -230,8 +228,8 @@ def _curves(folder: Path, names: tuple[str, ...]) -> dict[str, tuple[np.ndarray,
 
 
 def sizes(demo: Demo) -> list[str]:
-    """Return a table of what is trained and how long, in Markdown."""
-    lines = ["| stage | steps | images a step | width |", "|---|---|---|---|"]
+    """Return a Markdown table of what is trained and for how long."""
+    lines = ["| stage | steps | images per step | width |", "|---|---|---|---|"]
     for stage in ("texture_vae", "encoder", "semantic_vae", "diffusion", "weak"):
         config = demo.config[stage]
         width = next(config.model[name] for name in ("width", "hidden_dim", "ch") if name in config.model)
@@ -240,7 +238,7 @@ def sizes(demo: Demo) -> list[str]:
 
 
 def write_report(demo: Demo, stages: dict[str, dict], assumed: list[str]) -> None:
-    """Write `report.md`: what was made, how it is judged, what each stage took, what was assumed."""
+    """Write `report.md`: samples, metrics, assumptions, sizes and times."""
     metrics = json.loads((demo.workdir / "metrics.json").read_text())
     about = metrics.pop("about")
     total = sum(stage["seconds"] for stage in stages.values())
@@ -259,38 +257,38 @@ def write_report(demo: Demo, stages: dict[str, dict], assumed: list[str]) -> Non
     lines = [
         f"# {what} by Semantic-First Diffusion",
         "",
-        f"{about['images']} samples in [samples.npz](samples.npz) (`arr_0` images, `arr_1` labels), made "
-        "as [recipe.json](recipe.json) says; numbers in [metrics.json](metrics.json).",
+        f"{about['images']} samples are in [samples.npz](samples.npz) (`arr_0` images, `arr_1` labels), their settings "
+        "in [recipe.json](recipe.json), the metrics below in [metrics.json](metrics.json).",
         "",
         f"![samples by class, real {noun} at the left](samples.png)",
         *([f"\nThe first {pictures.MOST_ROWS} of {len(demo.class_names)} classes are shown."] if more > 0 else []),
         "",
         "![samples above their nearest training images](neighbours.png)",
         "",
-        f"Below each sample is its nearest training image, and how far it is. {about['copies']}",
+        f"Below each sample: its nearest training image, and the distance to it. {about['copies']}",
         "",
         "![how one image emerges](stages.png)",
         "",
         "![losses of all stages](losses.png)",
         "",
-        "| images | read as their label | Frechet distance | precision | recall | nearest training image |",
+        "| images | classified as their label | Frechet distance | precision | recall | nearest training image |",
         "|---|---|---|---|---|---|",
         *rows,
         "",
-        f"Read as their label: {about['read_as_label']}. Nearest training image: median of the root mean square "
-        "difference of colours on a grid of 16x16."
+        f"Classified as their label: {about['read_as_label']}. Nearest training image: the median distance, which is "
+        "the root mean square difference of colours at 16x16 pixels."
         + (f" Frechet distance, precision and recall: {about['others']}." if about["others"] else "")
         + (f" {about['left_out']}" if about["left_out"] else ""),
         "",
-        *(["What was assumed:", "", *(f"- {note}" for note in assumed), ""] if assumed else []),
+        *(["Assumptions:", "", *(f"- {note}" for note in assumed), ""] if assumed else []),
         *sizes(demo),
         "",
         "| stage | seconds | result |",
         "|---|---|---|",
         *took,
         "",
-        f"{total:.0f} s in all, at most {peak:.1f} GiB of memory, seed {demo.config.seed}. A stage that was "
-        "interrupted shows the seconds of its last start.",
+        f"{total:.0f} s in all, at most {peak:.1f} GiB of memory, seed {demo.config.seed}. For a stage that was "
+        "interrupted, only the seconds since its last start count.",
         "",
     ]
     write_text(demo.workdir / "report.md", "\n".join(lines))

@@ -1,10 +1,10 @@
-"""The demo's stages up to the trained models: each what its command does, with a small config.
+"""The demo's stages up to the trained models: each does what its command does, with a small config.
 
     images -> texture VAE -> texture latents  \\
     images -> encoder -> features -> Semantic VAE -> semantic latents  -> latent shards -> diffusion models
 
-A stage reads what earlier ones wrote to the work folder, so that a run that goes on does what an
-uninterrupted one does.
+A stage reads only what earlier ones wrote to the work folder, so a continued run does the same as an
+uninterrupted one.
 """
 
 import dataclasses
@@ -33,11 +33,11 @@ from sfd_jax.training.semantic_vae import measure_semantic_vae
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """What every stage needs.
+    """The configuration and work folder of a run, and access to its images and checkpoints.
 
     Attributes:
       config: configs/digits.py or configs/own_images.py.
-      workdir: one folder a stage in it.
+      workdir: has one folder per stage.
     """
 
     config: ConfigDict
@@ -50,12 +50,12 @@ class Demo:
 
     @property
     def flips(self) -> bool:
-        """Whether mirrored images count as images; a mirrored digit is no digit."""
+        """Whether mirrored images are trained on too; a mirrored digit is not a digit."""
         return self.config.extract.flips
 
     @property
     def data(self) -> dict:
-        """Where the images are, as the stages' configs say it."""
+        """The group `data` of the stages' configs."""
         data = self.config.data.to_dict()
         return data if self.digits else {**data, "path": str(self.workdir / PREPARED)}
 
@@ -65,12 +65,12 @@ class Demo:
 
     def images(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the images of a split: pixels uint8 (N,H,W,3), labels (N,)."""
-        if not (self.digits or (self.workdir / PREPARED / split).is_dir()):  # all classes are too small
+        if not (self.digits or (self.workdir / PREPARED / split).is_dir()):  # no class is large enough
             size = self.data["image_size"]
             return np.empty((0, size, size, 3), np.uint8), np.empty(0, int)
         source = self.source(split)
         records = list(source)
-        # By name: not every class need have held-out images.
+        # By name, since a class may have no held-out images.
         labels = {name: label for label, name in enumerate(self.class_names)}
         labels = [labels[source.class_names[record["label"]]] for record in records]
         return np.stack([record["pixels"] for record in records]), np.array(labels)
@@ -81,11 +81,11 @@ class Demo:
         return self.source("train").class_names
 
     def open(self, stage: str) -> OpenCheckpoint:
-        """Open what a stage has trained."""
+        """Open the checkpoint that a stage has trained."""
         return open_checkpoint(str(self.workdir / stage))
 
     def stage_config(self, stage: str, **data: Any) -> ConfigDict:
-        """Return a stage's config in the shape that its training command takes; `data` goes into its group `data`."""
+        """Return a stage's config as its training command takes it; `data` is merged into its group `data`."""
         config = self.config[stage].copy_and_resolve_references().unlock()
         config.seed, config.mesh = self.config.seed, self.config.mesh.to_dict()
         here = {"workers": 0, "flips": self.flips, **self.data, **data}
@@ -93,7 +93,7 @@ class Demo:
         return config
 
     def train(self, stage: str, run: Run, *, cache: bool = True) -> None:
-        """Train a run into the stage's folder, its records in memory."""
+        """Train a run into the stage's folder; `cache` keeps its records in memory."""
         train(dataclasses.replace(run, cache=cache), str(self.workdir / stage), table=False)
 
     def visual_encoder(self) -> tuple[VisualEncoder, dict]:
@@ -104,13 +104,13 @@ class Demo:
 
 
 def by_pieces(function: Callable, params: dict, rows: np.ndarray, size: int = 2048) -> np.ndarray:
-    """Return `function(params, rows)`, an answer for each row (N, ...), computed `size` rows at a time."""
+    """Return `function(params, rows)`, one result per row (N, ...), computed `size` rows at a time."""
     starts = range(0, len(rows), size)
     return np.concatenate([np.asarray(function(params, rows[start : start + size])) for start in starts])
 
 
 def train_texture_vae(demo: Demo) -> dict:
-    """Train the texture VAE on the training images; report how held-out ones come back."""
+    """Train the texture VAE on the training images; return the PSNR of held-out ones."""
     config = demo.stage_config("texture_vae", split="train", held_out_split="")
     config.lpips = ""
     demo.train("texture_vae", training.open_texture_vae(config))
@@ -131,7 +131,7 @@ def train_texture_vae(demo: Demo) -> dict:
 
 
 def train_encoder(demo: Demo) -> dict:
-    """Train the visual encoder on the training images, since no released weight is at hand."""
+    """Train the visual encoder on the training images, since the demo downloads no released one."""
     run = training.open_visual_encoder(demo.stage_config("encoder", split="train"))
     if len(demo.class_names) == 1:
         run = dataclasses.replace(run, source=Rotated(run.source))
@@ -143,9 +143,9 @@ def train_encoder(demo: Demo) -> dict:
 
 
 class Rotated:
-    """Each image turned by 0, 90, 180 and 270 degrees, with the quarter turns as its label.
+    """Each image rotated by 0, 90, 180 and 270 degrees, with the number of quarter turns as its label.
 
-    What teaches an encoder without classes (Gidaris et al. 2018, arXiv 1803.07728).
+    This trains an encoder without classes (Gidaris et al. 2018, arXiv 1803.07728).
     """
 
     def __init__(self, source: ImageSource):
@@ -161,7 +161,7 @@ class Rotated:
 
 
 def read_labels(demo: Demo, pixels: np.ndarray) -> np.ndarray:
-    """Read images by the nearest class mean of the encoder's training features: no head is needed.
+    """Classify images by the nearest class mean of the encoder's training features, without a head.
 
     Args:
       demo: with a trained encoder.
@@ -236,11 +236,11 @@ def extract(demo: Demo) -> dict:
 
 
 def train_diffusion(demo: Demo, stage: str) -> dict:
-    """Train a diffusion model ("diffusion") or its weaker companion for AutoGuidance ("weak")."""
+    """Train the diffusion model ("diffusion") or the weaker one for AutoGuidance ("weak")."""
     no_networks = {"repa_source": "stored", "semantic_vae": "", "visual_encoder": ""}
     config = demo.stage_config(stage, **no_networks)
     config.data.path = str(demo.workdir / "latents")
-    if stage == "diffusion":  # how `sfd sample` and `Pipeline` sample from it, unless told otherwise
+    if stage == "diffusion":  # the default settings of `sfd sample` and `Pipeline`
         config.sample = demo.config.sample
     run = training.open_diffusion(config)
     demo.train(stage, run)

@@ -1,14 +1,13 @@
-"""Visual encoders: networks that turn an image into one feature vector a patch, behind one interface.
+"""Visual encoders: networks that turn an image into one feature vector per patch, behind one interface.
 
 The module class `Cls(config, *, rngs)` of an encoder owns its preprocessing:
 
   patch_features(pixels, grid)  pixels (B,S,S,3) float32 in [-1,1], any size S -> (B, grid*grid, F) by rows
-  class_token(images, size)     images (B,H,W,3) float32, 0..255 -> (B,F) float32, as it sees them at size x size pixels
-                                in released metrics; left out where there is none
+  class_token(images, size)     images (B,H,W,3) float32, 0..255 -> (B,F) float32, the feature of metrics; images are
+                                resized to size x size pixels as in the released metrics. Optional
 
-Its config has `patch_size`, `feature_width` (F) and, beside a class token, `metric_size` and
-`metric_name(trained_here)`.
-`tiles.py` knows at which grid an image is seen, and in how many tiles. docs/extend.md tells how to add one.
+Its config has `patch_size`, `feature_width` (F) and, with `class_token`, `metric_size` and
+`metric_name(trained_here)`. `tiles.py` computes the grid and tiles of an image. docs/extend.md adds an encoder.
 """
 
 from collections.abc import Mapping
@@ -28,12 +27,12 @@ ENCODERS: Registry[type[nnx.Module]] = Registry("visual encoder")
 
 
 def register_encoder(name: str, config: type, network: type[nnx.Module], formats: Mapping[str, Any] = {}) -> None:
-    """Make a visual encoder known to checkpoints, `sfd convert`, extraction, REPA and metrics.
+    """Register a visual encoder for checkpoints, `sfd convert`, extraction, REPA and metrics.
 
     Args:
-      name: what checkpoints call it.
+      name: its name in checkpoints.
       config: its config, a frozen dataclass of JSON-able fields.
-      network: its module class, as this package's docstring tells.
+      network: its module class; see this package's docstring.
       formats: released files that `sfd convert` reads and writes, by name; each as in `sfd_jax.convert`.
 
     Raises:
@@ -52,7 +51,7 @@ register_encoder("siglip2", Siglip2Config, ViT)
 register_encoder("clip", ClipConfig, ViT)
 register_encoder("mae", MaeConfig, ViT)
 
-# As `sfd fetch` and the configs call them -> network and size.
+# Name in `sfd fetch` and the configs -> network and size.
 RELEASED = {
     "dinov2_vitb14_reg": ("dinov2", "B"),
     "dinov3_s": ("dinov3", "S"),
@@ -65,11 +64,11 @@ RELEASED = {
 
 
 def released_encoder(name: str = "dinov2_vitb14_reg", **changes: Any) -> Network:
-    """Return the network of a released encoder, with fields set otherwise.
+    """Return the network of a released encoder, with changed fields.
 
     Args:
       name: a key of RELEASED; by default the encoder that the released latents were made with.
-      changes: fields of its config.
+      changes: config fields with other values.
     """
     network, size = RELEASED[name]
     return Network(network, DINOV2_SIZES[size] | changes)

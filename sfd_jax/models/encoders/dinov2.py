@@ -1,4 +1,4 @@
-"""DINOv2: the encoder whose patch features the semantic latents come from.
+"""DINOv2, whose patch features the Semantic VAE compresses to semantic latents.
 
 The released one is ViT-B/14 with 4 registers, 224 px: N = 256 patches, D = 768.
 
@@ -26,7 +26,7 @@ DINOV2_SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class DinoV2Config(ViTConfig):
-    """Say which DINOv2; fields are explained in `ViTConfig`.
+    """Describe a DINOv2; `ViTConfig` explains the fields.
 
     LayerScale starts at 1, which suits short training from scratch; DINOv2's own pre-training started at 1e-5.
     """
@@ -44,12 +44,12 @@ class DinoV2Config(ViTConfig):
         return 224
 
     def metric_name(self, trained_here: bool) -> str:
-        """Return "dinov2" for the encoder of the released FD-DINOv2, else a name that says which encoder it is."""
+        """Return "dinov2" for the encoder of the released FD-DINOv2, else a name that identifies the encoder."""
         registers = f"_reg{self.num_registers}" if self.num_registers else ""
         same = ("width", "depth", "num_heads", "ffn")
         released = {name: dinov2_config(name) for name in DINOV2_SIZES}
         sizes = [name for name, known in released.items() if all(getattr(known, f) == getattr(self, f) for f in same)]
-        if not sizes or self.patch_size != 14 or trained_here:  # DINOv2's shape and no DINOv2
+        if not sizes or self.patch_size != 14 or trained_here:  # not a released DINOv2
             return f"encoder_w{self.width}_d{self.depth}_p{self.patch_size}{registers}"
         return "dinov2" if sizes == ["L"] and not registers else f"dinov2_vit{sizes[0].lower()}14{registers}"
 
@@ -83,8 +83,8 @@ class DinoV2(ViT):
     def resize_table(self, table: jax.Array, rows: int, columns: int) -> jax.Array:
         """Resize a position table (1, H, W, D) to (1, rows, columns, D).
 
-        Bicubic: with antialias in models with registers; in those without, no antialias and the
-        scale computed for 0.1 patches more, as each kind was released.
+        Bicubic, as released: with antialias if the model has registers; else without antialias and with the
+        scale computed for 0.1 patches more.
         """
         if self.config.num_registers:
             return jax.image.resize(table, (1, rows, columns, table.shape[-1]), "cubic", antialias=True)

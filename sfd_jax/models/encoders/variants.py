@@ -1,6 +1,6 @@
-"""DINOv3, SigLIP 2, CLIP and MAE: where each differs from the vision transformer that they share.
+"""DINOv3, SigLIP 2, CLIP and MAE: how each differs from the shared vision transformer.
 
-256 px are 16 x 16 patches of size 16, as many as DINOv2 makes of 14 x 14 pixels, so the images stay as they are.
+At patch size 16, 256 px are 16 x 16 patches, as many as DINOv2 has at 224 px, so images are not resized.
 
 Source: transformers, modeling_dinov3_vit.py, modeling_siglip.py, modeling_clip.py, modeling_vit_mae.py.
 """
@@ -27,7 +27,7 @@ class DinoV3Config(ViTConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Siglip2Config(ViTConfig):
-    """The image tower of SigLIP 2 (arXiv 2502.14786) of a fixed size, and of SigLIP, without the pooling head."""
+    """The image tower of SigLIP, and of SigLIP 2 (arXiv 2502.14786) of fixed size, without the pooling head."""
 
     image_size: int = 256
     activation: str = "gelu_pytorch_tanh"
@@ -38,7 +38,7 @@ class Siglip2Config(ViTConfig):
 
 @dataclasses.dataclass(frozen=True)
 class ClipConfig(ViTConfig):
-    """The image tower of CLIP (arXiv 2103.00020); features are its last hidden state, before the norm of its output."""
+    """The image tower of CLIP (arXiv 2103.00020); features are its last hidden state, before the output norm."""
 
     activation: str = "quick_gelu"
     epsilon: float = 1e-5
@@ -54,6 +54,6 @@ class ClipConfig(ViTConfig):
 
 @dataclasses.dataclass(frozen=True)
 class MaeConfig(ViTConfig):
-    """The encoder of a masked autoencoder (arXiv 2111.06377), nothing masked; its sin-cos positions are stored."""
+    """The encoder of a masked autoencoder (arXiv 2111.06377), without masking; its sin-cos positions are stored."""
 
     epsilon: float = 1e-12

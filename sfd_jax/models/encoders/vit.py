@@ -1,10 +1,10 @@
-"""The vision transformer that all visual encoders here are, and the config that says which one.
+"""The vision transformer shared by all visual encoders, and its config.
 
-Maps images to one feature vector a patch, and where there are such to a class token and register tokens. Works at any
-image size that divides by the patch size: learned positions are resized, rotary ones computed.
+Maps images to one feature vector per patch, and to a class token and register tokens if the encoder has them. Works at
+any image size that divides by the patch size: learned positions are resized, rotary ones computed.
 
 `convert/encoders.py` and `convert/dinov2.py` list the parameters beside their PyTorch keys; `blocks/` leaves are
-stacked along L. Of the parameters outside of the blocks each encoder has those that its config asks for.
+stacked along L. Outside the blocks, each encoder has only the parameters that its config asks for.
 
 Axis letters: B batch, N patches, D width, K heads, L layers, P patch size, R registers.
 """
@@ -42,7 +42,7 @@ INIT = jax.nn.initializers.truncated_normal(0.02)
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
-    """The sigmoid approximation of the Gaussian error linear unit."""
+    """Return the sigmoid approximation of the Gaussian error linear unit."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
@@ -52,24 +52,24 @@ ACTIVATIONS = {"gelu": gelu_exact, "gelu_pytorch_tanh": gelu_tanh, "quick_gelu":
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """Say which vision transformer: a subclass for each encoder, its defaults those of the released models.
+    """Describe a vision transformer; each encoder is a subclass with the defaults of its released models.
 
     Attributes:
       width, depth, num_heads: D, L, K.
-      image_size: size in pixels that the position table is made for; rotary positions have none.
+      image_size: size in pixels that the position table is made for; rotary positions have no table.
       patch_size: P.
       num_registers: R.
       ffn: "mlp" or "swiglu".
-      mlp_width: hidden width of either; None is 4D, of "swiglu" 8/3 D rounded up to a multiple of 8.
+      mlp_width: its hidden width; None is 4D for "mlp", 8/3 D rounded up to a multiple of 8 for "swiglu".
       activation: of "mlp", a key of ACTIVATIONS.
       epsilon: of every LayerNorm.
-      layer_scale_init: start of the factor a channel that scales each block's two terms; None has no factors.
+      layer_scale_init: initial LayerScale factor of both branches of a block; None for no LayerScale.
       compute_dtype: "float32" or "bfloat16", dtype of the matmuls in the blocks.
 
-    What does not differ between the models of one encoder is said by the class: whether there are a class token, a mask
-    token (read in pre-training alone, and kept so that files round-trip), a LayerNorm before the blocks and one behind
-    them, biases of the patch embedding and of the keys, a position table (else rotary positions), and the mean and
-    standard deviation that pixels in [0, 1] are normalised with.
+    Class variables hold what all models of one encoder share: whether there are a class token, a mask token (used only
+    in pre-training, kept so that files round-trip), a LayerNorm before and one after the blocks, biases of the patch
+    embedding and of the keys, and a position table (else rotary positions); and the mean and standard deviation that
+    normalise pixels in [0, 1].
     """
 
     width: int
@@ -102,7 +102,7 @@ class ViTConfig:
         )
         check(
             self.position_table or self.width % (4 * self.num_heads) == 0,
-            f"a head of {self.width // self.num_heads} does not divide by 4, as rotary positions need",
+            f"head width {self.width // self.num_heads} does not divide by 4, as rotary positions need",
         )
         check(
             not self.position_table or self.image_size % self.patch_size == 0,
@@ -152,11 +152,11 @@ class ViT(nnx.Module):
         """Encode images.
 
         Args:
-          pixels: (B, H, W, 3), normalised as the encoder's are (see `preprocess`).
+          pixels: (B, H, W, 3), normalised by `preprocess`.
 
         Returns:
           dict of float32 arrays: patch_tokens (B, N, D) in row order, register_tokens (B, R, D), and cls_token (B, D)
-          where there is one.
+          if the encoder has one.
 
         Raises:
           SfdError: H or W does not divide by the patch size.
@@ -171,7 +171,7 @@ class ViT(nnx.Module):
             leading.append(self.cls_token[...])
         if c.position_table:
             patches = patches + self.positions(rows, columns)
-            # The class token has a position of its own; registers have none.
+            # The class token has its own position; registers have none.
             leading = [token + self.pos_embed[...][:, :1] for token in leading]
         else:
             extras = (rotary_of_patches(c.width // c.num_heads, rows, columns, first_patch, c.rope_theta),)
@@ -188,7 +188,7 @@ class ViT(nnx.Module):
         return out | ({"cls_token": tokens[:, 0]} if c.class_token else {})
 
     def tokens(self, pixels: jax.Array, grid: int) -> dict[str, jax.Array]:
-        """Encode images (B, S, S, 3) in [-1, 1], seen as grid x grid patches; returns as `__call__`."""
+        """Encode images (B, S, S, 3) in [-1, 1], resized to grid x grid patches; see `__call__`."""
         return self(preprocess(pixels, grid * self.config.patch_size, self.config.pixel_statistics))
 
     def patch_features(self, pixels: jax.Array, grid: int) -> jax.Array:
@@ -213,7 +213,7 @@ class ViT(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-LayerNorm attention and MLP, each scaled per channel before it is added, where there are such factors."""
+    """Apply pre-LayerNorm attention and MLP, each with optional LayerScale."""
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         c, d = config, config.width
@@ -234,7 +234,7 @@ class Block(nnx.Module):
 
 
 class LayerScale(nnx.Module):
-    """A learned factor a channel, float32."""
+    """Multiply each channel by a learned float32 factor."""
 
     def __init__(self, width: int, init: float):
         self.gamma = nnx.Param(jnp.full((width,), init, jnp.float32))
@@ -248,11 +248,11 @@ def _unscaled(x):
 
 
 def preprocess(pixels: jax.Array, size: int, statistics: tuple = IMAGENET) -> jax.Array:
-    """Turn pixels into what an encoder reads: its mean and standard deviation, then bicubic without antialias.
+    """Prepare pixels for an encoder: normalise colours, then resize by bicubic without antialias.
 
     Args:
       pixels: (B, H, W, 3) in [-1, 1].
-      size: height and width of the result: 256 px are 224 at patch size 14, and stay as they are at patch size 16.
+      size: height and width of the result; 256 px become 224 at patch size 14 and stay 256 at patch size 16.
       statistics: mean and standard deviation of the colours, in [0, 1].
 
     Returns:
@@ -265,6 +265,6 @@ def preprocess(pixels: jax.Array, size: int, statistics: tuple = IMAGENET) -> ja
 
 
 def standardise(pixels: jax.Array, statistics: tuple = IMAGENET) -> jax.Array:
-    """Take a mean and standard deviation of the colours from pixels (B, H, W, 3) in [0, 1]."""
+    """Normalise the colours of pixels (B, H, W, 3) in [0, 1] by a mean and standard deviation."""
     mean, std = (np.array(values, np.float32)[None, None, None] for values in statistics)
     return (pixels - mean) / std
