@@ -163,7 +163,7 @@ def torch_fidelity_extractor(state, batch_size):
 
     @torch.no_grad()
     def extract(images, tf32=False):
-        # PyTorch rounds convolutions to TF32 on a GPU unless told not to; ours are float32.
+        # PyTorch rounds convolutions to TF32 on a GPU by default; ours are float32.
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
         batches = torch.from_numpy(images).permute(0, 3, 1, 2).split(batch_size)
         return np.concatenate([network(batch.to(device))[0].cpu().numpy() for batch in batches])

@@ -4,7 +4,7 @@
       [--seeds=0,1,2] [--images=250] [--guidance=autoguidance] [--solvers=euler,ab2]
 
 A point is a solver with an NFE budget (dopri5: with a tolerance) and a seed. It makes `--images` digits with the
-demo's own networks and guidance 1.5 and measures them as the demo does: the fraction read as their label by the
+demo's own networks and guidance 1.5 and measures them as the demo does: the fraction classified as their label by the
 support vector classifier, and the Frechet distance to the held-out digits in the demo's encoder. All points of a
 seed start from the same noise and labels, so they differ only by the solver. Seed s uses the samples from index
 s * images on, with noise seed 0. Few images raise every Frechet distance; the row of equally many real training
@@ -156,7 +156,7 @@ def summarise(record: dict, seeds: list[int]) -> list[dict]:
 
 
 def print_table(rows: list[dict]) -> None:
-    print(f"\n{'solver':<10}{'mode':<11}{'setting':>8}{'NFE':>7}{'read as label':>18}{'Frechet distance':>20}")
+    print(f"\n{'solver':<10}{'mode':<11}{'setting':>8}{'NFE':>7}{'right label':>18}{'Frechet distance':>20}")
     for row in rows:
         setting = row["budget"] or (f"{row['rtol']:.0e}" if row["rtol"] else "")
         nfe = f"{row['nfe']:.0f}" if "nfe" in row else ""
@@ -175,7 +175,7 @@ def plot(rows: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
     panels = (
         ("frechet_distance", "Frechet distance to held-out digits", 1),
-        ("read_as_label", "read as their label, %", 100),
+        ("read_as_label", "classified as their label, %", 100),
     )
     curves = {(row["solver"], row["mode"]) for row in rows if row["solver"] != "real"}
     colours = dict(zip(("euler", "heun", "midpoint", "rk4", "ab2", "dopri5"), plt.cm.tab10.colors, strict=False))

@@ -39,7 +39,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         rows = {source: run(source, args, (args.out or Path(scratch)).absolute()) for source in SOURCES}
     print(f"\nmodel '{args.model}', {args.steps} steps, {args.images} samples, seed {args.seed}")
-    print(f"{'targets':<10}{'read as label':>15}{'Frechet distance':>18}{'precision':>11}{'recall':>8}")
+    print(f"{'targets':<10}{'right label':>15}{'Frechet distance':>18}{'precision':>11}{'recall':>8}")
     for source, row in rows.items():
         values = (row["read_as_label"], row["frechet_distance"], row["precision"], row["recall"])
         print("{:<10}{:>15.1%}{:>18.2f}{:>11.3f}{:>8.3f}".format(source, *values))

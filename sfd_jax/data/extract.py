@@ -1,6 +1,6 @@
 """Images to latent shards: read, encode, write, and continue after a kill.
 
-The engine knows no network. The caller passes `encode`, a jitted function of a batch of pixels and their
+The engine is independent of the networks. The caller passes `encode`, a jitted function of a batch of pixels and their
 indices. The engine reads every image exactly once and in order, keeps batches at one size (so that the
 function is compiled once and no result depends on the other images of a batch), skips and lists broken
 images, and divides the shards among hosts.
@@ -105,7 +105,7 @@ def extract(
       config: how the work is done, and what `encode` was made from.
       about: JSON-able description of the source; kept in the manifest beside `config.identity()`, and
         compared with it when an unfinished store is continued.
-      weights: network -> hash of its weights; kept and compared likewise.
+      weights: network -> hash of its weights; kept and compared in the same way.
       sharding: of a batch over this host's devices; None for the default device.
       share: this host's part of the work.
 

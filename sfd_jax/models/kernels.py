@@ -47,7 +47,7 @@ def cpu_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Multiply as `product` does, with a faster gradient of the kernel in float32 on CPUs.
 
     That gradient contracts both of its factors over their rows. XLA's library of CPU matmuls does not support this, and
-    XLA falls back to a slower product that copies first. With `x` transposed in memory beforehand the library is used,
+    XLA falls back to a slower product that copies first. With `x` transposed in memory first, the library is used,
     and the training step of B/1 takes a sixth less time (docs/performance.md).
     """
     return product(x, kernel)

@@ -112,7 +112,7 @@ def writing(workdir: Path) -> Iterator[None]:
         ) from error
     except json.JSONDecodeError as error:
         raise SfdError(
-            f"{workdir / 'demo.json'} is damaged ({error}); remove it and run again, to go through the stages anew"
+            f"{workdir / 'demo.json'} is damaged ({error}); remove it and run again to repeat the stages"
         ) from error
 
 

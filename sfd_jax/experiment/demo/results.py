@@ -126,7 +126,7 @@ def _reader(demo: Demo) -> tuple[Callable[[np.ndarray, np.ndarray], float] | Non
     accuracy = lambda images, labels: float(np.mean(read_labels(demo, images) == labels))
     return accuracy, (
         "fraction of images whose features are nearest to the mean training features of their class. The features are "
-        "those of this run's encoder, which was trained on these labels, so it is no independent judge. Its value on "
+        "those of this run's encoder, which was trained on these labels, so this is no independent judge. Its value on "
         "held-out images shows how far to trust it"
     )
 

@@ -1,6 +1,6 @@
-"""Which part of an image a visual encoder sees at once, and as how many tokens: the one place that computes it.
+"""Tiles: the part of an image that a visual encoder sees at once, and its number of tokens.
 
-An encoder is at home at one image size. A larger image is cut into square tiles that it sees one by one, and their
+An encoder is made for one image size. A larger image is cut into square tiles that it sees one by one, and their
 grids of tokens are put back side by side: 512 px are four tiles of 256 px. A tile has as many tokens a side as latent
 pixels (256 px: 16 x 16), which decides the size at which the encoder sees it (DINOv2 of patch size 14: 224 px).
 """
@@ -39,7 +39,7 @@ class Tiling:
 
         Args:
           image_size: pixels a side.
-          tile_size: pixels a side that the encoder shall see at once.
+          tile_size: pixels a side that the encoder sees at once.
           downsampling: pixels a side of a latent pixel.
 
         Raises:
@@ -73,7 +73,7 @@ class Tiling:
         return cls(image_size, view_size // encoder.config.patch_size)
 
     def tiles_a_side(self, image_size: int) -> int:
-        """Return into how many tiles a side an image is cut; raises SfdError where that is no whole number."""
+        """Return the tiles a side of an image; raises SfdError if that is not a whole number."""
         if image_size <= self.tile_size:
             return 1
         check_divides(image_size, self.tile_size, "the tile_size that the visual encoder sees at once")
@@ -100,10 +100,10 @@ class VisualEncoder:
           pixels: (B,H,W,3), square, uint8 or float32 in [-1,1].
 
         Returns:
-          (B*T, N, F) float32; the T tiles of an image row by row, the N patches of a tile likewise.
+          (B*T, N, F) float32; the T tiles of an image row by row, the N patches of a tile too.
 
         Raises:
-          SfdError: the image is no whole number of tiles, or the encoder does not keep to the grid.
+          SfdError: the image is not a whole number of tiles, or the encoder returns another grid.
         """
         grid, tiles = self.tiling.grid, split_tiles(to_float(pixels), self.tiling.tiles_a_side(pixels.shape[1]))
         features = self.network.apply(params, tiles, grid, method="patch_features")
@@ -118,7 +118,7 @@ class VisualEncoder:
 
 
 def tiles_of_grid(grid: int, tile_grid: int) -> int:
-    """Return into how many tiles a side a grid of latents is cut; raises SfdError where that is no whole number."""
+    """Return the tiles a side of a grid of latents; raises SfdError if that is not a whole number."""
     if grid > tile_grid and grid % tile_grid:
         raise SfdError(f"tile_grid={tile_grid} does not divide a grid of {grid} latents: {grid} or a divisor would do")
     return max(1, grid // tile_grid)
