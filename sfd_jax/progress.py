@@ -19,7 +19,7 @@ class ProgressBar(tqdm):
     def __init__(self, *, before: str = "compiling", **options: Any):
         seconds = 0.5 if sys.stderr.isatty() else 15.0
         super().__init__(**{"mininterval": seconds, "maxinterval": 2 * seconds, "dynamic_ncols": True} | options)
-        self._waits = not self.disable and self.n != self.total  # a finished job compiles nothing
+        self._waits = not self.disable and self.n != self.total  # a finished job does not compile
         if self._waits:
             self.set_postfix_str(before)
 

@@ -37,7 +37,7 @@ class _Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
-        # A flag that is missing may be there, but misspelt: the unknown one is named first.
+        # A missing flag may only be misspelt, so an unknown one is reported first.
         flags = [flag for flag in self._args if re.match(r"--(?!config\.)\w", flag)]
         if unknown := [flag for flag in flags if flag.split("=")[0] not in self._option_string_actions]:
             message = self.unknown(unknown[0])

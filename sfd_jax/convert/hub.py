@@ -156,7 +156,7 @@ def fetch(name: str, file: str | None = None) -> list[Path]:
         return found
     from huggingface_hub.utils import logging
 
-    logging.disable_propagation()  # it prints its warnings itself; the root's handler would print them again
+    logging.disable_propagation()  # it prints its warnings itself; the root handler would repeat them
     try:
         remote = {item.name: item for item in _listing(source)}
         beside = [remote.pop(name) for name in source.beside if name in remote]

@@ -159,7 +159,7 @@ def _place(name: str | os.PathLike, released: Collection[str]) -> str:
 
 @contextlib.contextmanager
 def _keywords_for_flags() -> Iterator[None]:
-    """Let the errors of code that commands share write `nfe=9`, not `--nfe=9`."""
+    """Let errors of code shared with commands name keywords, `nfe=9`, instead of flags, `--nfe=9`."""
     try:
         yield
     except SfdError as error:

@@ -95,7 +95,7 @@ def parse_classes(spec: str, num_classes: int, class_names: list[str] | None = N
     for part, label in zip(parts, found, strict=True):
         if _plain(other := spelt.setdefault(label, part)) != _plain(part):
             raise SfdError(
-                f"'{other}' and '{part}' are one class, {label}: name it once, or repeat one of the two for more of it"
+                f"'{other}' and '{part}' are the same class, {label}: name it once, or repeat one name for more of it"
             )
     return found
 
@@ -108,7 +108,7 @@ def _labels_by_name(class_names: list[str]) -> dict[str, list[int]]:
     whole, first, others = {}, {}, {}
     for label, name in enumerate(class_names):
         synonyms = [_plain(synonym) for synonym in name.split(",")]
-        synonyms += [_plain(re.sub(r", n\d{8}$", "", name))]  # other lists of ImageNet's classes have no ids
+        synonyms += [_plain(re.sub(r", n\d{8}$", "", name))]  # other lists of ImageNet's classes lack the ids
         for found, texts in ((whole, {_plain(name)}), (first, {synonyms[0]}), (others, set(synonyms))):
             for text in texts:
                 found.setdefault(text, []).append(label)

@@ -180,10 +180,10 @@ def check_workdir(
     metadata: dict | None = None,
     params: dict | None = None,
 ) -> list[str]:
-    """Return a note where `fit` would have nothing left to do; nothing is written.
+    """Return a note if `fit` would have nothing left to do; write nothing.
 
     Raises:
-      SfdError: `fit` would refuse the folder as another run's.
+      SfdError: `fit` would refuse the folder, since it holds another run.
     """
     _claim(workdir, _complete(metadata or {}, task, seed, params), config, write=False)
     done = 0
@@ -194,8 +194,8 @@ def check_workdir(
 
 
 def _nothing_left(done: int, config: TrainConfig) -> str:
-    """Return the end of a sentence, "" where steps are left."""
-    left = f"has done {done} steps, so there is nothing left of train.steps={config.steps}"
+    """Return the end of a sentence, "" if steps are left."""
+    left = f"has done {done} steps, so train.steps={config.steps} is already reached"
     return left if done >= config.steps else ""
 
 

@@ -117,7 +117,7 @@ def test_one_class_by_two_names_is_refused():
     assert parse_classes("tabby, tabby cat;207", 1000, names) == [281, 207]
     assert parse_classes("tabby, Tabby, 207", 1000, names) == [281, 281, 207]  # more of one class
     for spec in ("tabby,tabby cat", "tabby;tabby cat;207"):
-        with pytest.raises(SfdError, match="'tabby' and 'tabby cat' are one class, 281: name it once"):
+        with pytest.raises(SfdError, match="'tabby' and 'tabby cat' are the same class, 281: name it once"):
             parse_classes(spec, 1000, names)
 
 

@@ -279,7 +279,7 @@ def test_a_run_with_warm_up_goes_on_for_more_steps(tmp_path, capsys):
     capsys.readouterr()
     shorter = dataclasses.replace(config, steps=2)
     train(tmp_path / "longer", shorter)
-    left = "has done 6 steps, so there is nothing left of train.steps=2"
+    left = "has done 6 steps, so train.steps=2 is already reached"
     assert left in capsys.readouterr().out
     assert check_workdir(toy_task(), shorter, tmp_path / "longer", seed=3) == [f"{tmp_path / 'longer'} {left}"]
     for steps, folder in ((7, "longer"), (6, "new")):
