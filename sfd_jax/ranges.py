@@ -90,6 +90,7 @@ RANGES = {
     **_rows("batch_size eval_batch_size shard_size chunk_size pca_images expect_count plan.images", _COUNT),
     **_rows("pca convert.semantic_channels", _WIDTH) | _rows("max_broken step weak_step", _COUNT_OR_0),
     **_rows("max_gib", Range(float, 0, 2**20, above=True)) | _rows("utilisation", Range(float, 0, 1, above=True)),
+    **_rows("timeout", Range(float, 0, 1e6, above=True)),
 }
 
 

@@ -1,4 +1,4 @@
-"""Five metrics with random Inception weights against an independent computation; and the ten lines of the README."""
+"""Five metrics with random Inception weights against an independent computation; the lines of docs/evaluation.md."""
 
 import jax
 import numpy as np
@@ -25,9 +25,9 @@ from sfd_jax.evaluation import evaluate, image_set_of, inception_extractor, open
 from sfd_jax.generation import balanced_labels, make_sampler
 from sfd_jax.training import load_params
 
-sampler = make_sampler(load_params("weights/sfd_xl"), load_params("weights/texture_vae"))
+sampler = make_sampler(load_params("sfd_xl"), load_params("texture_vae"))
 images, nfe = sampler(np.arange(1000), balanced_labels(1000, 1000), batch_size=64)
-reference, inception = open_reference("VIRTUAL_imagenet256_labeled.npz"), load_params("weights/inception")
+reference, inception = open_reference("VIRTUAL_imagenet256_labeled.npz"), load_params("inception")
 print(evaluate(image_set_of("ours", images), reference, inception_extractor(inception)))
 """
 
@@ -61,7 +61,7 @@ def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("work")
     params, network = draw_inception()
     metadata = {"network": "inception", "network_config": network.config_dict()}
-    save_params(folder / "weights" / "inception", params, metadata)
+    save_params(folder / "inception", params, metadata)
     np.savez(folder / "samples.npz", arr_0=made_images(SAMPLES, 4, 1))
     (folder / "references").mkdir()
     for i, image in enumerate(made_images(REFERENCES, 7, 2)):
@@ -85,7 +85,7 @@ def frechet_by_data(a, b):
 
 
 def test_five_metrics_against_an_independent_computation(work):
-    checkpoint = load_params(work / "weights" / "inception")
+    checkpoint = load_params(work / "inception")
     samples, references = made_images(SAMPLES, 4, 1), made_images(REFERENCES, 7, 2)
     ours = evaluate(
         open_image_set(work / "samples.npz"),
@@ -121,8 +121,7 @@ def test_five_metrics_against_an_independent_computation(work):
 
 def test_the_librarys_ten_lines(work, monkeypatch, capsys, root):
     assert len([line for line in LIBRARY.splitlines() if line]) <= 10
-    if (root / "README.md").exists():
-        assert LIBRARY in (root / "README.md").read_text()
+    assert LIBRARY in (root / "docs" / "evaluation.md").read_text()
     statistics = LatentStatistics(np.zeros(3), np.ones(3), np.zeros(2), np.ones(2)).to_dict()
     networks = {
         "sfd_xl": ("lightning_dit", dict(width=8, depth=1, num_heads=2, input_size=16, in_channels=5, num_classes=9)),
@@ -131,7 +130,7 @@ def test_the_librarys_ten_lines(work, monkeypatch, capsys, root):
     for folder, (name, config) in networks.items():
         network = Network(name, config)
         metadata = {"network": name, "network_config": network.config_dict(), "latent_statistics": statistics}
-        save_params(work / "weights" / folder, network.init(jax.random.key(0)), metadata)
+        save_params(work / folder, network.init(jax.random.key(0)), metadata)
     np.savez(work / "VIRTUAL_imagenet256_labeled.npz", arr_0=made_images(REFERENCES, 7, 2))
     monkeypatch.chdir(work)
     exec(LIBRARY.replace("1000", "9").replace("64", "9"), {})

@@ -170,7 +170,7 @@ def test_initial_weights_must_fit_the_network_and_notes_name_other_latents(laten
     assert f"--init={vae} holds 'semantic_vae', expected 'lightning_dit'" in capsys.readouterr().err
     assert train(tmp_path / "run", store, "--check", f"--init={init}") == 0
     out = capsys.readouterr().out
-    assert "latents of another texture_vae 222222222222, not 111111111111" in out and "other class names" in out
+    assert "features of another texture_vae 222222222222, not 111111111111" in out and "other class names" in out
     assert "ema_decay" not in out  # the average starts from trained weights
     assert train(tmp_path / "run", store, "--check", f"--init={plain}") == 0
     assert "note:" not in capsys.readouterr().out
