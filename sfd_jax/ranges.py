@@ -116,6 +116,13 @@ class Only(NamedTuple):
 RULES = {
     "sample": (
         Only("num_steps nfe timestep_shift", "solver", ("dopri5",), never=True, hint="dopri5 follows its tolerances"),
+        Only("nfe timestep_shift mode", "solver", ("sde_euler", "sde_heun"), never=True, hint="give num_steps"),
+        Only(
+            "diffusion diffusion_norm diffusion_semantic diffusion_norm_semantic last_step last_step_size",
+            "solver",
+            ("sde_euler", "sde_heun"),
+        ),
+        Only("last_step_size", "last_step", ("none",), never=True),
         Only("atol rtol max_nfe", "solver", ("dopri5",)),
         Only("num_steps", "nfe", never=True),
         Only(

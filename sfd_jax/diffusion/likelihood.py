@@ -51,10 +51,10 @@ def log_likelihood(
       noise: (B,H,W,C), the end of the flow.
 
     Raises:
-      SfdError: the solver is in released mode.
+      SfdError: the solver is in released mode, or one of the stochastic equation.
     """
-    if solver.mode != "staged":
-        raise SfdError("a likelihood needs the staged mode: set mode='staged'")
+    if solver.mode != "staged" or solver.sde:
+        raise SfdError("a likelihood follows the probability flow in staged mode: give mode='staged' and an ODE solver")
     batch, axes = len(latents), tuple(range(1, latents.ndim))
     edges = tuple(clocks.tau_end - tau for tau in reversed(clocks.edges))  # of the reversed time
     stages = len(edges) - 1

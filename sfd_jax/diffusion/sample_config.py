@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from sfd_jax.diffusion.guidance import INTERVAL_GROUPS
+from sfd_jax.diffusion.sde import FORMS, LAST_STEPS, Diffusion, SDEConfig
 from sfd_jax.diffusion.solvers import METHODS, TABLEAUS
 from sfd_jax.errors import SfdError, refuse
 from sfd_jax.ranges import RULES, Range, check_fields, useless
@@ -20,8 +21,9 @@ from sfd_jax.settings import defaults_of, over_defaults, setting, to_dict
 
 GUIDANCE = ("none", "cfg", "autoguidance")
 MODES = ("staged", "released")
+SDE_SOLVERS = {"sde_euler": "euler", "sde_heun": "heun"}
 
-_TOLERANCE, _SCALE = Range(float, 0, 1, above=True), Range(float, 0, 1e3)
+_TOLERANCE, _SCALE, _NORM = Range(float, 0, 1, above=True), Range(float, 0, 1e3), Range(float, 0, 1e3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +32,18 @@ class SolverConfig:
 
     Tolerances bound, in staged mode, the root mean square error of each sample's steps (`dopri5.dopri5`; trained digits
     ended about rtol from the exact flow), and in released mode torchdiffeq's error. Evaluations per step: euler one,
-    heun and midpoint two, rk4 four, ab2 one plus one per stage.
+    heun and midpoint two, rk4 four, ab2 one plus one per stage. sde_euler (Euler-Maruyama, one) and sde_heun (two)
+    integrate the stochastic equation of `sde`, with new noise in each step.
 
     Raises:
       SfdError: a name is unknown or a number outside its range.
     """
 
-    solver: str = setting("dopri5", "the integrator; all but dopri5 have fixed steps", choices=METHODS)
+    solver: str = setting(
+        "dopri5",
+        "the integrator; all but dopri5 have fixed steps; sde_euler and sde_heun add noise in each step",
+        choices=(*METHODS, *SDE_SOLVERS),
+    )
     mode: str = setting(
         "staged",
         "staged: integrate each stage of the clocks separately; released: the released grid, masks and controller",
@@ -65,6 +72,20 @@ class SolverConfig:
         10_000, "network evaluations after which dopri5 gives up", range=Range(int, 8, 10**9), was_called="max_calls"
     )
 
+    diffusion: str = setting("sbdm", "D(t) of the stochastic equation, of each group's clock", choices=tuple(FORMS))
+    diffusion_norm: float = setting(1.0, "factor c of D", range=_NORM)
+    diffusion_semantic: str | None = setting(None, "D of the semantic channels, if it differs", choices=tuple(FORMS))
+    diffusion_norm_semantic: float | None = setting(
+        None, "factor c of the semantic channels, if it differs", range=_NORM
+    )
+    last_step: str = setting(
+        "mean",
+        "last step of the stochastic equation, without noise: mean (drift), euler (flow), tweedie (expected data) or "
+        "none",
+        choices=LAST_STEPS,
+    )
+    last_step_size: float = setting(0.04, "its size on each group's clock", range=Range(float, 0, 0.5, above=True))
+
     def __post_init__(self):
         check_fields("sample", self)
         if self.nfe and self.solver == "dopri5":
@@ -90,6 +111,24 @@ class SolverConfig:
                 f"one step for each of {segments} intervals between breakpoints"
             )
         return steps + 1
+
+    @property
+    def sde(self) -> SDEConfig | None:
+        """The settings of the stochastic equation; None if the solver integrates the probability flow."""
+        if self.solver not in SDE_SOLVERS:
+            return None
+        semantic = Diffusion(
+            self.diffusion_semantic or self.diffusion,
+            self.diffusion_norm if self.diffusion_norm_semantic is None else self.diffusion_norm_semantic,
+        )
+        return SDEConfig(
+            method=SDE_SOLVERS[self.solver],
+            num_steps=self.num_steps,
+            texture=Diffusion(self.diffusion, self.diffusion_norm),
+            semantic=semantic,
+            last_step=self.last_step,
+            last_step_size=self.last_step_size,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,6 +74,8 @@ def sample(
       latents: (B,H,W,C) float32 at tau_end.
       stats: SamplingStats.
     """
+    if solver.sde:
+        raise SfdError(f"solver '{solver.solver}' integrates the stochastic equation: call sde.sample_sde")
     if solver.mode == "released":
         return _released(velocity_fn, noise, layout, clocks, solver)
     solution, stats = _staged(velocity_fn, noise, layout, clocks, solver, jumps, ())
@@ -106,8 +108,8 @@ def trajectory(
       SfdError: in released mode, or if taus are not increasing inside [0, tau_end].
     """
     taus = [float(tau) for tau in taus]
-    if solver.mode != "staged":
-        raise SfdError("a trajectory is integrated in staged mode: set mode='staged'")
+    if solver.mode != "staged" or solver.sde:
+        raise SfdError("a trajectory follows the probability flow in staged mode: give mode='staged' and an ODE solver")
     inside = taus and taus[0] >= 0 and taus[-1] <= clocks.tau_end + 1e-6
     if not inside or any(a >= b for a, b in zip(taus[:-1], taus[1:], strict=True)):
         raise SfdError(f"taus {taus} must increase inside [0, {clocks.tau_end:g}]")

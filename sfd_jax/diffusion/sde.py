@@ -36,6 +36,7 @@ FORMS: dict[str, Callable[[Path, jax.Array, float], jax.Array]] = {
     "decreasing": lambda path, t, norm: (norm * jnp.cos(np.float32(np.pi) * t) + 1) ** 2 / 4,
     "increasing_decreasing": lambda path, t, norm: norm * jnp.sin(np.float32(np.pi) * t) ** 2,
 }
+LAST_STEPS = ("mean", "euler", "tweedie", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ class SDEConfig:
     last_step: str = setting(
         "mean",
         "last step of each group, without noise: mean (drift), euler (flow), tweedie (expected data) or none",
-        choices=("mean", "euler", "tweedie", "none"),
+        choices=LAST_STEPS,
     )
     last_step_size: float = setting(0.04, "its size on the group's clock", range=Range(float, 0, 0.5, above=True))
     eps: float = setting(
@@ -159,6 +160,13 @@ def sample_sde(
 
     steps = _steps(clocks, path, config, first_t)
     return jax.lax.scan(step, start, (jnp.arange(len(steps.t)), steps))[0]
+
+
+def evaluations(
+    clocks: Clocks, path: Path = LinearPath(), config: SDEConfig = SDEConfig(), first_t: float = 0.0
+) -> int:
+    """Return the network evaluations of `sample_sde`."""
+    return len(_steps(clocks, path, config, first_t).t) * (2 if config.method == "heun" else 1)
 
 
 def _steps(clocks: Clocks, path: Path, config: SDEConfig, first_t: float) -> _Step:

@@ -1,11 +1,11 @@
 """From checkpoints to a function that makes images: (indices, labels) -> uint8, over all devices.
 
-Two programs: one integrates the whole ODE, one decodes its texture. A single program takes the TPU compiler a third
-longer than both (docs/performance.md), and only latents pass between them.
+Two programs: one integrates the whole ODE or SDE, one decodes its texture. A single program takes the TPU compiler a
+third longer than both (docs/performance.md), and only latents pass between them.
 
-Sample i starts from noise that depends on (seed, i) alone, and staged integration controls the error of each sample
-separately: batch size, padding, devices and hosts change nothing but float rounding. (In `released` mode dopri5 has one
-step size for the batch, as released, so the batch size matters there.)
+Sample i starts from noise that depends on (seed, i) alone, as does the noise in each step of an SDE. Staged integration
+controls the error of each sample separately: batch size, padding, devices and hosts change nothing but float rounding.
+(In `released` mode dopri5 has one step size for the batch, as released, so the batch size matters there.)
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 from sfd_jax.class_names import class_names_of
 from sfd_jax.diffusion import guidance
 from sfd_jax.diffusion.clocks import Clocks, clocks_config, split_params
+from sfd_jax.diffusion.likelihood import log_likelihood, rademacher_by_row
 from sfd_jax.diffusion.paths import LinearPath, Path
 from sfd_jax.diffusion.predictions import (
     PredictionType,
@@ -27,8 +28,9 @@ from sfd_jax.diffusion.predictions import (
     transport_of,
     velocity_from,
 )
-from sfd_jax.diffusion.sample_config import SampleConfig
+from sfd_jax.diffusion.sample_config import SampleConfig, SolverConfig
 from sfd_jax.diffusion.sampling import sample, trajectory
+from sfd_jax.diffusion.sde import evaluations, noise_by_step, sample_sde
 from sfd_jax.distributed import batch_sharding, make_mesh, param_shardings, put_same, replicated
 from sfd_jax.errors import SfdError
 from sfd_jax.execution import choose_execution
@@ -165,9 +167,12 @@ class Sampler:
           labels: (n,) ints.
 
         Returns:
-          latents (n, H, W, C) float32, normalised, and the network evaluations of the whole batch.
+          latents (n, H, W, C) float32, normalised, and the network evaluations of the whole batch. The steps of an SDE
+          have the noise of samples 0 to n - 1.
         """
-        batch = put_same((np.asarray(noise, np.float32), np.asarray(labels, np.int32)), batch_sharding(self.mesh))
+        indices = np.arange(len(labels), dtype=np.uint32)
+        batch = (np.asarray(noise, np.float32), np.asarray(labels, np.int32), indices)
+        batch = put_same(batch, batch_sharding(self.mesh))
         latents, nfe, _ = self._run_integrate(self._params, *batch)
         return np.asarray(latents), int(np.max(nfe))
 
@@ -192,6 +197,48 @@ class Sampler:
 
         latents, images = jax.jit(follow, out_shardings=replicated(self.mesh))(self._params, *batch)
         return np.asarray(latents)[:, :count], np.asarray(images)[:, :count]
+
+    def log_likelihood(
+        self,
+        latents: np.ndarray,
+        labels: np.ndarray,
+        indices: np.ndarray | None = None,
+        solver: SolverConfig = SolverConfig(),
+    ) -> np.ndarray:
+        """Estimate the log density of latents under the model's probability flow, guidance included.
+
+        Args:
+          latents: (n, H, W, C) float32, normalised.
+          labels: (n,) ints.
+          indices: (n,) ints; the probe of each row depends on (seed, index). 0 to n - 1 by default; the mean over
+            several calls with other indices has less variance.
+          solver: method and tolerances of the ODE.
+
+        Returns:
+          (n,) float32, in nats.
+
+        Raises:
+          SfdError: shapes or labels do not fit, or `solver` is not an ODE solver in staged mode.
+        """
+        labels, indices = np.asarray(labels), np.arange(len(labels)) if indices is None else np.asarray(indices)
+        if np.shape(latents) != (len(labels), *self._latent_shape) or len(indices) != len(labels):
+            raise SfdError(
+                f"latents {np.shape(latents)}, labels {labels.shape} and indices {indices.shape} must be "
+                f"(n, {', '.join(map(str, self._latent_shape))}), (n,) and (n,)"
+            )
+        count, indices, rows = next(self._batches(indices, labels, None))
+        padding = ((0, len(rows) - count), (0, 0), (0, 0), (0, 0))
+        latents = put_same(np.pad(np.float32(latents), padding, mode="edge"), batch_sharding(self.mesh))
+
+        def estimate(params, latents, indices, labels):
+            probe = rademacher_by_row(jax.random.key(self._seed), indices, self._latent_shape)
+            velocity_fn = self._velocity_fn(params, labels)
+            return log_likelihood(velocity_fn, latents, probe, layout=self._layout, clocks=self.clocks, solver=solver)[
+                0
+            ]
+
+        estimates = jax.jit(estimate, out_shardings=replicated(self.mesh))(self._params, latents, indices, rows)
+        return np.asarray(estimates)[:count]
 
     def trace(self, batch_size: int) -> jax.stages.Traced:
         """Trace the program that samples latents, to compile it for devices that this machine need not have.
@@ -232,9 +279,17 @@ class Sampler:
 
     def _sample(self, params, indices, labels):
         """Return latents (B, H, W, C), and each sample's network evaluations and whether it converged, both (B,)."""
-        return self._integrate(params, sample_noise(self._seed, indices, self._latent_shape), labels)
+        return self._integrate(params, sample_noise(self._seed, indices, self._latent_shape), labels, indices)
 
-    def _integrate(self, params, noise, labels):
+    def _integrate(self, params, noise, labels, indices):
+        if sde := self._config.sde:
+            equation = {"clocks": self.clocks, "path": self._path, "config": sde}
+            equation["first_t"] = self._predictions["model"].interval(self._path)[0]
+            noises = noise_by_step(step_key(self._seed), indices, self._latent_shape)
+            velocity_fn = self._velocity_fn(params, labels)
+            latents = sample_sde(velocity_fn, noise, noises, layout=self._layout, **equation)
+            converged = jnp.isfinite(latents).all(axis=(1, 2, 3))
+            return latents, jnp.full(len(labels), evaluations(**equation), jnp.int32), converged
         latents, stats = sample(**self._problem(params, noise, labels))
         return latents, jnp.sum(stats.sample_nfe, axis=1), stats.converged
 
@@ -314,6 +369,11 @@ class Sampler:
 def sample_noise(seed: int, indices: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Return standard normal noise (B, *shape) float32; each row depends on (seed, index) alone."""
     return normal_by_row(jax.random.key(seed), indices, shape)
+
+
+def step_key(seed: int) -> jax.Array:
+    """Return the key of the noise in the steps of an SDE: that of an index which no sample has."""
+    return jax.random.fold_in(jax.random.key(seed), np.uint32(2**32 - 1))
 
 
 def make_sampler(

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from sfd_jax.diffusion.sample_config import SolverConfig
 from sfd_jax.distributed import make_mesh
 from sfd_jax.errors import SfdError
 from sfd_jax.generation.sampler import SampleConfig, make_sampler, sample_noise
@@ -144,6 +145,42 @@ def test_trajectory_ends_at_the_sample(whole):
     np.testing.assert_array_max_ulp(path[0], sample_noise(11, np.arange(3, dtype=np.uint32), (4, 4, 5)), maxulp=2)
     # The stop at 0.7 shifts the points of Euler's grid, so the ends are near, not equal.
     assert np.abs(path[2] - latents[:3]).max() < 0.2 * np.abs(latents).max()
+
+
+def test_an_sde_draws_each_step_by_seed_and_index():
+    config = SampleConfig(
+        solver="sde_euler", num_steps=5, diffusion="sigma", diffusion_semantic="constant", diffusion_norm_semantic=0.5
+    )
+    mesh = make_mesh(devices=jax.devices()[:1])
+    sampler = make_sampler(dit(), vae(), config, seed=11, mesh=mesh)
+    assert sampler.recipe["sampler"]["diffusion_semantic"] == "constant"
+    indices = np.array([12, 0, 7])
+    latents = sampler.latents(indices, labels_of(indices), batch_size=2)
+    assert np.isfinite(latents).all()
+    alone = sampler.latents(indices[2:], labels_of(indices[2:]), batch_size=2)
+    np.testing.assert_allclose(alone[0], latents[2], atol=2e-5 * np.abs(latents).max())
+    least = 4 + 1  # four steps and the last one; stages that a short grid would skip have a step of their own
+    assert least <= sampler(indices[:1], labels_of(indices[:1]), batch_size=2)[1][0] <= least + 3
+    # The steps have noise of their own: from the same start, samples 0 and 1 end elsewhere.
+    start = np.broadcast_to(sample_noise(11, np.zeros(1, np.uint32), (4, 4, 5)), (2, 4, 4, 5))
+    ends, _ = sampler.integrate(start, np.zeros(2, int))
+    assert np.abs(ends[0] - ends[1]).min(axis=(0, 1)).max() > 1e-3
+    with pytest.raises(SfdError, match="probability flow"):
+        sampler.trajectory(indices, labels_of(indices), [0.0, 1.3])
+
+
+def test_likelihoods_belong_to_their_rows(whole):
+    """That they are right is shown for Gaussians, tests/diffusion/test_transport.py."""
+    sampler, _, _, latents = whole
+    solver = SolverConfig(solver="euler", num_steps=5)
+    together = sampler.log_likelihood(latents[:3], labels_of(np.arange(3)), solver=solver)
+    alone = sampler.log_likelihood(latents[2:3], labels_of(np.array([2])), np.array([2]), solver)
+    np.testing.assert_allclose(alone[0], together[2], rtol=1e-5)
+    assert np.isfinite(together).all() and len(set(together)) == 3
+    with pytest.raises(SfdError, match=r"must be \(n, 4, 4, 5\)"):
+        sampler.log_likelihood(latents[:3], labels_of(np.arange(2)))
+    with pytest.raises(SfdError, match="probability flow"):
+        sampler.log_likelihood(latents[:1], labels_of(np.arange(1)), solver=SolverConfig(solver="sde_heun"))
 
 
 def test_both_programs_keep_all_weights(whole):
