@@ -130,13 +130,21 @@ def read_config(
     return config | dict(given), notes
 
 
+# Released names of the path and of what is predicted, and their values here; the first is the default.
+TRANSPORT = {
+    "path_type": ("linear", "gvp", "vp"),
+    "prediction": ("velocity", "noise", "score"),
+    "loss_weight": ("none", "velocity", "likelihood"),
+}
+
+
 def read_system(
     config: DiTConfig,
     stored: Mapping[str, Any],
     statistics: LatentStatistics | None,
     semantic_channels: int | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Determine which channels are semantic, and with which clocks the network was trained.
+    """Determine which channels are semantic, and with which clocks, path and prediction the network was trained.
 
     Args:
       config: the network's.
@@ -145,18 +153,17 @@ def read_system(
       semantic_channels: what the user states; it wins.
 
     Returns:
-      The groups `latents` (where known) and `clocks` of a config (see configs/sfd.py), and notes.
+      The groups `latents` (where known), `clocks` and, unless it predicts the velocity of the linear path, `loss` of a
+      config (see configs/sfd.py), and notes.
 
     Raises:
-      SfdError: the number of semantic channels or the statistics do not fit the network, or by the file's
-        config it does not predict the velocity of the linear path.
+      SfdError: the number of semantic channels or the statistics do not fit the network, or the file's config names an
+        unknown path or prediction.
     """
     channels, notes = config.in_channels, []
     if stored.get("in_chans", channels) != channels:
         stored = {}  # the config of another network
-    for name, ours in (("prediction", "velocity"), ("path_type", "linear")):
-        if str(stored.get(name, ours)).lower() != ours:
-            raise SfdError(f"the config in the file says {name} {stored[name]}; only {ours} is supported")
+    system = _transport(stored)
     if "prediction" not in stored and not config.two_clocks:
         notes.append(
             "prediction: velocity is assumed, time from 0 (noise) to 1 (data), as in LightningDiT and SiT; a file that "
@@ -196,12 +203,27 @@ def read_system(
             f"the file does not say how many of the {channels} channels are semantic; sampling needs it: give "
             "--statistics and --semantic_statistics, or --semantic_channels NUMBER"
         )
-        return {"clocks": clocks}, notes
+        return system | {"clocks": clocks}, notes
     if not 0 <= semantic_channels < channels:
         raise SfdError(f"{semantic_channels} semantic channels do not fit a network of {channels}")
     texture_channels = channels - semantic_channels
     latents = {"texture_channels": texture_channels, "semantic_channels": semantic_channels}
-    return {"latents": latents, "clocks": clocks}, notes
+    return system | {"latents": latents, "clocks": clocks}, notes
+
+
+def _transport(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return {"loss": {"path": ..., "prediction": ...}} by the file's config; {} for linear and velocity."""
+    found = {}
+    for name, values in TRANSPORT.items():
+        found[name] = str(stored.get(name) or values[0]).lower()
+        if found[name] not in values:
+            raise SfdError(f"the config in the file says {name} {stored[name]}; {', '.join(values)} are supported")
+    path, prediction = {"name": found["path_type"]}, {"name": found["prediction"]}
+    if (path["name"], prediction["name"]) == ("linear", "velocity"):
+        return {}
+    if prediction["name"] != "velocity":  # otherwise without effect in the released loss too
+        prediction["weight"] = found["loss_weight"]
+    return {"loss": {"path": path, "prediction": prediction}}
 
 
 def wrap(state: dict[str, np.ndarray], metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from sfd_jax.convert.checkpoints import Stated, export_checkpoint, import_checkp
 from sfd_jax.convert.lazy_array import LazyArray
 from sfd_jax.convert.pickles import Record
 from sfd_jax.convert.weight_files import choose_state, find_sets
+from sfd_jax.diffusion.paths import GVPPath, LinearPath, VPPath
+from sfd_jax.diffusion.predictions import NoisePrediction, ScorePrediction, VelocityPrediction, transport_of
 from sfd_jax.errors import SfdError
 from tests.convert.test_checkpoints import dit_state, same_bytes
 
@@ -365,12 +367,30 @@ def test_assumptions_about_a_diffusion_network_are_noted(tmp_path, torch_file, c
     assert not any(word in note for note in notes for word in unsaid)
 
 
-@pytest.mark.parametrize("config", [{"prediction": "noise"}, {"path_type": "GVP"}])
-def test_another_prediction_in_the_files_config_is_refused(tmp_path, torch_file, config):
+@pytest.mark.parametrize(
+    ("config", "path", "prediction"),
+    [
+        ({"path_type": "Linear", "prediction": "velocity"}, LinearPath(), VelocityPrediction()),
+        ({"path_type": "GVP", "prediction": "noise", "loss_weight": None}, GVPPath(), NoisePrediction()),
+        (
+            {"path_type": "VP", "prediction": "score", "loss_weight": "likelihood"},
+            VPPath(),
+            ScorePrediction(weight="likelihood"),
+        ),
+    ],
+)
+def test_path_and_prediction_of_the_files_config(tmp_path, torch_file, config, path, prediction):
     tree = {"ema": dit_state(two_clocks=False), "config": json.dumps({"transport": config})}
     (tmp_path / "f.pt").write_bytes(torch_file(tree).zip_bytes())
-    ((name, value),) = config.items()
-    with pytest.raises(SfdError, match=f"says {name} {value}"):
+    metadata = import_checkpoint(tmp_path / "f.pt").metadata
+    assert transport_of(metadata["config"]) == {"path": path, "prediction": prediction}
+
+
+@pytest.mark.parametrize("config", [{"prediction": "data"}, {"path_type": "cosine"}])
+def test_an_unknown_path_or_prediction_is_refused(tmp_path, torch_file, config):
+    tree = {"ema": dit_state(two_clocks=False), "config": json.dumps({"transport": config})}
+    (tmp_path / "f.pt").write_bytes(torch_file(tree).zip_bytes())
+    with pytest.raises(SfdError, match=f"config in the file.*{next(iter(config.values()))}"):
         import_checkpoint(tmp_path / "f.pt")
 
 
