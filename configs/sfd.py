@@ -8,6 +8,9 @@ Expected: FID-50k, balanced labels, released numbers (not ours), without guidanc
           xl   800 epochs 2.54 / 1.06 (weak model b at  70k steps, scale 1.5)
           1p0b  80 epochs 2.84 / 1.19 (weak model b at  60k steps, scale 1.5)
           1p0b 800 epochs 2.38 / 1.04 (weak model b at 120k steps, scale 1.5)
+          FID without guidance of the ablations, size xl with lr2e4, 80 epochs:
+          plain 8.17, repa 7.08, synchronous 5.24, semantics first 3.03 (delta_t=1: 5.41), pca 4.06;
+          redi,synchronous 5.33, redi 4.41; with VA-VAE's texture latents synchronous 4.52, semantics first 4.14
 Command:  sfd train --config=configs/sfd.py:xl --workdir=runs/xl --config.data.path=latents/train
 
 The argument is a size (s, b, l, xl, 1p0b, 1p6b), or `small`: the recipe for a laptop or one GPU and for latents of the
@@ -16,6 +19,13 @@ other `small` configs (docs/your_own_images.md), with classes and grid of the la
   weak   the AutoGuidance model: stops at 70k steps (small: half as wide and deep, a quarter of the steps);
   dinov3, dinov3_s, dinov3_l, siglip2, clip, mae
          REPA with the features of that encoder, computed from images; `sfd fetch NAME` downloads it;
+  synchronous
+         one clock for both groups (another lead: --config.clocks.delta_t=0.5);
+  plain  LightningDiT: the texture latent alone, without REPA; repa: the same with REPA;
+  pca    8 principal components of the features instead of the Semantic VAE (`sfd extract --pca=8`);
+  redi   ReDi: pca without REPA, as ReDi was published;
+  dit    DiT (arXiv 2212.09748; FID 9.62, with guidance 2.27): its blocks, patch 2, and noise prediction on the texture
+         latent of an f8 VAE with 4 channels. Unlike there, time is continuous and the learned sigma is not trained;
   tiny   the same recipe at tiny sizes, for tests and laptops.
 """
 
@@ -29,7 +39,16 @@ from sfd_jax.settings import config_group
 
 SIZES = ("s", "b", "l", "xl", "1p0b", "1p6b")
 SMALL = "small"
-VARIANTS = ("lr2e4", "weak", "tiny", *RELEASED)
+TEXTURE_ALONE = ("plain", "repa", "dit")
+WITHOUT_REPA = ("plain", "redi", "dit")
+VARIANTS = ("lr2e4", "weak", "tiny", "synchronous", "plain", "repa", "pca", "redi", "dit", *RELEASED)
+# At most one of each row: the others contradict it.
+EXCLUSIVE = (
+    tuple(RELEASED),
+    ("plain", "repa", "pca", "redi", "dit"),
+    *(("synchronous", system) for system in TEXTURE_ALONE),
+    *((encoder, system) for encoder in RELEASED for system in WITHOUT_REPA),
+)
 
 
 def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
@@ -40,8 +59,9 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
     for variant in variants:
         if variant not in VARIANTS:
             raise ValueError(f"unknown variant '{variant}' in '{argument}'; variants: {', '.join(VARIANTS)}")
-    if len(RELEASED.keys() & variants) > 1:
-        raise ValueError(f"'{argument}' names several visual encoders: REPA takes one")
+    for row in EXCLUSIVE:
+        if len(both := [name for name in row if name in variants]) > 1:
+            raise ValueError(f"'{argument}': {' and '.join(both)} contradict each other, give one of them")
 
     config = ml_collections.ConfigDict()
     config.seed = 0
@@ -139,15 +159,39 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
         config.optimizer.b2 = 0.95
         config.loss.repa_weight = 0.5
         config.loss.repa_kind = "cos_mse"
-    if "weak" in variants and size != SMALL:
-        config.train.steps = 70_000
-        config.train.keep_every = 10_000
     for encoder in RELEASED.keys() & variants:
         config.model.repa_features = released_encoder(encoder).config.feature_width
         config.data.update(dict(repa_source="online", visual_encoder=str(cache_dir() / encoder)))
+    _choose_system(config, variants, sizes=size != SMALL)
+    if "weak" in variants and size != SMALL:
+        config.train.steps = 70_000
+        config.train.keep_every = 10_000
     if "tiny" in variants:
         _shrink(config)
     return config.lock()
+
+
+def _choose_system(config: ml_collections.ConfigDict, variants: list[str], sizes: bool) -> None:
+    """Change SFD to another row of the published tables; with `sizes` also to the sizes of its latents."""
+    if {"synchronous", *TEXTURE_ALONE} & {*variants}:
+        config.model.two_clocks = False
+        config.clocks = ml_collections.ConfigDict(dict(name="synchronous"))
+    if {*TEXTURE_ALONE} & {*variants}:
+        config.latents.semantic_channels = 0
+    if {*WITHOUT_REPA} & {*variants}:
+        config.model.repa_features = 0
+        config.loss.repa_weight = 0.0
+    if {"pca", "redi"} & {*variants}:
+        config.latents.semantic_channels = 8
+    if "dit" in variants:
+        config.model.update(dict(use_qknorm=False, use_swiglu=False, use_rope=False, use_rmsnorm=False))
+        config.model.learn_sigma = True
+        config.loss.update(dict(cosine_weight=0.0, time="uniform", path=dict(name="vp"), prediction=dict(name="noise")))
+        config.sample.guidance = "cfg"
+        if sizes:
+            config.latents.texture_channels = 4
+            config.model.update(dict(input_size=32, patch_size=2))
+            config.train.steps = 7_000_000
 
 
 def _make_small(config: ml_collections.ConfigDict, weak: bool) -> None:
@@ -172,10 +216,9 @@ def _make_small(config: ml_collections.ConfigDict, weak: bool) -> None:
 def _shrink(config: ml_collections.ConfigDict) -> None:
     """Shrink all sizes and keep all options of the recipe."""
     with config.unlocked():
-        config.model.update(
-            dict(width=48, depth=3, num_heads=4, input_size=4, num_classes=10, repa_features=24, repa_width=32)
-        )
-        config.latents.update(dict(texture_channels=8, semantic_channels=4))
+        config.model.update(dict(width=48, depth=3, num_heads=4, input_size=4, num_classes=10, repa_width=32))
+        config.model.repa_features = 24 if config.model.repa_features else 0
+        config.latents.update(dict(texture_channels=8, semantic_channels=4 if config.latents.semantic_channels else 0))
         config.train.update(dict(steps=4, global_batch_size=8, log_every=2, checkpoint_every=2))
         config.data.workers = 0
         config.data.images.image_size = 32

@@ -145,6 +145,10 @@ class LatentStatistics:
             )
         return cls(**fields)
 
+    def texture_alone(self) -> "LatentStatistics":
+        """Return these statistics without the semantic group."""
+        return dataclasses.replace(self, semantic_mean=np.empty(0), semantic_std=np.empty(0))
+
     def same_scale(self, other: "LatentStatistics") -> bool:
         """Tell whether both normalise latents alike, to a hundredth of a standard deviation."""
         ours, theirs = ([s.texture_mean, s.texture_std, s.semantic_mean, s.semantic_std] for s in (self, other))
@@ -190,7 +194,8 @@ def normalised_composite(
     Args:
       layout: the channels of each group.
       statistics: of both groups.
-      texture, semantic: raw latents (B,H,W,C of the group), any floating dtype.
+      texture, semantic: raw latents (B,H,W,C of the group), any floating dtype; with a layout of texture alone,
+        `semantic` is not used.
 
     Returns:
       float32 (B,H,W,C), the same numbers as `join(normalise_texture(...), normalise_semantic(...))`.
@@ -204,6 +209,8 @@ def normalised_composite(
         for group, values in zip(layout.split(spread), group_values, strict=True):
             group[...] = values
     texture_latents, semantic_latents = layout.split(latents)
+    if not layout.semantic_channels:
+        semantic = semantic[..., :0]
     for row, image in enumerate(latents):
         texture_latents[row] = texture[row]
         semantic_latents[row] = semantic[row]

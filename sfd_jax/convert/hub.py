@@ -92,6 +92,11 @@ CATALOGUE = {
         "ldm-imagenet256-f16d32-50ep.ckpt",
         "texture VAE f16d32",
     ),
+    "vavae": Source(
+        "hustvl/vavae-imagenet256-f16d32-dinov2",
+        "vavae-imagenet256-f16d32-dinov2.pt",
+        "VA-VAE, a texture VAE f16d32 aligned with DINOv2",
+    ),
     "dinov2_vitb14_reg": _transformers("facebook/dinov2-with-registers-base", "DINOv2 ViT-B/14 with registers"),
     "dinov3_s": _transformers("facebook/dinov3-vits16-pretrain-lvd1689m", "DINOv3 ViT-S/16, gated", gated=True),
     "dinov3": _transformers("facebook/dinov3-vitb16-pretrain-lvd1689m", "DINOv3 ViT-B/16, gated", gated=True),

@@ -320,8 +320,8 @@ def latent_transform(layout: LatentLayout, statistics: LatentStatistics, *, repa
     """Make the transform from stored latents to diffusion batches.
 
     Args:
-      layout: of the channels.
-      statistics: for the normalisation.
+      layout: of the channels; without semantic channels, those of the records are left out.
+      statistics: for the normalisation, of the layout's channels.
       repa: also pass on the stored features.
 
     Returns:

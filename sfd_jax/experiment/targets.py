@@ -34,6 +34,11 @@ def check_repa_source(config: ConfigDict) -> str:
         return "none"
     if data.repa_source == "semvae" and not data.semantic_vae:
         raise SfdError("data.repa_source=semvae needs the Semantic VAE: --config.data.semantic_vae=CKPT")
+    if data.repa_source == "semvae" and not config.latents.semantic_channels:
+        raise SfdError(
+            "data.repa_source=semvae decodes the semantic latents, but latents.semantic_channels=0: take "
+            "data.repa_source=stored or online"
+        )
     if data.repa_source == "online":
         if not data.visual_encoder:
             raise SfdError("data.repa_source=online needs a visual encoder: --config.data.visual_encoder=CKPT")

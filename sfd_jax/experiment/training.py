@@ -27,6 +27,7 @@ from sfd_jax.experiment.training_data import (
     load_init,
     open_source,
     unused_classes,
+    used_parts,
 )
 from sfd_jax.latents import other_makers
 from sfd_jax.models import ENCODERS, Network
@@ -74,7 +75,7 @@ def open_diffusion(config: ConfigDict, found: Faults | None = None, *, init: str
         notes.append("loss.repa_weight=0 leaves REPA's projector untrained; --config.model.repa_features=0 removes it")
     with found:
         latents = open_source(config.data.path, repa=False)
-        check_data(config, latents, found, repa=repa)
+        notes += check_data(config, latents, found, repa=repa)
         found += check_labels(latents, config.model.num_classes)
         notes += unused_classes(config.model.num_classes, latents)
     found.stop()
@@ -83,11 +84,12 @@ def open_diffusion(config: ConfigDict, found: Faults | None = None, *, init: str
     task, clocks = build.task_from_config(config, targets), build.diffusion_settings(config)["clocks"]
     params = None
     if init:
-        notes += check_diffusion_init(init, task.network, clocks, source)
+        notes += check_diffusion_init(init, task.network, clocks, layout, source)
         params = load_init(init, task.network, clocks, config.seed)
-    metadata = {"latent_statistics": source.statistics.to_dict(), "class_names": source.class_names}
-    metadata |= {"latents": source.origin, "registered_in": build.registered_in(config)}
-    transform = latent_transform(layout, source.statistics, repa=repa)
+    statistics, origin = used_parts(layout, source)
+    metadata = {"latent_statistics": statistics.to_dict(), "class_names": source.class_names}
+    metadata |= {"latents": origin, "registered_in": build.registered_in(config)}
+    transform = latent_transform(layout, statistics, repa=repa)
     checks = functools.partial(_check_latents, config, latents, repa)
     return Run(task, train, config, source, transform, metadata, params=params, notes=tuple(notes), checks=checks)
 

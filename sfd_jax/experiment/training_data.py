@@ -17,7 +17,7 @@ from sfd_jax.distributed import start
 from sfd_jax.errors import Faults, SfdError
 from sfd_jax.files import must_be_local
 from sfd_jax.generation.parts import clocks_of
-from sfd_jax.latents import LatentStatistics, other_makers
+from sfd_jax.latents import LatentLayout, LatentStatistics, other_makers
 from sfd_jax.models import Network, network_of
 from sfd_jax.training import load_metadata, load_params
 from sfd_jax.training.optimizer import average_notes
@@ -36,7 +36,7 @@ def open_source(path: str, *, repa: bool) -> LatentStore | ReleasedLatents:
     return open_latents(path, repa=repa, read_statistics=read_statistics)
 
 
-def check_data(config: ConfigDict, source: LatentStore | ReleasedLatents, found: Faults, *, repa: bool) -> None:
+def check_data(config: ConfigDict, source: LatentStore | ReleasedLatents, found: Faults, *, repa: bool) -> list[str]:
     """Add to `found` how the latents differ from the config, with the flags that make it fit.
 
     Args:
@@ -45,12 +45,15 @@ def check_data(config: ConfigDict, source: LatentStore | ReleasedLatents, found:
       found: receives the faults.
       repa: whether stored features are needed.
 
+    Returns:
+      Notes on what of the latents is not used.
+
     Raises:
       SfdError: a record cannot be read.
     """
     statistics, latents = source.statistics, config.latents
     texture, semantic = statistics.texture_mean.size, statistics.semantic_mean.size
-    if (texture, semantic) != (latents.texture_channels, latents.semantic_channels):
+    if texture != latents.texture_channels or latents.semantic_channels not in (semantic, 0):
         found.append(
             f"the latents have {texture} texture and {semantic} semantic channels, but latents.texture_channels="
             f"{latents.texture_channels} and latents.semantic_channels={latents.semantic_channels}: "
@@ -76,6 +79,17 @@ def check_data(config: ConfigDict, source: LatentStore | ReleasedLatents, found:
             f"the latents' visual features are {features.shape[-1]} wide, but model.repa_features="
             f"{config.model.repa_features}: --config.model.repa_features={features.shape[-1]}"
         )
+    if semantic and not latents.semantic_channels:
+        return [f"latents.semantic_channels=0: the {semantic} semantic channels of the latents are not used"]
+    return []
+
+
+def used_parts(layout: LatentLayout, source: LatentSource | WithPixels) -> tuple[LatentStatistics, dict[str, Any]]:
+    """Return the statistics and the origin of the latents that a layout uses: all, or those of the texture alone."""
+    if layout.semantic_channels:
+        return source.statistics, source.origin
+    weights = {name: digest for name, digest in source.origin["weights"].items() if name == "texture_vae"}
+    return source.statistics.texture_alone(), {**source.origin, "weights": weights}
 
 
 def completed(config: ConfigDict, source: LatentStore | ReleasedLatents) -> ConfigDict:
@@ -138,17 +152,20 @@ def check_init(path: str, network: Network, made_from: Mapping[str, Any] | None)
     return metadata, notes + ([differing] if changed else []) + average_notes(metadata)
 
 
-def check_diffusion_init(path: str, network: Network, clocks: Clocks, source: LatentSource | WithPixels) -> list[str]:
+def check_diffusion_init(
+    path: str, network: Network, clocks: Clocks, layout: LatentLayout, source: LatentSource | WithPixels
+) -> list[str]:
     """Return notes on how the checkpoint of --init differs from a run of the diffusion model.
 
     Raises:
       SfdError: as `check_init`.
     """
-    metadata, notes = check_init(path, network, source.origin)
+    ours, origin = used_parts(layout, source)
+    metadata, notes = check_init(path, network, origin)
     if (metadata.get("config") or {}).get("clocks") and (theirs := clocks_of(metadata)) != clocks:
         notes.append(f"--init={path} was trained with other clocks, {theirs}; this run's are {clocks}")
     statistics = metadata.get("latent_statistics")
-    if statistics and not LatentStatistics.from_dict(statistics).same_scale(source.statistics):
+    if statistics and not LatentStatistics.from_dict(statistics).same_scale(ours):
         notes.append(f"--init={path} was trained with other latent statistics than those of these latents")
     names = readable(metadata.get("class_names")), readable(source.class_names)
     if None not in names and names[0] != names[1]:

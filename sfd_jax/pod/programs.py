@@ -109,6 +109,8 @@ def trace_inception(mesh: Mesh, rows: int, image_size: int) -> jax.stages.Traced
 
 def extraction_networks(layout: LatentLayout) -> dict[str, Network]:
     """Return the networks of an extraction, by their names in `sfd extract`."""
+    if not layout.semantic_channels:
+        return {"texture_vae": texture_vae(layout)}
     visual = released_encoder()
     semantic = semantic_vae(layout, input_dim=visual.config.feature_width)
     return {"texture_vae": texture_vae(layout), "visual": visual, "semantic_vae": semantic}
@@ -119,6 +121,8 @@ def inception() -> Network:
 
 
 def texture_vae(layout: LatentLayout) -> Network:
+    if layout.texture_channels == 4:  # DiT's, Stability's f8
+        return Network("texture_vae", {"z_channels": 4, "ch_mult": (1, 2, 4, 4), "attention_levels": ()})
     return Network("texture_vae", {"z_channels": layout.texture_channels})
 
 

@@ -36,7 +36,7 @@ def test_recipes_of_other_encoders(encoder, width, view):
     config = load_config(f"configs/semantic_vae.py:{encoder}")
     assert (config.model.input_dim, config.data.view_size) == (width, view)
     assert Network("semantic_vae", config.model.to_dict()).config.input_dim == width
-    with pytest.raises(SfdError, match="several visual encoders"):
+    with pytest.raises(SfdError, match="contradict each other"):
         load_config(f"configs/sfd.py:xl,{encoder},mae")
 
 
