@@ -13,7 +13,7 @@ from tests.generation.test_commands import VAE, save_random
 from tests.training.test_train_command import make_store
 
 MADE_BY = {"texture_vae": "0" * 64, "semantic_vae": "1" * 64, "visual": "2" * 64}
-MODEL = "width=24 depth=2 num_heads=2 compute_dtype=float32 scan_blocks=False remat=none"
+MODEL = "width=24 depth=1 num_heads=2 compute_dtype=float32 scan_blocks=False remat=none"
 
 
 def main(folder: Path, recipes: list[str]) -> None:
@@ -26,13 +26,14 @@ def main(folder: Path, recipes: list[str]) -> None:
     features = lambda params, images: {"features": images.reshape(len(images), -1) @ params["w"]}
     evaluation.open_extractor = lambda *_: Extractor("inception", {"w": projection}, features)
     for recipe in recipes:
-        out, (variants, *flags) = folder / recipe, recipe.split()
-        flags += [f"--config.model.{setting}" for setting in MODEL.split()]
+        out, flags = folder / recipe, [f"--config.model.{setting}" for setting in MODEL.split()]
+        if "redi" not in recipe and "dit" not in recipe:
+            flags.append("--config.model.repa_depth=1")
         flags += ["--config.train.steps=2", "--config.train.ema_decay=0.5", f"--config.data.path={folder / 'latents'}"]
-        run(train, f"--config=configs/sfd.py:{variants}", f"--workdir={out / 'run'}", *flags)
+        run(train, f"--config=configs/sfd.py:{recipe}", f"--workdir={out / 'run'}", *flags)
         given = [f"--checkpoint={out / 'run'}", f"--texture_vae={vae}", "--other_texture_vae", "--guidance=none"]
         run(
-            sample, *given, "--solver=euler", "--num_steps=3", "--num=12", "--batch_size=12", f"--out={out / 'samples'}"
+            sample, *given, "--solver=euler", "--num_steps=4", "--num=12", "--batch_size=12", f"--out={out / 'samples'}"
         )
         given = [f"--samples={out / 'samples'}", f"--reference={folder / 'reference.npz'}", "--inception=stand-in"]
         run(evaluate, *given, "--metrics=fid", f"--out={out / 'scores.json'}")

@@ -7,12 +7,15 @@ import sys
 import numpy as np
 import pytest
 
+from sfd_jax.cli import train
+from sfd_jax.cli.main import run_command
 from sfd_jax.errors import SfdError
 from sfd_jax.experiment.build import task_from_config
 from sfd_jax.experiment.config_files import load_config
 from sfd_jax.experiment.targets import check_repa_source
 from sfd_jax.training import load_params
 from sfd_jax.training.logging import read_metrics
+from tests.training.test_train_command import make_store
 
 # Parameters at full size, without the fixed position table; texture and semantic channels; clocks; REPA.
 RECIPES = {
@@ -25,8 +28,9 @@ RECIPES = {
     "xl,lr2e4,redi,synchronous": (674_984_296, (32, 8), 1, False),
     "xl,dit": (675_129_632 - 256 * 1152, (4, 0), 1, False),  # DiT-XL/2, as its authors' code counts it
 }
-# In "tiny" the semantic latents of `pca` have the same channels as those of the recipe without it.
-RUNS = [f"{name},tiny" for name in RECIPES if "pca" not in name] + ["xl,lr2e4,tiny --config.clocks.delta_t=1.0"]
+# Texture alone with and without REPA, and one clock for two groups. Others are checked, since compiling takes long;
+# tests/training/test_train_command.py trains the two clocks.
+RUNS = ["xl,lr2e4,repa,tiny", "xl,dit,tiny", "xl,lr2e4,redi,synchronous,tiny"]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -51,6 +55,13 @@ def test_a_texture_alone_has_no_targets_from_a_semantic_vae():
         check_repa_source(config)
 
 
+@pytest.mark.parametrize("name", [f"{name},tiny" for name in RECIPES if f"{name},tiny" not in RUNS])
+def test_recipe_fits_latents_of_both_groups(name, tmp_path, capsys):
+    flags = [f"--config.data.path={make_store(tmp_path / 'latents')}", f"--workdir={tmp_path / 'run'}", "--check"]
+    assert run_command(train.main, "train", [f"--config=configs/sfd.py:{name}", "--config.model.depth=2", *flags]) == 0
+    assert ("the 4 semantic channels of the latents are not used" in capsys.readouterr().out) == ("plain" in name)
+
+
 @pytest.fixture(scope="module")
 def job(tmp_path_factory, root, quick):
     """Folder and output of one process that runs all recipes at tiny sizes."""
@@ -65,7 +76,7 @@ def job(tmp_path_factory, root, quick):
 @pytest.mark.parametrize("recipe", RUNS)
 def test_recipe_is_trained_sampled_and_evaluated(recipe, job):
     folder, printed = job
-    _, (_, semantic), _, repa = RECIPES[recipe.split()[0].replace(",tiny", "")]
+    _, (_, semantic), _, repa = RECIPES[recipe.replace(",tiny", "")]
     [row] = read_metrics(folder / recipe / "run")
     assert np.isfinite(row["loss"]) and (row["loss_repa"] > 0) == repa
     assert np.isfinite(json.loads((folder / recipe / "scores.json").read_text())["scores"]["fid"])
@@ -74,5 +85,5 @@ def test_recipe_is_trained_sampled_and_evaluated(recipe, job):
     # Semantic latents that are not used leave the checkpoint and are named.
     assert len(metadata["latent_statistics"]["semantic_mean"]) == (4 if semantic else 0)
     assert ("semantic_vae" in metadata["latents"]["weights"]) == bool(semantic)
-    trained = printed.split(f"sfd train --config=configs/sfd.py:{recipe.split()[0]} ")[1].split("sfd sample")[0]
+    trained = printed.split(f"sfd train --config=configs/sfd.py:{recipe} ")[1].split("sfd sample")[0]
     assert ("the 4 semantic channels of the latents are not used" in trained) != bool(semantic)
