@@ -27,7 +27,7 @@ def main(folder: Path, recipes: list[str]) -> None:
     evaluation.open_extractor = lambda *_: Extractor("inception", {"w": projection}, features)
     for recipe in recipes:
         out, flags = folder / recipe, [f"--config.model.{setting}" for setting in MODEL.split()]
-        if "redi" not in recipe and "dit" not in recipe:
+        if "repa" in recipe:
             flags.append("--config.model.repa_depth=1")
         flags += ["--config.train.steps=2", "--config.train.ema_decay=0.5", f"--config.data.path={folder / 'latents'}"]
         run(train, f"--config=configs/sfd.py:{recipe}", f"--workdir={out / 'run'}", *flags)
