@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--statistics",
         type=local_path,
-        help="mean and std of texture latents: latents_stats.pt, or the converted texture VAE whose scaling factor holds",
+        help="mean and std of texture latents: latents_stats.pt, or a converted texture VAE with a scaling factor",
     )
     parser.add_argument("--semantic_statistics", type=local_path, help="latents_sv_stats.pt, of semantic latents")
     parser.add_argument(

@@ -186,7 +186,7 @@ def scaling_statistics(config, stored: Mapping[str, Any]) -> tuple[LatentStatist
         )
     try:
         mean = np.broadcast_to(np.float32(mean or stored.get("shift_factor") or 0), channels)
-        std = np.broadcast_to(np.float32(std or 1), channels) / np.float32(factor)
+        std = np.broadcast_to(np.float32(std or 1) * (1 / float(factor)), channels)
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise SfdError(f"the config.json beside it has factors that do not fit {channels} channels: {error}") from error
     empty = np.zeros(0, np.float32)
