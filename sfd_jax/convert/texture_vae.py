@@ -181,7 +181,9 @@ def scaling_statistics(config, stored: Mapping[str, Any]) -> tuple[LatentStatist
     if factor is None:
         factor = _STABILITY
         notes.append(
-            f"scaling factor {factor}: Stable Diffusion's, with which DiT and SiT were trained; the file does not say "
+            f"scaling factor {factor}: AutoencoderKL's default; config.json does not say"
+            if "_class_name" in stored
+            else f"scaling factor {factor}: Stability's, with which DiT and SiT were trained; the file does not say "
             "(SDXL's VAE looks the same and has 0.13025: put its config.json beside the file)"
         )
     try:

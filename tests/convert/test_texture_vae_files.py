@@ -85,12 +85,12 @@ def test_normalising_is_what_the_scaling_factor_does(what):
     statistics, notes = scaling_statistics(STABILITY, CONFIG | config)
     raw = np.random.default_rng(1).standard_normal((1, 2, 2, 4), np.float32)
     np.testing.assert_allclose(statistics.normalise_texture(raw), (raw - np.float32(mean)) / np.float32(std), rtol=1e-6)
-    assert any("SDXL" in note for note in notes) == (what == "none given")
+    assert any("AutoencoderKL's default" in note for note in notes) == (what == "none given")
 
 
 def test_without_config_json_a_scale_is_assumed_for_stabilitys_shape_alone():
     statistics, notes = scaling_statistics(STABILITY, {})
-    assert statistics.texture_std.tolist() == [np.float32(1 / 0.18215)] * 4 and "does not say" in notes[0]
+    assert statistics.texture_std.tolist() == [np.float32(1 / 0.18215)] * 4 and "SDXL's VAE looks the same" in notes[0]
     assert scaling_statistics(TextureVAEConfig(), {}) == (None, [])  # f16d32
 
 
