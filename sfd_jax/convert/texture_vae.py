@@ -14,6 +14,7 @@ import numpy as np
 from sfd_jax.convert.table import Row, Table, shape_of
 from sfd_jax.errors import SfdError
 from sfd_jax.latents import LatentStatistics
+from sfd_jax.models.texture_vae import TextureVAEConfig
 
 _BLOCKS = ("encoder/down/{i}/block/{j}", "decoder/up/{up}/block/{j}") + tuple(
     f"{side}/mid/block_{j}" for side in ("encoder", "decoder") for j in (1, 2)
@@ -145,7 +146,7 @@ class TextureVAEFormat:
     def _pattern(self, path: str) -> str:
         return re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(self._key(path))) + r"\."
 
-    def _renumber(self, config, indices: dict[str, str]) -> dict[str, Any]:
+    def _renumber(self, config: TextureVAEConfig, indices: dict[str, str]) -> dict[str, Any]:
         if self._attention is None or "up" not in indices:
             return indices
         return indices | {"up": len(config.ch_mult) - 1 - int(indices["up"])}
@@ -157,7 +158,9 @@ DIFFUSERS = TextureVAEFormat(_NEW)
 DIFFUSERS_OLD = TextureVAEFormat(_OLD)
 
 
-def scaling_statistics(config, stored: Mapping[str, Any]) -> tuple[LatentStatistics | None, list[str]]:
+def scaling_statistics(
+    config: TextureVAEConfig, stored: Mapping[str, Any]
+) -> tuple[LatentStatistics | None, list[str]]:
     """Return the statistics with which normalising is what a VAE's scaling factor does.
 
     Diffusion networks of others are trained on (raw - shift_factor) * scaling_factor, or with `latents_mean` and
