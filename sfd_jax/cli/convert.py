@@ -4,6 +4,8 @@
       print what a file holds, without converting
   sfd convert FILE --out=DIR [--statistics=latents_stats.pt --semantic_statistics=latents_sv_stats.pt]
       read weights and write our checkpoint
+  sfd convert FILE --out=DIR --statistics=SD_VAE
+      the same for SiT: SD_VAE is a folder of `sfd fetch sd_vae_ft_ema`, whose scaling factor is taken
   sfd convert DIR --export=FILE
       write our checkpoint as a .pt file for the original code (needs the extra `torch`), or as
       .safetensors
@@ -11,7 +13,8 @@
 FILE is a PyTorch file (.pt, .pth, .ckpt, .bin), a safetensors file, an index of shards (*.index.json), or a
 folder that holds one of them, recognised by its content, not its name. Averaged (EMA) weights are taken if
 there are any, under any name; raw ones only if there is no average or with --weights=raw.
-Known networks: LightningDiT, Semantic VAE, texture VAE (latent-diffusion's and MAR's), DINOv2 with
+Known networks: LightningDiT, SiT, Semantic VAE, texture VAE (latent-diffusion's, MAR's and diffusers'
+AutoencoderKL, with its config.json beside the weights), DINOv2 with
 registers (original and Hugging Face names), DINOv3 ViT, SigLIP 2, CLIP and MAE (Hugging Face names, with
 their config.json beside the weights), the FID Inception network, LPIPS. The architecture is derived
 from shapes; assumptions are printed and can be changed with --set; keys that were renamed or left out are
@@ -47,7 +50,11 @@ def main(argv: list[str]) -> int:
         help="EMA or raw weights, or the name of a set, see --inspect (default: EMA, if any)",
     )
     parser.add_argument("--allow_nonfinite", action="store_true", help="also convert weights that are NaN or infinite")
-    parser.add_argument("--statistics", type=local_path, help="latents_stats.pt, mean and std of texture latents")
+    parser.add_argument(
+        "--statistics",
+        type=local_path,
+        help="mean and std of texture latents: latents_stats.pt, or a converted texture VAE with a scaling factor",
+    )
     parser.add_argument("--semantic_statistics", type=local_path, help="latents_sv_stats.pt, of semantic latents")
     parser.add_argument(
         "--semantic_channels", type=int, help="number of semantic channels, if nothing else determines it"
@@ -134,7 +141,21 @@ def _stated(args):
             given[field] = json.loads(value.lower() if value in ("True", "False") else value)
         except json.JSONDecodeError:
             given[field] = value
-    return Stated(args.weights, given, args.statistics, args.semantic_statistics, args.semantic_channels)
+    texture = _scaling_of(args.statistics) if args.statistics and Path(args.statistics).is_dir() else args.statistics
+    return Stated(args.weights, given, texture, args.semantic_statistics, args.semantic_channels)
+
+
+def _scaling_of(texture_vae: str):
+    """Return the statistics that a converted texture VAE's scaling factor stands for."""
+    from sfd_jax.latents import LatentStatistics
+    from sfd_jax.models.network import network_of
+    from sfd_jax.training.checkpoint import load_metadata
+
+    metadata = load_metadata(texture_vae) | {"given_as": f"--statistics={texture_vae}"}
+    network_of(metadata, "texture_vae")
+    if not metadata.get("latent_statistics"):
+        raise SfdError(f"--statistics={texture_vae}: this texture VAE has no scaling factor; give latents_stats.pt")
+    return LatentStatistics.from_dict(metadata["latent_statistics"])
 
 
 def _print_notes(notes: list[str]) -> None:

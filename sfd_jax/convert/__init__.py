@@ -19,7 +19,9 @@ from sfd_jax.registry import FORMATS
 for _name, _format in (
     ("lightning_dit", lightning_dit),
     ("semantic_vae", semantic_vae),
-    ("texture_vae", texture_vae),
+    ("texture_vae", texture_vae.LDM),
+    ("texture_vae_diffusers", texture_vae.DIFFUSERS),
+    ("texture_vae_diffusers_old", texture_vae.DIFFUSERS_OLD),
     ("dinov2", dinov2.ORIGINAL),
     ("dinov2_hf", dinov2.HUGGING_FACE),
     ("dinov3", encoders.DINOV3),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sfd_jax.class_names import class_names_of
-from sfd_jax.convert import FORMATS
+from sfd_jax.convert import FORMATS, texture_vae
 from sfd_jax.convert.encoders import refuse_others
 from sfd_jax.convert.pickles import left_out
 from sfd_jax.convert.table import export_state, import_params, kept_as_stored, skipped_keys
@@ -39,14 +39,15 @@ class Stated:
     Args:
       which: "ema" or "raw" weights, or the name of a set in the file; None takes the average where there is one.
       given: fields of the network's config that the shapes do not determine, or that the user overrides.
-      texture_statistics, semantic_statistics: released statistics files, for a diffusion network.
+      texture_statistics, semantic_statistics: released statistics files, for a diffusion network; the first may be
+        the statistics themselves, as a texture VAE's checkpoint has them.
       semantic_channels: how many of a two-clock network's channels are semantic, where neither the statistics nor
         the file determine it.
     """
 
     which: str | None = None
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    texture_statistics: str | Path | None = None
+    texture_statistics: str | Path | LatentStatistics | None = None
     semantic_statistics: str | Path | None = None
     semantic_channels: int | None = None
 
@@ -59,7 +60,7 @@ class Architecture:
       format: a key of FORMATS.
       network: the network.
       system: a diffusion network's `latents` and `clocks`, {} for others.
-      statistics: a diffusion network's, where stated.
+      statistics: a diffusion network's, where stated; those that a texture VAE's scaling factor stands for.
       notes: assumptions where the file does not say, as sentences.
     """
 
@@ -154,6 +155,9 @@ def read_architecture(file: WeightFile, path: str | os.PathLike, stated: Stated 
             notes += more + _average_notes(file, stated.which)
         elif stated != Stated(stated.which, stated.given):
             raise SfdError(f"statistics and semantic channels belong to a diffusion network, this is {network.name}")
+        elif network.name == "texture_vae":
+            statistics, more = texture_vae.scaling_statistics(network.config, stored)
+            notes += more
     except SfdError as error:
         raise SfdError(f"'{path}': {error}") from error
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
@@ -240,7 +244,10 @@ def _statistics(stated: Stated, stored: Mapping[str, Any], notes: list[str]) -> 
     if texture is None:
         raise SfdError("semantic statistics without texture statistics: give --statistics too")
     empty = np.zeros(0, np.float32)
-    texture_mean, texture_std = read_statistics(texture)
+    if isinstance(texture, LatentStatistics):
+        texture_mean, texture_std = texture.texture_mean, texture.texture_std
+    else:
+        texture_mean, texture_std = read_statistics(texture)
     mean, std = (empty, empty) if semantic is None else read_statistics(semantic)
     multiplier = stored.get("latent_multiplier", 1.0)
     if multiplier != 1.0:

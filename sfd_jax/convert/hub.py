@@ -60,6 +60,12 @@ def _transformers(where: str, about: str, gated: bool = False) -> Source:
     return Source(where, "*model.[sb]*", about, prefer="model.safetensors", beside=("config.json",), gated=gated)
 
 
+def _diffusers(where: str, about: str) -> Source:
+    """Return the source of a network that diffusers stores, under either name of its weights."""
+    files = "diffusion_pytorch_model.[sb]*"
+    return Source(where, files, about, prefer="diffusion_pytorch_model.safetensors", beside=("config.json",))
+
+
 CATALOGUE = {
     "sfd_xl": Source(
         "SFD-Project/SFD",
@@ -97,6 +103,8 @@ CATALOGUE = {
         "vavae-imagenet256-f16d32-dinov2.pt",
         "VA-VAE, a texture VAE f16d32 aligned with DINOv2",
     ),
+    "sd_vae_ft_ema": _diffusers("stabilityai/sd-vae-ft-ema", "Stability's texture VAE f8, that of DiT and SiT"),
+    "sd_vae_ft_mse": _diffusers("stabilityai/sd-vae-ft-mse", "the same, its decoder trained further: smoother"),
     "dinov2_vitb14_reg": _transformers("facebook/dinov2-with-registers-base", "DINOv2 ViT-B/14 with registers"),
     "dinov3_s": _transformers("facebook/dinov3-vits16-pretrain-lvd1689m", "DINOv3 ViT-S/16, gated", gated=True),
     "dinov3": _transformers("facebook/dinov3-vitb16-pretrain-lvd1689m", "DINOv3 ViT-B/16, gated", gated=True),

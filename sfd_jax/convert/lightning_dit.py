@@ -1,6 +1,7 @@
 """LightningDiT: the table of its released state dicts, and its architecture from the shapes.
 
-Source: the released code's models/lightningdit.py (key names), and the released files.
+A SiT is one with LayerNorm, GELU, a learned sigma and neither rotary embedding nor q/k norm, under the same key names.
+Source: the released code's models/lightningdit.py (key names), and the released files; SiT, models.py.
 """
 
 import functools
@@ -90,6 +91,11 @@ def read_config(
     block = {key: max(shapes, key=shapes.count) for key, shapes in found.items()}
     if "attn.proj.weight" not in block:
         raise SfdError("the state dict has no blocks.*.attn.proj.weight: it is not a complete LightningDiT")
+    if any(key.startswith("projectors.") for key in state):
+        raise SfdError(
+            "it is a SiT trained by the code of REPA, whose time runs from 1 (noise) to 0 (data): not supported; use a "
+            "SiT of its own authors or a LightningDiT"
+        )
     width = block["attn.proj.weight"][0]
     depth = 1 + max(int(m[1]) for key in state if (m := re.match(r"blocks\.(\d+)\.", key)))
     _, channels, patch, _ = shape("x_embedder.proj.weight", rank=4)
@@ -168,7 +174,7 @@ def read_system(
         notes.append(
             "prediction: velocity is assumed, time from 0 (noise) to 1 (data), as in LightningDiT and SiT; a file that "
             "predicts noise as DiT does looks the same, and would be sampled wrongly"
-            + (". Its learned sigma, which is dropped, suggests DiT" if config.learn_sigma else "")
+            + (". Its learned sigma, which is dropped, is that of DiT or SiT" if config.learn_sigma else "")
         )
     if statistics is not None:
         found = (statistics.texture_mean.size, statistics.semantic_mean.size)

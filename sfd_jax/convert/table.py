@@ -38,6 +38,8 @@ LAYOUTS = {
     "same": Layout(lambda a: a, lambda a: a),
     "linear": Layout(lambda a: a.T, lambda a: a.T),
     "conv": Layout(lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1)),
+    # Our 1x1 convolution, their Linear.
+    "pointwise": Layout(lambda a: a.T[None, None], lambda a: a[0, 0].T),
     # Tokens and position tables, whose leading axes of length 1 differ.
     "batched": Layout(lambda a: a[None], lambda a: a[0]),
     "first": Layout(lambda a: a[0], lambda a: a[None]),
@@ -75,12 +77,14 @@ class Table:
       fixed: returns for a config the arrays that their files store although the architecture computes
         them: checked at import, written at export.
       skipped: patterns of their keys that are not needed (`fnmatch`); never exported.
+      renumber: turns the indices of our path, by name, into those of their keys, for a config.
     """
 
     network: str
     rows: tuple[Row, ...]
     fixed: Callable[[Any], dict[str, np.ndarray]] = lambda config: {}
     skipped: tuple[str, ...] = ()
+    renumber: Callable[[Any, dict[str, str]], dict[str, Any]] = lambda config, indices: indices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,7 +298,7 @@ def _slots(table: Table, network: Network) -> Iterator[_Slot]:
         joined = layout.to_theirs(np.broadcast_to(np.float32(0), inner)).shape
         their_shape = (joined[0] // len(theirs), *joined[1:]) if joined else ()
         for layer in range(shape[0]) if stacked else [None]:
-            names = indices | ({"layer": layer} if stacked else {})
+            names = table.renumber(network.config, indices) | ({"layer": layer} if stacked else {})
             keys = tuple(key.format_map(names) for key in theirs)
             yield _Slot(path, layer, keys, layout, their_shape)
 

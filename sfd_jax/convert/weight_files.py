@@ -438,7 +438,8 @@ def _read_shards(index: Path) -> dict[str, LazyArray]:
 
 
 def read_config_json(path: str | os.PathLike) -> dict[str, Any]:
-    """Return the `config.json` of transformers beside a file of weights, an image tower's entries above the rest.
+    """Return the `config.json` of transformers or diffusers beside a file of weights, an image tower's entries above
+    the rest.
 
     Args:
       path: the file, or its folder.
@@ -459,7 +460,7 @@ def read_config_json(path: str | os.PathLike) -> dict[str, Any]:
         config = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise SfdError(f"'{file}' cannot be read ({error}); copy it again, or take it away") from error
-    config = config if isinstance(config, dict) and "model_type" in config else {}
+    config = config if isinstance(config, dict) and {"model_type", "_class_name"} & config.keys() else {}
     vision = config.get("vision_config")
     return config | (vision if isinstance(vision, dict) else {})
 

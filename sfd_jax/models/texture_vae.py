@@ -2,7 +2,8 @@
 
 Maps pixels (B, H, W, 3) in [-1, 1] to a posterior on raw latents (B, h, w, Z), h = H / 2^(levels-1),
 and back. "Raw" means not normalised: `latents.LatentStatistics` does that. The released one is f16d32:
-five levels, Z = 32. Two variants: LDM's, and MAR's, whose decoder has no attention in its up path.
+five levels, Z = 32; Stability's, with which DiT and SiT were trained, f8: four levels, Z = 4. Two variants: LDM's,
+and MAR's, whose decoder has no attention in its up path.
 
 Parameters keep the names of the PyTorch keys, one for one, with `/` for `.`:
 
@@ -15,7 +16,7 @@ Parameters keep the names of the PyTorch keys, one for one, with `/` for `.`:
   encoder/down/{i}/downsample/conv                    all levels but the last
   decoder/up/{i}/block/{j}/..., attn/{j}/...          i counts from the FINEST level
   decoder/up/{i}/upsample/conv                        all levels but the finest
-  quant_conv, post_quant_conv                         (1,1,2Z,2Z) and (1,1,Z,Z)
+  quant_conv, post_quant_conv                         (1,1,2Z,2Z) and (1,1,Z,Z); only with use_quant_conv
 
 `loss.*` (LPIPS, discriminator) of the released files is not part of the network.
 
@@ -48,6 +49,7 @@ class TextureVAEConfig:
         from the coarsest. (The coarsest is 16x16 for the released 256 px.)
       variant: "ldm", or "mar" (no attention in the decoder's up path).
       norm_groups: groups of every GroupNorm; must divide every channel count.
+      use_quant_conv: 1x1 convolutions of the moments and of the latents; SD3's and FLUX's have none.
       compute_dtype: "float32" or "bfloat16", dtype of the convolutions.
     """
 
@@ -58,6 +60,7 @@ class TextureVAEConfig:
     attention_levels: tuple[int, ...] = (-1,)
     variant: str = "ldm"
     norm_groups: int = 32
+    use_quant_conv: bool = True
     compute_dtype: str = "float32"
 
     def __post_init__(self):
@@ -112,8 +115,9 @@ class TextureVAE(nnx.Module):
         z, dtype = c.z_channels, jnp.dtype(c.compute_dtype)
         self.encoder = Encoder(c, rngs=rngs)
         self.decoder = Decoder(c, rngs=rngs)
-        self.quant_conv = conv(2 * z, 2 * z, 1, rngs=rngs, dtype=dtype)
-        self.post_quant_conv = conv(z, z, 1, rngs=rngs, dtype=dtype)
+        if c.use_quant_conv:
+            self.quant_conv = conv(2 * z, 2 * z, 1, rngs=rngs, dtype=dtype)
+            self.post_quant_conv = conv(z, z, 1, rngs=rngs, dtype=dtype)
 
     def encode(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return (mean, logvar), (B, h, w, Z) float32 each, of pixels (B, H, W, 3) in [-1, 1].
@@ -123,12 +127,16 @@ class TextureVAE(nnx.Module):
         """
         for side in pixels.shape[1:3]:
             check_divides(side, self.config.downsampling, "the texture VAE's downsampling")
-        moments = self.quant_conv(self.encoder(pixels))
+        moments = self.encoder(pixels)
+        if self.config.use_quant_conv:
+            moments = self.quant_conv(moments)
         return split_moments(moments.astype(jnp.float32))
 
     def decode(self, raw_latents: jax.Array) -> jax.Array:
         """Return pixels (B, H, W, 3) float32, about [-1, 1], of raw latents (B, h, w, Z)."""
-        return self.decoder(self.post_quant_conv(raw_latents)).astype(jnp.float32)
+        if self.config.use_quant_conv:
+            raw_latents = self.post_quant_conv(raw_latents)
+        return self.decoder(raw_latents).astype(jnp.float32)
 
     def __call__(self, pixels: jax.Array, noise: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return (reconstruction, mean, logvar); noise (B, h, w, Z) samples the posterior."""

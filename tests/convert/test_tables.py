@@ -42,6 +42,8 @@ NETWORKS = {
     "vae": ("texture_vae", VAE | dict(attention_levels=(2,))),
     "vae_mar": ("texture_vae", VAE | dict(attention_levels=(1, 2), variant="mar")),
     "vae_no_attention": ("texture_vae", VAE | dict(attention_levels=())),
+    "vae_diffusers": ("texture_vae_diffusers", VAE | dict(attention_levels=(1,))),
+    "vae_diffusers_old": ("texture_vae_diffusers_old", VAE | dict(attention_levels=(2,), use_quant_conv=False)),
     "dinov2": ("dinov2", DINO),
     "dinov2_swiglu": ("dinov2", DINO | dict(ffn="swiglu", num_registers=0)),
     "dinov2_hf": ("dinov2_hf", DINO),
