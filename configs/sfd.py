@@ -16,6 +16,7 @@ other `small` configs (docs/your_own_images.md), with classes and grid of the la
   weak   the AutoGuidance model: stops at 70k steps (small: half as wide and deep, a quarter of the steps);
   dinov3, dinov3_s, dinov3_l, siglip2, clip, mae
          REPA with the features of that encoder, computed from images; `sfd fetch NAME` downloads it;
+  irepa  iREPA (arXiv 2512.10794): a convolution as projector, spatially normalised features (docs/repa.md);
   tiny   the same recipe at tiny sizes, for tests and laptops.
 """
 
@@ -29,7 +30,7 @@ from sfd_jax.settings import config_group
 
 SIZES = ("s", "b", "l", "xl", "1p0b", "1p6b")
 SMALL = "small"
-VARIANTS = ("lr2e4", "weak", "tiny", *RELEASED)
+VARIANTS = ("lr2e4", "weak", "irepa", "tiny", *RELEASED)
 
 
 def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
@@ -61,6 +62,7 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
             use_shift=True,
             repa_features=768,  # width of DINOv2 ViT-B/14; 0 builds no projector
             repa_depth=2,  # blocks before the projector
+            repa_projector="mlp",  # mlp | conv (iREPA)
             repa_width=2048,
             scan_blocks=ml_collections.config_dict.placeholder(bool),  # None: one loop, but unrolled on a GPU
             remat="auto",  # none | dots | full: what the backward pass recomputes; auto: what fits
@@ -78,6 +80,7 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
             cosine_weight=1.0,
             repa_weight=1.0,
             repa_kind="cos",  # cos | mse | cos_mse
+            repa_spatial_norm=0.0,  # gamma of iREPA's normalisation of the features; 0: none
             time="logit_normal",  # logit_normal (released) | uniform (paper)
             label_dropout=0.1,
             terms={},  # custom terms, name -> settings: docs/extend.md
@@ -142,6 +145,9 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
     if "weak" in variants and size != SMALL:
         config.train.steps = 70_000
         config.train.keep_every = 10_000
+    if "irepa" in variants:
+        config.model.repa_projector = "conv"
+        config.loss.repa_spatial_norm = 0.6
     for encoder in RELEASED.keys() & variants:
         config.model.repa_features = released_encoder(encoder).config.feature_width
         config.data.update(dict(repa_source="online", visual_encoder=str(cache_dir() / encoder)))

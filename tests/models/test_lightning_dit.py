@@ -149,6 +149,21 @@ def test_repa_reads_the_hidden_states_after_repa_depth_blocks(params, inputs):
     assert np.any(changed != repa)
 
 
+def test_a_convolution_projects_the_hidden_states_on_their_grid(inputs):
+    network = build(depth=1, repa_depth=1, repa_features=24, repa_projector="conv", use_rope=False)
+    params = random_params(network)
+    kernel, bias = (np.asarray(params["repa_projector"]["conv"][name]) for name in ("kernel", "bias"))
+    assert kernel.shape == (3, 3, 24, 24)
+    # With the identity in its middle the kernel returns the hidden states.
+    middle = {"kernel": np.zeros_like(kernel), "bias": np.zeros_like(bias)}
+    middle["kernel"][1, 1] = np.eye(24)
+    _, hidden = call(network, {**params, "repa_projector": {"conv": middle}}, *inputs, return_repa=True)
+    _, repa = call(network, params, *inputs, return_repa=True)
+    padded = np.pad(np.reshape(hidden, (3, 3, 3, 24)), [(0, 0), (1, 1), (1, 1), (0, 0)])
+    wanted = bias + sum(padded[:, y : y + 3, x : x + 3] @ kernel[y, x] for y in range(3) for x in range(3))
+    close(repa, wanted.reshape(3, 9, 24), 1e-5)
+
+
 def test_each_clock_and_the_label_matter(params, inputs, velocity):
     latents, t_semantic, t_texture, labels = inputs
     network = build()
@@ -262,6 +277,7 @@ def test_other_parameter_counts(size):
         (dict(patch_size=4), "patch_size"),
         (dict(repa_depth=4), "repa_depth"),
         (dict(compute_dtype="float16"), "bfloat16"),
+        (dict(repa_projector="convolution"), "unknown model.repa_projector 'convolution'"),
         (dict(width=20, num_heads=2), "head width 10"),
     ],
 )

@@ -21,6 +21,14 @@ def test_a_run_whose_record_gives_all_clocks_a_delta_t_resumes(tmp_path):
     assert upgraded(old) == old
 
 
+def test_a_run_from_before_a_setting_was_added_resumes_with_the_value_it_had(tmp_path):
+    claim_workdir(tmp_path, record(), may_extend=False)
+    new = lambda gamma: {"config": {**record()["config"], "loss": {"repa_weight": 1.0, "repa_spatial_norm": gamma}}}
+    claim_workdir(tmp_path, new(0.0), may_extend=False)
+    with pytest.raises(SfdError, match="config.loss.repa_spatial_norm: there absent, here 0.6"):
+        claim_workdir(tmp_path, new(0.6), may_extend=False)
+
+
 def test_groups_at_any_depth_are_upgraded():
     once = {
         "diffusion": {"clocks": {"name": "fixed_offset", "delta_t": 0.3}},
