@@ -2,11 +2,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from model_testing import call, random_params
 
 from sfd_jax.errors import SfdError
 from sfd_jax.models import DiTConfig, Network, dit_config
 from sfd_jax.models.execution import PLAIN, Execution, executing
+from sfd_jax.models.lightning_dit import ConvProjector
 from sfd_jax.models.positions import rotary_2d, rotate, sincos_2d
 
 TINY = dict(
@@ -149,19 +151,14 @@ def test_repa_reads_the_hidden_states_after_repa_depth_blocks(params, inputs):
     assert np.any(changed != repa)
 
 
-def test_a_convolution_projects_the_hidden_states_on_their_grid(inputs):
-    network = build(depth=1, repa_depth=1, repa_features=24, repa_projector="conv", use_rope=False)
-    params = random_params(network)
-    kernel, bias = (np.asarray(params["repa_projector"]["conv"][name]) for name in ("kernel", "bias"))
-    assert kernel.shape == (3, 3, 24, 24)
-    # With the identity in its middle the kernel returns the hidden states.
-    middle = {"kernel": np.zeros_like(kernel), "bias": np.zeros_like(bias)}
-    middle["kernel"][1, 1] = np.eye(24)
-    _, hidden = call(network, {**params, "repa_projector": {"conv": middle}}, *inputs, return_repa=True)
-    _, repa = call(network, params, *inputs, return_repa=True)
-    padded = np.pad(np.reshape(hidden, (3, 3, 3, 24)), [(0, 0), (1, 1), (1, 1), (0, 0)])
+def test_a_convolution_projects_tokens_on_their_grid():
+    projector = ConvProjector(build(repa_projector="conv").config, rngs=nnx.Rngs(0))
+    tokens, bias = (np.asarray(jax.random.normal(jax.random.key(7), shape)) for shape in ((2, 9, 24), (11,)))
+    projector.conv.bias[...] = bias
+    kernel = np.asarray(projector.conv.kernel[...])
+    padded = np.pad(tokens.reshape(2, 3, 3, 24), [(0, 0), (1, 1), (1, 1), (0, 0)])
     wanted = bias + sum(padded[:, y : y + 3, x : x + 3] @ kernel[y, x] for y in range(3) for x in range(3))
-    close(repa, wanted.reshape(3, 9, 24), 1e-5)
+    close(projector(tokens), wanted.reshape(2, 9, 11), 1e-5)
 
 
 def test_each_clock_and_the_label_matter(params, inputs, velocity):
