@@ -26,6 +26,7 @@ other `small` configs (docs/your_own_images.md), with classes and grid of the la
   redi   ReDi: pca without REPA, as ReDi was published;
   dit    DiT (arXiv 2212.09748; FID 9.62, with guidance 2.27): its blocks, patch 2, and noise prediction on the texture
          latent of an f8 VAE with 4 channels. Unlike there, time is continuous and the learned sigma is not trained;
+  irepa  iREPA (arXiv 2512.10794): a convolution as projector, spatially normalised features (docs/repa.md);
   tiny   the same recipe at tiny sizes, for tests and laptops.
 """
 
@@ -41,13 +42,13 @@ SIZES = ("s", "b", "l", "xl", "1p0b", "1p6b")
 SMALL = "small"
 TEXTURE_ALONE = ("plain", "repa", "dit")
 WITHOUT_REPA = ("plain", "redi", "dit")
-VARIANTS = ("lr2e4", "weak", "tiny", "synchronous", "plain", "repa", "pca", "redi", "dit", *RELEASED)
+VARIANTS = ("lr2e4", "weak", "irepa", "tiny", "synchronous", "plain", "repa", "pca", "redi", "dit", *RELEASED)
 # At most one of each row: the others contradict it.
 EXCLUSIVE = (
     tuple(RELEASED),
     ("plain", "repa", "pca", "redi", "dit"),
     *(("synchronous", system) for system in TEXTURE_ALONE),
-    *((encoder, system) for encoder in RELEASED for system in WITHOUT_REPA),
+    *((encoder, system) for encoder in (*RELEASED, "irepa") for system in WITHOUT_REPA),
 )
 
 
@@ -81,6 +82,7 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
             use_shift=True,
             repa_features=768,  # width of DINOv2 ViT-B/14; 0 builds no projector
             repa_depth=2,  # blocks before the projector
+            repa_projector="mlp",  # mlp | conv (iREPA)
             repa_width=2048,
             scan_blocks=ml_collections.config_dict.placeholder(bool),  # None: one loop, but unrolled on a GPU
             remat="auto",  # none | dots | full: what the backward pass recomputes; auto: what fits
@@ -98,6 +100,7 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
             cosine_weight=1.0,
             repa_weight=1.0,
             repa_kind="cos",  # cos | mse | cos_mse
+            repa_spatial_norm=0.0,  # gamma of iREPA's normalisation of the features; 0: none
             time="logit_normal",  # logit_normal (released) | uniform (paper)
             label_dropout=0.1,
             terms={},  # custom terms, name -> settings: docs/extend.md
@@ -159,6 +162,9 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
         config.optimizer.b2 = 0.95
         config.loss.repa_weight = 0.5
         config.loss.repa_kind = "cos_mse"
+    if "irepa" in variants:
+        config.model.repa_projector = "conv"
+        config.loss.repa_spatial_norm = 0.6
     for encoder in RELEASED.keys() & variants:
         config.model.repa_features = released_encoder(encoder).config.feature_width
         config.data.update(dict(repa_source="online", visual_encoder=str(cache_dir() / encoder)))

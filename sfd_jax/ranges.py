@@ -76,7 +76,7 @@ RANGES = {
     # The method
     **_rows("semantic_weight cosine_weight repa_weight mse_weight l1_weight kl_weight", _WEIGHT),
     **_rows("classification_weight perceptual_weight", _WEIGHT),
-    **_rows("label_smoothing", _SHARE) | _rows("label_dropout", _BELOW_1),  # at 1 no class is trained
+    **_rows("label_smoothing repa_spatial_norm", _SHARE) | _rows("label_dropout", _BELOW_1),  # at 1 no class is trained
     **_rows("loss.shift", Range(float, 0, 2**14)) | _rows("loss.scale", _BELOW_1),
     # Optimisation
     **_rows("learning_rate", Range(float, 0, 100, above=True)) | _rows("eps", Range(float, 0, 1, above=True)),
@@ -140,7 +140,7 @@ RULES = {
         Only("final_fraction", "schedule", ("cosine", "constant_cosine")),
     ),
     "loss": (
-        Only("repa_kind", "repa_weight"),
+        Only("repa_kind repa_spatial_norm", "repa_weight"),
         Only("cosine_axis", "cosine_weight"),
         Only("kl_weight", "model.variational"),
         Only("num_classes", "classification_weight"),
@@ -151,7 +151,8 @@ RULES = {
         Only("num_layers", "arch", ("mlp", "resnet")),
         Only("num_res_blocks", "arch", ("resnet",)),
         Only("transformer_heads transformer_blocks", "arch", ("transformer",)),
-        Only("repa_depth repa_width", "repa_features"),
+        Only("repa_width", "repa_projector", ("mlp",)),
+        Only("repa_depth repa_width repa_projector", "repa_features"),
     ),
     "data": (
         Only("repa_source", "loss.repa_weight"),

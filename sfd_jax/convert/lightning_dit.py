@@ -59,6 +59,7 @@ TABLE = Table(
         *dense_rows("repa_projector.0", "repa_projector/linear1"),
         *dense_rows("repa_projector.2", "repa_projector/linear2"),
         *dense_rows("repa_projector.4", "repa_projector/linear3"),
+        *dense_rows("repa_projector", "repa_projector/conv", "conv"),
     ),
     fixed=_fixed_tables,
 )
@@ -125,8 +126,11 @@ def read_config(
             "file does not say what the last one means (without null label give --set null_label=false)"
         )
     if any(key.startswith("repa_projector.") for key in state):
-        config["repa_width"] = shape("repa_projector.0.weight")[0]
-        config["repa_features"] = shape("repa_projector.4.weight")[0]
+        if "repa_projector.weight" in state:
+            config["repa_projector"], config["repa_features"] = "conv", shape("repa_projector.weight", rank=4)[0]
+        else:
+            config["repa_width"] = shape("repa_projector.0.weight")[0]
+            config["repa_features"] = shape("repa_projector.4.weight")[0]
         config["repa_depth"] = stored.get("repa_depth") or min(2, depth)
         if not {"repa_depth"} & (given.keys() | stored.keys()):
             notes.append(f"repa_depth {config['repa_depth']}: as released; the file does not say")

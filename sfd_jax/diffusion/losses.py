@@ -21,6 +21,7 @@ Source: arXiv 2512.04926, section 3; released `transport/transport.py`, `trainin
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -65,7 +66,7 @@ class Prediction(NamedTuple):
     t_semantic, t_texture: (B,). layout: which channels are texture.
     clocks: the pair with its trained parameters; tau = draws.t * clocks.tau_end.
     projected: (B,N,F) outputs of REPA's projector; None if no term reads them.
-    features: (B,N,F), REPA's targets, or None.
+    features: (B,N,F), REPA's targets as they are compared, or None.
     """
 
     latents: jax.Array
@@ -123,6 +124,7 @@ class LossConfig:
       cosine_weight: weight of the cosine term; 0 leaves it out.
       repa_weight: weight of the REPA term (lambda); 0 leaves it out.
       repa_kind: "cos", "mse", or "cos_mse" for the mean of both.
+      repa_spatial_norm: gamma of iREPA's normalisation of the features (`spatial_norm`); 0 leaves them as they are.
       time: distribution of t: "logit_normal" (released code) or "uniform" (paper).
       label_dropout: probability of the null label.
       path: from noise to data.
@@ -137,6 +139,7 @@ class LossConfig:
     cosine_weight: float = 1.0
     repa_weight: float = 1.0
     repa_kind: str = setting("cos", "distance to the features", choices=REPA_KINDS)
+    repa_spatial_norm: float = 0.0
     time: str = setting("logit_normal", "distribution of t", choices=TIMES)
     label_dropout: float = 0.1
     path: Path = LinearPath()
@@ -281,6 +284,8 @@ def velocity_loss(
     of_time = config.prediction.loss_weight(t, config.path)
     velocity_term = _sample_mean(weighted if of_time is None else weighted * of_time)
     cosine = repa = zero
+    if repa_features is not None and config.repa_spatial_norm > 0:
+        repa_features = spatial_norm(repa_features, config.repa_spatial_norm)
     if config.cosine_weight > 0:
         cosine = cosine_distance(velocity, target)
     if config.repa_weight > 0:
@@ -316,6 +321,23 @@ def repa_distance(projected: jax.Array, features: jax.Array, kind: str) -> jax.A
     cosine = cosine_distance(projected, features)
     squared = _sample_mean((projected - features) ** 2)
     return {"cos": cosine, "mse": squared, "cos_mse": (cosine + squared) / 2}[kind]
+
+
+def spatial_norm(features: jax.Array, gamma: float) -> jax.Array:
+    """Subtract gamma times the mean over an image's tokens, and divide by the standard deviation, per channel.
+
+    Args:
+      features: (B,N,F), N > 1.
+      gamma: share of the mean that is subtracted.
+
+    Returns:
+      (B,N,F) float32.
+
+    Source: arXiv 2512.10794, section 4; with N - 1 in the deviation, as PyTorch's `std` in its algorithm 1.
+    """
+    features = features.astype(jnp.float32)
+    mean, deviation = (of(features, axis=1, keepdims=True) for of in (jnp.mean, functools.partial(jnp.std, ddof=1)))
+    return (features - gamma * mean) / (deviation + 1e-6)
 
 
 def cosine_distance(a: jax.Array, b: jax.Array, axis: int = -1) -> jax.Array:

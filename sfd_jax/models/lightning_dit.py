@@ -28,14 +28,17 @@ leading axis L over `blocks.{i}.`):
   final/modulation/kernel (D,2D), bias             final_layer.adaLN_modulation.1
   final/linear/kernel (D,P*P*C or P*P*2C), bias    final_layer.linear
   repa_projector/linear1, linear2, linear3         repa_projector.0, .2, .4
+  repa_projector/conv/kernel (3,3,D,F), bias       repa_projector (a Conv2d; not in released files)
 
 `pos_embed` and `feat_rope.*` of the released files are fixed tables (positions.py), not parameters.
 
-Source: SFD paper section 3; released code models/lightningdit.py and models/swiglu_ffn.py.
+Source: SFD paper section 3; released code models/lightningdit.py and models/swiglu_ffn.py; the convolution as
+projector is iREPA's (arXiv 2512.10794, section 4).
 """
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +54,7 @@ from sfd_jax.models.layers import (
     SwiGlu,
     check,
     check_dtype,
+    conv,
     dense,
     gelu_tanh,
     layer_norm,
@@ -61,6 +65,7 @@ from sfd_jax.models.layers import (
 from sfd_jax.models.positions import Rotary, rotary_2d, sincos_2d, time_features
 from sfd_jax.models.stack import run_stack, stack
 from sfd_jax.ranges import check_fields
+from sfd_jax.settings import setting
 
 # The released code's table. Its "1p0B" is the paper's XXL, which the paper gives as 32 x 1280 x 16.
 SIZES = {
@@ -93,7 +98,8 @@ class DiTConfig:
       learn_sigma: the last layer has 2C channels, of which the second half is dropped.
       repa_features: F, width of the projected features; 0 for no projector.
       repa_depth: the projector reads the hidden states after this many blocks.
-      repa_width: hidden width of the projector.
+      repa_projector: "mlp" of three layers for each token, or "conv", a 3x3 convolution over the grid.
+      repa_width: hidden width of the MLP.
       compute_dtype: "float32" or "bfloat16".
     """
 
@@ -115,6 +121,7 @@ class DiTConfig:
     mlp_ratio: float = 4.0
     repa_features: int = 0
     repa_depth: int = 2
+    repa_projector: str = setting("mlp", "from hidden states to features", choices=("mlp", "conv"))
     repa_width: int = 2048
     compute_dtype: str = "float32"
 
@@ -179,7 +186,8 @@ class LightningDiT(nnx.Module):
         self.blocks = stack(lambda rngs: Block(c, rngs=rngs), c.depth, rngs)
         self.final = FinalLayer(c, rngs=rngs)
         if c.repa_features:
-            self.repa_projector = RepaProjector(c, rngs=rngs)
+            projector = {"mlp": MlpProjector, "conv": ConvProjector}[c.repa_projector]
+            self.repa_projector = projector(c, rngs=rngs)
 
     def __call__(
         self,
@@ -306,7 +314,7 @@ class FinalLayer(nnx.Module):
         return self.linear(self.norm(tokens) * (1 + scale) + shift)
 
 
-class RepaProjector(nnx.Module):
+class MlpProjector(nnx.Module):
     """Project hidden states (B, N, D) to the visual encoder's features (B, N, F); training only."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
@@ -319,6 +327,19 @@ class RepaProjector(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = jax.nn.silu(self.linear2(jax.nn.silu(self.linear1(x))))
         return self.linear3(x).astype(jnp.float32)
+
+
+class ConvProjector(nnx.Module):
+    """Project as `MlpProjector` does, by a 3x3 convolution over the square token grid with a border of zeros."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        c = config
+        self.conv = conv(c.width, c.repa_features, 3, rngs=rngs, dtype=jnp.dtype(c.compute_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        b, n, d = x.shape
+        grid = math.isqrt(n)
+        return self.conv(x.reshape(b, grid, grid, d)).reshape(b, n, -1).astype(jnp.float32)
 
 
 def head_norm(config: DiTConfig, head_width: int, rngs: nnx.Rngs) -> nnx.RMSNorm | nnx.LayerNorm:

@@ -90,6 +90,11 @@ def check_parts(network: Network, layout: LatentLayout, clocks: Clocks, config: 
             f"loss.repa_weight={config.repa_weight} needs a projector, but model.repa_features="
             f"{dit.repa_features} means none; give the features' width, or set loss.repa_weight=0"
         )
+    if config.repa_spatial_norm > 0 and dit.input_size == dit.patch_size:
+        raise SfdError(
+            f"loss.repa_spatial_norm={config.repa_spatial_norm} needs several tokens: model.input_size="
+            f"{dit.input_size} and model.patch_size={dit.patch_size} make one; set loss.repa_spatial_norm=0"
+        )
     for name, term in config.terms.items():
         if term.reads_hidden and not dit.repa_features:
             raise SfdError(

@@ -28,6 +28,12 @@ FREE_KEYS = (
 )
 # Paths of data and frozen networks, which the record identifies by hashes.
 PLACES = ("path", "held_out_path", "semantic_vae", "visual_encoder", "lpips")
+# Settings that records of earlier versions lack, by group, with the values that were meant.
+ADDED = {
+    "model": {"repa_projector": "mlp"},
+    "network_config": {"repa_projector": "mlp"},
+    "loss": {"repa_spatial_norm": 0.0},
+}
 # Groups of the config that may differ.
 FREE_GROUPS = ("mesh", "sample", "evaluate", "demo")
 
@@ -98,7 +104,7 @@ def upgraded(config: dict[str, Any]) -> dict[str, Any]:
     """Return a stored config, or a dict that contains one, as it would be written now; for comparisons.
 
     Older configs gave every kind of clocks a `delta_t`; now each has only its own settings. In "sample", settings
-    without effect are left out, and only None means "not given".
+    without effect are left out, and only None means "not given". Settings of `ADDED` are filled in.
     """
     result = {}
     for name, value in config.items():
@@ -107,6 +113,6 @@ def upgraded(config: dict[str, Any]) -> dict[str, Any]:
         elif name == "sample" and isinstance(value, dict):
             value = to_dict(SampleJob.from_group(value))
         elif isinstance(value, dict) and name != "terms":  # whose fields have any names
-            value = upgraded(value)
+            value = ADDED.get(name, {}) | upgraded(value)
         result[name] = value
     return result

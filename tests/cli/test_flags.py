@@ -207,6 +207,16 @@ def test_all_faults_are_named_at_once():
             "images.image_size=64 has no effect without --config.data.repa_source=online",
         ),
         ("--config.loss.repa_weight=0 --config.data.repa_source=semvae", "no effect without --config.loss.repa_weight"),
+        (
+            "--config.loss.repa_weight=0 --config.loss.repa_spatial_norm=0.6",
+            "no effect without --config.loss.repa_weight",
+        ),
+        ("--config.loss.repa_spatial_norm=1.5", "repa_spatial_norm=1.5: give a number from 0 to 1"),
+        (
+            "--config.model.repa_features=0 --config.model.repa_projector=conv",
+            "repa_projector=conv has no effect without",
+        ),
+        ("--config.model.repa_projector=conv --config.model.repa_width=9", "without --config.model.repa_projector=mlp"),
         ("--config.optimizer.learning_rate=0", "learning_rate=0.0: give a number above 0"),
         ("--config.loss.label_dropout=1", "label_dropout=1.0: give a number from 0 to below 1"),
         ("--config.data.path=gs:/bucket/x", "a bucket is written gs://BUCKET/FOLDER"),

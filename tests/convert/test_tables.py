@@ -19,6 +19,7 @@ DINO = dict(width=24, depth=3, num_heads=2, image_size=15, patch_size=5, num_reg
 NETWORKS = {
     "dit": ("lightning_dit", DIT),
     "dit_repa": ("lightning_dit", DIT | dict(repa_features=13, repa_width=17)),
+    "dit_conv": ("lightning_dit", DIT | dict(repa_features=13, repa_projector="conv")),
     "dit_plain": (
         "lightning_dit",
         DIT | dict(two_clocks=False, use_qknorm=False, use_swiglu=False, use_rope=False, use_rmsnorm=False),

@@ -19,6 +19,7 @@ from sfd_jax.diffusion.losses import (
     loss_metrics,
     make_terms,
     sample_time,
+    spatial_norm,
     velocity_loss,
 )
 from sfd_jax.diffusion.paths import LinearPath, Path
@@ -92,6 +93,22 @@ def test_terms_by_hand():
     np.testing.assert_allclose(terms.repa, repa, rtol=1e-5)
     total = terms.velocity + 0.5 * terms.cosine + 0.25 * terms.repa
     np.testing.assert_allclose(terms.total, total, rtol=1e-6)
+
+
+def test_features_are_spatially_normalised_before_they_are_compared():
+    rng = np.random.default_rng(1)
+    features, projected = rng.standard_normal((2, 4, 14, 11)) * 3 + rng.standard_normal((2, 1, 1, 11)) * 5
+    features[:, :, 4] = 2.0  # of one channel: only epsilon is left of the deviation
+    half = features.astype(np.float16)  # as stored
+    exact = half.astype(np.float64)
+    mean, deviation = exact.mean(1, keepdims=True), exact.std(1, ddof=1, keepdims=True)
+    wanted = (exact - 0.6 * mean) / (deviation + 1e-6)
+    np.testing.assert_allclose(wanted[:, :, 4], 0.4 * 2.0 / 1e-6)
+    np.testing.assert_allclose(jax.jit(spatial_norm)(half, 0.6), wanted, rtol=1e-5, atol=1e-5)
+
+    config = LossConfig(repa_kind="mse", repa_spatial_norm=0.6)
+    terms = loss(lambda *args: (truth(*args), projected), config, repa_features=half)
+    np.testing.assert_allclose(terms.repa, np.mean((projected - wanted) ** 2, (1, 2)), rtol=1e-5)
 
 
 def test_another_path():

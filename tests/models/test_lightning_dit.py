@@ -2,11 +2,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from model_testing import call, random_params
 
 from sfd_jax.errors import SfdError
 from sfd_jax.models import DiTConfig, Network, dit_config
 from sfd_jax.models.execution import PLAIN, Execution, executing
+from sfd_jax.models.lightning_dit import ConvProjector
 from sfd_jax.models.positions import rotary_2d, rotate, sincos_2d
 
 TINY = dict(
@@ -149,6 +151,16 @@ def test_repa_reads_the_hidden_states_after_repa_depth_blocks(params, inputs):
     assert np.any(changed != repa)
 
 
+def test_a_convolution_projects_tokens_on_their_grid():
+    projector = ConvProjector(build(repa_projector="conv").config, rngs=nnx.Rngs(0))
+    tokens, bias = (np.asarray(jax.random.normal(jax.random.key(7), shape)) for shape in ((2, 9, 24), (11,)))
+    projector.conv.bias[...] = bias
+    kernel = np.asarray(projector.conv.kernel[...])
+    padded = np.pad(tokens.reshape(2, 3, 3, 24), [(0, 0), (1, 1), (1, 1), (0, 0)])
+    wanted = bias + sum(padded[:, y : y + 3, x : x + 3] @ kernel[y, x] for y in range(3) for x in range(3))
+    close(projector(tokens), wanted.reshape(2, 9, 11), 1e-5)
+
+
 def test_each_clock_and_the_label_matter(params, inputs, velocity):
     latents, t_semantic, t_texture, labels = inputs
     network = build()
@@ -262,6 +274,7 @@ def test_other_parameter_counts(size):
         (dict(patch_size=4), "patch_size"),
         (dict(repa_depth=4), "repa_depth"),
         (dict(compute_dtype="float16"), "bfloat16"),
+        (dict(repa_projector="convolution"), "unknown model.repa_projector 'convolution'"),
         (dict(width=20, num_heads=2), "head width 10"),
     ],
 )

@@ -11,6 +11,8 @@ import pytest
 from sfd_jax.diffusion.clocks import FixedOffset, Synchronous
 from sfd_jax.diffusion.losses import LossConfig
 from sfd_jax.errors import SfdError
+from sfd_jax.experiment.build import task_from_config
+from sfd_jax.experiment.config_files import load_config
 from sfd_jax.latents import LatentLayout
 from sfd_jax.models import DiTConfig, Network
 from sfd_jax.training.diffusion import diffusion_task
@@ -60,11 +62,37 @@ def test_a_fresh_network_predicts_zero_so_the_loss_is_known():
     np.testing.assert_allclose(counts, expected, atol=0.03)  # four standard deviations of 4096 draws
 
 
+def test_irepa_trains_its_convolution_on_normalised_features():
+    shallow = ["--config.model.depth=1", "--config.model.repa_depth=1"]
+    task = task_from_config(load_config("configs/sfd.py:xl,irepa,tiny", shallow))
+    rng = np.random.default_rng(0)
+    draw = lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(np.float32)
+    params = jax.tree.map(draw, task.network.abstract_params())
+    batch = {
+        "latents": rng.standard_normal((4, 4, 4, 12)).astype(np.float32),
+        "labels": np.arange(4, dtype=np.int32),
+        "row_indices": np.arange(4, dtype=np.int32),
+        "repa_features": rng.standard_normal((4, 16, 24)).astype(np.float16),
+    }
+
+    loss = lambda params, batch: task.loss(params, batch, jax.random.key(1))[0]
+    quick = {"xla_backend_optimization_level": 0}  # most of the time is spent compiling
+    gradient = jax.jit(jax.value_and_grad(loss), compiler_options=quick)
+    value, gradients = gradient(params, batch)
+    assert np.isfinite(value) and all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradients))
+    taps = np.abs(gradients["repa_projector"]["conv"]["kernel"]).max((2, 3))
+    assert taps.shape == (3, 3) and taps.min() > 0
+    # The scale of a channel does not matter after the normalisation.
+    scaled, _ = gradient(params, batch | {"repa_features": batch["repa_features"] * np.float16([4, 0.5] * 12)})
+    np.testing.assert_allclose(scaled, value, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     "parts, message",
     [
         (dict(layout=LatentLayout(3, 1)), "model.in_channels=5, but the latents have 3 texture and 1 semantic"),
         (dict(dit=dataclasses.replace(DIT, repa_features=0)), "loss.repa_weight=1.0 .* model.repa_features=0"),
+        (dict(dit=dataclasses.replace(DIT, input_size=1), repa_spatial_norm=0.6), "=0.6 needs several tokens"),
         (dict(dit=dataclasses.replace(DIT, null_label=False)), "loss.label_dropout=0.1 .* model.null_label=False"),
         (dict(dit=dataclasses.replace(DIT, two_clocks=False)), "model.two_clocks=False .* FixedOffset"),
     ],
