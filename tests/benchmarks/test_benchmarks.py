@@ -26,6 +26,7 @@ def run(root, quick, name, *flags):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_tiny_run(root, quick, tmp_path, name):
     # With PyTorch they compare both results first, and stop without a record if these differ.

@@ -64,6 +64,7 @@ def flags(work, out, *more):
     ]
 
 
+@pytest.mark.slow
 def test_images_to_shards(work, capsys):
     out, semantic = work / "latents", f"--semantic_vae={work / 'semantic_vae'}"
     assert main(flags(work, out, semantic)) == 2  # the broken image is not tolerated
@@ -202,6 +203,7 @@ def test_released_statistics_that_do_not_fit_the_latents_are_reported(parity_dir
     assert "note: the released texture statistics are not those of these latents" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_encoders_that_do_not_fit_each_other_or_the_images(work, tmp_path, capsys):
     def answer(*more):
         assert main(flags(work, tmp_path / "out", *more, "--check")) == 2

@@ -106,6 +106,7 @@ def test_lpips_of_vgg16_has_its_size():
     assert Network("lpips", {}).num_params() == 14_714_688 + 1472
 
 
+@pytest.mark.slow
 def test_reconstruction_is_measured_over_every_image_once():
     config = dict(ch=4, ch_mult=(1,), num_res_blocks=1, attention_levels=(), z_channels=3, norm_groups=2)
     vae = random_checkpoint("texture_vae", config, 3)

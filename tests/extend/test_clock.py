@@ -64,6 +64,7 @@ def forget():
         CLOCKS.pop(name, None)
 
 
+@pytest.mark.slow
 def test_a_clock_with_a_setting_of_its_own(sfd, plugin, samplers, texture_vae, tmp_path, capsys):
     run, mine = tmp_path / "run", ("--config.clocks.name=power", "--config.clocks.power=3")
     assert sfd("train", plugin, f"--workdir={run}", *mine) == 0
@@ -94,6 +95,7 @@ def test_a_clock_with_a_setting_of_its_own(sfd, plugin, samplers, texture_vae, t
         make_sampler(load_params(run), load_params(texture_vae), SampleConfig())
 
 
+@pytest.mark.slow
 def test_a_clock_that_is_trained_with_the_network(sfd, plugin, samplers, texture_vae, tmp_path, capsys):
     run = tmp_path / "run"
     name = "--config.clocks.name=trained_power"

@@ -69,6 +69,7 @@ def features_by_hand(pixels):
     return (np.maximum(hidden, 0) @ state["out.weight"].T + state["out.bias"]).reshape(len(pixels), 16, WIDTH)
 
 
+@pytest.mark.slow
 def test_an_encoder_from_outside_is_converted_extracted_with_and_trained_on(work, capsys, root):
     assert run("convert", "released.safetensors", "--out=patches", "--plugin=my_encoder") == 0
     assert load_metadata(work / "patches")["registered_in"] == "my_encoder.network"

@@ -66,6 +66,7 @@ def plugin(tmp_path):
         TERMS.pop(name, None)
 
 
+@pytest.mark.slow
 def test_custom_terms(sfd, plugin, tmp_path, capsys):
     run, file = tmp_path / "run", tmp_path / "my_config.py"
     file.write_text(CONFIG)

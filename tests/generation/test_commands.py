@@ -74,6 +74,7 @@ def reference(tmp_path):
     return f"--reference={tmp_path / 'reference.npz'}"
 
 
+@pytest.mark.slow
 def test_from_checkpoint_to_scores(flags, stand_in, tmp_path, capsys):
     out = tmp_path / "samples"
     sample = [*flags["model"], f"--out={out}", "--png", "--chunk_size=8"]
@@ -235,6 +236,7 @@ def test_another_texture_vae_is_refused_or_noted(flags, stand_in, tmp_path, caps
         assert capsys.readouterr().out.count("note: ") == 4
 
 
+@pytest.mark.slow
 def test_raw_weights_are_decoded_by_the_vae_that_made_the_latents(flags, tmp_path):
     model, vae = (load_params(flags["model"][i].split("=", 1)[1]) for i in (0, 1))
     state = state_from_params(vae[0], make_optimizer(OptimizerConfig(), 1), make_mesh())

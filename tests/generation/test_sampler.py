@@ -79,6 +79,7 @@ def test_given_noise_is_integrated_as_samples_are(whole):
     assert nfe == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("devices", "fsdp", "batch_size"), [(1, 1, 4), (8, 4, 7)])
 def test_batch_size_and_devices_change_nothing_but_rounding(whole, devices, fsdp, batch_size):
     _, images, _, latents = whole

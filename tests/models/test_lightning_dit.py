@@ -86,6 +86,7 @@ def test_initial_distributions():
     )
 
 
+@pytest.mark.slow
 def test_scan_and_remat_change_nothing(inputs):
     shallow = dict(depth=2, repa_depth=1)
 
@@ -151,6 +152,7 @@ def test_repa_reads_the_hidden_states_after_repa_depth_blocks(params, inputs):
     assert np.any(changed != repa)
 
 
+@pytest.mark.slow
 def test_a_convolution_projects_tokens_on_their_grid():
     projector = ConvProjector(build(repa_projector="conv").config, rngs=nnx.Rngs(0))
     tokens, bias = (np.asarray(jax.random.normal(jax.random.key(7), shape)) for shape in ((2, 9, 24), (11,)))

@@ -51,6 +51,7 @@ def check_same(state, workdir, whole):
     jax.tree.map(np.testing.assert_array_equal, load_params(workdir)[0], state.ema_params)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_from_a_bucket(bucket, whole):
     run = "gs://bucket/runs/a"
     train(run, toy_config(steps=4))

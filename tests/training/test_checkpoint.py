@@ -140,6 +140,7 @@ def read_all(folder, target):
     return jax.device_get((state, load_params(folder), load_params(folder, which="raw")))
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_any_file_is_named_or_not_read(saved):
     folder, target, whole = saved
     rng, refused, named = np.random.default_rng(0), set(), 0

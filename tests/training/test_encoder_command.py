@@ -93,6 +93,7 @@ def drawn(folder: Path, name: str, config: dict, **metadata) -> tuple[str, dict]
     return str(folder), params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_init_of_a_single_network(name, tmp_path, capsys):
     argument = f"configs/{CONFIGS[name]}.py:tiny"

@@ -94,6 +94,7 @@ def test_texture_vae_loss():
     assert metrics["perceptual"] == 7.0
 
 
+@pytest.mark.slow
 def test_lpips_alone_trains_a_texture_vae():
     config = TextureVAEConfig(z_channels=2, ch=4, ch_mult=(1, 1), num_res_blocks=1, norm_groups=2)
     network, lpips = Network("texture_vae", config), Network("lpips", dict(channels=(5, 7), depths=(1, 2)))
@@ -147,6 +148,7 @@ def test_shift_and_scale_moves_within_bounds():
     assert 0.2 < area.min() < 0.4 and 1.9 < area.max() < 2.4
 
 
+@pytest.mark.slow
 def test_visual_encoder_learns_and_its_checkpoint_holds_only_its_network(tmp_path):
     config = DinoV2Config(width=8, depth=1, num_heads=2, image_size=8, patch_size=4, num_registers=2)
     network = Network("dinov2", config)

@@ -34,6 +34,7 @@ def work():
     listening.clear()  # JAX has no public function to remove a listener
 
 
+@pytest.mark.slow
 def test_training_steps(work):
     config = TrainConfig(OptimizerConfig(schedule="cosine", warmup_steps=2), steps=9, global_batch_size=8)
     mesh, optimizer = make_mesh(), make_optimizer(config.optimizer, config.steps)
@@ -54,6 +55,7 @@ def test_training_steps(work):
     assert int(state.step) == 4 and not work, work
 
 
+@pytest.mark.slow
 def test_batches_of_samples_and_the_padded_last_one(work):
     vae = Network("texture_vae", dict(ch=4, ch_mult=(1, 2), num_res_blocks=1, z_channels=3, norm_groups=2))
     params = [jax.jit(network.init)(jax.random.key(0)) for network in (DIT, vae)]

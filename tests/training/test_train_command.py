@@ -367,6 +367,7 @@ def test_the_label_of_every_record_is_checked_before_training(latents, tmp_path,
     assert words in capsys.readouterr().err and not run.exists()
 
 
+@pytest.mark.slow
 def test_train_semvae_from_stored_features(latents, tmp_path, capsys):
     from sfd_jax.cli.train_semvae import main
 
