@@ -26,6 +26,7 @@ other `small` configs (docs/your_own_images.md), with classes and grid of the la
   redi   ReDi: pca without REPA, as ReDi was published;
   dit    DiT (arXiv 2212.09748; FID 9.62, with guidance 2.27): its blocks, patch 2, and noise prediction on the texture
          latent of an f8 VAE with 4 channels. Unlike there, time is continuous and the learned sigma is not trained;
+  512    images of 512 px: twice the latent grid, four times the tokens (docs/data.md);
   irepa  iREPA (arXiv 2512.10794): a convolution as projector, spatially normalised features (docs/repa.md);
   tiny   the same recipe at tiny sizes, for tests and laptops.
 """
@@ -42,7 +43,7 @@ SIZES = ("s", "b", "l", "xl", "1p0b", "1p6b")
 SMALL = "small"
 TEXTURE_ALONE = ("plain", "repa", "dit")
 WITHOUT_REPA = ("plain", "redi", "dit")
-VARIANTS = ("lr2e4", "weak", "irepa", "tiny", "synchronous", "plain", "repa", "pca", "redi", "dit", *RELEASED)
+VARIANTS = ("lr2e4", "weak", "512", "irepa", "tiny", "synchronous", "plain", "repa", "pca", "redi", "dit", *RELEASED)
 # At most one of each row: the others contradict it.
 EXCLUSIVE = (
     tuple(RELEASED),
@@ -169,6 +170,9 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
         config.model.repa_features = released_encoder(encoder).config.feature_width
         config.data.update(dict(repa_source="online", visual_encoder=str(cache_dir() / encoder)))
     _choose_system(config, variants, sizes=size != SMALL)
+    if "512" in variants and size != SMALL:  # small takes the grid of its latents
+        config.model.input_size *= 2
+        config.data.images.image_size = 512
     if "weak" in variants and size != SMALL:
         config.train.steps = 70_000
         config.train.keep_every = 10_000

@@ -26,6 +26,7 @@ RECIPES = {
     "xl,lr2e4,pca": (682_452_072, (32, 8), 2, True),
     "xl,lr2e4,redi": (674_320_744, (32, 8), 2, False),
     "xl,lr2e4,redi,synchronous": (674_984_296, (32, 8), 1, False),
+    "xl,lr2e4,512": (682_470_512, (32, 16), 2, True),
     "xl,dit": (675_129_632 - 256 * 1152, (4, 0), 1, False),  # DiT-XL/2, as its authors' code counts it
 }
 # Texture alone, with and without REPA: these are run, the others are checked, since compiling takes long. Two groups of

@@ -66,6 +66,12 @@ def _diffusers(where: str, about: str) -> Source:
     return Source(where, files, about, prefer="diffusion_pytorch_model.safetensors", beside=("config.json",))
 
 
+def _adm(size: str, file: str) -> Source:
+    """Return the source of the reference batch of the ADM suite for images of `size` pixels."""
+    folder = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/{size}"
+    return Source(folder, file, f"reference statistics of ImageNet {size} (ADM)", converts=False)
+
+
 CATALOGUE = {
     "sfd_xl": Source(
         "SFD-Project/SFD",
@@ -117,12 +123,8 @@ CATALOGUE = {
         "pt_inception-2015-12-05-6726825d.pth",
         "the FID Inception network",
     ),
-    "adm_reference_256": Source(
-        "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256",
-        "VIRTUAL_imagenet256_labeled.npz",
-        "reference statistics of ImageNet 256 (ADM)",
-        converts=False,
-    ),
+    "adm_reference_256": _adm("256", "VIRTUAL_imagenet256_labeled.npz"),
+    "adm_reference_512": _adm("512", "VIRTUAL_imagenet512.npz"),
 }
 
 
