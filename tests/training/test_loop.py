@@ -147,7 +147,8 @@ def test_a_new_run_starts_from_given_parameters(whole, tmp_path):
     still = dataclasses.replace(toy_config(steps=1), optimizer=OptimizerConfig(learning_rate=1e-30))
     started = train(tmp_path, still, params=params)
     assert_same(state.params, started.params)
-    assert_same(state.params, started.ema_params)
+    # d p + (1 - d) p is p to the last bit only where the two products are not rounded separately.
+    jax.tree.map(np.testing.assert_array_max_ulp, jax.device_get(state.params), jax.device_get(started.ema_params))
     # Their hash is part of the run, which does not need them again after its first checkpoint.
     assert (
         load_params(tmp_path)[1]["init"]
