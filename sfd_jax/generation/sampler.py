@@ -232,13 +232,11 @@ class Sampler:
 
         def estimate(params, latents, indices, labels):
             probe = rademacher_by_row(jax.random.key(self._seed), indices, self._latent_shape)
-            velocity_fn = self._velocity_fn(params, labels)
-            return log_likelihood(velocity_fn, latents, probe, layout=self._layout, clocks=self.clocks, solver=solver)[
-                0
-            ]
+            problem = dict(layout=self._layout, clocks=self.clocks, solver=solver)
+            return log_likelihood(self._velocity_fn(params, labels), latents, probe, **problem)
 
-        estimates = jax.jit(estimate, out_shardings=replicated(self.mesh))(self._params, latents, indices, rows)
-        return np.asarray(estimates)[:count]
+        estimate = jax.jit(estimate, out_shardings=replicated(self.mesh))
+        return np.asarray(estimate(self._params, latents, indices, rows)[0])[:count]
 
     def trace(self, batch_size: int) -> jax.stages.Traced:
         """Trace the program that samples latents, to compile it for devices that this machine need not have.
