@@ -246,7 +246,8 @@ def write_report(demo: Demo, stages: dict[str, dict], assumed: list[str]) -> Non
     rows = []
     for name, values in metrics.items():
         read = f"{values['read_as_label']:.1%}" if "read_as_label" in values else ""
-        rows.append(f"| {' | '.join([name, read, *(str(values.get(column, '')) for column in columns)])} |")
+        scores = (f"{values[column]:.3f}" if column in values else "" for column in columns)
+        rows.append(f"| {' | '.join([name, read, *scores])} |")
     took = []
     for name, stage in stages.items():
         facts = {k: v for k, v in stage.items() if k not in ("seconds", "peak_gib") and not isinstance(v, dict)}
