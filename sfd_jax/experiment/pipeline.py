@@ -25,6 +25,7 @@ from sfd_jax.experiment.released import cached_checkpoint
 from sfd_jax.experiment.sampling import open_texture_vae, sample_job
 from sfd_jax.generation import make_labels, make_sampler, parse_classes
 from sfd_jax.generation.parts import Checkpoint
+from sfd_jax.ranges import check
 from sfd_jax.settings import defaults_of
 
 # Released model -> step of the weaker model (`sfd_autoguidance_b`) that guides it; the paper's table, 800 epochs.
@@ -58,7 +59,7 @@ class Pipeline:
         self._saved = settings or (model[1].get("config") or {}).get("sample") or {}
         self.num_classes = model[1]["network_config"]["num_classes"]
         self.class_names, _ = class_names_of(model[1], self.num_classes)
-        self._key, self.sampler = None, None
+        self._job, self.sampler = None, None
 
     @classmethod
     def from_pretrained(
@@ -112,7 +113,7 @@ class Pipeline:
           num: how many images, spread over the classes; by default one of each.
           seed: image i is a function of the seed, i and its label.
           settings: sampling settings, named like the flags of `sfd sample` (guidance_scale=1.3, solver="ab2",
-            nfe=16, ...). A new seed or setting recompiles.
+            nfe=16, ...). A new setting recompiles, a new seed does not.
 
         Returns:
           The images, the same as `sfd sample` makes of these labels.
@@ -135,13 +136,15 @@ class Pipeline:
             num = 1 if spec in ("balanced", "random") else len(parse_classes(spec, *known))
         with _keywords_for_flags():
             job, notes = sample_job(flags, self._saved)
-        if self._key != (job, seed):
-            self._key = self.sampler = None  # frees the devices before the next one is loaded
+        check(seed=seed)
+        if self._job != job:
+            self._job = self.sampler = None  # frees the devices before the next one is loaded
             weak = self._weak if job.guidance == "autoguidance" else None
-            self.sampler = make_sampler(**self._parts, config=job, weak=weak, seed=seed)
-            self._key = job, seed
+            self.sampler = make_sampler(**self._parts, config=job, weak=weak)
+            self._job = job
             for note in notes + self.sampler.recipe["notes"]:
                 print(f"note: {_without_dashes(note)}")
+        self.sampler.seed = seed
         drawn = make_labels(spec, num, *known, seed, self.sampler.labels)
         at_once = min(num, job.batch_size * self.sampler.mesh.size)
         return [Image.fromarray(image) for image in self.sampler(np.arange(num), drawn, at_once)[0]]

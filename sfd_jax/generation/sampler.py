@@ -58,6 +58,7 @@ class Sampler:
       labels: the labels that can be sampled, sorted: those that were trained.
       image_size: side of the images, in pixels.
       clocks: with their trained parameters.
+      seed: of the noise; can be set, which compiles nothing.
       recipe: JSON-able description of all that determines the images except labels, with "notes", the assumptions
         made.
     """
@@ -92,7 +93,7 @@ class Sampler:
           seed: of the noise.
           class_names: names of the classes.
           labels: those that were trained, sorted; all of them by default.
-          recipe: entries for `self.recipe`.
+          recipe: entries for `self.recipe`, which has `seed` too.
           scan_blocks: run the models' blocks as one compiled loop, or unrolled; None: the best for the devices.
           mesh: the devices; all of them by default.
 
@@ -107,18 +108,22 @@ class Sampler:
         self.num_classes, self.class_names = network.config.num_classes, class_names
         self.labels = np.arange(self.num_classes) if labels is None else labels
         self.image_size = network.config.input_size * vae.config.downsampling
-        self.recipe = recipe or {}
+        self._recipe, self.seed = recipe or {}, seed
         self._networks = {"model": network, "vae": vae} | ({"weak": weak[0]} if weak else {})
         params = {"model": model[1], "vae": texture_vae[1]} | ({"weak": weak[1]} if weak else {})
         self._params = put_same(params, param_shardings(params, self.mesh))
         self._layout, self._statistics, self.clocks = layout, statistics, clocks
-        self._config, self._seed, self._path = config, seed, path
+        self._config, self._path = config, path
         self._predictions = {"model": VelocityPrediction(), "weak": VelocityPrediction(), **predictions}
         # Every host gets all rows: the host that writes needs them, and they are small compared with the work.
         # Both programs keep unused weights, so the memory that XLA reports includes all that the device holds.
         options = {"out_shardings": replicated(self.mesh), "keep_unused": True}
         self._run_sample, self._run_decode = jax.jit(self._sample, **options), jax.jit(self._decode, **options)
         self._run_integrate = jax.jit(self._integrate, **options)
+
+    @property
+    def recipe(self) -> dict:
+        return {**self._recipe, "seed": self.seed}
 
     def __call__(
         self, indices: np.ndarray, labels: np.ndarray, batch_size: int | None = None
@@ -141,7 +146,7 @@ class Sampler:
             raise SfdError(f"indices {indices.shape} and labels {labels.shape} must be (n,) both, n > 0")
         images, nfe = [], []
         for count, *batch in self._batches(indices, labels, batch_size):
-            latents, batch_nfe, converged = self._run_sample(self._params, *batch)
+            latents, batch_nfe, converged = self._run_sample(self._params, self._seed, *batch)
             made, finite = self._run_decode(self._params, latents)
             made, batch_nfe, *fine = (np.asarray(x)[:count] for x in (made, batch_nfe, converged, finite))
             fine = np.logical_and(*fine)
@@ -157,7 +162,8 @@ class Sampler:
     def latents(self, indices: np.ndarray, labels: np.ndarray, batch_size: int | None = None) -> np.ndarray:
         """Return the normalised composite latents (n, H, W, C) float32 that `__call__` would decode."""
         batches = self._batches(np.asarray(indices), np.asarray(labels), batch_size)
-        return np.concatenate([np.asarray(self._run_sample(self._params, *batch)[0])[:n] for n, *batch in batches])
+        run = lambda *batch: np.asarray(self._run_sample(self._params, self._seed, *batch)[0])
+        return np.concatenate([run(*batch)[:count] for count, *batch in batches])
 
     def integrate(self, noise: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, int]:
         """Integrate from given noise with the program that makes samples, to compare with other code.
@@ -171,9 +177,9 @@ class Sampler:
           have the noise of samples 0 to n - 1.
         """
         indices = np.arange(len(labels), dtype=np.uint32)
-        batch = (np.asarray(noise, np.float32), np.asarray(labels, np.int32), indices)
+        batch = (np.asarray(noise, np.float32), indices, np.asarray(labels, np.int32))
         batch = put_same(batch, batch_sharding(self.mesh))
-        latents, nfe, _ = self._run_integrate(self._params, *batch)
+        latents, nfe, _ = self._run_integrate(self._params, self._seed, *batch)
         return np.asarray(latents), int(np.max(nfe))
 
     def trajectory(
@@ -190,12 +196,12 @@ class Sampler:
         """
         count, *batch = next(self._batches(np.asarray(indices), np.asarray(labels), None))
 
-        def follow(params, indices, labels):
-            problem = self._problem(params, sample_noise(self._seed, indices, self._latent_shape), labels)
+        def follow(params, seed, indices, labels):
+            problem = self._problem(params, sample_noise(seed, indices, self._latent_shape), labels)
             latents = trajectory(problem.pop("velocity_fn"), problem.pop("noise"), taus, **problem)
             return latents, jax.lax.map(lambda one: self._decode(params, one)[0], latents)
 
-        latents, images = jax.jit(follow, out_shardings=replicated(self.mesh))(self._params, *batch)
+        latents, images = jax.jit(follow, out_shardings=replicated(self.mesh))(self._params, self._seed, *batch)
         return np.asarray(latents)[:, :count], np.asarray(images)[:, :count]
 
     def log_likelihood(
@@ -231,7 +237,7 @@ class Sampler:
         latents = put_same(np.pad(np.float32(latents), padding, mode="edge"), batch_sharding(self.mesh))
 
         def estimate(params, latents, indices, labels):
-            probe = rademacher_by_row(jax.random.key(self._seed), indices, self._latent_shape)
+            probe = rademacher_by_row(jax.random.key(self.seed), indices, self._latent_shape)
             problem = dict(layout=self._layout, clocks=self.clocks, solver=solver)
             return log_likelihood(self._velocity_fn(params, labels), latents, probe, **problem)
 
@@ -245,13 +251,18 @@ class Sampler:
           batch_size: samples over all devices, a multiple of the number of devices.
         """
         rows = (jax.ShapeDtypeStruct((batch_size,), kind, sharding=batch_sharding(self.mesh)) for kind in _DTYPES)
-        return self._run_sample.trace(self._params, *rows)
+        return self._run_sample.trace(self._params, self._seed, *rows)
 
     def trace_decoding(self, batch_size: int) -> jax.stages.Traced:
         """Trace the program that decodes the latents, as `trace` does."""
         shape = (batch_size, *self._latent_shape)
         latents = jax.ShapeDtypeStruct(shape, np.float32, sharding=replicated(self.mesh))
         return self._run_decode.trace(self._params, latents)
+
+    @property
+    def _seed(self) -> np.uint32:
+        """The seed as an argument of the programs: in Python's type it would be compiled into them."""
+        return np.uint32(self.seed)
 
     @property
     def _latent_shape(self) -> tuple[int, int, int]:
@@ -275,15 +286,15 @@ class Sampler:
                 *(put_same(x.astype(kind), batch_sharding(self.mesh)) for x, kind in zip(padded, _DTYPES, strict=True)),
             )
 
-    def _sample(self, params, indices, labels):
+    def _sample(self, params, seed, indices, labels):
         """Return latents (B, H, W, C), and each sample's network evaluations and whether it converged, both (B,)."""
-        return self._integrate(params, sample_noise(self._seed, indices, self._latent_shape), labels, indices)
+        return self._integrate(params, seed, sample_noise(seed, indices, self._latent_shape), indices, labels)
 
-    def _integrate(self, params, noise, labels, indices):
+    def _integrate(self, params, seed, noise, indices, labels):
         if sde := self._config.sde:
             equation = {"clocks": self.clocks, "path": self._path, "config": sde}
             equation["first_t"] = self._predictions["model"].interval(self._path)[0]
-            noises = noise_by_step(step_key(self._seed), indices, self._latent_shape)
+            noises = noise_by_step(step_key(seed), indices, self._latent_shape)
             velocity_fn = self._velocity_fn(params, labels)
             latents = sample_sde(velocity_fn, noise, noises, layout=self._layout, **equation)
             converged = jnp.isfinite(latents).all(axis=(1, 2, 3))
@@ -453,7 +464,6 @@ def make_sampler(
         **describe_transport(**transports["model"]),
         "sampler": {name: getattr(config, name) for name in defaults_of(SampleConfig)},
         "dtype": networks["model"].config.compute_dtype,
-        "seed": seed,
         "notes": notes + assumed,
     }
     return Sampler(

@@ -44,10 +44,12 @@ def test_the_lines_of_the_readme_and_the_command_make_the_same_images(demo, tmp_
     exec(re.search(r"```python\n(.*?)```", (root / "README.md").read_text(), re.S)[1], names := {})
     assert Image.open("three.png").size == (8, 8)
     sampler = names["pipeline"].sampler
-    images = names["pipeline"].generate(["golden_retriever", 0, "B"], 5)
-    assert names["pipeline"].sampler is sampler  # the same settings compile once
+    images = names["pipeline"].generate(["golden_retriever", 0, "B"], 5, seed=3)
+    assert names["pipeline"].sampler is sampler and sampler.recipe["seed"] == 3  # a seed compiles nothing
+    names["pipeline"].generate(["golden_retriever", 0, "B"], 5)
+    assert sampler._run_sample._cache_size() == 1  # one and five images are both eight rows
     flags = ["--checkpoint=demo_out/diffusion", "--texture_vae=demo_out/texture_vae", "--weak=demo_out/weak"]
-    flags += ["--labels=n02099601,0,b", "--num=5", "--batch_size=1", "--out=out"]
+    flags += ["--labels=n02099601,0,b", "--num=5", "--batch_size=1", "--seed=3", "--out=out"]
     assert run_command(sample_command.main, "sample", flags) == 0
     with np.load(tmp_path / "out" / "samples.npz") as file:
         assert file["arr_1"].tolist() == [1, 0, 3, 1, 0]
@@ -72,7 +74,7 @@ def test_guidance_can_be_left_out_and_faults_are_named(demo, built):
     with pytest.raises(SfdError, match="enough"):
         pipeline.generate("balanced", **FAST)
     assert built["weak"] is None and built["config"].guidance == "none" and built["config"].num_steps == 4
-    assert pipeline._key is None  # what failed is built again, not taken for built
+    assert pipeline._job is None  # what failed is built again, not taken for built
     with pytest.raises(SfdError, match="needs a weaker model"):
         pipeline.generate(0, guidance="autoguidance", guidance_scale=2)
     with pytest.raises(SfdError, match="did you mean 'guidance_scale'"):

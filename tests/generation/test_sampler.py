@@ -191,7 +191,8 @@ def test_both_programs_keep_all_weights(whole):
     assert [x.shape for x in sampling.out_info] == [(16, 4, 4, 5), (16,), (16,)]
     assert [x.shape for x in decoding.out_info] == [(16, 8, 8, 3), (16,)]
     given = [program.lower().compile().memory_analysis().argument_size_in_bytes for program in (sampling, decoding)]
-    assert given == [weights + 2 * 4 * 16 // 8, weights + 16 * 4 * 4 * 5 * 4]  # indices and labels of 2 rows a device
+    rows, seed = 2 * 4 * 16 // 8, 4  # indices and labels of two rows a device; one seed
+    assert given == [weights + rows + seed, weights + 16 * 4 * 4 * 5 * 4]
 
 
 def test_recipe_names_what_determines_the_images():
