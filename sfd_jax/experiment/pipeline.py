@@ -7,8 +7,10 @@ pipeline.generate("otter")[0].save("otter.png")
 
 import argparse
 import contextlib
+import json
 import os
 import re
+import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from sfd_jax.convert.hub import CATALOGUE
 from sfd_jax.diffusion.sample_config import SampleJob
 from sfd_jax.errors import SfdError, nearest
 from sfd_jax.experiment.checkpoints import open_checkpoint
+from sfd_jax.experiment.pretrained import CARD, download, is_pretrained, load_parts, model_card, save_parts, upload
 from sfd_jax.experiment.released import cached_checkpoint
 from sfd_jax.experiment.sampling import open_texture_vae, sample_job
 from sfd_jax.generation import make_labels, make_sampler, parse_classes
@@ -31,6 +34,21 @@ from sfd_jax.settings import defaults_of
 # Released model -> step of the weaker model (`sfd_autoguidance_b`) that guides it; the paper's table, 800 epochs.
 _WEAK_STEPS = {"sfd_xl": 70_000, "sfd_1p0": 120_000}
 _RELEASED_SETTINGS = {"guidance": "autoguidance", "guidance_scale": 1.5}
+
+
+class Images(list[Image.Image]):
+    """Generated images.
+
+    Attributes:
+      pixels: the images as one array, uint8 (n, H, W, 3).
+      labels: (n,) int32.
+      nfe: network evaluations that each image took, (n,) int32; under guidance one is of two networks.
+      recipe: all that determines the images, as `sfd sample` saves it.
+    """
+
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray, nfe: np.ndarray, recipe: dict[str, Any]):
+        super().__init__(Image.fromarray(image) for image in pixels)
+        self.pixels, self.labels, self.nfe, self.recipe = pixels, labels, nfe, recipe
 
 
 class Pipeline:
@@ -73,9 +91,10 @@ class Pipeline:
 
         Args:
           name: "sfd_xl" or "sfd_1p0" (released; downloaded and converted unless cached), the work
-            folder of `sfd demo`, or a folder of the diffusion model's checkpoints.
+            folder of `sfd demo`, a folder of `save_pretrained`, a folder of the diffusion model's checkpoints, or
+            OWNER/NAME of a repository on the Hugging Face hub (OWNER/NAME@REVISION).
           texture_vae, weak: folders of checkpoints or released names. By default those of the released model or in
-            the demo's folder; any other model needs a texture VAE, and uses AutoGuidance if `weak` is given.
+            the folder; a folder of checkpoints needs a texture VAE, and uses AutoGuidance if `weak` is given.
 
         Raises:
           SfdError: no such name or folder, a missing part, or a failed download (with what to put where).
@@ -83,6 +102,20 @@ class Pipeline:
         if not isinstance(name, (str, os.PathLike)):
             raise SfdError(f"from_pretrained takes the name of a released model or a folder, not {name!r}")
         name, folder, settings = str(name), Path(name), None
+        if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
+            folder = download(name)
+        if is_pretrained(folder):
+            parts, settings = load_parts(folder)
+            with _keywords_for_flags():
+                given = {
+                    part: open_checkpoint(_place(place, names), kind).weights
+                    for part, place, names, kind in (
+                        ("texture_vae", texture_vae, ("texture_vae",), "texture_vae"),
+                        ("weak", weak, _models(), "lightning_dit"),
+                    )
+                    if place
+                }
+            return cls(**{**parts, **given}, settings=settings)
         place = _place(name, _WEAK_STEPS)
         if name != place:
             settings = _RELEASED_SETTINGS
@@ -97,7 +130,7 @@ class Pipeline:
                 "the released one)"
             )
         vae_place = _place(texture_vae, ("texture_vae",))
-        weak_place = weak and _place(weak, [name for name in CATALOGUE if name.startswith("sfd_")])
+        weak_place = weak and _place(weak, _models())
         model = open_checkpoint(place, "lightning_dit").weights
         with _keywords_for_flags():
             vae = open_texture_vae(argparse.Namespace(texture_vae=vae_place, weights="ema"), model[1])
@@ -105,7 +138,7 @@ class Pipeline:
 
     def generate(
         self, labels: str | int | Sequence[str | int], num: int | None = None, *, seed: int = 0, **settings: Any
-    ) -> list[Image.Image]:
+    ) -> Images:
         """Make images.
 
         Args:
@@ -116,13 +149,12 @@ class Pipeline:
             nfe=16, ...). A new setting recompiles, a new seed does not.
 
         Returns:
-          The images, the same as `sfd sample` makes of these labels.
+          The images as a list, the same as `sfd sample` makes of these labels, with what they cost.
 
         Raises:
           SfdError: no such class or setting, or a value that is not allowed.
         """
-        if unknown := sorted(set(settings) - (known := defaults_of(SampleJob).keys() - {"num", "labels"})):
-            raise SfdError(f"no setting '{unknown[0]}'; {nearest(unknown[0], known)}")
+        _known(settings)
         if settings.get("guidance") == "autoguidance" and self._weak is None:
             raise SfdError("guidance='autoguidance' needs a weaker model: from_pretrained(..., weak=FOLDER)")
         flags = argparse.Namespace(
@@ -147,7 +179,63 @@ class Pipeline:
         self.sampler.seed = seed
         drawn = make_labels(spec, num, *known, seed, self.sampler.labels)
         at_once = min(num, job.batch_size * self.sampler.mesh.size)
-        return [Image.fromarray(image) for image in self.sampler(np.arange(num), drawn, at_once)[0]]
+        pixels, nfe = self.sampler(np.arange(num), drawn, at_once)
+        return Images(pixels, drawn, nfe, {**self.sampler.recipe, "labels": drawn.tolist()})
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike,
+        *,
+        licence: str = "other",
+        scores: str | os.PathLike | None = None,
+        **settings: Any,
+    ) -> Path:
+        """Save the model with its texture VAE and weaker model to a folder that loads on any machine.
+
+        Args:
+          folder: must not exist, or be empty.
+          licence: for the model card: the hub's identifier of a licence.
+          scores: file of `sfd evaluate`, for the model card.
+          settings: default sampling settings of the folder, instead of this pipeline's.
+
+        Raises:
+          SfdError: the folder holds something, or no such setting.
+        """
+        parts = self._parts | ({"weak": self._weak} if self._weak else {})
+        settings = {**self._saved, **_known(settings)}
+        report = json.loads(Path(scores).read_text()) if scores else None
+        return save_parts(folder, parts, settings, model_card(parts, settings, licence, report))
+
+    def push_to_hub(self, repository: str, *, private: bool | None = None, **about: Any) -> str:
+        """Upload what `save_pretrained` writes to the Hugging Face hub, as a new commit.
+
+        Args:
+          repository: OWNER/NAME; made if there is none.
+          private: whether a new repository is private; by default the owner's setting.
+          about: arguments of `save_pretrained`.
+
+        Returns:
+          The commit's address.
+
+        Raises:
+          SfdError: as `save_pretrained`; or the hub cannot be reached or refuses.
+        """
+        with tempfile.TemporaryDirectory(prefix="sfd_jax-") as scratch:
+            folder = self.save_pretrained(Path(scratch) / "model", **about)
+            card = folder / CARD
+            card.write_text(card.read_text().replace("OWNER/NAME", repository))
+            return upload(folder, repository, private, "Upload a model of sfd_jax")
+
+
+def _models() -> list[str]:
+    return [name for name in CATALOGUE if name.startswith("sfd_")]
+
+
+def _known(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return sampling settings, or refuse an unknown one."""
+    if unknown := sorted(set(settings) - (known := defaults_of(SampleJob).keys() - {"num", "labels"})):
+        raise SfdError(f"no setting '{unknown[0]}'; {nearest(unknown[0], known)}")
+    return settings
 
 
 def _place(name: str | os.PathLike, released: Collection[str]) -> str:
