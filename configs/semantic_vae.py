@@ -73,6 +73,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
             keep_last=2,
             keep_every=100_000,
             max_bad_steps=20,
+            wandb="",  # a project: metrics also go to Weights & Biases
         )
     )
     config.mesh = group(dict(data=-1, fsdp=1))

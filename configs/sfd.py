@@ -118,7 +118,9 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
             weight_decay=0.0,
             schedule="constant",
             warmup_steps=0,
-            clip_norm=0.0,  # 0: no clipping
+            # Largest norm of the gradient; 0, as released: no clipping. Where the loss jumps (bfloat16, a large
+            # learning rate) 1.0 is usual; `grad_norm` in the log shows how often it would act.
+            clip_norm=0.0,
         )
     )
     config.train = ml_collections.ConfigDict(
@@ -132,6 +134,7 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
             keep_last=2,
             keep_every=50_000,
             max_bad_steps=20,  # non-finite steps in a row before the run stops
+            wandb="",  # a project: metrics also go to Weights & Biases
         )
     )
     # -1: all devices that the other axis leaves; both -1: see make_mesh.

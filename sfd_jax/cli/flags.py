@@ -137,8 +137,20 @@ def parse_training(command: str, doc: str, argv: list[str], config: str) -> tupl
     parser.add_argument("--workdir", type=path, required=True, help="folder of the run")
     parser.add_argument("--init", type=path, metavar="CKPT", help="checkpoint whose weights to start from")
     parser.add_argument("--check", action="store_true", help="only look for faults")
+    parser.add_argument(
+        "--profile",
+        type=_steps,
+        metavar="FIRST:LAST",
+        help="steps that JAX's profiler records into WORKDIR/profile, such as 100:103",
+    )
     found = Faults()
     return parse_command(parser, argv, config=config, pending=found), found
+
+
+def _steps(text: str) -> tuple[int, int]:
+    if not (match := re.fullmatch(r"(\d+):(\d+)", text)) or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"'{text}': give the first and the last step, such as 100:103")
+    return int(match[1]), int(match[2])
 
 
 def _without_none(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:

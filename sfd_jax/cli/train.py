@@ -32,5 +32,5 @@ def main(argv: list[str]) -> int:
     from sfd_jax.experiment.training import open_diffusion
 
     open_run = lambda: open_diffusion(args.config, found, init=args.init)
-    train_or_check(open_run, args.workdir, found, check=args.check)
+    train_or_check(open_run, args.workdir, found, check=args.check, profile=args.profile)
     return 0

@@ -26,5 +26,5 @@ def main(argv: list[str]) -> int:
     from sfd_jax.experiment.training import open_visual_encoder
 
     open_run = lambda: open_visual_encoder(args.config, found, init=args.init)
-    train_or_check(open_run, args.workdir, found, check=args.check)
+    train_or_check(open_run, args.workdir, found, check=args.check, profile=args.profile)
     return 0

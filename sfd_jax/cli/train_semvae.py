@@ -27,5 +27,5 @@ def main(argv: list[str]) -> int:
     from sfd_jax.experiment.training import open_semantic_vae
 
     open_run = lambda: open_semantic_vae(args.config, found, init=args.init)
-    train_or_check(open_run, args.workdir, found, check=args.check)
+    train_or_check(open_run, args.workdir, found, check=args.check, profile=args.profile)
     return 0

@@ -20,12 +20,13 @@ from sfd_jax.distributed import host_rows, say, start
 from sfd_jax.distributed.preflight import Job
 from sfd_jax.errors import Faults, SfdError
 from sfd_jax.experiment.build import mesh_from_config
+from sfd_jax.models.execution import PLAIN
 from sfd_jax.models.fingerprint import params_hash
 from sfd_jax.training import Task, TrainConfig, fit, make_optimizer, make_train_step
 from sfd_jax.training.held_out import Measure, check_held_out, held_out_metrics
 from sfd_jax.training.loop import check_workdir
 from sfd_jax.training.optimizer import check_average
-from sfd_jax.training.step import put_frozen
+from sfd_jax.training.step import put_frozen, trace_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,14 @@ class Run:
         return {"config": self.config.to_dict(), **hashes, **self.metadata}
 
 
-def train_or_check(open_run: Callable[[], Run], workdir: str, found: Faults, *, check: bool) -> None:
+def train_or_check(
+    open_run: Callable[[], Run],
+    workdir: str,
+    found: Faults,
+    *,
+    check: bool,
+    profile: tuple[int, int] | None = None,
+) -> None:
     """Open a run and train, or with `check` only look for faults; used by the training commands.
 
     Args:
@@ -89,6 +97,7 @@ def train_or_check(open_run: Callable[[], Run], workdir: str, found: Faults, *, 
       workdir: folder of the run.
       found: faults found so far.
       check: do not train.
+      profile: see `fit`.
 
     Raises:
       SfdError: as `open_run`, `train` or `check_run`.
@@ -99,16 +108,17 @@ def train_or_check(open_run: Callable[[], Run], workdir: str, found: Faults, *, 
     start(Job(folder=workdir, saves=True))
     run = open_run()
     found.stop()
-    train(run, workdir)
+    train(run, workdir, profile=profile)
 
 
-def train(run: Run, workdir: str, *, table: bool = True) -> None:
+def train(run: Run, workdir: str, *, table: bool = True, profile: tuple[int, int] | None = None) -> None:
     """Train on all devices of all hosts, from the newest checkpoint if there is one.
 
     Args:
       run: the run.
       workdir: its folder, local or gs://.
       table: print the table of parameters.
+      profile: see `fit`.
 
     Raises:
       SfdError: hosts have different configs or data, the data do not fit the network, or as `fit`.
@@ -140,8 +150,26 @@ def train(run: Run, workdir: str, *, table: bool = True) -> None:
         metadata=record,
         params=run.params,
         evaluate=evaluate,
+        ideal_seconds=ideal_seconds(run, batches.at(0), mesh),
+        profile=profile,
     )
     say(f"{workdir}: {int(state.step):,} steps done")
+
+
+def ideal_seconds(run: Run, batch: Batch, mesh: Mesh) -> float | None:
+    """Return the time of a training step at the peak rate of the mesh's devices; None where that is unknown."""
+    from sfd_jax.pod.chips import peak_rate
+    from sfd_jax.pod.flops import program_flops
+
+    if not (rate := peak_rate(mesh.devices.flat[0].device_kind)):
+        return None
+    rows = run.train.global_batch_size
+    shapes = {n: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for n, x in batch.items() if n != "index"}
+    optimizer = make_optimizer(run.train.optimizer, run.train.steps)
+    task = dataclasses.replace(run.task, frozen=jax.eval_shape(lambda: run.task.frozen))
+    # The plain forms compute nothing twice and hide no products in kernels.
+    step = trace_train_step(task, optimizer, run.train, mesh, shapes, PLAIN)
+    return program_flops(step.jaxpr) / (rate * mesh.size)
 
 
 def check_run(run: Run, workdir: str, found: Faults) -> None:

@@ -42,6 +42,24 @@ CHIPS = {
 }
 
 
+# Peak bfloat16 FLOPs per second of a device, by the first letters of its kind in JAX; GPUs without sparsity.
+_PEAK_RATES = {
+    "TPU v4": CHIPS["v4"].matrix_rate,
+    "TPU v5 lite": CHIPS["v5e"].matrix_rate,
+    "TPU v5": CHIPS["v5p"].matrix_rate,
+    "TPU v6": CHIPS["v6e"].matrix_rate,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_rate(kind: str) -> float | None:
+    """Return the peak bfloat16 FLOPs per second of a device of a kind (`device.device_kind`); None where unknown."""
+    return next((rate for name, rate in _PEAK_RATES.items() if kind.startswith(name)), None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """One slice, or several equal ones joined by a slower network.

@@ -1,4 +1,5 @@
-"""What a run writes while it goes: `metrics.jsonl`, one JSON object a line, and TensorBoard event files.
+"""What a run writes while it goes: `metrics.jsonl`, one JSON object a line, and TensorBoard event files; where
+`train.wandb` names a project also to Weights & Biases.
 
 tensorboardX writes the events whether TensorFlow is there or not: one way for everybody, where clu's writers
 would need TensorFlow.
@@ -8,9 +9,11 @@ minute and before each checkpoint: rows behind the newest checkpoint are written
 """
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
+import secrets
 import tempfile
 import time
 from pathlib import Path
@@ -27,18 +30,20 @@ COPY_EVERY = 60.0  # seconds between two copies to a bucket
 class MetricsLog:
     """Append rows of metrics to both files; on hosts other than 0 write nothing."""
 
-    def __init__(self, workdir: epath.PathLike, restored_step: int = 0):
+    def __init__(self, workdir: epath.PathLike, restored_step: int = 0, wandb: str = "", config: dict | None = None):
         """Open the files, dropping rows after `restored_step`, which a resumed run will write again.
 
         Args:
           workdir: folder of the run.
           restored_step: step the run goes on from; 0 for a fresh one.
+          wandb: project of Weights & Biases; "" for none.
+          config: shown there.
 
         Raises:
-          SfdError: the folder cannot be written.
+          SfdError: the folder cannot be written, or Weights & Biases is not installed or cannot be reached.
         """
         self._folder = epath.Path(workdir)
-        self._events = self._local = None
+        self._events = self._local = self._wandb = None
         if not is_host0():
             return
         # Its SummaryWriter writes from a thread, whose faults nobody would hear of.
@@ -62,6 +67,8 @@ class MetricsLog:
             self._events.write_event(Event(wall_time=time.time(), step=restored_step + 1, session_log=restart))
         except Exception as error:
             raise SfdError(f"cannot write metrics to {self._folder}: {error}") from error
+        if wandb:
+            self._wandb = _start_wandb(self._folder, wandb, config)
 
     def write(self, step: int, values: dict[str, float], *, safely: bool = False) -> None:
         """Write one row.
@@ -87,6 +94,8 @@ class MetricsLog:
             for name, value in values.items():
                 self._events.write_event(Event(wall_time=row["time"], step=step, summary=scalar(name, value)))
             self._events.flush()
+            if self._wandb:
+                self._wandb.log({name: value for name, value in row.items() if name != "step"}, step=step)
             if self._local and safely:
                 self._copy()
             elif self._local and time.monotonic() - self._copied > COPY_EVERY:
@@ -105,6 +114,8 @@ class MetricsLog:
         if self._events is not None:
             with contextlib.suppress(OSError):
                 self._events.close()
+        if self._wandb:
+            self._wandb.finish()
         if self._local:
             with contextlib.suppress(Exception):
                 self._copy()
@@ -121,6 +132,34 @@ class MetricsLog:
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+
+def check_wandb(project: str) -> None:
+    """Check that Weights & Biases is installed where a project is given.
+
+    Raises:
+      SfdError: it is not.
+    """
+    if project and is_host0() and importlib.util.find_spec("wandb") is None:
+        raise SfdError(f"train.wandb={project} needs the package wandb: pip install wandb, or leave train.wandb empty")
+
+
+def _start_wandb(folder: epath.Path, project: str, config: dict | None):
+    """Start the run on Weights & Biases, or go on with it: its id is kept in the work folder."""
+    import wandb
+
+    path = folder / "wandb_id"
+    try:
+        if not path.exists():
+            write_anywhere(path, secrets.token_hex(4))
+        about = {"id": path.read_text().strip(), "name": folder.name, "config": config, "resume": "allow"}
+        local = {} if "://" in os.fspath(folder) else {"dir": os.fspath(folder)}
+        return wandb.init(project=project, **about, **local)
+    except Exception as error:
+        raise SfdError(
+            f"train.wandb={project}: {error}. Log in with `wandb login`, or set WANDB_MODE=offline and upload the "
+            "run later with `wandb sync`"
+        ) from error
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict]:

@@ -23,7 +23,8 @@ from sfd_jax.errors import SfdError, TryAgain
 from sfd_jax.models.fingerprint import params_hash
 from sfd_jax.progress import ProgressBar
 from sfd_jax.training.checkpoint import Checkpointer, load_metadata
-from sfd_jax.training.logging import MetricsLog
+from sfd_jax.training.logging import MetricsLog, check_wandb
+from sfd_jax.training.monitor import Profiler, device_memory, speed
 from sfd_jax.training.optimizer import check_average, make_optimizer
 from sfd_jax.training.randomness import stream_key
 from sfd_jax.training.record import claim_workdir
@@ -52,6 +53,8 @@ def fit(
     metadata: dict | None = None,
     params: dict | None = None,
     evaluate: Callable[[TrainState, int], dict[str, float]] | None = None,
+    ideal_seconds: float | None = None,
+    profile: tuple[int, int] | None = None,
     progress: bool = True,
 ) -> TrainState:
     """Train until `config.steps`, resuming from the folder's newest checkpoint.
@@ -69,6 +72,8 @@ def fit(
       params: parameters to start from instead of random ones, where there is no checkpoint; their hash becomes part
         of the run's identity, and to resume it they may be given again or be None.
       evaluate: (state, step) -> numbers for the log, called before each checkpoint.
+      ideal_seconds: time of a step at the devices' peak rate, for the log's `mfu`; None leaves that out.
+      profile: first and last step of which JAX's profiler records a trace, into the folder's `profile/`.
       progress: show a progress bar on host 0.
 
     Returns:
@@ -79,12 +84,16 @@ def fit(
         `config.max_bad_steps` steps in a row were not finite.
       Preempted: SIGTERM on any host; the state is saved after the step that is running or compiling.
     """
+    check_wandb(config.wandb)
     with FolderLock(workdir) as lock:
         workdir, metadata = epath.Path(workdir), metadata or {}
-        return _fit(lock, task, batches, config, workdir, mesh, seed, metadata, params, evaluate, progress)
+        watch = evaluate, ideal_seconds, Profiler(workdir, profile), progress
+        return _fit(lock, task, batches, config, workdir, mesh, seed, metadata, params, *watch)
 
 
-def _fit(lock, task, batches, config, workdir, mesh, seed, metadata, params, evaluate, progress) -> TrainState:
+def _fit(
+    lock, task, batches, config, workdir, mesh, seed, metadata, params, evaluate, ideal_seconds, profiler, progress
+) -> TrainState:
     # --- Work folder: one folder, one run -----------------------------------------------------------------
     metadata = _complete(metadata, task, seed, params)
     claimed = _claim(workdir, metadata, config)
@@ -113,7 +122,8 @@ def _fit(lock, task, batches, config, workdir, mesh, seed, metadata, params, eva
     try:
         with (
             Heartbeat(workdir, "train") as heartbeat,
-            MetricsLog(workdir, first) as log,
+            MetricsLog(workdir, first, config.wandb, metadata.get("config")) as log,
+            profiler,
             preemption_watch() as preempted,
             _bar(task.name, first, config.steps, progress) as bar,
         ):
@@ -128,11 +138,13 @@ def _fit(lock, task, batches, config, workdir, mesh, seed, metadata, params, eva
                     rows = next(iterator)
                 batch = put_batch(_checked(rows, config, mesh), mesh)
                 before = metrics
+                profiler.before(step, metrics)
                 with jax.transfer_guard("disallow"):  # an accidental copy to the host would stall every step
                     state, metrics = train_step(state, batch, key)
                     total = add_metrics(total, metrics)
                 # At most one step ahead of the devices: after a SIGTERM, dozens of queued steps would have to finish.
                 jax.block_until_ready(before)
+                profiler.after(step, metrics)
                 heartbeat.at(step - 1)
                 bar.update()
                 if step == first + 1:  # which was compiled: no rate counts it
@@ -148,7 +160,8 @@ def _fit(lock, task, batches, config, workdir, mesh, seed, metadata, params, eva
                 _stop_if_bad(state, step, config, checkpointer.latest_step())
                 seconds, clock = time.monotonic() - clock, time.monotonic()
                 if step > logged:
-                    values["steps_per_second"] = (step - logged) / seconds
+                    values |= speed((step - logged) / seconds, config.global_batch_size, ideal_seconds)
+                values |= device_memory()
                 total, logged = None, step
                 bar.set_postfix_str(" ".join(f"{k} {values[k]:.4g}" for k in ("loss", "grad_norm") if k in values))
                 # Not before an extra checkpoint: that is urgent, and an uninterrupted run would not evaluate here.

@@ -21,6 +21,7 @@ FREE_KEYS = (
     "keep_last",
     "keep_every",
     "max_bad_steps",
+    "wandb",
     "workers",
     "remat",
     "scan_blocks",

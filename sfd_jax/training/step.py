@@ -38,6 +38,7 @@ class TrainConfig:
       keep_last: newest checkpoints kept.
       keep_every: checkpoints at multiples of it are kept forever; 0 for none.
       max_bad_steps: non-finite steps in a row before the run stops.
+      wandb: project of Weights & Biases that metrics are sent to; "" for none.
       scan_blocks: run a network's blocks as one compiled loop; False: unrolled (slower to compile); None: the best for
         the devices. This and `remat` come from config.model.
       remat: what blocks recompute in the backward pass: "none" nothing, "full" everything, "dots" everything but the
@@ -54,6 +55,7 @@ class TrainConfig:
     keep_last: int = 2
     keep_every: int = 0
     max_bad_steps: int = 20
+    wandb: str = ""
     scan_blocks: bool | None = None
     remat: str = "none"
 

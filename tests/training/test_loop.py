@@ -9,16 +9,19 @@ import struct
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from toy_training import toy_batches, toy_config, toy_task
+from toy_training import HIDDEN, INPUTS, OUTPUTS, toy_batches, toy_config, toy_task
 
 from sfd_jax.distributed import make_mesh
 from sfd_jax.errors import SfdError
+from sfd_jax.experiment.run import Run, ideal_seconds
 from sfd_jax.models.fingerprint import params_hash
+from sfd_jax.pod import chips
 from sfd_jax.training import EXIT_PREEMPTED, OptimizerConfig, Preempted, fit, load_params
 from sfd_jax.training.logging import read_metrics
 from sfd_jax.training.loop import check_workdir
@@ -51,7 +54,7 @@ def assert_same(a, b):
 
 
 def without_time(rows):
-    return [{k: v for k, v in row.items() if k not in ("time", "steps_per_second")} for row in rows]
+    return [{k: v for k, v in row.items() if k != "time" and not k.endswith("per_second")} for row in rows]
 
 
 def test_resume_equals_an_uninterrupted_run(whole, tmp_path):
@@ -70,7 +73,7 @@ def test_sigkill_loses_nothing_saved(whole, tmp_path):
         import os, signal, sys
         sys.path[:0] = [{str(here)!r}, {str(here.parents[1])!r}]
         import jax
-        from toy_training import toy_batches, toy_config, toy_task
+        from toy_training import HIDDEN, INPUTS, OUTPUTS, toy_batches, toy_config, toy_task
         from sfd_jax.distributed import make_mesh
         from sfd_jax.training import fit
         def batches(start):
@@ -298,10 +301,15 @@ def test_folder_that_cannot_be_made(tmp_path):
         train(tmp_path / "file" / "run")
 
 
-def test_metadata_evaluation_and_tensorboard(tmp_path):
+def test_metadata_evaluation_tensorboard_and_profile(tmp_path):
     metadata = {"config": {"model": {"size": "S"}}, "latent_statistics": None, "class_names": ["a", "b"]}
-    train(tmp_path, toy_config(steps=2), metadata=metadata, evaluate=lambda state, step: {"held_out": 10.0 * step})
-    assert read_metrics(tmp_path)[-1]["held_out"] == 20.0
+    watch = {"evaluate": lambda state, step: {"held_out": 10.0 * step}, "ideal_seconds": 1e-3, "profile": (2, 2)}
+    train(tmp_path, config := toy_config(steps=2, log_every=1), metadata=metadata, **watch)
+    row = read_metrics(tmp_path)[-1]
+    assert row["held_out"] == 20.0 and row["mfu"] == pytest.approx(row["steps_per_second"] * 1e-3)
+    assert row["images_per_second"] == pytest.approx(row["steps_per_second"] * config.global_batch_size)
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    assert b"jit_step" in trace.read_bytes()
     _, stored = load_params(tmp_path)
     assert stored["class_names"] == ["a", "b"] and stored["task"] == "toy" and stored["step"] == 2
     with pytest.raises(SfdError, match='config.model.size: there "S", here "B"'):
@@ -311,6 +319,35 @@ def test_metadata_evaluation_and_tensorboard(tmp_path):
     rows = {row["step"]: row for row in read_metrics(tmp_path)}
     assert events["held_out"] == {2: 20.0}
     assert events["loss"] == pytest.approx({step: row["loss"] for step, row in rows.items()})  # float32
+
+
+def test_the_ideal_time_of_a_step_counts_its_products_at_the_peak_rate(monkeypatch):
+    assert chips.peak_rate("TPU v5 lite") == 197e12 and chips.peak_rate("TPU v5") == 459e12
+    assert chips.peak_rate("NVIDIA H100 80GB HBM3") == 989e12 and chips.peak_rate("cpu") is None
+    run = Run(toy_task(), config := toy_config(), None, None, None, {})
+    batch, mesh = next(toy_batches()(0)), make_mesh(devices=jax.devices()[:2])
+    assert ideal_seconds(run, batch, mesh) is None
+    monkeypatch.setattr(chips, "peak_rate", lambda kind: 1e6)
+    # Outputs and gradients of both kernels, and the gradient of what is between them.
+    products = 2 * config.global_batch_size * HIDDEN * (2 * INPUTS + 3 * OUTPUTS)
+    assert ideal_seconds(run, batch, mesh) == pytest.approx(products / 2e6)
+
+
+def test_weights_and_biases_gets_the_rows_and_goes_on_with_its_run(tmp_path, monkeypatch):
+    config = toy_config(steps=2, log_every=1, wandb="digits")
+    with pytest.raises(SfdError, match="train.wandb=digits needs the package wandb"):
+        train(tmp_path, config)
+    assert not list(tmp_path.iterdir())
+    began, logged = [], []
+    run = types.SimpleNamespace(log=lambda row, step: logged.append((step, row["loss"])), finish=lambda: None)
+    init = lambda **about: began.append(about) or run
+    monkeypatch.setitem(sys.modules, "wandb", stub := types.ModuleType("wandb"))
+    stub.init, stub.__spec__ = init, True
+    train(tmp_path, config, metadata={"config": {"seed": 3}})
+    train(tmp_path, dataclasses.replace(config, steps=3, wandb="other"), metadata={"config": {"seed": 3}})
+    assert began[0]["id"] == began[1]["id"] and len(began[0]["id"]) == 8 and began[1]["project"] == "other"
+    assert began[0]["config"] == {"seed": 3} and began[0]["resume"] == "allow"
+    assert logged == [(row["step"], row["loss"]) for row in read_metrics(tmp_path)]
 
 
 def tensorboard_scalars(folder: Path) -> dict[str, dict[int, float]]:
