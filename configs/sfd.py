@@ -36,6 +36,7 @@ from ml_collections.config_dict import placeholder
 
 from sfd_jax.convert.hub import cache_dir
 from sfd_jax.diffusion.sample_config import SampleJob
+from sfd_jax.experiment.previews import PreviewConfig
 from sfd_jax.models.encoders import RELEASED, released_encoder
 from sfd_jax.settings import config_group
 
@@ -158,6 +159,8 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
     # converged with 31 network evaluations, Euler with 100 nearly; on XL, Euler-100 scores as well as the released
     # dopri5 (docs/sampling.md).
     config.sample = config_group(SampleJob(batch_size=64, guidance="autoguidance", guidance_scale=1.5))
+    # Samples and scores at some checkpoints: docs/training.md, "Watching a run".
+    config.preview = config_group(PreviewConfig())
 
     if size == SMALL:
         _make_small(config, weak="weak" in variants)

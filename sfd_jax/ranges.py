@@ -84,7 +84,7 @@ RANGES = {
     **_rows("warmup_fraction final_fraction", _SHARE) | _rows("warmup_steps constant_steps", _COUNT_OR_0),
     **_rows("steps global_batch_size accumulation log_every checkpoint_every keep_last max_bad_steps", _COUNT),
     **_rows("keep_every", _COUNT_OR_0),
-    **_rows("num", Range(int, 1, 10**9)),
+    **_rows("num", Range(int, 1, 10**9)) | _rows("preview.num preview.every", _COUNT_OR_0) | _rows("images", _COUNT),
     # Data, devices and jobs
     **_rows("data mesh.fsdp", _MESH) | _rows("fsdp slices", Range(int, 1, 2**20)) | _rows("workers", _FEW_OR_0),
     **_rows("batch_size eval_batch_size shard_size chunk_size pca_images expect_count plan.images", _COUNT),

@@ -20,6 +20,7 @@ from sfd_jax.distributed import host_rows, say, start
 from sfd_jax.distributed.preflight import Job
 from sfd_jax.errors import Faults, SfdError
 from sfd_jax.experiment.build import mesh_from_config
+from sfd_jax.experiment.previews import PreviewConfig, Previews
 from sfd_jax.models.execution import PLAIN
 from sfd_jax.models.fingerprint import params_hash
 from sfd_jax.training import Task, TrainConfig, fit, make_optimizer, make_train_step
@@ -45,6 +46,7 @@ class Run:
       notes: sentences to print at the start.
       checks: slow search for faults of the data; `check_run` calls it, `train` does not.
       cache: hold all records in memory, for small data sets.
+      preview: makes samples of the averaged weights, and scores.
     """
 
     task: Task
@@ -58,6 +60,7 @@ class Run:
     notes: tuple[str, ...] = ()
     checks: Callable[[], list[str]] = list
     cache: bool = False
+    preview: PreviewConfig = PreviewConfig()
 
     def batches(self, rows: np.ndarray | None = None) -> TrainBatches:
         """Return the training batches, or only the given rows of each."""
@@ -139,6 +142,8 @@ def train(run: Run, workdir: str, *, table: bool = True, profile: tuple[int, int
         host = {"host_index": jax.process_index(), "host_count": jax.process_count(), "workers": config.data.workers}
         held_out = lambda: make_eval_batches(source, batch_size=len(rows), transform=run.transform, **host)
         evaluate = held_out_metrics(measure, held_out, mesh, put_frozen(run.task, mesh))
+    if run.preview.every:
+        evaluate = Previews(run.preview, run.task.network, record, workdir, mesh, run.train.global_batch_size)
     say("\n".join([describe(run, mesh, workdir, table), *(f"note: {note}" for note in run.notes)]))
     state = fit(
         run.task,
@@ -150,6 +155,7 @@ def train(run: Run, workdir: str, *, table: bool = True, profile: tuple[int, int
         metadata=record,
         params=run.params,
         evaluate=evaluate,
+        best=run.preview.best,
         ideal_seconds=ideal_seconds(run, batches.at(0), mesh),
         profile=profile,
     )

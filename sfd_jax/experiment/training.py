@@ -17,6 +17,7 @@ from sfd_jax.data.released import open_latents
 from sfd_jax.errors import Faults, SfdError
 from sfd_jax.experiment import build
 from sfd_jax.experiment.checkpoints import trained_size
+from sfd_jax.experiment.previews import preview_config
 from sfd_jax.experiment.run import Run
 from sfd_jax.experiment.targets import check_repa_source, open_frozen, open_targets
 from sfd_jax.experiment.training_data import (
@@ -71,6 +72,7 @@ def open_diffusion(config: ConfigDict, found: Faults | None = None, *, init: str
     for checkpoint in filter(None, (init, needed)):
         with found:
             find_checkpoint(checkpoint)
+    preview = preview_config(config, found)
     if config.model.repa_features and not config.loss.repa_weight:
         notes.append("loss.repa_weight=0 leaves REPA's projector untrained; --config.model.repa_features=0 removes it")
     with found:
@@ -91,7 +93,8 @@ def open_diffusion(config: ConfigDict, found: Faults | None = None, *, init: str
     metadata |= {"latents": origin, "registered_in": build.registered_in(config)}
     transform = latent_transform(layout, statistics, repa=repa)
     checks = functools.partial(_check_latents, config, latents, repa)
-    return Run(task, train, config, source, transform, metadata, params=params, notes=tuple(notes), checks=checks)
+    more = dict(params=params, notes=tuple(notes), checks=checks, preview=preview)
+    return Run(task, train, config, source, transform, metadata, **more)
 
 
 def _check_latents(config: ConfigDict, latents: Any, repa: bool) -> list[str]:

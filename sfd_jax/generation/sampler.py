@@ -120,6 +120,7 @@ class Sampler:
         options = {"out_shardings": replicated(self.mesh), "keep_unused": True}
         self._run_sample, self._run_decode = jax.jit(self._sample, **options), jax.jit(self._decode, **options)
         self._run_integrate = jax.jit(self._integrate, **options)
+        self._run_follow = jax.jit(self._follow, static_argnums=4, **options)
 
     @property
     def recipe(self) -> dict:
@@ -159,6 +160,14 @@ class Sampler:
             nfe.append(batch_nfe)
         return np.concatenate(images), np.concatenate(nfe)
 
+    def use(self, params: dict | None) -> None:
+        """Sample with other weights of the model's network from now on; compiles nothing.
+
+        Args:
+          params: of the same shapes, placed on the mesh as a run's are; None releases the present ones.
+        """
+        self._params = {**self._params, "model": params}
+
     def latents(self, indices: np.ndarray, labels: np.ndarray, batch_size: int | None = None) -> np.ndarray:
         """Return the normalised composite latents (n, H, W, C) float32 that `__call__` would decode."""
         batches = self._batches(np.asarray(indices), np.asarray(labels), batch_size)
@@ -196,12 +205,7 @@ class Sampler:
         """
         count, *batch = next(self._batches(np.asarray(indices), np.asarray(labels), None))
 
-        def follow(params, seed, indices, labels):
-            problem = self._problem(params, sample_noise(seed, indices, self._latent_shape), labels)
-            latents = trajectory(problem.pop("velocity_fn"), problem.pop("noise"), taus, **problem)
-            return latents, jax.lax.map(lambda one: self._decode(params, one)[0], latents)
-
-        latents, images = jax.jit(follow, out_shardings=replicated(self.mesh))(self._params, self._seed, *batch)
+        latents, images = self._run_follow(self._params, self._seed, *batch, tuple(map(float, taus)))
         return np.asarray(latents)[:, :count], np.asarray(images)[:, :count]
 
     def log_likelihood(
@@ -289,6 +293,11 @@ class Sampler:
     def _sample(self, params, seed, indices, labels):
         """Return latents (B, H, W, C), and each sample's network evaluations and whether it converged, both (B,)."""
         return self._integrate(params, seed, sample_noise(seed, indices, self._latent_shape), indices, labels)
+
+    def _follow(self, params, seed, indices, labels, taus):
+        problem = self._problem(params, sample_noise(seed, indices, self._latent_shape), labels)
+        latents = trajectory(problem.pop("velocity_fn"), problem.pop("noise"), taus, **problem)
+        return latents, jax.lax.map(lambda one: self._decode(params, one)[0], latents)
 
     def _integrate(self, params, seed, noise, indices, labels):
         if sde := self._config.sde:
@@ -487,7 +496,11 @@ def make_sampler(
 
 def _describe(checkpoint: Checkpoint) -> dict:
     params, metadata = checkpoint
-    return {"hash": params_hash(params), **{name: metadata.get(name) for name in ("step", "source", "which")}}
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
+    return {
+        "hash": None if abstract else params_hash(params),
+        **{name: metadata.get(name) for name in ("step", "source", "which")},
+    }
 
 
 def _check_fit(network, vae, weak, layout, statistics, config) -> None:

@@ -57,8 +57,20 @@ def _without_echoes(report) -> None:
 sys.unraisablehook = _without_echoes
 
 
+class _KeepBest(keeping.PreservationPolicy):
+    def __init__(self, checkpointer: "Checkpointer"):
+        self._checkpointer = checkpointer
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        return [checkpoint.step == self._checkpointer.best for checkpoint in checkpoints]
+
+
 class Checkpointer:
-    """Save and restore the training state in `directory`, keeping the newest and every n-th step."""
+    """Save and restore the training state in `directory`, keeping the newest, every n-th step and a chosen one.
+
+    Attributes:
+      best: step of a checkpoint that is kept however old it is; None for none.
+    """
 
     def __init__(self, directory: epath.PathLike, keep_last: int = 2, keep_every: int = 0):
         """Open the folder; make it where needed and remove the remains of a killed save.
@@ -71,8 +83,9 @@ class Checkpointer:
         Raises:
           SfdError: the folder cannot be made or written to.
         """
-        self.directory = _folder(directory)
-        kept = [keeping.LatestN(max(1, keep_last))] + ([keeping.EveryNSteps(keep_every)] if keep_every else [])
+        self.directory, self.best = _folder(directory), None
+        kept = [keeping.LatestN(max(1, keep_last)), _KeepBest(self)]
+        kept += [keeping.EveryNSteps(keep_every)] if keep_every else []
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keeping.AnyPreservationPolicy(kept), cleanup_tmp_directories=True
         )

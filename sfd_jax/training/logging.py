@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 from etils import epath
 
 from sfd_jax.distributed import is_host0
@@ -70,12 +71,13 @@ class MetricsLog:
         if wandb:
             self._wandb = _start_wandb(self._folder, wandb, config)
 
-    def write(self, step: int, values: dict[str, float], *, safely: bool = False) -> None:
+    def write(self, step: int, values: dict[str, float | np.ndarray], *, safely: bool = False) -> None:
         """Write one row.
 
         Args:
           step: the step it belongs to.
-          values: name to number; one that is not finite is written as null.
+          values: name to number; one that is not finite is written as null. A picture, uint8 (H, W, 3), goes to
+            TensorBoard and Weights & Biases alone.
           safely: the row must have reached the folder when this returns, a bucket's too.
 
         Raises:
@@ -84,18 +86,26 @@ class MetricsLog:
         if self._events is None:
             return
         from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.summary import scalar
+        from tensorboardX.summary import image, scalar
 
         row = {"step": step, "time": round(time.time(), 3)}
+        pictures = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+        values = {name: value for name, value in values.items() if name not in pictures}
         row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
         try:
             with self._path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             for name, value in values.items():
                 self._events.write_event(Event(wall_time=row["time"], step=step, summary=scalar(name, value)))
+            for name, value in pictures.items():
+                summary = image(name, value, dataformats="HWC")
+                self._events.write_event(Event(wall_time=row["time"], step=step, summary=summary))
             self._events.flush()
             if self._wandb:
-                self._wandb.log({name: value for name, value in row.items() if name != "step"}, step=step)
+                import wandb
+
+                shown = {name: wandb.Image(value) for name, value in pictures.items()}
+                self._wandb.log({**{name: value for name, value in row.items() if name != "step"}, **shown}, step=step)
             if self._local and safely:
                 self._copy()
             elif self._local and time.monotonic() - self._copied > COPY_EVERY:

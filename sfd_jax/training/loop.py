@@ -23,7 +23,7 @@ from sfd_jax.errors import SfdError, TryAgain
 from sfd_jax.models.fingerprint import params_hash
 from sfd_jax.progress import ProgressBar
 from sfd_jax.training.checkpoint import Checkpointer, load_metadata
-from sfd_jax.training.logging import MetricsLog, check_wandb
+from sfd_jax.training.logging import MetricsLog, check_wandb, read_metrics
 from sfd_jax.training.monitor import Profiler, device_memory, speed
 from sfd_jax.training.optimizer import check_average, make_optimizer
 from sfd_jax.training.randomness import stream_key
@@ -52,7 +52,8 @@ def fit(
     seed: int = 0,
     metadata: dict | None = None,
     params: dict | None = None,
-    evaluate: Callable[[TrainState, int], dict[str, float]] | None = None,
+    evaluate: Callable[[TrainState, int], dict[str, float | np.ndarray]] | None = None,
+    best: str = "",
     ideal_seconds: float | None = None,
     profile: tuple[int, int] | None = None,
     progress: bool = True,
@@ -71,7 +72,8 @@ def fit(
         "latent_statistics" are part of the run's identity.
       params: parameters to start from instead of random ones, where there is no checkpoint; their hash becomes part
         of the run's identity, and to resume it they may be given again or be None.
-      evaluate: (state, step) -> numbers for the log, called before each checkpoint.
+      evaluate: (state, step) -> numbers and pictures for the log, called before each checkpoint.
+      best: name of one of its numbers; the checkpoint with the smallest is kept.
       ideal_seconds: time of a step at the devices' peak rate, for the log's `mfu`; None leaves that out.
       profile: first and last step of which JAX's profiler records a trace, into the folder's `profile/`.
       progress: show a progress bar on host 0.
@@ -87,12 +89,25 @@ def fit(
     check_wandb(config.wandb)
     with FolderLock(workdir) as lock:
         workdir, metadata = epath.Path(workdir), metadata or {}
-        watch = evaluate, ideal_seconds, Profiler(workdir, profile), progress
+        watch = evaluate, best, ideal_seconds, Profiler(workdir, profile), progress
         return _fit(lock, task, batches, config, workdir, mesh, seed, metadata, params, *watch)
 
 
 def _fit(
-    lock, task, batches, config, workdir, mesh, seed, metadata, params, evaluate, ideal_seconds, profiler, progress
+    lock,
+    task,
+    batches,
+    config,
+    workdir,
+    mesh,
+    seed,
+    metadata,
+    params,
+    evaluate,
+    best,
+    ideal_seconds,
+    profiler,
+    progress,
 ) -> TrainState:
     # --- Work folder: one folder, one run -----------------------------------------------------------------
     metadata = _complete(metadata, task, seed, params)
@@ -117,6 +132,7 @@ def _fit(
             say(f"note: {note}")
         state = init_state(task, optimizer, mesh, seed)
     key = stream_key(seed, "loss", mesh)
+    scored = {row["step"]: row.get(best) for row in read_metrics(workdir) if best and row["step"] <= first}
 
     # --- Loop: step, log, evaluate, save, and only then draw the next batch ---------------------------------
     try:
@@ -168,6 +184,8 @@ def _fit(
                 if evaluate and (step == config.steps or step % config.checkpoint_every == 0):
                     heartbeat.phase = "evaluate"
                     values |= evaluate(state, step)
+                    scored[step] = values.get(best)
+                    checkpointer.best = _smallest(scored)
                     heartbeat.phase = "train"
                 log.write(step, values, safely=save_now)
                 if save_now:  # after the row: a run that resumes from here does not write it again
@@ -237,6 +255,12 @@ def _complete(metadata: dict, task: Task, seed: int, params: dict | None) -> dic
     if "init" not in metadata:
         known["init"] = None if params is None else params_hash(params)
     return {"source": "trained by sfd_jax", **known, **metadata, "task": task.name, "seed": seed}
+
+
+def _smallest(scored: dict[int, float | None]) -> int | None:
+    """Return the step with the smallest score; None if none has one."""
+    known = {step: score for step, score in scored.items() if score is not None and np.isfinite(score)}
+    return min(known, key=known.get) if known else None
 
 
 def _bar(name: str, first: int, steps: int, progress: bool) -> ProgressBar:

@@ -36,7 +36,7 @@ ADDED = {
     "loss": {"repa_spatial_norm": 0.0},
 }
 # Groups of the config that may differ.
-FREE_GROUPS = ("mesh", "sample", "evaluate", "demo")
+FREE_GROUPS = ("mesh", "sample", "evaluate", "demo", "preview")
 
 
 def claim_workdir(workdir: epath.PathLike, record: dict, may_extend: bool, *, write: bool = True) -> dict:
