@@ -7,8 +7,9 @@
 
 Trains every part of Semantic-First Diffusion: texture VAE, visual encoder, Semantic VAE, the two-clock diffusion model
 and a weaker one for AutoGuidance. Then it makes new images and measures them. The work folder gets samples.npz,
-samples.png, neighbours.png (samples above their nearest training images), stages.png, losses.png, metrics.json and
-report.md. After an interruption, the same command continues and ends with the same samples.
+samples.png, neighbours.png (samples above their nearest training images), stages.png, losses.png, metrics.json,
+report.md and report.html (one file, with a slider over the stages). After an interruption, the same command continues
+and ends with the same samples.
 
 A fifth of each class of your own images is held out. `choose_sizes` in configs/own_images.py chooses sizes and steps
 from the number of images and classes, the image size and the CPU cores. They are printed, and each can be set:
@@ -147,4 +148,4 @@ def _print_summary(workdir: Path, stages: dict[str, dict], own: bool) -> None:
     if own:
         print(metrics["about"]["copies"])
     seconds = sum(stage["seconds"] for stage in stages.values())
-    print(f"\n{seconds:.0f} s in all. Look at {workdir / 'samples.png'}, then read {workdir / 'report.md'}.")
+    print(f"\n{seconds:.0f} s in all. Look at {workdir / 'samples.png'}, then open {workdir / 'report.html'}.")

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,8 @@ from sfd_jax import Pipeline
 
 pytestmark = pytest.mark.slow
 
-PROMISED = ("samples.npz", "samples.png", "stages.png", "losses.png", "metrics.json", "report.md", "recipe.json")
+PROMISED = ("samples.npz", "samples.png", "stages.png", "losses.png", "metrics.json", "recipe.json")
+PROMISED += ("report.md", "report.html", "stages.npz")
 
 
 def command(workdir, *flags):
@@ -48,6 +50,10 @@ def test_ends_with_what_it_promises(uninterrupted):
     # Real digits are read by the judge, whatever four training steps gave.
     assert metrics["real training digits"]["read_as_label"] > 0.98
     assert "classified as their label" in printed
+    page = (workdir / "report.html").read_text()  # nothing outside of the file
+    assert page.count('src="data:image/png;base64,') == 3 and 'src="samples.png"' not in page and "http" not in page
+    frames = json.loads(re.search(r"const frames = (.*);", page)[1])
+    assert len(frames) == 8 and frames[0]["t_texture"] == 0 and frames[-1]["t_texture"] == 1
     pipeline = Pipeline.from_pretrained(workdir)  # the lines of the README
     assert len(pipeline.generate("3")) == 1
     assert [pipeline.sampler.recipe["sampler"][name] for name in ("solver", "guidance_scale")] == ["euler", 1.5]

@@ -15,8 +15,9 @@ from sfd_jax.evaluation.image_sets import image_set_of
 from sfd_jax.evaluation.reference import Reference
 from sfd_jax.experiment.build import layout_from_config, mesh_from_config
 from sfd_jax.experiment.demo import judge, pictures
+from sfd_jax.experiment.demo.page import write_page
 from sfd_jax.experiment.demo.stages import Demo, read_labels
-from sfd_jax.files import write_json, write_text
+from sfd_jax.files import atomic_write, write_json, write_text
 from sfd_jax.generation.job import make_images
 from sfd_jax.generation.labels import balanced_labels
 from sfd_jax.generation.outputs import write_samples_npz
@@ -86,15 +87,17 @@ def measure(demo: Demo) -> dict:
     def read(images: np.ndarray, labels: np.ndarray) -> dict:
         return {"read_as_label": accuracy(images, labels)} if accuracy and len(images) else {}
 
-    def distance(images: np.ndarray) -> dict:
-        distances = nearest_in_training(demo, images)[1] if len(images) else None
-        return {} if distances is None else {"nearest_training_image": round(float(np.median(distances)), 4)}
-
+    near = nearest_in_training(demo, samples)[1]
+    unseen = nearest_in_training(demo, held_out)[1] if len(held_out) else None
+    half = lambda distances: {"nearest_training_image": round(float(np.median(distances)), 4)}
+    of_samples, of_held_out = half(near), {} if unseen is None else half(unseen)
+    if unseen is not None:
+        of_samples["nearer_than_held_out"] = round(float(np.mean(near < np.median(unseen))), 4)
     ours, train, held = "samples", f"real training {noun}", f"held-out {noun}"
     metrics = {
-        ours: {**read(samples, labels), **compare(ours, samples), **distance(samples)},
+        ours: {**read(samples, labels), **compare(ours, samples), **of_samples},
         train: {**read(real[chosen], real_labels[chosen]), **compare(f"training {noun}", real[chosen])},
-        held: {**read(held_out, held_out_labels), **distance(held_out)},
+        held: {**read(held_out, held_out_labels), **of_held_out},
     }
     metrics["about"] = {
         "read_as_label": of_reader,
@@ -163,7 +166,8 @@ def _of_copies(samples: dict, held_out: dict, count: int) -> str:
     few = f" With only {count} training images, copies are to be expected; more images help." if count < 1000 else ""
     if theirs is None:
         return f"{near}. No image was held out to compare this with.{few}"
-    near = f"{near}; half of the held-out images, never trained on, are within {theirs}."
+    near = f"{near}; half of the held-out images, never trained on, are within {theirs}"
+    near += f", and {samples['nearer_than_held_out']:.0%} of the samples are nearer than that."
     if ours < 0.5 * theirs:
         return f"{near} Most samples are near-copies of training images.{few}"
     if ours < 0.8 * theirs:
@@ -172,7 +176,7 @@ def _of_copies(samples: dict, held_out: dict, count: int) -> str:
 
 
 def draw_pictures(demo: Demo) -> dict:
-    """Draw `samples.png`, `neighbours.png`, `stages.png` and `losses.png`."""
+    """Draw `samples.png`, `neighbours.png`, `stages.png` and `losses.png`; write the stages to `stages.npz`."""
     samples, labels = load_samples(demo)
     held_out, train = demo.images("held_out"), demo.images("train")
     real, real_labels = (np.concatenate(pair) for pair in zip(held_out, train, strict=True))
@@ -207,12 +211,14 @@ def _draw_stages(demo: Demo) -> None:
     store = LatentStore(demo.workdir / "latents")
     clean = store.statistics.normalise_semantic(store.read(np.arange(min(len(store), 500)))["semantic"])
     t_semantic, t_texture = clocks.times(taus)
+    semantic = pictures.semantic_colours(layout.split(latents)[1][:, 0], clean)
+    times = {"taus": taus, "t_semantic": np.asarray(t_semantic), "t_texture": np.asarray(t_texture)}
+    with atomic_write(demo.workdir / "stages.npz") as part, part.open("wb") as file:
+        np.savez(file, **times, semantic=(255 * semantic).round().astype(np.uint8), texture=decoded[:, 0])
     pictures.draw_stages(
         demo.workdir / "stages.png",
-        taus,
-        np.asarray(t_semantic),
-        np.asarray(t_texture),
-        pictures.semantic_colours(layout.split(latents)[1][:, 0], clean),
+        *times.values(),
+        semantic,
         decoded[:, 0],
         f"How one image of class {names[label]} emerges: semantics run ahead of texture",
     )
@@ -238,7 +244,7 @@ def sizes(demo: Demo) -> list[str]:
 
 
 def write_report(demo: Demo, stages: dict[str, dict], assumed: list[str]) -> None:
-    """Write `report.md`: samples, metrics, assumptions, sizes and times."""
+    """Write `report.md` and `report.html`: samples, metrics, assumptions, sizes and times."""
     metrics = json.loads((demo.workdir / "metrics.json").read_text())
     about = metrics.pop("about")
     total = sum(stage["seconds"] for stage in stages.values())
@@ -258,7 +264,7 @@ def write_report(demo: Demo, stages: dict[str, dict], assumed: list[str]) -> Non
     lines = [
         f"# {what} by Semantic-First Diffusion",
         "",
-        f"{about['images']} samples are in [samples.npz](samples.npz) (`arr_0` images, `arr_1` labels), their settings "
+        f"{about['images']:,} samples are in [samples.npz](samples.npz) (`arr_0` images, `arr_1` labels), their settings "
         "in [recipe.json](recipe.json), the metrics below in [metrics.json](metrics.json).",
         "",
         f"![samples by class, real {noun} at the left](samples.png)",
@@ -293,3 +299,4 @@ def write_report(demo: Demo, stages: dict[str, dict], assumed: list[str]) -> Non
         "",
     ]
     write_text(demo.workdir / "report.md", "\n".join(lines))
+    write_page(demo.workdir)
