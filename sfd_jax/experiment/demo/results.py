@@ -264,8 +264,8 @@ def write_report(demo: Demo, stages: dict[str, dict], assumed: list[str]) -> Non
     lines = [
         f"# {what} by Semantic-First Diffusion",
         "",
-        f"{about['images']:,} samples are in [samples.npz](samples.npz) (`arr_0` images, `arr_1` labels), their settings "
-        "in [recipe.json](recipe.json), the metrics below in [metrics.json](metrics.json).",
+        f"{about['images']:,} samples are in [samples.npz](samples.npz) (`arr_0` images, `arr_1` labels), their "
+        "settings in [recipe.json](recipe.json), the metrics below in [metrics.json](metrics.json).",
         "",
         f"![samples by class, real {noun} at the left](samples.png)",
         *([f"\nThe first {pictures.MOST_ROWS} of {len(demo.class_names)} classes are shown."] if more > 0 else []),
