@@ -9,7 +9,7 @@ lock=$(mktemp)
 trap 'rm -f "$lock"' EXIT
 cp constraints.txt "$lock"
 uv pip compile --quiet --universal --python-version=3.11 --no-annotate --no-header \
-    --extra=dev --extra=torch --extra=pod --extra=tpu pyproject.toml --output-file="$lock" "$@"
+    --extra=dev --extra=app --extra=torch --extra=pod --extra=tpu pyproject.toml --output-file="$lock" "$@"
 {
     echo "# The versions this project is tested with (pip --constraint). Written by scripts/lock.sh."
     grep -Ev '^(cuda|nvidia)-|^triton=' "$lock"

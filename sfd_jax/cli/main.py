@@ -25,6 +25,7 @@ COMMANDS = {
     "train_texture_vae": "train the texture VAE on images",
     "train_encoder": "train a small visual encoder on images in class folders",
     "sample": "make images from a checkpoint",
+    "app": "a web page on which a model makes images",
     "evaluate": "FID, sFID, IS, precision and recall of samples",
     "convert": "released PyTorch checkpoints in, ours out",
     "fetch": "download released weights, check them, convert them",

@@ -29,7 +29,7 @@ from sfd_jax.experiment.sampling import open_texture_vae, sample_job
 from sfd_jax.generation import make_labels, make_sampler, parse_classes
 from sfd_jax.generation.parts import Checkpoint
 from sfd_jax.ranges import check
-from sfd_jax.settings import defaults_of
+from sfd_jax.settings import defaults_of, over_defaults
 
 # Released model -> step of the weaker model (`sfd_autoguidance_b`) that guides it; the paper's table, 800 epochs.
 _WEAK_STEPS = {"sfd_xl": 70_000, "sfd_1p0": 120_000}
@@ -56,6 +56,8 @@ class Pipeline:
 
     Attributes:
       num_classes, class_names: of the model; names by label, None where there are none.
+      settings: default sampling settings, name -> value.
+      has_weak, null_label: whether AutoGuidance and classifier-free guidance are possible.
       sampler: made the last images; None before. `sampler.recipe` has everything that determines them.
     """
 
@@ -75,6 +77,8 @@ class Pipeline:
         self._parts = {"model": model, "texture_vae": texture_vae}
         self._weak = weak
         self._saved = settings or (model[1].get("config") or {}).get("sample") or {}
+        self.settings = over_defaults(SampleJob, self._saved)
+        self.has_weak, self.null_label = weak is not None, model[1]["network_config"].get("null_label", True)
         self.num_classes = model[1]["network_config"]["num_classes"]
         self.class_names, _ = class_names_of(model[1], self.num_classes)
         self._job, self.sampler = None, None

@@ -58,6 +58,7 @@ class Sampler:
       labels: the labels that can be sampled, sorted: those that were trained.
       image_size: side of the images, in pixels.
       clocks: with their trained parameters.
+      layout: which channels of the latents are texture, which semantic.
       seed: of the noise; can be set, which compiles nothing.
       recipe: JSON-able description of all that determines the images except labels, with "notes", the assumptions
         made.
@@ -112,7 +113,7 @@ class Sampler:
         self._networks = {"model": network, "vae": vae} | ({"weak": weak[0]} if weak else {})
         params = {"model": model[1], "vae": texture_vae[1]} | ({"weak": weak[1]} if weak else {})
         self._params = put_same(params, param_shardings(params, self.mesh))
-        self._layout, self._statistics, self.clocks = layout, statistics, clocks
+        self.layout, self._statistics, self.clocks = layout, statistics, clocks
         self._config, self._path = config, path
         self._predictions = {"model": VelocityPrediction(), "weak": VelocityPrediction(), **predictions}
         # Every host gets all rows: the host that writes needs them, and they are small compared with the work.
@@ -173,6 +174,13 @@ class Sampler:
         batches = self._batches(np.asarray(indices), np.asarray(labels), batch_size)
         run = lambda *batch: np.asarray(self._run_sample(self._params, self._seed, *batch)[0])
         return np.concatenate([run(*batch)[:count] for count, *batch in batches])
+
+    def decode(self, texture: np.ndarray) -> np.ndarray:
+        """Decode normalised texture latents (n, H, W, C) float32 to images uint8 (n, H*f, W*f, 3)."""
+        count = len(texture)
+        latents = np.zeros((-(-count // self.mesh.size) * self.mesh.size, *self._latent_shape), np.float32)
+        latents[:count] = self.layout.join(texture, np.zeros((*texture.shape[:3], self.layout.semantic_channels)))
+        return np.asarray(self._run_decode(self._params, put_same(latents, replicated(self.mesh)))[0])[:count]
 
     def integrate(self, noise: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, int]:
         """Integrate from given noise with the program that makes samples, to compare with other code.
@@ -242,7 +250,7 @@ class Sampler:
 
         def estimate(params, latents, indices, labels):
             probe = rademacher_by_row(jax.random.key(self.seed), indices, self._latent_shape)
-            problem = dict(layout=self._layout, clocks=self.clocks, solver=solver)
+            problem = dict(layout=self.layout, clocks=self.clocks, solver=solver)
             return log_likelihood(self._velocity_fn(params, labels), latents, probe, **problem)
 
         estimate = jax.jit(estimate, out_shardings=replicated(self.mesh))
@@ -271,7 +279,7 @@ class Sampler:
     @property
     def _latent_shape(self) -> tuple[int, int, int]:
         size = self._networks["model"].config.input_size
-        return size, size, self._layout.channels
+        return size, size, self.layout.channels
 
     def _batches(self, indices, labels, batch_size):
         """Yield (count, indices, labels) on the devices in batches of one size, the last padded with its last row."""
@@ -305,7 +313,7 @@ class Sampler:
             equation["first_t"] = self._predictions["model"].interval(self._path)[0]
             noises = noise_by_step(step_key(seed), indices, self._latent_shape)
             velocity_fn = self._velocity_fn(params, labels)
-            latents = sample_sde(velocity_fn, noise, noises, layout=self._layout, **equation)
+            latents = sample_sde(velocity_fn, noise, noises, layout=self.layout, **equation)
             converged = jnp.isfinite(latents).all(axis=(1, 2, 3))
             return latents, jnp.full(len(labels), evaluations(**equation), jnp.int32), converged
         latents, stats = sample(**self._problem(params, noise, labels))
@@ -326,7 +334,7 @@ class Sampler:
         return {
             "velocity_fn": self._velocity_fn(params, labels),
             "noise": noise,
-            "layout": self._layout,
+            "layout": self.layout,
             "clocks": self.clocks,
             "solver": config,
             "jumps": jumps,
@@ -338,11 +346,11 @@ class Sampler:
                 with executing(self._execution):
                     return self._networks[name].apply(params[name], *args)
 
-            return velocity_from(output, self._predictions[name], self._path, self._layout)
+            return velocity_from(output, self._predictions[name], self._path, self.layout)
 
         config = self._config
         interval = dict(
-            layout=self._layout,
+            layout=self.layout,
             interval_start=config.guidance_interval_start,
             interval_groups=config.guidance_interval_groups,
         )
@@ -368,7 +376,7 @@ class Sampler:
 
     def _decode(self, params, latents):
         """Return bytes (B, H, W, 3) and whether each image is finite, (B,)."""
-        vae, statistics, layout = self._networks["vae"], self._statistics, self._layout
+        vae, statistics, layout = self._networks["vae"], self._statistics, self.layout
 
         def decode_one(params, one):
             raw = statistics.denormalise_texture(layout.split(one)[0])

@@ -1,0 +1,101 @@
+"""A headless Chromium, driven through its debugging protocol."""
+
+import asyncio
+import base64
+import json
+import shutil
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-port=0"
+)
+
+
+class Browser:
+    """Open pages in one Chromium; a context."""
+
+    def __init__(self, folder: Path):
+        self._process = subprocess.Popen(
+            [CHROMIUM, *FLAGS.split(), f"--user-data-dir={folder}"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        told = folder / "DevToolsActivePort"
+        self._port = wait_for(lambda: told.exists() and told.read_text().split()[0], 60)
+
+    def open(self, address: str) -> "Page":
+        """Open a page in a new tab."""
+        request = urllib.request.Request(f"http://127.0.0.1:{self._port}/json/new?{address}", method="PUT")
+        with urllib.request.urlopen(request) as answer:
+            return Page(json.load(answer)["webSocketDebuggerUrl"])
+
+    def __enter__(self) -> "Browser":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+class Page:
+    """A tab."""
+
+    def __init__(self, address: str):
+        from tornado.websocket import websocket_connect
+
+        async def connect():
+            return await websocket_connect(address, max_message_size=2**28)
+
+        self._loop = asyncio.new_event_loop()
+        self._socket = self._loop.run_until_complete(connect())
+        self._number = 0
+
+    def call(self, method: str, **params):
+        """Call a method of the protocol and return its result."""
+        self._number += 1
+        message = json.dumps({"id": self._number, "method": method, "params": params})
+        return self._loop.run_until_complete(self._ask(message))
+
+    async def _ask(self, message: str):
+        await self._socket.write_message(message)
+        while True:
+            answer = json.loads(await self._socket.read_message())
+            if answer.get("id") == self._number:
+                return answer["result"]
+
+    def js(self, expression: str):
+        """Evaluate JavaScript on the page."""
+        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in found, found["exceptionDetails"]
+        return found["result"].get("value")
+
+    def type_into(self, selector: str, text: str) -> None:
+        """Replace the text of an input as a visitor does."""
+        self.js(f"document.querySelector({selector!r}).focus()")
+        time.sleep(0.3)  # the page may set the text anew when it gets the focus
+        self.js(f"document.querySelector({selector!r}).select()")
+        self.call("Input.insertText", text=text)
+        self.call("Input.dispatchKeyEvent", type="keyDown", key="Enter", code="Enter", windowsVirtualKeyCode=13)
+        self.call("Input.dispatchKeyEvent", type="keyUp", key="Enter", code="Enter", windowsVirtualKeyCode=13)
+
+    def wait_for(self, expression: str, seconds: float = 60):
+        """Wait until a JavaScript expression is true and return it."""
+        return wait_for(lambda: self.js(expression), seconds)
+
+    def screenshot(self, path: Path) -> None:
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]))
+
+
+def wait_for(ask, seconds: float):
+    """Ask until the answer is true and return it."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if answer := ask():
+            return answer
+        time.sleep(0.2)
+    raise TimeoutError(f"not true after {seconds} s")
