@@ -10,17 +10,18 @@ import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Inherited by processes that tests start: the hosts of a job must not share compiled programs.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# The tests, and the processes that they start, share this run's compiled programs, but use none of an earlier run.
+# The hosts of a job share none: see distributed/job_testing.py.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    # The tests, and processes of `quick`, share this run's compiled programs, but use none of an earlier run.
     _compiled = tempfile.TemporaryDirectory(prefix="sfd_jax_compiled_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # Most of the time of the suite is spent compiling, which takes half as long without LLVM's optimisations. `.ci/run`
-# runs the parity pack with them too.
+# runs the parity pack with them too. To split a program for several threads costs time, and both cores are busy.
+_short = ("--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1")
 _flags = os.environ.get("XLA_FLAGS", "")
-for _flag in ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"):
+for _flag in ("--xla_force_host_platform_device_count=8", *_short):
     if _flag.partition("=")[0] not in _flags:
         _flags = f"{_flags} {_flag}".strip()
 os.environ["XLA_FLAGS"] = _flags
@@ -30,8 +31,6 @@ import pytest  # noqa: E402
 
 # A silent broadcast over a missing axis is the most common shape bug: raise an error.
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-jax.config.update("jax_enable_compilation_cache", True)
 
 ROOT = Path(__file__).resolve().parents[1]
 _shared = ROOT.parent / "shared"
@@ -63,5 +62,4 @@ def parity_dir() -> Path:
 @pytest.fixture(scope="session")
 def quick() -> dict[str, str]:
     """Variables for a process on one device with short programs: less time to compile, slower code."""
-    own = {"JAX_ENABLE_COMPILATION_CACHE": "true", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    return {**os.environ, "JAX_PLATFORMS": "cpu", **own}
+    return {**os.environ, "XLA_FLAGS": " ".join(_short)}

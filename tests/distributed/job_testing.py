@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 # The programs are small: optimising them in LLVM would take most of a process's time.
-XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 
 
 def launch(
@@ -42,6 +42,8 @@ def launch(
             "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
             "JAX_NUM_PROCESSES": str(count),
             "JAX_PROCESS_ID": str(index),
+            # The first process alone would write programs, and the others would read some of them.
+            "JAX_ENABLE_COMPILATION_CACHE": "false",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // count} {XLA_FLAGS}",
             # JAX's heartbeats come from threads of C++, so a loaded machine does not stop them.
             "SFD_PEER_TIMEOUT": "15",
