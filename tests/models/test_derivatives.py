@@ -20,8 +20,8 @@ TUNED = Execution(attention=kernels.tuned_attention, product=kernels.cpu_product
 
 
 def draw(*shapes):
-    keys = jax.random.split(jax.random.key(1), len(shapes))
-    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+    random = np.random.default_rng(1)
+    return [random.standard_normal(shape, np.float32) for shape in shapes]
 
 
 def dit(network, params, latents, t_semantic, t_texture):
@@ -65,11 +65,10 @@ def dot(a, b):
 
 
 def like(tree, seed):
-    """Draw a tree like another one, with leaves of about the same magnitude."""
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    """Draw a tree like another one, with leaves of about the same magnitude; by NumPy, so that nothing is compiled."""
+    random = np.random.default_rng(seed)
     scale = lambda leaf: jnp.sqrt(jnp.mean(leaf**2)) + 0.01
-    return structure.unflatten([scale(x) * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+    return jax.tree.map(lambda leaf: scale(leaf) * random.standard_normal(leaf.shape, np.float32), tree)
 
 
 def numbers(name, execution, differentiate):
