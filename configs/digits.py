@@ -148,9 +148,11 @@ def _shrink(config: ml_collections.ConfigDict) -> None:
     for name in ("texture_vae", "encoder", "semantic_vae", "diffusion", "weak"):
         config[name].optimizer.warmup_steps = 1
         config[name].train.update(dict(steps=4, global_batch_size=16, log_every=2, checkpoint_every=2))
-    config.texture_vae.model.update(dict(ch=8, norm_groups=4))
-    config.encoder.model.update(dict(width=32, depth=2))
+    levels = len(config.texture_vae.model.ch_mult)
+    config.texture_vae.model.update(dict(ch=8, ch_mult=(1,) * levels, norm_groups=4))
+    config.encoder.model.update(dict(width=32, depth=1))
     config.semantic_vae.model.update(dict(input_dim=32, hidden_dim=32, transformer_blocks=1))
     for name in ("diffusion", "weak"):
-        config[name].model.update(dict(width=48, depth=2, num_heads=3, repa_features=32, repa_width=32))
+        model = dict(width=48, depth=1, num_heads=3, repa_features=32, repa_width=32, repa_depth=1)
+        config[name].model.update(model)  # of both, so that one's compiled step serves the other
     config.sample.update(dict(num=40, batch_size=20, solver="euler", num_steps=12))

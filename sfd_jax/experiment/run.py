@@ -231,7 +231,7 @@ def check_batch(task: Task, batch: Batch) -> None:
     key = jax.eval_shape(lambda: jax.random.key(0))
     try:
         frozen = () if task.frozen is None else (task.frozen,)
-        jax.eval_shape(task.loss, jax.eval_shape(task.init, key), shapes, key, *frozen)
+        jax.eval_shape(task.loss, task.abstract_params, shapes, key, *frozen)
     except (TypeError, ValueError) as error:
         listed = ", ".join(f"{name} {array.shape}" for name, array in shapes.items())
         raise SfdError(f"the data do not fit the network: {str(error).splitlines()[0]} (batch: {listed})") from error

@@ -170,7 +170,7 @@ def _first_params(
         return None, ()
     _, notes = check_init(init, task.network, made_from)
     params, key = load_params(init, abstract=task.network.abstract_params())[0], jax.random.key(seed)
-    if "heads" in jax.eval_shape(task.init, key):
+    if "heads" in task.abstract_params:
         params = {"network": params, "heads": jax.jit(lambda key: task.init(key)["heads"])(key)}
     return params, tuple(notes)
 

@@ -45,7 +45,7 @@ def abstract_state(task: Task, optimizer: optax.GradientTransformation, mesh: Me
     Returns:
       A TrainState of ShapeDtypeStructs with shardings: the target of a restore.
     """
-    shapes = jax.eval_shape(lambda key: _first_state(task.init(key), optimizer), jax.random.key(0))
+    shapes = jax.eval_shape(lambda params: _first_state(params, optimizer), task.abstract_params)
     return with_shardings(shapes, param_shardings(shapes, mesh))
 
 

@@ -1,6 +1,7 @@
 """A training task: initial parameters, and a loss over batches."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -34,3 +35,8 @@ class Task:
     init: Callable[[jax.Array], dict]
     loss: Callable[..., tuple[jax.Array, Metrics]]
     frozen: dict | None = None
+
+    @functools.cached_property
+    def abstract_params(self) -> dict:
+        """The tree of `init` with a ShapeDtypeStruct at each leaf; traced once, allocates nothing."""
+        return jax.eval_shape(self.init, jax.eval_shape(lambda: jax.random.key(0)))

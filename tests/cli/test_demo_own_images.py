@@ -175,7 +175,7 @@ class ByColour:
 def test_labels_are_read_by_the_nearest_class_mean(monkeypatch):
     monkeypatch.setattr(stages, "visual_features", lambda demo, pixels: pixels.reshape(len(pixels), 64, 3) / 255)
     pixels, labels = ByColour().images("train")
-    assert np.array_equal(stages.read_labels(ByColour(), pixels[::-1]), labels[::-1])
+    assert np.array_equal(stages.label_reader(ByColour())(pixels[::-1]), labels[::-1])
 
 
 def test_a_copy_is_near_and_its_original_is_found():

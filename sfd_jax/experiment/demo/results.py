@@ -16,7 +16,7 @@ from sfd_jax.evaluation.reference import Reference
 from sfd_jax.experiment.build import layout_from_config, mesh_from_config
 from sfd_jax.experiment.demo import judge, pictures
 from sfd_jax.experiment.demo.page import write_page
-from sfd_jax.experiment.demo.stages import Demo, read_labels
+from sfd_jax.experiment.demo.stages import Demo, label_reader
 from sfd_jax.files import atomic_write, write_json, write_text
 from sfd_jax.generation.job import make_images
 from sfd_jax.generation.labels import balanced_labels
@@ -126,8 +126,8 @@ def _reader(demo: Demo) -> tuple[Callable[[np.ndarray, np.ndarray], float] | Non
         return accuracy, "fraction that a support vector classifier of 8x8 training digits assigns to their label"
     if len(demo.class_names) == 1:
         return None, "not measured, since there is one class"
-    accuracy = lambda images, labels: float(np.mean(read_labels(demo, images) == labels))
-    return accuracy, (
+    reader = label_reader(demo)
+    return lambda images, labels: float(np.mean(reader(images) == labels)), (
         "fraction of images whose features are nearest to the mean training features of their class. The features are "
         "those of this run's encoder, which was trained on these labels, so this is no independent judge. Its value on "
         "held-out images shows how far to trust it"

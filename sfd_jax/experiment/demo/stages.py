@@ -8,6 +8,7 @@ uninterrupted one.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ def train_encoder(demo: Demo) -> dict:
     pixels, labels = demo.images("held_out")
     if len(demo.class_names) == 1 or not len(pixels):
         return {}
-    return {"held-out accuracy": round(float(np.mean(read_labels(demo, pixels) == labels)), 4)}
+    return {"held-out accuracy": round(float(np.mean(label_reader(demo)(pixels) == labels)), 4)}
 
 
 class Rotated:
@@ -160,15 +161,14 @@ class Rotated:
         return {"pixels": np.rot90(pixels, turns).copy(), "label": turns, "index": index}
 
 
-def read_labels(demo: Demo, pixels: np.ndarray) -> np.ndarray:
-    """Classify images by the nearest class mean of the encoder's training features, without a head.
+def label_reader(demo: Demo) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function that classifies images by the nearest class mean of the encoder's training features.
 
     Args:
-      demo: with a trained encoder.
-      pixels: uint8 (N,H,W,3).
+      demo: with a trained encoder, whose head is not used.
 
     Returns:
-      Labels, int (N,).
+      A function of pixels, uint8 (N,H,W,3), to labels, int (N,).
     """
 
     def unit(pixels):
@@ -178,14 +178,18 @@ def read_labels(demo: Demo, pixels: np.ndarray) -> np.ndarray:
     train, labels = demo.images("train")
     features, present = unit(train), np.unique(labels)
     means = np.stack([features[labels == label].mean(axis=0) for label in present])
-    return present[np.argmax(unit(pixels) @ means.T, axis=1)]
+    return lambda pixels: present[np.argmax(unit(pixels) @ means.T, axis=1)]
 
 
 def visual_features(demo: Demo, pixels: np.ndarray) -> np.ndarray:
     """Return the patch features (N,T,F) float32 of images uint8 (N,H,W,3)."""
     encoder, params = demo.visual_encoder()
-    features = jax.jit(lambda params, pixels: encoder.features(params, to_float(pixels)))
-    return by_pieces(features, params, pixels)
+    return by_pieces(functools.partial(_features, encoder), params, pixels)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _features(encoder: VisualEncoder, params: dict, pixels: jax.Array) -> jax.Array:
+    return encoder.features(params, to_float(pixels))
 
 
 class _Features:
