@@ -60,9 +60,9 @@ def run_stack(
     if execution.remat != "none":
         # A scan already keeps XLA from merging the recomputation with the forward pass.
         step = jax.checkpoint(step, policy=REMAT[execution.remat], prevent_cse=not execution.scan)
-    if execution.scan:
-        return jax.lax.scan(step, x, params)[0]
     depth = jax.tree.leaves(params)[0].shape[0]
+    if execution.scan and depth:
+        return jax.lax.scan(step, x, params)[0]
     for layer in range(depth):
         x, _ = step(x, jax.tree.map(lambda p, layer=layer: p[layer], params))
     return x

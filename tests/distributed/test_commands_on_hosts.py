@@ -19,7 +19,7 @@ from sfd_jax.training import load_params, save_params
 NETWORKS = {
     "texture_vae": (
         "texture_vae",
-        dict(ch=4, ch_mult=(1, 1, 2), num_res_blocks=1, attention_levels=(), z_channels=8, norm_groups=2),
+        dict(ch=4, ch_mult=(1, 1, 1), num_res_blocks=1, attention_levels=(), z_channels=8, norm_groups=2),
     ),
     "visual": ("dinov2", dict(width=24, depth=1, num_heads=2, image_size=56, patch_size=14, num_registers=1)),
     "semantic_vae": ("semantic_vae", dict(arch="linear", input_dim=24, bottleneck_dim=4)),
