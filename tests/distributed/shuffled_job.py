@@ -39,7 +39,10 @@ class Records:
 
 
 def drawing(task):
-    """Return the task with each record's draws among its metrics: a sum in which all other rows are zero."""
+    """Return the task with each record's draws among its metrics, sums in which all other rows are zero.
+
+    A metric is a pair of sums: noise and time of a record; and one bit for each record, of the dropped and of all.
+    """
 
     def loss(params, batch, key):
         value, metrics = task.loss(params, batch, key)
@@ -47,10 +50,11 @@ def drawing(task):
         draws = draw(
             key, batch["latents"], batch["labels"], config=config, null_label=RECORDS, row_indices=batch["row_indices"]
         )
-        for name, values in (("noise", draws.noise[:, 0, 0, 0]), ("t", draws.t), ("dropped", draws.labels == RECORDS)):
-            for record in range(RECORDS):
-                mine = batch["labels"] == record
-                metrics[f"{name}_{record}"] = (jnp.sum(jnp.where(mine, values, 0.0)), jnp.sum(mine))
+        for record in range(RECORDS):
+            of = lambda values, mine=batch["labels"] == record: jnp.sum(jnp.where(mine, values, 0.0))
+            metrics[f"draws_{record}"] = (of(draws.noise[:, 0, 0, 0]), of(draws.t))
+        bits = (1 << batch["labels"]).astype(jnp.float32)  # which adds 16 of them exactly
+        metrics["draws_dropped"] = (jnp.sum(jnp.where(draws.labels == RECORDS, bits, 0.0)), jnp.sum(bits))
         return value, metrics
 
     return dataclasses.replace(task, loss=loss)

@@ -32,8 +32,9 @@ def test_hosts_with_shuffled_devices_take_the_steps_of_one(tmp_path):
             found[name] = dict(file)
     one, other = found.values()
     assert one.keys() == other.keys()
-    drawn = [key for key in one if any(f"_{kind}_" in key for kind in ("noise", "t", "dropped"))]
-    assert len(drawn) == 3 * 3 * 17 and len({float(one[key][0]) for key in drawn if "_noise_" in key}) > 30
+    drawn = [key for key in one if "_draws_" in key]
+    assert len(drawn) == 3 * 18 and len({float(one[key][0]) for key in drawn}) > 30
+    assert {0 < one[key][0] < one[key][1] for key in drawn if "dropped" in key} == {True}
     for key in one:
         if key.startswith("batch") or key in drawn:
             np.testing.assert_array_equal(one[key], other[key], err_msg=key)

@@ -80,7 +80,8 @@ def test_the_shipped_recipe_trains_and_resumes(latents, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_advice_on_memory_can_be_applied_to_a_started_run(latents, tmp_path, capsys):
-    small = ("--config.model.depth=2", "--config.model.remat=none", "--config.train.global_batch_size=16")
+    small = ("--config.model.depth=1", "--config.model.repa_depth=1", "--config.model.remat=none")  # quicker to compile
+    small += ("--config.train.global_batch_size=16",)
     run = tmp_path / "run"
     assert train(run, latents, *small) == 0
     advice = re.findall(r"--config[.\w]+=-?\w+", SMALLER["train"])
@@ -409,7 +410,7 @@ def test_train_texture_vae_on_digits(tmp_path):
 
     run = tmp_path / "run"
     flags = ["--config=configs/texture_vae.py:tiny", f"--workdir={run}", f"--config.lpips={tmp_path / 'lpips'}"]
-    flags += ["--config.model.ch_mult=(1,2)"]  # quicker to compile
+    flags += ["--config.model.ch_mult=(1,1)"]  # quicker to compile
     assert run_command(main, "train_texture_vae", flags) == 0
     last = read_metrics(run)[-1]
     assert {"l1", "kl", "held_out_psnr"} <= last.keys() and 0 < last["held_out_psnr"] < 60
