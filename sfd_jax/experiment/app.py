@@ -14,8 +14,8 @@ from PIL import Image
 from sfd_jax.class_names import short_names
 from sfd_jax.data.latent_store import LatentStore
 from sfd_jax.errors import SfdError, needs_extra
-from sfd_jax.experiment.demo.pictures import semantic_colours
 from sfd_jax.experiment.pipeline import Pipeline
+from sfd_jax.experiment.stages import follow
 
 if TYPE_CHECKING:
     import gradio
@@ -109,16 +109,11 @@ class Studio:
         return pictures, stages, near, cost, json.dumps(images.recipe, indent=1)
 
     def _stages(self, label: int) -> list[tuple[Image.Image, Image.Image]]:
-        sampler = self.pipeline.sampler
-        taus = np.linspace(0, sampler.clocks.tau_end, STAGES)
         try:
-            latents, decoded = sampler.trajectory(np.arange(1), np.array([label]), taus)
+            stages = follow(self.pipeline.sampler, label, STAGES)
         except SfdError:  # too few steps for so many times
             return []
-        semantic = sampler.layout.split(latents[:, 0])[1]
-        shown = semantic.shape[-1] >= 3
-        colours = semantic_colours(semantic, semantic[-1:]) if shown else np.zeros((STAGES, 1, 1, 3))
-        pairs = zip((255 * colours).round().astype(np.uint8), decoded[:, 0], strict=True)
+        pairs = zip(stages.semantic, stages.texture, strict=True)
         return [tuple(enlarged(Image.fromarray(each)) for each in pair) for pair in pairs]
 
     def _neighbours(self, num: int, labels: np.ndarray) -> list[tuple[Image.Image, str]]:

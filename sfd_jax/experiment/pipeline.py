@@ -26,6 +26,7 @@ from sfd_jax.experiment.checkpoints import open_checkpoint
 from sfd_jax.experiment.pretrained import CARD, download, is_pretrained, load_parts, model_card, save_parts, upload
 from sfd_jax.experiment.released import cached_checkpoint
 from sfd_jax.experiment.sampling import open_texture_vae, sample_job
+from sfd_jax.experiment.stages import Stages, follow
 from sfd_jax.generation import make_labels, make_sampler, parse_classes
 from sfd_jax.generation.parts import Checkpoint
 from sfd_jax.ranges import check
@@ -185,6 +186,21 @@ class Pipeline:
         at_once = min(num, job.batch_size * self.sampler.mesh.size)
         pixels, nfe = self.sampler(np.arange(num), drawn, at_once)
         return Images(pixels, drawn, nfe, {**self.sampler.recipe, "labels": drawn.tolist()})
+
+    def stages(self, label: int, number: int = 8, *, index: int = 0) -> Stages:
+        """Follow an image of the last `generate` from noise to its end; a notebook shows it with a slider.
+
+        Args:
+          label: its class, a number: `images.labels[index]`.
+          number: of times.
+          index: which of the images.
+
+        Raises:
+          SfdError: nothing was generated, or the solver cannot stop at so many times.
+        """
+        if self.sampler is None:
+            raise SfdError("stages follow an image of the last `generate`: call that first")
+        return follow(self.sampler, int(label), number, index=index)
 
     def save_pretrained(
         self,

@@ -52,7 +52,7 @@ def test_ends_with_what_it_promises(uninterrupted):
     assert "classified as their label" in printed
     page = (workdir / "report.html").read_text()  # nothing outside of the file
     assert page.count('src="data:image/png;base64,') == 3 and 'src="samples.png"' not in page and "http" not in page
-    frames = json.loads(re.search(r"const frames = (.*);", page)[1])
+    frames = json.loads(re.search(r"const frames = (.*), all", page)[1])
     assert len(frames) == 8 and frames[0]["t_texture"] == 0 and frames[-1]["t_texture"] == 1
     pipeline = Pipeline.from_pretrained(workdir)  # the lines of the README
     assert len(pipeline.generate("3")) == 1

@@ -76,6 +76,7 @@ class Page:
 
     def type_into(self, selector: str, text: str) -> None:
         """Replace the text of an input as a visitor does."""
+        self.call("Page.bringToFront")  # only the tab in front has the focus
         self.js(f"document.querySelector({selector!r}).focus()")
         time.sleep(0.3)  # the page may set the text anew when it gets the focus
         self.js(f"document.querySelector({selector!r}).select()")
@@ -83,7 +84,7 @@ class Page:
         self.call("Input.dispatchKeyEvent", type="keyDown", key="Enter", code="Enter", windowsVirtualKeyCode=13)
         self.call("Input.dispatchKeyEvent", type="keyUp", key="Enter", code="Enter", windowsVirtualKeyCode=13)
 
-    def wait_for(self, expression: str, seconds: float = 60):
+    def wait_for(self, expression: str, seconds: float = 300):
         """Wait until a JavaScript expression is true and return it."""
         return wait_for(lambda: self.js(expression), seconds)
 

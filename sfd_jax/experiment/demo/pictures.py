@@ -140,7 +140,7 @@ def draw_stages(
     Args:
       path: PNG to write.
       taus, t_semantic, t_texture: (T,) global time and the two clocks.
-      semantic: (T, h, w, 3) float in [0, 1].
+      semantic: (T, h, w, 3) uint8.
       decoded: (T, H, W, 3) uint8.
       title: what is shown.
     """

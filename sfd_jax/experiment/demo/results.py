@@ -1,5 +1,6 @@
 """The demo's last stages: samples, their judges, pictures and the report."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,11 @@ from sfd_jax.evaluation.evaluate import evaluate
 from sfd_jax.evaluation.features import Extractor, class_token
 from sfd_jax.evaluation.image_sets import image_set_of
 from sfd_jax.evaluation.reference import Reference
-from sfd_jax.experiment.build import layout_from_config, mesh_from_config
+from sfd_jax.experiment.build import mesh_from_config
 from sfd_jax.experiment.demo import judge, pictures
 from sfd_jax.experiment.demo.page import write_page
 from sfd_jax.experiment.demo.stages import Demo, label_reader
+from sfd_jax.experiment.stages import follow
 from sfd_jax.files import atomic_write, write_json, write_text
 from sfd_jax.generation.job import make_images
 from sfd_jax.generation.labels import balanced_labels
@@ -205,21 +207,14 @@ def draw_pictures(demo: Demo) -> dict:
 def _draw_stages(demo: Demo) -> None:
     sampler, names = open_sampler(demo), demo.class_names
     label = min(3, len(names) - 1)
-    clocks, layout = sampler.clocks, layout_from_config(demo.config.diffusion)
-    taus = np.linspace(0, clocks.tau_end, TAUS_SHOWN)
-    latents, decoded = sampler.trajectory(np.array([0]), np.array([label]), taus)
     store = LatentStore(demo.workdir / "latents")
     clean = store.statistics.normalise_semantic(store.read(np.arange(min(len(store), 500)))["semantic"])
-    t_semantic, t_texture = clocks.times(taus)
-    semantic = pictures.semantic_colours(layout.split(latents)[1][:, 0], clean)
-    times = {"taus": taus, "t_semantic": np.asarray(t_semantic), "t_texture": np.asarray(t_texture)}
+    stages = follow(sampler, label, TAUS_SHOWN, reference=clean)
     with atomic_write(demo.workdir / "stages.npz") as part, part.open("wb") as file:
-        np.savez(file, **times, semantic=(255 * semantic).round().astype(np.uint8), texture=decoded[:, 0])
+        np.savez(file, **dataclasses.asdict(stages))
     pictures.draw_stages(
         demo.workdir / "stages.png",
-        *times.values(),
-        semantic,
-        decoded[:, 0],
+        *dataclasses.astuple(stages),
         f"How one image of class {names[label]} emerges: semantics run ahead of texture",
     )
 
