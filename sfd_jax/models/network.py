@@ -106,11 +106,16 @@ class Network:
     def _build(self, key):
         return NETWORKS[self.name][1](self.config, rngs=nnx.Rngs(params=key))
 
-    @functools.cached_property
+    @property
     def _blueprint(self):
-        # The key is made inside the traced function: even a scalar key would be an allocation.
-        graphdef, state = nnx.split(nnx.eval_shape(lambda: self._build(jax.random.key(0))))
-        return graphdef, _string_keys(nnx.to_pure_dict(state))
+        return _blueprint_of(NETWORKS[self.name][1], self.config)
+
+
+@functools.lru_cache(maxsize=128)  # for all equal networks, since NNX takes a second to build one
+def _blueprint_of(module: type[nnx.Module], config: Any):
+    # The key is made inside the traced function: even a scalar key would be an allocation.
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(params=jax.random.key(0)))))
+    return graphdef, _string_keys(nnx.to_pure_dict(state))
 
 
 def network_of(metadata: Mapping[str, Any], kind: str | Collection[str], **changes) -> Network:
