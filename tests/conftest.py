@@ -11,6 +11,8 @@ import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Both cores have a test process. More threads would wait for each other, spinning.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # The tests, and the processes that they start, share this run's compiled programs, but use none of an earlier run.
 # The hosts of a job share none: see distributed/job_testing.py.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"
