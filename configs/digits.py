@@ -7,7 +7,8 @@ Hardware: two CPU cores, under 6 GiB of memory.
 Expected: docs/demo.md, "What the demo should print".
 Command:  bash scripts/demo.sh    or    sfd demo --config=configs/digits.py --workdir=demo_out
 
-With the argument "tiny" every stage takes a few steps, for tests; the samples are noise.
+With "tiny" in the argument every stage takes a few steps, for tests; the samples are noise. With "study" the diffusion
+model is that of scripts/experiments/: constant learning rate as released, no guidance, stopped before it is saturated.
 """
 
 import runpy
@@ -23,9 +24,8 @@ _sfd = runpy.run_path(str(Path(__file__).with_name("sfd.py")))
 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
-    """Return the configuration of the demo; `argument` is "" or "tiny"."""
-    if argument not in ("", "tiny"):
-        raise ValueError(f"unknown variant '{argument}'; the only one is 'tiny'")
+    """Return the configuration of the demo; `argument` is "", or variants with commas between."""
+    variants = variants_of(argument)
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.data = ml_collections.ConfigDict(dict(kind="digits", path="", image_size=32))
@@ -77,9 +77,29 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config.sample = config_group(
         SampleJob(num=1000, batch_size=250, atol=1e-3, rtol=1e-2, guidance="autoguidance", guidance_scale=1.5)
     )
-    if argument == "tiny":
+    if "study" in variants:
+        make_study(config, steps=400)
+    if "tiny" in variants:
         _shrink(config)
     return config.lock()
+
+
+def variants_of(argument: str) -> set[str]:
+    """Return the variants that an argument names: "study", "tiny"."""
+    variants = set(filter(None, argument.split(",")))
+    if unknown := sorted(variants - {"study", "tiny"}):
+        raise ValueError(f"unknown variant '{unknown[0]}'; variants: study, tiny")
+    return variants
+
+
+def make_study(config: ml_collections.ConfigDict, steps: int) -> None:
+    """Train the diffusion model for studies: `steps` at a constant rate, with five checkpoints to score."""
+    config.diffusion.optimizer.update(dict(schedule="constant", learning_rate=1e-3))
+    every = steps // 5
+    # After n steps the average holds ema_decay^n of the first weights.
+    counts = dict(steps=steps, ema_decay=1 - 10 / steps, keep_every=every, checkpoint_every=every)
+    config.diffusion.train.update(counts)
+    config.sample.update(dict(guidance="none", guidance_scale=1.0))
 
 
 def _stage(*, steps, batch, learning_rate, model, loss) -> ml_collections.ConfigDict:
@@ -148,6 +168,7 @@ def _shrink(config: ml_collections.ConfigDict) -> None:
     for name in ("texture_vae", "encoder", "semantic_vae", "diffusion", "weak"):
         config[name].optimizer.warmup_steps = 1
         config[name].train.update(dict(steps=4, global_batch_size=16, log_every=2, checkpoint_every=2))
+        config[name].train.keep_every = min(config[name].train.keep_every, 2)
     levels = len(config.texture_vae.model.ch_mult)
     config.texture_vae.model.update(dict(ch=8, ch_mult=(1,) * levels, norm_groups=4))
     config.encoder.model.update(dict(width=32, depth=1))

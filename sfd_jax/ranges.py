@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from sfd_jax.errors import nearest, refuse
 
+IN_PACKAGES = ("digits", "mnist")  # kinds of images that ship inside packages and have no path
+
 
 class Range(NamedTuple):
     """The numbers a setting takes; no range contains NaN, an infinity or a bool.
@@ -160,10 +162,10 @@ RULES = {
         Only("visual_encoder", "repa_source", ("online",)),
         Only("tile_grid", "repa_source", ("semvae", "online")),
         Only("view_size", "visual_encoder"),
-        Only("path", "kind", ("digits",), never=True),
+        Only("path", "kind", IN_PACKAGES, never=True),
     ),
     "images": (
-        Only("path", "kind", ("digits",), never=True),
+        Only("path", "kind", IN_PACKAGES, never=True),
         Only("kind path split image_size", "repa_source", ("online",)),
         Only("held_out_split", "visual_encoder"),
     ),

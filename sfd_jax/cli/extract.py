@@ -41,7 +41,7 @@ from sfd_jax.distributed.preflight import Job
 from sfd_jax.errors import Faults, SfdError
 from sfd_jax.experiment.checkpoints import trained_size
 from sfd_jax.experiment.extraction import extract_latents, job_share, open_encoder, planned_latents, repack_statistics
-from sfd_jax.ranges import Only
+from sfd_jax.ranges import IN_PACKAGES, Only
 from sfd_jax.settings import flags_from, from_args
 from sfd_jax.training import load_metadata
 
@@ -64,7 +64,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = command_parser("extract", __doc__)
     flag = parser.add_argument
     flag("--out", type=local_path, required=True, help="folder of the latent shards")
-    flag("--images", help="folder, tar, tfds or digits")
+    flag("--images", help="folder, tar, tfds, digits or mnist")
     flag("--path", type=local_path, default="", help="the folder, the tar, or the name of the TFDS data set")
     flag("--split", default="train", help="folder in PATH; --split= reads PATH itself (default: %(default)s)")
     flag("--texture_vae", type=path, metavar="CKPT", help="checkpoint of the texture VAE")
@@ -84,7 +84,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     rules = (
         Only("statistics", "repack"),
         Only(" ".join(["images path split texture_vae visual semantic_vae", *settings]), "repack", never=True),
-        Only("path", "images", ("digits",), never=True),
+        Only("path", "images", IN_PACKAGES, never=True),
         Only("visual", "semantic_vae pca", hint="its features are compressed by one of them"),
         Only("semantic_vae pca repa", "visual repack"),
         Only("pca", "semantic_vae", never=True),

@@ -1,6 +1,6 @@
 """From images to batches: image sources, the latent store, extraction, and the loader.
 
-    images.py        one interface to folders, tars, TFDS and the digits; the ADM centre crop
+    images.py        one interface to folders, tars, TFDS, the digits and MNIST; the ADM centre crop
     extract.py       images -> latent shards, with an encode function that the caller brings
     latent_store.py  our shards: ArrayRecord, random access, manifest, statistics
     released.py      the released safetensors shards, read as they are

@@ -49,11 +49,25 @@ def digits_8x8(split: str) -> tuple[np.ndarray, np.ndarray]:
     if split not in SPLITS:
         raise SfdError(f"the digits have no split '{split}'; {nearest(split, SPLITS)}")
     digits = load_digits()
-    held_out = np.zeros(len(digits.target), bool)
+    keep = split_by_class(digits.target, HELD_OUT_PER_CLASS, split)
+    return digits.images[keep], digits.target[keep]
+
+
+def split_by_class(labels: np.ndarray, held_out_per_class: int, split: str) -> np.ndarray:
+    """Return which images belong to a split, the same in every run.
+
+    Args:
+      labels: int (N,), 0..9.
+      held_out_per_class: images of each class that are held out.
+      split: "train", "held_out" or "all".
+
+    Returns:
+      bool (N,).
+    """
+    held_out = np.zeros(len(labels), bool)
     # RandomState's stream is frozen by numpy's compatibility policy, so the split is too.
     random = np.random.RandomState(0)
     for label in range(10):
-        members = np.flatnonzero(digits.target == label)
-        held_out[random.permutation(members)[:HELD_OUT_PER_CLASS]] = True
-    keep = {"train": ~held_out, "held_out": held_out, "all": np.ones_like(held_out)}[split]
-    return digits.images[keep], digits.target[keep]
+        members = np.flatnonzero(labels == label)
+        held_out[random.permutation(members)[:held_out_per_class]] = True
+    return {"train": ~held_out, "held_out": held_out, "all": np.ones_like(held_out)}[split]

@@ -18,6 +18,7 @@ from sfd_jax.data.decoding import center_crop, to_rgb
 from sfd_jax.data.digits import Digits
 from sfd_jax.data.image_files import ImageFolder, TfdsImages
 from sfd_jax.data.image_tar import ImageTar
+from sfd_jax.data.mnist import Mnist
 from sfd_jax.errors import SfdError, nearest
 from sfd_jax.ranges import check
 
@@ -37,8 +38,8 @@ def open_images(kind: str, path: str, split: str, image_size: int) -> "ImageSour
 
     Args:
       kind: "folder" (a folder of class folders), "tar" (the ILSVRC tar of class tars, or a tar of
-        class folders), "tfds" (a TensorFlow Datasets name, read without TensorFlow) or "digits".
-      path: the folder, the tar file or the dataset's name; unused for "digits".
+        class folders), "tfds" (a TensorFlow Datasets name, read without TensorFlow), "digits" or "mnist".
+      path: the folder, the tar file or the dataset's name; unused for "digits" and "mnist".
       split: "train", "held_out" and so on: a folder below `path`, also inside a tar; "" for `path` itself.
       image_size: side of the square that every image is cropped to, in pixels.
 
@@ -58,6 +59,7 @@ def open_images(kind: str, path: str, split: str, image_size: int) -> "ImageSour
 KINDS: dict[str, Callable[[str, str], LabelledImages]] = {
     "digits": lambda path, split: Digits(split),
     "folder": ImageFolder,
+    "mnist": lambda path, split: Mnist(split),
     "tar": ImageTar,
     "tfds": TfdsImages,
 }

@@ -16,6 +16,7 @@ from sfd_jax.models import ENCODERS, Network
 from sfd_jax.models.encoders import Tiling, VisualEncoder
 from sfd_jax.models.encoders.tiles import tiles_of_grid
 from sfd_jax.models.fingerprint import params_hash
+from sfd_jax.ranges import IN_PACKAGES
 from sfd_jax.training.frozen_features import FrozenFeatures, online_features, semvae_features
 
 REPA_SOURCES = ("stored", "semvae", "online")
@@ -42,7 +43,7 @@ def check_repa_source(config: ConfigDict) -> str:
     if data.repa_source == "online":
         if not data.visual_encoder:
             raise SfdError("data.repa_source=online needs a visual encoder: --config.data.visual_encoder=CKPT")
-        if not data.images.path and data.images.kind != "digits":
+        if not data.images.path and data.images.kind not in IN_PACKAGES:
             raise SfdError("data.repa_source=online needs the latents' images: --config.data.images.path=IMAGES")
     return data.repa_source
 

@@ -35,6 +35,7 @@ from sfd_jax.models import ENCODERS, Network
 from sfd_jax.models.encoders import Tiling, VisualEncoder
 from sfd_jax.models.fingerprint import params_hash
 from sfd_jax.models.layers import check_divides
+from sfd_jax.ranges import IN_PACKAGES
 from sfd_jax.settings import from_group
 from sfd_jax.training import Task, TrainConfig, load_metadata, load_params
 from sfd_jax.training.checkpoint import find_checkpoint
@@ -276,7 +277,7 @@ def open_visual_encoder(config: ConfigDict, found: Faults | None = None, *, init
 
 def _images_of(config: ConfigDict, split: str) -> ImageSource:
     data = config.data
-    if not data.path and data.kind != "digits":
+    if not data.path and data.kind not in IN_PACKAGES:
         raise SfdError("give the images: --config.data.path=IMAGES")
     return _kept(open_images(data.kind, data.path, split, data.image_size), config)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from sfd_jax.data.digits import digits_8x8
 from sfd_jax.data.latent_store import LatentStore
 from sfd_jax.data.pipeline import mirrored
 from sfd_jax.evaluation.evaluate import evaluate
@@ -123,9 +122,7 @@ def load_samples(demo: Demo) -> tuple[np.ndarray, np.ndarray]:
 def _reader(demo: Demo) -> tuple[Callable[[np.ndarray, np.ndarray], float] | None, str]:
     """Return a function for the fraction of images classified as their label, or None, and its description."""
     if demo.digits:
-        reader = judge.train_judge(*digits_8x8("train"))
-        accuracy = lambda images, labels: judge.accuracy(reader, images, labels)
-        return accuracy, "fraction that a support vector classifier of 8x8 training digits assigns to their label"
+        return judge.open_judge(demo.config.data.kind)
     if len(demo.class_names) == 1:
         return None, "not measured, since there is one class"
     reader = label_reader(demo)

@@ -28,6 +28,7 @@ from sfd_jax.experiment.extraction import OpenEncoder, extract_latents, make_enc
 from sfd_jax.experiment.run import Run, train
 from sfd_jax.models.encoders import Tiling, VisualEncoder, to_float
 from sfd_jax.models.fingerprint import params_hash
+from sfd_jax.ranges import IN_PACKAGES
 from sfd_jax.settings import from_group
 from sfd_jax.training.semantic_vae import measure_semantic_vae
 
@@ -37,7 +38,7 @@ class Demo:
     """The configuration and work folder of a run, and access to its images and checkpoints.
 
     Attributes:
-      config: configs/digits.py or configs/own_images.py.
+      config: configs/digits.py, configs/mnist.py or configs/own_images.py.
       workdir: has one folder per stage.
     """
 
@@ -46,8 +47,8 @@ class Demo:
 
     @property
     def digits(self) -> bool:
-        """Whether the images are the digits."""
-        return self.config.data.kind == "digits"
+        """Whether the images are handwritten digits that ship inside a package."""
+        return self.config.data.kind in IN_PACKAGES
 
     @property
     def flips(self) -> bool:
@@ -226,26 +227,41 @@ def train_semantic_vae(demo: Demo) -> dict:
     return {"held-out cosine similarity": round(float(similarity), 4)}
 
 
-def extract(demo: Demo) -> dict:
-    """Turn the training images into latent shards with statistics and REPA features."""
-    config = from_group(ExtractConfig, {**demo.config.extract, "seed": demo.config.seed}, "config group 'extract'")
+def extract(demo: Demo, folder: str = "latents", pca: int | None = None) -> dict:
+    """Turn the training images into latent shards with statistics and REPA features.
+
+    Args:
+      demo: with trained autoencoders.
+      folder: of the shards.
+      pca: principal components as semantic latents instead of the Semantic VAE's.
+    """
+    settings = {**demo.config.extract, "seed": demo.config.seed, "pca": pca}
+    config = from_group(ExtractConfig, settings, "config group 'extract'")
     stages = {"texture_vae": "texture_vae", "visual": "encoder", "semantic_vae": "semantic_vae"}
+    if pca:
+        del stages["semantic_vae"]
     opened = {name: demo.open(stage) for name, stage in stages.items()}
     encoder = make_encoder({name: each.network for name, each in opened.items()}, config)
     opened = OpenEncoder(encoder, {name: each.params for name, each in opened.items()}, {}, [])
     about = {"data": demo.config.data.to_dict()}
-    store = extract_latents(demo.source("train"), opened, config, str(demo.workdir / "latents"), about)
+    store = extract_latents(demo.source("train"), opened, config, str(demo.workdir / folder), about)
     store.verify()
     return {"images": len(store)}
 
 
 def train_diffusion(demo: Demo, stage: str) -> dict:
     """Train the diffusion model ("diffusion") or the weaker one for AutoGuidance ("weak")."""
-    no_networks = {"repa_source": "stored", "semantic_vae": "", "visual_encoder": ""}
-    config = demo.stage_config(stage, **no_networks)
-    config.data.path = str(demo.workdir / "latents")
+    config = diffusion_config(demo, stage)
     if stage == "diffusion":  # the default settings of `sfd sample` and `Pipeline`
         config.sample = demo.config.sample
     run = training.open_diffusion(config)
     demo.train(stage, run)
     return {"parameters": run.task.network.num_params()}
+
+
+def diffusion_config(demo: Demo, stage: str = "diffusion", latents: str = "latents") -> ConfigDict:
+    """Return the config of a diffusion model on the latents in a folder of the work folder."""
+    no_networks = {"repa_source": "stored", "semantic_vae": "", "visual_encoder": ""}
+    config = demo.stage_config(stage, **no_networks)
+    config.data.path = str(demo.workdir / latents)
+    return config
