@@ -85,9 +85,11 @@ def test_averages_of_small_configs_forget_the_first_weights_and_their_runs_may_g
     assert train.ema_decay**train.steps < 0.01 and train.optimizer.may_extend
 
 
-@pytest.mark.parametrize("argument", ["", ":tiny"])
+@pytest.mark.parametrize(
+    "argument", ["digits.py", "digits.py:tiny", "mnist.py", "mnist.py:study", "mnist.py:study,tiny"]
+)
 def test_digits_resolve(argument):
-    config = load_config(f"configs/digits.py{argument}")
+    config = load_config(f"configs/{argument}")
     for stage in ("diffusion", "weak"):
         task_from_config(config[stage])
     for stage, network in (("texture_vae", "texture_vae"), ("encoder", "dinov2"), ("semantic_vae", "semantic_vae")):

