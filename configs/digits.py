@@ -96,9 +96,7 @@ def make_study(config: ml_collections.ConfigDict, steps: int) -> None:
     """Train the diffusion model for studies: `steps` at a constant rate, with five checkpoints to score."""
     config.diffusion.optimizer.update(dict(schedule="constant", learning_rate=1e-3))
     every = steps // 5
-    # After n steps the average holds ema_decay^n of the first weights.
-    counts = dict(steps=steps, ema_decay=1 - 10 / steps, keep_every=every, checkpoint_every=every)
-    config.diffusion.train.update(counts)
+    config.diffusion.train.update(dict(steps=steps, ema_decay=0.98, keep_every=every, checkpoint_every=every))
     config.sample.update(dict(guidance="none", guidance_scale=1.0))
 
 

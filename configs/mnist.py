@@ -17,7 +17,7 @@ from pathlib import Path
 import ml_collections
 
 _digits = runpy.run_path(str(Path(__file__).with_name("digits.py")))
-WIDTH = 192
+WIDTH = 128
 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
@@ -31,8 +31,8 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config.encoder.model.patch_size = 4
     config.encoder.train.steps = 500
     config.semantic_vae.train.steps = 500
-    config.diffusion.model.update(dict(input_size=8, width=WIDTH, num_heads=6))
-    config.weak.model.update(dict(input_size=8, width=WIDTH // 2, num_heads=3))
+    config.diffusion.model.update(dict(input_size=8, width=WIDTH, num_heads=4))
+    config.weak.model.update(dict(input_size=8, width=WIDTH // 2, num_heads=2))
     for stage in ("diffusion", "weak"):
         config[stage].optimizer.learning_rate = 1e-3
     if "study" in variants:

@@ -109,3 +109,40 @@ def test_damaged_shard_is_named(uninterrupted, surroundings, tmp_path):
     done = subprocess.run(command(workdir), capture_output=True, **surroundings)
     assert done.returncode == 2, done.stdout[-2000:] + done.stderr[-2000:]
     assert shard.name in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_study_that_is_killed_continues(uninterrupted, surroundings, tmp_path, root):
+    """Two offsets on the demo's stages; the first process is killed while it trains the first."""
+    workdir, out = uninterrupted[0], tmp_path / "study"
+    stages = ("texture_vae", "encoder", "semantic_vae", "latents")
+    for stage in stages:
+        shutil.copytree(workdir / stage, out / "shared" / stage)
+    record = json.loads((workdir / "demo.json").read_text())
+    record["config"] = {name: record["config"][name] for name in (*stages[:3], "seed", "data", "extract")}
+    record["stages"] = {stage: record["stages"][stage] for stage in stages}
+    (out / "shared" / "demo.json").write_text(json.dumps(record))
+
+    config, script = "--config=configs/digits.py:study,tiny", root / "scripts" / "experiments" / "offset.py"
+    command = [sys.executable, script, "--data=digits", config, f"--out={out}", "--seeds=0", "--cells=1/6"]
+    surroundings = {**surroundings, "env": {**surroundings["env"], "PYTHONPATH": str(root)}}
+    kept, deadline = out / "cells" / "offset_0_s0" / "run" / "checkpoints" / "2", time.monotonic() + 600
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, **surroundings)
+        while not kept.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert kept.exists(), (tmp_path / "log").read_text()[-3000:]
+    assert not list(out.glob("cells/*/*.json"))
+
+    done = subprocess.run(command, capture_output=True, **surroundings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "[texture_vae]" not in done.stdout and "[offset_0_s0]" in done.stdout
+    cells = json.loads((out / "offset.json").read_text())["cells"]
+    assert [(each["cell"], each["step"]) for each in cells] == [("offset_0", 4), ("offset_1", 4)]
+    scores = ["frechet_distance", "precision", "recall", "read_as_label"]
+    assert all(list(each["scores"]) == scores and np.isfinite(list(each["scores"].values())).all() for each in cells)
+    assert "\n| 1 | 1 | " in (out / "offset.md").read_text() and (out / "offset.png").stat().st_size > 5000
+
+    other = subprocess.run([*command, "--config.diffusion.loss.semantic_weight=3"], capture_output=True, **surroundings)
+    assert other.returncode == 2 and "loss.semantic_weight: there 2.0, here 3.0" in other.stderr

@@ -1,23 +1,17 @@
-"""The studies of scripts/experiments: statistics with known answers, and a tiny study that is killed and continued."""
+"""The studies of scripts/experiments: statistics with known answers, and their cells.
+
+tests/cli/test_demo.py runs a study.
+"""
 
 import importlib
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
-import numpy as np
 import pytest
-
-FOLDER = ("scripts", "experiments")
 
 
 @pytest.fixture
 def load(root, monkeypatch):
     """Import a module of scripts/experiments by name."""
-    monkeypatch.syspath_prepend(root.joinpath(*FOLDER))
+    monkeypatch.syspath_prepend(root / "scripts" / "experiments")
     return importlib.import_module
 
 
@@ -79,36 +73,3 @@ def test_cells_change_only_what_they_name(load):
     assert clocks["synchronous"] == {"name": "synchronous"}
     ends = [study.Cell("x", "x", delta_t=end).config(base, 7) for end in (0.0, 1.0)]  # networks of a sweep are the same
     assert ends[0].model == ends[1].model == systems["offset_0.3"].model
-
-
-@pytest.mark.slow
-def test_a_killed_study_continues(root, quick, tmp_path):
-    """Three of the seven offsets with one seed; the first process is killed while it trains the first."""
-    config, out = "--config=configs/digits.py:study,tiny", tmp_path / "study"
-    command = [sys.executable, root.joinpath(*FOLDER, "offset.py"), "--data=digits", config, f"--out={out}"]
-    command += ["--seeds=0", "--cells=1/3"]
-    how = {"cwd": root, "env": {**quick, "PYTHONPATH": str(root)}, "text": True}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **how)
-    kept, deadline = out / "cells" / "offset_0_s0" / "run" / "checkpoints" / "2", time.monotonic() + 600
-    while not kept.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert kept.exists(), process.stderr.read()[-2000:]
-    process.stderr.close()
-    assert not list(out.glob("cells/*/*.json"))
-
-    done = subprocess.run(command, capture_output=True, **how)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "[texture_vae]" not in done.stdout and "[offset_0_s0]" in done.stdout
-    result = json.loads((out / "offset.json").read_text())
-    assert [(each["cell"], each["seed"], each["step"]) for each in result["cells"]] == [
-        (f"offset_{offset}", 0, 4) for offset in ("0", "0.3", "1")
-    ]
-    for each in result["cells"]:
-        assert all(np.isfinite(value) for value in each["scores"].values()) and len(each["scores"]) == 4
-    assert [answer["answer"] for answer in result["verdict"].values()] == ["unknown", "unknown"]
-    assert "| 0.3 | 1 | " in (out / "offset.md").read_text() and os.path.getsize(out / "offset.png") > 5000
-
-    other = subprocess.run([*command, "--config.diffusion.loss.semantic_weight=3"], capture_output=True, **how)
-    assert other.returncode == 2 and "loss.semantic_weight: there 2.0, here 3.0" in other.stderr
