@@ -3,9 +3,14 @@
 tests/cli/test_demo.py runs a study.
 """
 
+import argparse
+import dataclasses
 import importlib
+import json
 
 import pytest
+
+from sfd_jax.errors import SfdError
 
 
 @pytest.fixture
@@ -73,3 +78,22 @@ def test_cells_change_only_what_they_name(load):
     assert clocks["synchronous"] == {"name": "synchronous"}
     ends = [study.Cell("x", "x", delta_t=end).config(base, 7) for end in (0.0, 1.0)]  # networks of a sweep are the same
     assert ends[0].model == ends[1].model == systems["offset_0.3"].model
+
+
+def test_results_of_another_configuration_are_refused(load, tmp_path):
+    study, bench = load("study"), load("bench")
+    base, cell = bench.load_config("configs/digits.py:study").diffusion, study.Cell("x", "x", delta_t=0.3)
+    args, job = argparse.Namespace(out=tmp_path, guided=""), bench.SampleJob()
+    shared = bench.Bench(base, {}, "", job, None, {"reference": "a"}, small=True)
+    assert study.finished(args, shared, cell, 0, 400) is None
+    path = tmp_path / "cells" / "x_s0" / "step_400.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"seed": 0, "about": study._about(shared, cell, 0)}))
+    longer = base.copy_and_resolve_references().unlock()
+    longer.train.steps = 800  # what a checkpoint at step 400 is does not depend on it
+    assert study.finished(args, dataclasses.replace(shared, base=longer), cell, 0, 400)["seed"] == 0
+    other = base.copy_and_resolve_references().unlock()
+    other.loss.semantic_weight = 3.0
+    for changed, says in ((dict(base=other), "semantic_weight: there 2.0, here 3.0"), (dict(about={}), "reference")):
+        with pytest.raises(SfdError, match=says):
+            study.finished(args, dataclasses.replace(shared, **changed), cell, 0, 400)
