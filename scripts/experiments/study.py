@@ -34,10 +34,9 @@ from sfd_jax.generation.job import make_images
 from sfd_jax.generation.labels import balanced_labels
 from sfd_jax.generation.outputs import write_samples_npz
 from sfd_jax.ranges import IN_PACKAGES
+from sfd_jax.training.record import FREE_GROUPS, FREE_KEYS
 
 SYSTEMS = runpy.run_path(str(find_config("configs/sfd.py")))
-# Counts that do not change what a checkpoint at a given step is.
-COUNTS = ("steps", "log_every", "checkpoint_every", "keep_last", "keep_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +131,8 @@ def _path(args: argparse.Namespace, cell: Cell, seed: int, step: int) -> Path:
 def _about(bench: Bench, cell: Cell, seed: int) -> dict[str, Any]:
     """Return all that decides the scores of a cell at a given step."""
     config = cell.config(bench.base, seed).to_dict()
-    of = {name: value for name, value in config.items() if name not in ("data", "mesh", "sample")}
-    of["train"] = {name: value for name, value in of["train"].items() if name not in COUNTS}
+    of = {name: value for name, value in config.items() if name not in (*FREE_GROUPS, "data")}
+    of["train"] = {name: value for name, value in of["train"].items() if name not in (*FREE_KEYS, "steps")}
     return {**bench.about, "config": of, "sample": dataclasses.asdict(bench.job)}
 
 

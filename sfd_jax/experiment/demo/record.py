@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sfd_jax.errors import SfdError
 from sfd_jax.files import differences, write_json
-from sfd_jax.training.record import upgraded
+from sfd_jax.training.record import FREE_KEYS, upgraded
 
 FORMAT = 2  # of the work folder; changes when stages would misread what an earlier version wrote
 
@@ -50,7 +50,8 @@ class DemoRecord:
                     f"{workdir} holds the demo of other images; nothing was changed. There: {found['images']}. Here: "
                     f"{images}. Choose another --workdir"
                 )
-            differing = differences(upgraded(found["config"]), upgraded(config)).values()
+            lines = differences(upgraded(found["config"]), upgraded(config))
+            differing = [line for key, line in lines.items() if key[-1] not in FREE_KEYS]
             if differing:
                 raise SfdError(
                     f"{workdir} holds the demo of another configuration; nothing was changed. Choose another "
