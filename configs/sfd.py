@@ -11,6 +11,7 @@ Expected: FID-50k, balanced labels, released numbers (not ours), without guidanc
           FID without guidance of the ablations, size xl with lr2e4, 80 epochs:
           plain 8.17, repa 7.08, synchronous 5.24, semantics first 3.03 (delta_t=1: 5.41), pca 4.06;
           redi,synchronous 5.33, redi 4.41; with VA-VAE's texture latents synchronous 4.52, semantics first 4.14
+          dit 9.62, with CFG 2.27 (scale 1.5): table 2 of the DiT paper, DiT-XL/2 after 7M steps
 Command:  sfd train --config=configs/sfd.py:xl --workdir=runs/xl --config.data.path=latents/train
 
 The argument is a size (s, b, l, xl, 1p0b, 1p6b), or `small`: the recipe for a laptop or one GPU and for latents of the
@@ -24,8 +25,8 @@ other `small` configs (docs/your_own_images.md), with classes and grid of the la
   plain  LightningDiT: the texture latent alone, without REPA; repa: the same with REPA;
   pca    8 principal components of the features instead of the Semantic VAE (`sfd extract --pca=8`);
   redi   ReDi: pca without REPA, as ReDi was published;
-  dit    DiT (arXiv 2212.09748; FID 9.62, with guidance 2.27): its blocks, patch 2, and noise prediction on the texture
-         latent of an f8 VAE with 4 channels. Unlike there, time is continuous and the learned sigma is not trained;
+  dit    DiT (arXiv 2212.09748): its blocks, patch 2, and noise prediction along DDPM's schedule on the texture latent
+         of an f8 VAE with 4 channels. Unlike there, time is continuous and the learned sigma is not trained;
   512    images of 512 px: twice the latent grid, four times the tokens (docs/data.md);
   irepa  iREPA (arXiv 2512.10794): a convolution as projector, spatially normalised features (docs/repa.md);
   tiny   the same recipe at tiny sizes, for tests and laptops.
@@ -77,6 +78,7 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
             patch_size=1,
             num_classes=1000,
             two_clocks=True,
+            time_input="clock",  # clock | ddpm_step (DiT)
             use_qknorm=True,
             use_swiglu=True,
             use_rope=True,
@@ -201,8 +203,9 @@ def _choose_system(config: ml_collections.ConfigDict, variants: list[str], sizes
         config.latents.semantic_channels = 8
     if "dit" in variants:
         config.model.update(dict(use_qknorm=False, use_swiglu=False, use_rope=False, use_rmsnorm=False))
-        config.model.learn_sigma = True
-        config.loss.update(dict(cosine_weight=0.0, time="uniform", path=dict(name="vp"), prediction=dict(name="noise")))
+        config.model.update(dict(learn_sigma=True, time_input="ddpm_step"))
+        config.loss.update(dict(cosine_weight=0.0, time="uniform", path=dict(name="ddpm")))
+        config.loss.prediction = dict(name="noise")
         config.sample.guidance = "cfg"
         if sizes:
             config.latents.texture_channels = 4

@@ -4,8 +4,10 @@
       print what a file holds, without converting
   sfd convert FILE --out=DIR [--statistics=latents_stats.pt --semantic_statistics=latents_sv_stats.pt]
       read weights and write our checkpoint
-  sfd convert FILE --out=DIR --statistics=SD_VAE
+  sfd convert FILE --out=DIR --statistics=SD_VAE --prediction=velocity
       the same for SiT: SD_VAE is a folder of `sfd fetch sd_vae_ft_ema`, whose scaling factor is taken
+  sfd convert FILE --out=DIR --statistics=SD_VAE --prediction=noise --path_type=ddpm
+      the same for DiT
   sfd convert DIR --export=FILE
       write our checkpoint as a .pt file for the original code (needs the extra `torch`), or as
       .safetensors
@@ -13,7 +15,7 @@
 FILE is a PyTorch file (.pt, .pth, .ckpt, .bin), a safetensors file, an index of shards (*.index.json), or a
 folder that holds one of them, recognised by its content, not its name. Averaged (EMA) weights are taken if
 there are any, under any name; raw ones only if there is no average or with --weights=raw.
-Known networks: LightningDiT, SiT, Semantic VAE, texture VAE (latent-diffusion's, MAR's and diffusers'
+Known networks: LightningDiT, SiT, DiT, Semantic VAE, texture VAE (latent-diffusion's, MAR's and diffusers'
 AutoencoderKL, with its config.json beside the weights), DINOv2 with
 registers (original and Hugging Face names), DINOv3 ViT, SigLIP 2, CLIP and MAE (Hugging Face names, with
 their config.json beside the weights), the FID Inception network, LPIPS. The architecture is derived
@@ -30,7 +32,8 @@ from sfd_jax.ranges import Only
 
 RULES = (
     Only("statistics semantic_statistics semantic_channels", "out"),
-    Only("set", "out inspect"),
+    Only("set prediction", "out inspect"),
+    Only("path_type", "prediction"),
     Only("step format", "export"),
 )
 
@@ -58,6 +61,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--semantic_statistics", type=local_path, help="latents_sv_stats.pt, of semantic latents")
     parser.add_argument(
         "--semantic_channels", type=int, help="number of semantic channels, if nothing else determines it"
+    )
+    parser.add_argument(
+        "--prediction", choices=("velocity", "noise", "score"), help="what a diffusion network predicts, if unknown"
+    )
+    parser.add_argument(
+        "--path_type",
+        choices=("linear", "gvp", "vp", "ddpm"),
+        help="with --prediction: the path that the network was trained on; ddpm is that of DiT (default: linear)",
     )
     parser.add_argument(
         "--set",
@@ -142,7 +153,9 @@ def _stated(args):
         except json.JSONDecodeError:
             given[field] = value
     texture = _scaling_of(args.statistics) if args.statistics and Path(args.statistics).is_dir() else args.statistics
-    return Stated(args.weights, given, texture, args.semantic_statistics, args.semantic_channels)
+    stated = {"prediction": args.prediction, "path_type": args.path_type}
+    transport = {name: value for name, value in stated.items() if value}
+    return Stated(args.weights, given, texture, args.semantic_statistics, args.semantic_channels, transport)
 
 
 def _scaling_of(texture_vae: str):

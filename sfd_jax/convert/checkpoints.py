@@ -43,6 +43,7 @@ class Stated:
         the statistics themselves, as a texture VAE's checkpoint has them.
       semantic_channels: how many of a two-clock network's channels are semantic, where neither the statistics nor
         the file determine it.
+      transport: path and prediction of a diffusion network, by the released names (`lightning_dit.TRANSPORT`).
     """
 
     which: str | None = None
@@ -50,6 +51,7 @@ class Stated:
     texture_statistics: str | Path | LatentStatistics | None = None
     semantic_statistics: str | Path | None = None
     semantic_channels: int | None = None
+    transport: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,16 +147,22 @@ def read_architecture(file: WeightFile, path: str | os.PathLike, stated: Stated 
     stored = file.stored()
     if getattr(module, "reads_config_json", False):
         stored |= read_config_json(path)
-    system, statistics = {}, None
+    system, statistics, given = {}, None, stated.given
+    if str({**stored, **stated.transport}.get("path_type")).lower() == "ddpm":
+        given = {"time_input": "ddpm_step", **given}
     try:
-        fields, notes = module.read_config(file.state, stated.given, stored)
+        fields, notes = module.read_config(file.state, given, stored)
         network = Network(module.TABLE.network, fields)
         if network.name == "lightning_dit":
             statistics = _statistics(stated, stored, notes)
-            system, more = module.read_system(network.config, stored, statistics, stated.semantic_channels)
+            system, more = module.read_system(
+                network.config, stored, statistics, stated.semantic_channels, stated.transport
+            )
             notes += more + _average_notes(file, stated.which)
         elif stated != Stated(stated.which, stated.given):
-            raise SfdError(f"statistics and semantic channels belong to a diffusion network, this is {network.name}")
+            raise SfdError(
+                f"statistics, semantic channels, path and prediction belong to a diffusion network; this is {network.name}"
+            )
         elif network.name == "texture_vae":
             statistics, more = texture_vae.scaling_statistics(network.config, stored)
             notes += more

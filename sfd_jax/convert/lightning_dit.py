@@ -1,12 +1,14 @@
 """LightningDiT: the table of its released state dicts, and its architecture from the shapes.
 
-A SiT is one with LayerNorm, GELU, a learned sigma and neither rotary embedding nor q/k norm, under the same key names.
-Source: the released code's models/lightningdit.py (key names), and the released files; SiT, models.py.
+A SiT or DiT is one with LayerNorm, GELU, a learned sigma and neither rotary embedding nor q/k norm, under the same key
+names. Their files do not say which they are, so the user must.
+Source: the released code's models/lightningdit.py (key names), and the released files; SiT and DiT, models.py.
 """
 
 import functools
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -140,9 +142,10 @@ def read_config(
     return config | dict(given), notes
 
 
-# Released names of the path and of what is predicted, and their values here; the first is the default.
+# Released names of the path and of what is predicted, and their values here; the first is the default. The released code
+# has no "ddpm".
 TRANSPORT = {
-    "path_type": ("linear", "gvp", "vp"),
+    "path_type": ("linear", "gvp", "vp", "ddpm"),
     "prediction": ("velocity", "noise", "score"),
     "loss_weight": ("none", "velocity", "likelihood"),
 }
@@ -153,6 +156,7 @@ def read_system(
     stored: Mapping[str, Any],
     statistics: LatentStatistics | None,
     semantic_channels: int | None = None,
+    transport: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[dict[str, Any], list[str]]:
     """Determine which channels are semantic, and with which clocks, path and prediction the network was trained.
 
@@ -161,25 +165,29 @@ def read_system(
       stored: the file's own config, by the released names of its fields.
       statistics: of the latents, where given; they have the number of channels of each group.
       semantic_channels: what the user states; it wins.
+      transport: the same for keys of TRANSPORT.
 
     Returns:
       The groups `latents` (where known), `clocks` and, unless it predicts the velocity of the linear path, `loss` of a
       config (see configs/sfd.py), and notes.
 
     Raises:
-      SfdError: the number of semantic channels or the statistics do not fit the network, or the file's config names an
-        unknown path or prediction.
+      SfdError: the number of semantic channels or the statistics do not fit the network, the file's config names an
+        unknown path or prediction, or it is a SiT or DiT and nothing says which.
     """
     channels, notes = config.in_channels, []
     if stored.get("in_chans", channels) != channels:
         stored = {}  # the config of another network
-    system = _transport(stored)
-    if "prediction" not in stored and not config.two_clocks:
-        notes.append(
-            "prediction: velocity is assumed, time from 0 (noise) to 1 (data), as in LightningDiT and SiT; a file that "
-            "predicts noise as DiT does looks the same, and would be sampled wrongly"
-            + (". Its learned sigma, which is dropped, is that of DiT or SiT" if config.learn_sigma else "")
-        )
+    system = _transport({**stored, **transport})
+    if "prediction" not in {**stored, **transport} and not config.two_clocks:
+        if not (config.use_rope or config.use_rmsnorm or config.use_swiglu):
+            raise SfdError(
+                "it is a SiT or a DiT, and the file does not say which; the same weights predict the velocity or the "
+                "noise: give --prediction=velocity for SiT, --prediction=noise --path_type=ddpm for DiT"
+            )
+        notes.append("prediction: velocity of the linear path is assumed, as in LightningDiT; the file does not say")
+    if config.learn_sigma:
+        notes.append("the learned sigma is kept in the weights and not used: samplers need the prediction alone")
     if statistics is not None:
         found = (statistics.texture_mean.size, statistics.semantic_mean.size)
         if semantic_channels is None and config.two_clocks:

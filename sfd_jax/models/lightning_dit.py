@@ -90,6 +90,7 @@ class DiTConfig:
       num_classes: labels are 0..num_classes-1; the null label is num_classes.
       null_label: the label table has a row for the null label.
       two_clocks: one time embedding for each clock, D/2 wide; otherwise one that reads t_texture.
+      time_input: what they embed: the "clock", or the "ddpm_step" in [0, 999] that belongs to it, as DiT does.
       use_qknorm: normalise queries and keys per head before the rotation.
       use_swiglu: SwiGLU of hidden width int(2/3 mlp_ratio D), instead of GELU of mlp_ratio D.
       use_rope: 2D rotary embedding (beside the position table, which is always added).
@@ -112,6 +113,7 @@ class DiTConfig:
     num_classes: int = 1000
     null_label: bool = True
     two_clocks: bool = True
+    time_input: str = setting("clock", "what the time embeddings read", choices=("clock", "ddpm_step"))
     use_qknorm: bool = True
     use_swiglu: bool = True
     use_rope: bool = True
@@ -244,6 +246,8 @@ class LightningDiT(nnx.Module):
         return (velocity, repa) if return_repa else velocity
 
     def _embed_times(self, t_semantic, t_texture):
+        if self.config.time_input == "ddpm_step":  # see DDPMPath; the data are one step before step 0
+            t_semantic, t_texture = (jnp.maximum(1000 * (1 - t) - 1, 0) for t in (t_semantic, t_texture))
         if not self.config.two_clocks:
             return self.time_embed(t_texture)
         halves = [self.time_embed_semantic(t_semantic), self.time_embed_texture(t_texture)]

@@ -31,8 +31,8 @@ FREE_KEYS = (
 PLACES = ("path", "held_out_path", "semantic_vae", "visual_encoder", "lpips")
 # Settings that records of earlier versions lack, by group, with the values that were meant.
 ADDED = {
-    "model": {"repa_projector": "mlp"},
-    "network_config": {"repa_projector": "mlp"},
+    "model": {"repa_projector": "mlp", "time_input": "clock"},
+    "network_config": {"repa_projector": "mlp", "time_input": "clock"},
     "loss": {"repa_spatial_norm": 0.0},
 }
 # Groups of the config that may differ.

@@ -12,6 +12,8 @@ from sfd_jax.cli.convert import main
 from sfd_jax.convert import FORMATS
 from sfd_jax.convert.table import export_state, import_params, key_shapes
 from sfd_jax.convert.texture_vae import DIFFUSERS, scaling_statistics
+from sfd_jax.diffusion.paths import DDPMPath
+from sfd_jax.diffusion.predictions import NoisePrediction, transport_of
 from sfd_jax.errors import SfdError
 from sfd_jax.latents import LatentStatistics
 from sfd_jax.models import Network, TextureVAEConfig
@@ -135,7 +137,10 @@ def test_other_networks_of_these_names_are_refused(key, shape, sentence):
 
 
 def sit(state, x, t, label, heads, grid, patch):
-    """Return the velocity (C, H, W) of a SiT for one latent (C, H, W), in float64 from its paper and its key names."""
+    """Return the prediction (C, H, W) of a SiT or DiT for one latent (C, H, W), from their papers and key names.
+
+    In float64, but for the angles of the time, where float32 matters at large steps.
+    """
     linear = lambda key, x: x @ np.float64(state[f"{key}.weight"]).T + state[f"{key}.bias"]
     silu = lambda x: x / (1 + np.exp(-x))
     norm = lambda x: (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
@@ -144,7 +149,7 @@ def sit(state, x, t, label, heads, grid, patch):
     x = x.reshape(channels, grid, patch, grid, patch).transpose(1, 3, 0, 2, 4).reshape(grid * grid, -1)
     kernel = np.float64(state["x_embedder.proj.weight"]).reshape(width, -1)
     x = x @ kernel.T + state["x_embedder.proj.bias"] + state["pos_embed"][0]
-    angles = t * 10000.0 ** -(np.arange(128) / 128)
+    angles = np.float64(np.float32(t) * np.float32(10000.0 ** -(np.arange(128) / 128)))
     time = np.concatenate([np.cos(angles), np.sin(angles)])
     time = linear("t_embedder.mlp.2", silu(linear("t_embedder.mlp.0", time)))
     condition = silu(time + state["y_embedder.embedding_table.weight"][label])
@@ -165,8 +170,8 @@ def sit(state, x, t, label, heads, grid, patch):
     return x[:channels]  # the rest is the learned sigma
 
 
-def test_a_sit_is_converted_with_the_scale_of_its_vae(tmp_path, capsys):
-    """The network equals SiT's, and its statistics undo the factor 0.18215."""
+def test_a_sit_or_dit_is_converted_with_the_scale_of_its_vae(tmp_path, capsys):
+    """The network equals SiT's or DiT's, whichever is stated, and its statistics undo the factor 0.18215."""
     plain = dict(two_clocks=False, use_qknorm=False, use_swiglu=False, use_rope=False, use_rmsnorm=False)
     config = dict(width=24, depth=2, num_heads=3, input_size=8, patch_size=2, in_channels=4, num_classes=5)
     state = drawn(Network("lightning_dit", config | plain | dict(learn_sigma=True)), "lightning_dit")
@@ -176,16 +181,23 @@ def test_a_sit_is_converted_with_the_scale_of_its_vae(tmp_path, capsys):
     save_file(state, tmp_path / "SiT.safetensors")
     assert main([str(tmp_path / "vae"), f"--out={tmp_path / 'ours'}"]) == 0
     arguments = [str(tmp_path / "SiT.safetensors"), "--set=num_heads=3"]
-    assert main([*arguments, f"--out={tmp_path / 'sit'}", f"--statistics={tmp_path / 'ours'}"]) == 0
-    assert "velocity is assumed" in (said := capsys.readouterr().out) and "no latent statistics" not in said
-    params, metadata = load_params(tmp_path / "sit")
-    network = Network("lightning_dit", metadata["network_config"])
-    latents = np.random.default_rng(2).standard_normal((2, 8, 8, 4), np.float32)
-    t, labels = np.array([0.2, 0.9], np.float32), np.array([3, 5], np.int32)
-    velocity = jax.jit(network.apply)(params, latents, t, t, labels)
-    for row in range(2):
-        expected = sit(state, np.float64(latents[row].transpose(2, 0, 1)), t[row], labels[row], 3, 4, 2)
-        np.testing.assert_allclose(velocity[row].transpose(2, 0, 1), expected, atol=1e-5 * np.abs(expected).max())
+    with pytest.raises(SfdError, match="--prediction=velocity for SiT, --prediction=noise --path_type=ddpm for DiT"):
+        main([*arguments, f"--out={tmp_path / 'none'}"])
+    latents = np.random.default_rng(2).standard_normal((3, 8, 8, 4), np.float32)
+    t, labels = np.array([0.5, 0.875, 1.0], np.float32), np.array([3, 5, 0], np.int32)
+    steps = [499, 124, 0]  # the time that DiT reads
+    for name, times, flags in (("sit", t, ["velocity"]), ("dit", steps, ["noise", "--path_type=ddpm"])):
+        flags = ["--prediction=" + flags[0], *flags[1:], f"--statistics={tmp_path / 'ours'}"]
+        assert main([*arguments, *flags, f"--out={tmp_path / name}"]) == 0
+        assert "sigma is kept" in (said := capsys.readouterr().out) and "no latent statistics" not in said
+        params, metadata = load_params(tmp_path / name)
+        network = Network("lightning_dit", metadata["network_config"])
+        output = jax.jit(network.apply)(params, latents, t, t, labels)
+        for row in range(3):
+            expected = sit(state, np.float64(latents[row].transpose(2, 0, 1)), times[row], labels[row], 3, 4, 2)
+            np.testing.assert_allclose(output[row].transpose(2, 0, 1), expected, atol=1e-5 * np.abs(expected).max())
+    assert transport_of(metadata["config"]) == {"path": DDPMPath(), "prediction": NoisePrediction()}
+    _, metadata = load_params(tmp_path / "sit")
     statistics = LatentStatistics.from_dict(metadata["latent_statistics"])
     np.testing.assert_allclose(statistics.denormalise_texture(latents), latents / 0.18215, rtol=1e-6)
     assert metadata["config"] == {
@@ -193,6 +205,6 @@ def test_a_sit_is_converted_with_the_scale_of_its_vae(tmp_path, capsys):
         "clocks": {"name": "synchronous", "delta_t": 0.0},
     }
     with pytest.raises(SfdError, match="holds 'lightning_dit', expected 'texture_vae'"):
-        main([*arguments, f"--out={tmp_path / 'other'}", f"--statistics={tmp_path / 'sit'}"])
+        main([*arguments, *flags[:2], f"--out={tmp_path / 'other'}", f"--statistics={tmp_path / 'sit'}"])
     with pytest.raises(SfdError, match=r"code of REPA, whose time runs from 1 \(noise\)"):
         FORMATS["lightning_dit"].read_config(state | {"projectors.0.0.weight": np.zeros(1)}, {}, {})

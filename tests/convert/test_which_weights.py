@@ -355,7 +355,7 @@ def test_numbers_too_large_for_the_written_dtype_are_refused(tmp_path):
         ({}, {}, ("delta_t 0.3: as released", "7 classes and a null label: as released"), ("prediction",)),
         ({}, {"semfirst_delta_t": 0.2, "class_dropout_prob": 0.1}, (), ("delta_t", "null label")),
         (dict(two_clocks=False), {}, ("prediction: velocity", "all 5 channels are texture"), ("sigma",)),
-        (dict(two_clocks=False, learn_sigma=True), {}, ("learned sigma, which is dropped, is that of DiT or SiT",), ()),
+        (dict(two_clocks=False, learn_sigma=True), {}, ("the learned sigma is kept in the weights and not used",), ()),
         (dict(two_clocks=False), {"prediction": "velocity", "path_type": "Linear"}, (), ("prediction",)),
     ],
 )

@@ -15,7 +15,7 @@ import pytest
 from sfd_jax.diffusion.clocks import FixedOffset, Sequential, Synchronous
 from sfd_jax.diffusion.likelihood import log_likelihood, rademacher_by_row
 from sfd_jax.diffusion.losses import Draws, LossConfig, velocity_loss
-from sfd_jax.diffusion.paths import GVPPath, LinearPath, VPPath
+from sfd_jax.diffusion.paths import DDPMPath, GVPPath, LinearPath, VPPath
 from sfd_jax.diffusion.predictions import NoisePrediction, ScorePrediction, VelocityPrediction, velocity_from
 from sfd_jax.diffusion.sampling import SolverConfig, sample
 from sfd_jax.diffusion.sde import Diffusion, SDEConfig, noise_by_step, sample_sde
@@ -25,7 +25,7 @@ from sfd_jax.latents import LatentLayout
 LAYOUT = LatentLayout(1, 1)
 MEAN = np.array([0.5, -0.8], np.float32)
 COVARIANCE = np.array([[1.3, -0.6], [-0.6, 0.7]], np.float32)  # texture and semantics depend on each other
-PATHS = [LinearPath(), GVPPath(), VPPath()]
+PATHS = [LinearPath(), GVPPath(), VPPath(), DDPMPath()]
 PREDICTIONS = [VelocityPrediction(), NoisePrediction(), ScorePrediction()]
 
 
@@ -52,25 +52,46 @@ def exact(path, prediction):
     return network
 
 
+class DDPMTable(DDPMPath):
+    """DDPM's schedule as its authors compute it: a table of 1,000 steps, read between them by linear interpolation."""
+
+    TABLE = np.sqrt(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))
+
+    def alpha(self, t):
+        return jnp.interp(1000 * (1 - t) - 1, jnp.arange(1000), self.TABLE)
+
+    def sigma(self, t):
+        return jnp.interp(1000 * (1 - t) - 1, jnp.arange(1000), np.sqrt(1 - self.TABLE**2))
+
+
+def test_the_ddpm_path_passes_through_the_steps():
+    t = 1 - np.arange(1, 1001) / 1000
+    np.testing.assert_allclose(DDPMPath().alpha(np.float32(t)), DDPMTable.TABLE, rtol=2e-6)
+    np.testing.assert_allclose(DDPMPath().sigma(np.float32(t)), np.sqrt(1 - DDPMTable.TABLE**2), rtol=5e-5)
+    assert DDPMPath().alpha(1.0) == 1 and DDPMPath().sigma(1.0) == 0
+
+
 FLOWS = [
     (FixedOffset(0.3), LinearPath(), VelocityPrediction()),
     (FixedOffset(0.3), GVPPath(), ScorePrediction()),
     (Sequential(), GVPPath(), NoisePrediction()),
     (Synchronous(), VPPath(), ScorePrediction()),
+    (Synchronous(), DDPMPath(), NoisePrediction()),
 ]
 
 
 @pytest.mark.parametrize(("clocks", "path", "prediction"), FLOWS)
 def test_the_flow_of_an_exact_network_gives_the_data(clocks, path, prediction):
     """The affine flow is known from three starts; its image of N(0, 1) has the data's mean and covariance."""
-    velocity_fn = velocity_from(exact(path, prediction), prediction, path, LAYOUT)
+    network = exact(DDPMTable() if isinstance(path, DDPMPath) else path, prediction)
+    velocity_fn = velocity_from(network, prediction, path, LAYOUT)
     start = jnp.concatenate([jnp.zeros((1, 2)), jnp.eye(2)]).reshape(3, 1, 1, 2)
     config = SolverConfig(solver="rk4", num_steps=100)
     ends, _ = jax.jit(lambda x: sample(velocity_fn, x, layout=LAYOUT, clocks=clocks, solver=config))(start)
     ends = np.asarray(ends, np.float64).reshape(3, 2)
     jacobian = ends[1:] - ends[0]
-    # VP starts from alpha(0) = 0.0066 instead of 0, and eps = 1e-3 cuts off the ends of its path.
-    bound = 2e-2 if isinstance(path, VPPath) else 3e-3
+    # VP and DDPM start from alpha(0) = 0.006 instead of 0, and eps = 1e-3 cuts off the ends of their paths.
+    bound = 2e-2 if path.steep_end else 3e-3
     np.testing.assert_allclose(ends[0], MEAN, atol=bound)
     np.testing.assert_allclose(jacobian.T @ jacobian, COVARIANCE, atol=bound)
 

@@ -23,6 +23,10 @@ def kept(x, weights):
     return jax.lax.scan(step, x, weights)[0].sum()
 
 
+def convolved(x, kernel):
+    return jax.lax.conv(x, kernel, (1, 1), "SAME").sum()
+
+
 def once(x, w):
     return jax.lax.while_loop(lambda x: x.sum() > 0, lambda x: x @ w, x)
 
@@ -47,7 +51,8 @@ PRODUCT = 2 * 2 * 11 * 11
         (once, [(2, 11), (11, 11)], PRODUCT),
         (branches, [(2, 11), (11, 11)], 3 * PRODUCT),
         # 3 x 3 kernels of 7 channels, at 4 x 6 places, to 5 features.
-        (lambda x, k: jax.lax.conv(x, k, (1, 1), "SAME"), [(2, 7, 4, 6), (5, 7, 3, 3)], 2 * 2 * 4 * 6 * 5 * 7 * 9),
+        (convolved, [(2, 7, 4, 6), (5, 7, 3, 3)], 2 * 2 * 4 * 6 * 5 * 7 * 9),
+        (jax.grad(convolved, argnums=(0, 1)), [(2, 7, 4, 6), (5, 7, 3, 3)], 2 * 2 * 2 * 4 * 6 * 5 * 7 * 9),
     ],
 )
 def test_known_answers(function, sizes, flops):

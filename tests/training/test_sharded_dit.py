@@ -1,11 +1,15 @@
-"""One step of the real network with its real loss: neither the mesh nor accumulation changes it."""
+"""One step of the real network with its real loss: neither the mesh nor accumulation changes it.
+
+REPA is iREPA: a convolution is the one layer that is not a matrix product, and the features are normalised over an image.
+"""
 
 import dataclasses
 
 import jax
 import numpy as np
 import pytest
-from test_diffusion_task import DIT, make_batch, make_task
+from test_diffusion_task import DIT as WITH_MLP
+from test_diffusion_task import make_batch, make_task
 
 from sfd_jax.distributed import make_mesh, put_batch
 from sfd_jax.models import Network
@@ -15,6 +19,7 @@ from sfd_jax.training.state import state_from_params
 
 # Adam's first update is g / (|g| + eps): with eps 1 it is as smooth in the gradient as the gradient itself, where the
 # usual 1e-8 would amplify the rounding of gradients near zero. So parameters after the step show the gradients.
+DIT = dataclasses.replace(WITH_MLP, repa_projector="conv")
 CONFIG = TrainConfig(
     OptimizerConfig(learning_rate=1.0, eps=1.0, weight_decay=0.1), steps=5, global_batch_size=16, ema_decay=0.5
 )
@@ -29,7 +34,7 @@ def random_params():
 
 def step_on(mesh, accumulation=1):
     config = dataclasses.replace(CONFIG, accumulation=accumulation)
-    task, optimizer = make_task(), make_optimizer(CONFIG.optimizer, CONFIG.steps)
+    task, optimizer = make_task(DIT, repa_spatial_norm=0.6), make_optimizer(CONFIG.optimizer, CONFIG.steps)
     state = state_from_params(random_params(), optimizer, mesh)
     step = make_train_step(task, optimizer, config, mesh)
     state, metrics = step(state, put_batch(make_batch(), mesh), stream_key(5, "loss", mesh))
