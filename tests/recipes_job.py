@@ -1,7 +1,10 @@
-"""Extract latents of the digits, then train, sample and evaluate recipes: `python -m tests.recipes_job FOLDER RECIPE ...`.
+"""Extract latents of the digits, then train, sample and evaluate recipes with them.
 
-The networks that make the latents are drawn at random and tiny. Recipes of principal components get latents of
-`sfd extract --pca=8`, the others those of a Semantic VAE.
+  python -m tests.recipes_job FOLDER RECIPE ...
+
+A RECIPE is an argument of configs/sfd.py, and after spaces settings such as clocks.delta_t=0.5. The networks that make
+the latents are drawn at random and tiny. Recipes of principal components get latents of `sfd extract --pca=8`, the
+others those of a Semantic VAE of 8 channels, so that recipes of both compile the same programs.
 """
 
 import sys
@@ -17,7 +20,7 @@ from sfd_jax.experiment import evaluation
 from tests.generation.test_commands import VAE, save_random
 
 VISUAL = dict(width=24, depth=1, num_heads=2, image_size=8, patch_size=2, num_registers=1)
-SEMANTIC = dict(arch="linear", input_dim=24, bottleneck_dim=4)
+SEMANTIC = dict(arch="linear", input_dim=24, bottleneck_dim=8)
 MODEL = "width=16 depth=1 num_heads=2 compute_dtype=float32 scan_blocks=False remat=none"
 EXTRACT = "--images=digits --split=held_out --image_size=8 --tile_size=8 --repa --no_flips --dtype=float32"
 
@@ -39,11 +42,11 @@ def main(folder: Path, recipes: list[str]) -> None:
         name, *changes = recipe.split()
         out, flags = folder / name, [f"--config.{change}" for change in changes]
         flags += [f"--config.model.{setting}" for setting in MODEL.split()]
-        kind = "semantic_vae"
-        if "pca" in name or "redi" in name:
-            kind = "pca"
-            flags.append("--config.latents.semantic_channels=8")  # which `tiny` changes
-        if not {"plain", "redi", "dit"} & {*name.split(",")}:
+        variants = {*name.split(",")}
+        kind = "pca" if variants & {"pca", "redi"} else "semantic_vae"
+        if not variants & {"plain", "repa", "dit"}:
+            flags.append("--config.latents.semantic_channels=8")
+        if not variants & {"plain", "redi", "dit"}:
             flags.append("--config.model.repa_depth=1")
         flags += ["--config.train.steps=2", "--config.train.ema_decay=0.5", "--config.data.flips=False"]
         latents = f"--config.data.path={folder / 'latents' / kind}"

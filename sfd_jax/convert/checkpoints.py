@@ -160,9 +160,8 @@ def read_architecture(file: WeightFile, path: str | os.PathLike, stated: Stated 
             )
             notes += more + _average_notes(file, stated.which)
         elif stated != Stated(stated.which, stated.given):
-            raise SfdError(
-                f"statistics, semantic channels, path and prediction belong to a diffusion network; this is {network.name}"
-            )
+            what = "statistics, semantic channels, path and prediction"
+            raise SfdError(f"{what} belong to a diffusion network, this is {network.name}")
         elif network.name == "texture_vae":
             statistics, more = texture_vae.scaling_statistics(network.config, stored)
             notes += more

@@ -142,8 +142,8 @@ def read_config(
     return config | dict(given), notes
 
 
-# Released names of the path and of what is predicted, and their values here; the first is the default. The released code
-# has no "ddpm".
+# Released names of the path and of what is predicted, and their values here; the first is the default. Only "ddpm" is
+# not of the released code.
 TRANSPORT = {
     "path_type": ("linear", "gvp", "vp", "ddpm"),
     "prediction": ("velocity", "noise", "score"),

@@ -1,6 +1,6 @@
 """One step of the real network with its real loss: neither the mesh nor accumulation changes it.
 
-REPA is iREPA: a convolution is the one layer that is not a matrix product, and the features are normalised over an image.
+REPA is iREPA: its convolution is no matrix product, unlike all other layers, and features are normalised over an image.
 """
 
 import dataclasses
