@@ -41,14 +41,14 @@ ROWS = {
 }
 # The other rows of the published tables, as configs/sfd.py has them.
 RECIPES = (
-    "xl,synchronous",
-    "xl,plain",
-    "xl,repa",
-    "xl,pca",
-    "xl,pca,synchronous",
-    "xl,redi",
-    "xl,redi,synchronous",
-    "xl,irepa",
+    "xl,lr2e4,synchronous",
+    "xl,lr2e4,plain",
+    "xl,lr2e4,repa",
+    "xl,lr2e4,irepa",
+    "xl,lr2e4,pca",
+    "xl,lr2e4,pca,synchronous",
+    "xl,lr2e4,redi",
+    "xl,lr2e4,redi,synchronous",
     "xl,dit",
 )
 ROWS |= {
