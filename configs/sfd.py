@@ -150,7 +150,7 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
             repa_source="stored",  # stored | semvae | online: the source of REPA's targets (docs/repa.md)
             semantic_vae="",  # checkpoint, for semvae
             visual_encoder="",  # checkpoint of a visual encoder, for online
-            tile_grid=16,  # tile of both encoders, in latent pixels: 256 px; 512 px are four tiles
+            tile_grid=placeholder(int),  # side of the visual encoder's tiles, in latent pixels; None: as extracted
             # For online: the images that the latents were made from.
             images=dict(kind="folder", path="", split="train", image_size=256),
         )

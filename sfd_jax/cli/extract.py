@@ -16,7 +16,8 @@ class is refused. Images of more than 89,478,485 pixels count as broken; sfd_jax
 handling of transparency, animations and grey of more than 8 bits.
 
 CKPT is a folder made by `sfd convert` or a training command. Without --visual only texture latents are made.
-The visual encoder gets 512 px images as quarters of 256 px.
+The visual encoder gets 512 px images as quarters of 256 px, as released; with --tile_size=512 in one view, which
+it sees at 448 px (patch size 14) or 512 px (16). Training reads this choice from the latents.
 
 Shards, their manifest and the statistics are written to DIR. After a kill, the same command continues after the
 last finished shard. On several hosts, start the same command on all of them: they divide the shards; DIR must be

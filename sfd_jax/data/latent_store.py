@@ -148,10 +148,16 @@ class LatentStore(LatentSource):
 
     @property
     def origin(self) -> dict:
-        """Return what a checkpoint records of its latents: hashes of the encoders, image size, and labels."""
+        """Return what a checkpoint records of its latents: hashes of the encoders, sizes, and labels.
+
+        `tile_grid` is the side in latent pixels of the tiles that the visual encoder saw; None if unknown.
+        """
+        config, grid = self.manifest["config"] or {}, self.record_dtype["texture"].shape[0]
+        size, tile = config.get("image_size"), config.get("tile_size")
         return {
             "weights": self.manifest.get("weights") or {},
-            "image_size": (self.manifest["config"] or {}).get("image_size"),
+            "image_size": size,
+            "tile_grid": grid * min(tile, size) // size if tile and size else None,
             "labels": sorted(map(int, self.manifest["label_counts"])),
         }
 

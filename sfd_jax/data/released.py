@@ -147,7 +147,7 @@ class ReleasedLatents(LatentSource):
     @functools.cached_property
     def origin(self) -> dict:
         """Return the same as `LatentStore.origin`; released shards do not record their encoders."""
-        return {"weights": {}, "image_size": None, "labels": np.unique(self.labels()).tolist()}
+        return {"weights": {}, "image_size": None, "tile_grid": None, "labels": np.unique(self.labels()).tolist()}
 
     def labels(self) -> np.ndarray:
         """Return the labels of all images, int64 (N,)."""

@@ -17,6 +17,7 @@ from sfd_jax.experiment.config_files import load_config
 from sfd_jax.experiment.extraction import make_encoder
 from sfd_jax.experiment.targets import REPA_SOURCES
 from sfd_jax.models import Network
+from sfd_jax.models.encoders.tiles import RELEASED_GRID
 from sfd_jax.pod import Measurement, Topology, measure, programs, topology_devices
 
 
@@ -106,7 +107,7 @@ def _train(config: ConfigDict, devices: list) -> Program:
     if source not in (*REPA_SOURCES, "none"):
         raise SfdError(f"data.repa_source='{source}' is unknown; {nearest(source, REPA_SOURCES)}")
     about = {"repa_source": source, "image_size": config.data.images.image_size}
-    targets = programs.training_targets(network, layout, tile_grid=config.data.tile_grid, **about)
+    targets = programs.training_targets(network, layout, tile_grid=config.data.tile_grid or RELEASED_GRID, **about)
     task = build.task_from_config(config, targets)
     mesh, rows = make_mesh(**config.mesh, devices=devices), train.global_batch_size
     batch = programs.training_batch(network, rows, **about)
@@ -132,7 +133,7 @@ def _extract(config: ConfigDict, devices: list, batch_size: int | None) -> Progr
     networks = programs.extraction_networks(build.layout_from_config(config))
     pixels = networks["texture_vae"].config.downsampling
     size = config.model.input_size * pixels
-    settings = ExtractConfig(image_size=size, tile_size=config.data.tile_grid * pixels)
+    settings = ExtractConfig(image_size=size, tile_size=(config.data.tile_grid or RELEASED_GRID) * pixels)
     encoder = make_encoder(networks, settings)
     first = min(device.process_index for device in devices)
     # Each host runs its own program on its own images.

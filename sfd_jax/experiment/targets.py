@@ -14,7 +14,7 @@ from sfd_jax.experiment.checkpoints import open_checkpoint
 from sfd_jax.latents import LatentLayout
 from sfd_jax.models import ENCODERS, Network
 from sfd_jax.models.encoders import Tiling, VisualEncoder
-from sfd_jax.models.encoders.tiles import tiles_of_grid
+from sfd_jax.models.encoders.tiles import RELEASED_GRID, tiles_of_grid
 from sfd_jax.models.fingerprint import params_hash
 from sfd_jax.ranges import IN_PACKAGES
 from sfd_jax.training.frozen_features import FrozenFeatures, online_features, semvae_features
@@ -26,13 +26,18 @@ def check_repa_source(config: ConfigDict) -> str:
     """Return the source of the targets: a name of `REPA_SOURCES`, or "none" without REPA.
 
     Raises:
-      SfdError: the source is unknown, or its checkpoint or images are not given.
+      SfdError: the source is unknown, its checkpoint or images are not given, or tokens and features do not match.
     """
     data = config.data
     if data.repa_source not in REPA_SOURCES:
         raise SfdError(f"data.repa_source='{data.repa_source}' is unknown; {nearest(data.repa_source, REPA_SOURCES)}")
     if config.loss.repa_weight <= 0:
         return "none"
+    if (patch := config.model.patch_size) > 1:
+        raise SfdError(
+            f"REPA compares a token with the feature of one latent pixel, but with model.patch_size={patch} a token "
+            f"stands for {patch**2} of them: --config.model.repa_features=0 --config.loss.repa_weight=0 trains without"
+        )
     if data.repa_source == "semvae" and not data.semantic_vae:
         raise SfdError("data.repa_source=semvae needs the Semantic VAE: --config.data.semantic_vae=CKPT")
     if data.repa_source == "semvae" and not config.latents.semantic_channels:
@@ -72,8 +77,9 @@ def open_targets(config: ConfigDict, layout: LatentLayout, latents: LatentSource
             )
         _check_own(latents, "semantic_vae", params)
         _check_width(config, network.config.input_dim, "data.semantic_vae")
-        tiles_of_grid(config.model.input_size, data.tile_grid)
-        return latents, semvae_features(network, params, layout, latents.statistics, data.tile_grid)
+        tile_grid = _tile_grid(config, latents)
+        tiles_of_grid(config.model.input_size, tile_grid)
+        return latents, semvae_features(network, params, layout, latents.statistics, tile_grid)
     if kind == "online":
         network, params = open_frozen(data.visual_encoder, ENCODERS, dtype)
         _check_own(latents, "visual", params)
@@ -81,9 +87,26 @@ def open_targets(config: ConfigDict, layout: LatentLayout, latents: LatentSource
         size, made_from = data.images.image_size, latents.origin["image_size"]
         if made_from not in (None, size):
             raise SfdError(f"the latents were made from images of {made_from} px, but data.images.image_size={size}")
-        encoder = VisualEncoder(network, Tiling.of_latents(size, config.model.input_size, data.tile_grid))
+        tiling = Tiling.of_latents(size, config.model.input_size, _tile_grid(config, latents))
+        encoder = VisualEncoder(network, tiling)
         return WithPixels(latents, open_images(**data.images)), online_features(encoder, params)
     return latents, None
+
+
+def _tile_grid(config: ConfigDict, latents: LatentSource) -> int:
+    """Return the side in latent pixels of the tiles that the encoders saw; say what is assumed for large images."""
+    given, made_with = config.data.tile_grid, latents.origin["tile_grid"]
+    grid, side = config.model.input_size, given or made_with or RELEASED_GRID
+    if given and made_with and given != made_with:
+        raise SfdError(
+            f"the latents were extracted in tiles of {made_with} x {made_with} latent pixels, but data.tile_grid={given}: "
+            "leave it out, or extract them with another --tile_size"
+        )
+    if not given and grid > RELEASED_GRID:
+        views = "one view" if grid <= side else f"{(grid // side) ** 2} tiles"
+        why = "like the latents" if made_with else "as released, since the latents do not say how they were extracted"
+        say(f"note: REPA's targets are made of {views} an image, {why} (data.tile_grid={side})")
+    return side
 
 
 def _check_width(config: ConfigDict, width: int, field: str) -> None:

@@ -46,7 +46,7 @@ def semvae_features(
       params: its parameters.
       layout: which channels are semantic.
       statistics: of the normalisation of the latents.
-      tile_grid: latent pixels a side that the Semantic VAE encoded at once (16 released; 512 px are four such tiles).
+      tile_grid: latent pixels a side that the Semantic VAE encoded at once (16 released: 512 px are four tiles).
     """
 
     def compute(params: dict, batch: dict) -> jax.Array:

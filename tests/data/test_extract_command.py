@@ -90,7 +90,8 @@ def test_images_to_shards(work, capsys):
         name: params_hash(load_params(work / folder)[0])
         for name, folder in (("texture_vae", "texture_vae"), ("visual", "dinov2"), ("semantic_vae", "semantic_vae"))
     }
-    assert store.origin == {"weights": hashes, "image_size": 16, "labels": [0, 1]}  # what checkpoints record of it
+    # What checkpoints record of it; a tile of 8 px is 4 latents.
+    assert store.origin == {"weights": hashes, "image_size": 16, "tile_grid": 4, "labels": [0, 1]}
     (out / "latents-00001.ar").unlink()
     params, metadata = load_params(work / "texture_vae")
     save_params(work / "other", jax.tree.map(lambda leaf: 2 * leaf, params), metadata)

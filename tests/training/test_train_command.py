@@ -185,7 +185,7 @@ def test_targets_need_the_networks_that_made_the_latents(tmp_path, capsys):
     semantic, made_semantic = save_drawn(tmp_path / "semantic", "semantic_vae", SEMANTIC)
     visual, made_visual = save_drawn(tmp_path / "visual", "dinov2", VISUAL)
     narrow, made_narrow = save_drawn(tmp_path / "narrow", "semantic_vae", SEMANTIC | {"input_dim": 20})
-    config = {"image_size": 32}
+    config = {"image_size": 32, "tile_size": 16}
     own = make_store(tmp_path / "own", config=config, weights={"semantic_vae": made_semantic, "visual": made_visual})
     other = make_store(tmp_path / "other", config=config, weights={"semantic_vae": made_narrow, "visual": "3" * 64})
     unknown = make_store(tmp_path / "unknown")
@@ -214,8 +214,14 @@ def test_targets_need_the_networks_that_made_the_latents(tmp_path, capsys):
     narrow = [semvae[0], f"--config.data.semantic_vae={narrow}"]
     assert "model.repa_features=24, but data.semantic_vae makes features of 20" in answer(other, *narrow)
     assert "tile_grid=3 does not divide a grid of 4 latents: 4 or a divisor" in answer(
-        own, *semvae, "--config.data.tile_grid=3"
+        unknown, *semvae, "--config.data.tile_grid=3"
     )
+    assert "no faults found" in answer(own, *semvae, "--config.data.tile_grid=2")
+    for source in (semvae, online):
+        assert "extracted in tiles of 2 x 2 latent pixels, but data.tile_grid=4: leave it out" in answer(
+            own, *source, "--config.data.tile_grid=4"
+        )
+    assert "with model.patch_size=2 a token stands for 4 of them" in answer(own, "--config.model.patch_size=2")
     assert "images of 32 px, but data.images.image_size=64" in answer(
         own, *online, "--config.data.images.image_size=64"
     )

@@ -2,7 +2,8 @@
 
 An encoder is made for one image size. A larger image is cut into square tiles that it sees one by one, and their
 grids of tokens are put back side by side: 512 px are four tiles of 256 px. A tile has as many tokens a side as latent
-pixels (256 px: 16 x 16), which decides the size at which the encoder sees it (DINOv2 of patch size 14: 224 px).
+pixels (256 px: 16 x 16), which decides the size at which the encoder sees it (DINOv2 of patch size 14: 224 px). With a
+tile of 512 px it sees a larger image in one view (DINOv2: 448 px).
 """
 
 import dataclasses
@@ -14,6 +15,9 @@ import jax.numpy as jnp
 from sfd_jax.errors import SfdError
 from sfd_jax.models.layers import check_divides
 from sfd_jax.models.network import Network, Params
+
+
+RELEASED_GRID = 16  # latent pixels a side of a tile of the released latents
 
 
 def to_float(pixels: jax.Array) -> jax.Array:
@@ -31,7 +35,7 @@ class Tiling:
     """
 
     tile_size: int = 256
-    grid: int = 16
+    grid: int = RELEASED_GRID
 
     @classmethod
     def of_pixels(cls, image_size: int, tile_size: int, downsampling: int) -> "Tiling":
