@@ -14,7 +14,7 @@ from sfd_jax.experiment.checkpoints import open_checkpoint
 from sfd_jax.latents import LatentLayout
 from sfd_jax.models import ENCODERS, Network
 from sfd_jax.models.encoders import Tiling, VisualEncoder
-from sfd_jax.models.encoders.tiles import RELEASED_GRID, tiles_of_grid
+from sfd_jax.models.encoders.tiles import tiles_of_grid
 from sfd_jax.models.fingerprint import params_hash
 from sfd_jax.ranges import IN_PACKAGES
 from sfd_jax.training.frozen_features import FrozenFeatures, online_features, semvae_features
@@ -57,7 +57,7 @@ def open_targets(config: ConfigDict, layout: LatentLayout, latents: LatentSource
     """Open the source of the targets.
 
     Args:
-      config: of the run.
+      config: of the run, with `data.tile_grid` of the latents.
       layout: of the latents.
       latents: source of records, with its statistics.
 
@@ -77,9 +77,8 @@ def open_targets(config: ConfigDict, layout: LatentLayout, latents: LatentSource
             )
         _check_own(latents, "semantic_vae", params)
         _check_width(config, network.config.input_dim, "data.semantic_vae")
-        tile_grid = _tile_grid(config, latents)
-        tiles_of_grid(config.model.input_size, tile_grid)
-        return latents, semvae_features(network, params, layout, latents.statistics, tile_grid)
+        tiles_of_grid(config.model.input_size, data.tile_grid)
+        return latents, semvae_features(network, params, layout, latents.statistics, data.tile_grid)
     if kind == "online":
         network, params = open_frozen(data.visual_encoder, ENCODERS, dtype)
         _check_own(latents, "visual", params)
@@ -87,26 +86,9 @@ def open_targets(config: ConfigDict, layout: LatentLayout, latents: LatentSource
         size, made_from = data.images.image_size, latents.origin["image_size"]
         if made_from not in (None, size):
             raise SfdError(f"the latents were made from images of {made_from} px, but data.images.image_size={size}")
-        tiling = Tiling.of_latents(size, config.model.input_size, _tile_grid(config, latents))
-        encoder = VisualEncoder(network, tiling)
+        encoder = VisualEncoder(network, Tiling.of_latents(size, config.model.input_size, data.tile_grid))
         return WithPixels(latents, open_images(**data.images)), online_features(encoder, params)
     return latents, None
-
-
-def _tile_grid(config: ConfigDict, latents: LatentSource) -> int:
-    """Return the side in latent pixels of the tiles that the encoders saw; say what is assumed for large images."""
-    given, made_with = config.data.tile_grid, latents.origin["tile_grid"]
-    grid, side = config.model.input_size, given or made_with or RELEASED_GRID
-    if given and made_with and given != made_with:
-        raise SfdError(
-            f"the latents were extracted in tiles of {made_with} x {made_with} latent pixels, but data.tile_grid={given}: "
-            "leave it out, or extract them with another --tile_size"
-        )
-    if not given and grid > RELEASED_GRID:
-        views = "one view" if grid <= side else f"{(grid // side) ** 2} tiles"
-        why = "like the latents" if made_with else "as released, since the latents do not say how they were extracted"
-        say(f"note: REPA's targets are made of {views} an image, {why} (data.tile_grid={side})")
-    return side
 
 
 def _check_width(config: ConfigDict, width: int, field: str) -> None:

@@ -29,6 +29,7 @@ from sfd_jax.experiment.training_data import (
     open_source,
     unused_classes,
     used_parts,
+    with_tile_grid,
 )
 from sfd_jax.latents import other_makers
 from sfd_jax.models import ENCODERS, Network
@@ -78,7 +79,8 @@ def open_diffusion(config: ConfigDict, found: Faults | None = None, *, init: str
         notes.append("loss.repa_weight=0 leaves REPA's projector untrained; --config.model.repa_features=0 removes it")
     with found:
         latents = open_source(config.data.path, repa=False)
-        notes += check_data(config, latents, found, repa=repa)
+        config, tiles = with_tile_grid(config, latents)
+        notes += check_data(config, latents, found, repa=repa) + tiles
         found += check_labels(latents, config.model.num_classes)
         notes += unused_classes(config.model.num_classes, latents)
     found.stop()

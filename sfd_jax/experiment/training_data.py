@@ -19,6 +19,7 @@ from sfd_jax.files import must_be_local
 from sfd_jax.generation.parts import clocks_of
 from sfd_jax.latents import LatentLayout, LatentStatistics, other_makers
 from sfd_jax.models import Network, network_of
+from sfd_jax.models.encoders.tiles import RELEASED_GRID
 from sfd_jax.training import load_metadata, load_params
 from sfd_jax.training.optimizer import average_notes
 from sfd_jax.trees import shapes_by_name
@@ -100,6 +101,31 @@ def completed(config: ConfigDict, source: LatentStore | ReleasedLatents) -> Conf
     if config.model.input_size is None:
         config.model.input_size = source[0]["texture"].shape[0]
     return config
+
+
+def with_tile_grid(config: ConfigDict, source: LatentStore | ReleasedLatents) -> tuple[ConfigDict, list[str]]:
+    """Return a config with data.tile_grid, if None, as the latents were extracted, and a note for large images.
+
+    Raises:
+      SfdError: they were extracted in other tiles than the config says.
+    """
+    grid, made_with = config.model.input_size, source.origin["tile_grid"]
+    # Configs of the demo's stages lack the setting.
+    if given := config.data.get("tile_grid", made_with or RELEASED_GRID):
+        if made_with not in (None, min(given, grid)):
+            raise SfdError(
+                f"the latents were extracted in tiles of {made_with} x {made_with} latent pixels, but data.tile_grid="
+                f"{given}: leave it out, or extract them with another --tile_size"
+            )
+        return config, []
+    config = config.copy_and_resolve_references()
+    one_view = {grid: max(grid, RELEASED_GRID)}  # a tile may be larger than the image
+    config.data.tile_grid = side = {None: RELEASED_GRID, **one_view}.get(made_with, made_with)
+    if grid <= RELEASED_GRID or config.data.repa_source == "stored":
+        return config, []
+    views = "one view" if grid <= side else f"{(grid // side) ** 2} tiles"
+    why = "like the latents" if made_with else "as released, since the latents do not say how they were extracted"
+    return config, [f"REPA's targets are made of {views} an image, {why} (data.tile_grid={side})"]
 
 
 def unused_classes(num_classes: int, source: LatentStore | ReleasedLatents) -> list[str]:
