@@ -89,6 +89,7 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
             repa_projector="mlp",  # mlp | conv (iREPA)
             repa_width=2048,
             scan_blocks=ml_collections.config_dict.placeholder(bool),  # None: one loop, but unrolled on a GPU
+            fused_attention=True,  # where the devices have a kernel that is faster (docs/performance.md)
             remat="auto",  # none | dots | full: what the backward pass recomputes; auto: what fits
             compute_dtype="bfloat16",
         )

@@ -6,12 +6,14 @@ Encoders and VAEs without gradients use the plain forms. Numbers: docs/performan
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sfd_jax.distributed import batch_sharding, replicated, shard_rule
+from sfd_jax.distributed.mesh import AXES
 from sfd_jax.models import kernels
 from sfd_jax.models.execution import PLAIN, Execution
 
@@ -30,8 +32,18 @@ KEPT_AT_MOST = {
 _KEPT_ELSEWHERE = 5
 
 
+# Tokens from which TPUs use a fused attention: with 256, the weights fit into the chip's fast memory.
+SPLASH_FROM = 1024
+
+
 def choose_execution(
-    mesh: Mesh, *, scan: bool | None = None, remat: str = "none", rows: int = 0, kept_by_dots: int = 0
+    mesh: Mesh,
+    *,
+    scan: bool | None = None,
+    remat: str = "none",
+    fused_attention: bool = True,
+    rows: int = 0,
+    kept_by_dots: int = 0,
 ) -> Execution:
     """Choose how networks are computed on a mesh.
 
@@ -39,6 +51,7 @@ def choose_execution(
       mesh: of devices that may be abstract, for compiling ahead of time.
       scan: run blocks as one loop; None: everywhere but on a GPU.
       remat: a key of `stack.REMAT`, or "auto": what fits the devices.
+      fused_attention: attend by a fused kernel where one is faster.
       rows: of the batch, over all devices; used by "auto".
       kept_by_dots: bytes that the blocks keep of one row with "dots"; used by "auto".
     """
@@ -50,15 +63,29 @@ def choose_execution(
     if remat == "auto":
         remat = _what_fits(platform, device.device_kind, rows / mesh.size * kept_by_dots, scan)
     return Execution(
-        # No fused kernel on CPUs and TPUs: with 256 tokens the attention weights are small, and a head width of 72
-        # does not fill a TPU's lanes.
-        attention=kernels.cudnn_attention if _cudnn_attends(device) else kernels.tuned_attention,
+        attention=_attention(mesh) if fused_attention else kernels.tuned_attention,
         product=kernels.cpu_product if platform == "cpu" else kernels.product,
         scan=scan,
         remat=remat,
         gather=functools.partial(_gather, mesh) if mesh.shape["fsdp"] > 1 else PLAIN.gather,
         split=functools.partial(_split, mesh) if mesh.size > 1 else PLAIN.split,
     )
+
+
+def _attention(mesh: Mesh) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    device = mesh.devices.flat[0]
+    if device.platform == "tpu":
+        return functools.partial(_splash, mesh)
+    return kernels.cudnn_attention if _cudnn_attends(device) else kernels.tuned_attention
+
+
+def _splash(mesh: Mesh, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Attend by the fused kernel to many tokens, each device to those of its rows."""
+    if query.shape[1] < SPLASH_FROM or query.shape[0] % mesh.size:
+        return kernels.tuned_attention(query, key, value)
+    rows = PartitionSpec(AXES)
+    attend = jax.shard_map(kernels.splash_attention, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+    return attend(query, key, value)
 
 
 def _cudnn_attends(device: jax.Device) -> bool:

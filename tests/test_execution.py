@@ -25,7 +25,10 @@ def mesh_of(kind="", platform="cpu", chips=1, fsdp=None, **attributes):
 def test_operations_by_backend():
     cpu, tpu = (choose_execution(mesh_of(platform=platform)) for platform in ("cpu", "tpu"))
     gpu = choose_execution(mesh_of(platform="gpu", compute_capability="9.0"))
-    assert [e.attention for e in (cpu, tpu, gpu)] == [kernels.tuned_attention] * 2 + [kernels.cudnn_attention]
+    assert [e.attention for e in (cpu, gpu)] == [kernels.tuned_attention, kernels.cudnn_attention]
+    for platform in ("tpu", "gpu"):
+        mesh = mesh_of(platform=platform, compute_capability="9.0")
+        assert choose_execution(mesh, fused_attention=False).attention is kernels.tuned_attention
     assert [e.product for e in (cpu, tpu, gpu)] == [kernels.cpu_product] + [kernels.product] * 2
     assert [e.scan for e in (cpu, tpu, gpu)] == [True, True, False]
     assert choose_execution(mesh_of(platform="gpu"), scan=True).scan
@@ -67,6 +70,23 @@ def test_cudnn_attention_is_used_where_supported(monkeypatch):
     for dtype, width in ((jnp.bfloat16, 72), (jnp.float32, 72), (jnp.bfloat16, 20), (jnp.bfloat16, 512)):
         kernels.cudnn_attention(*[jnp.ones((1, 2, 1, width), dtype)] * 3)
     assert took == [(jnp.bfloat16, 72, "cudnn")]
+
+
+def test_a_tpu_attends_to_many_tokens_by_the_fused_kernel_on_each_device(monkeypatch):
+    took = []
+
+    def splash_attention(query, key, value):
+        took.append(query.shape)
+        return kernels.attention(query, key, value)
+
+    monkeypatch.setattr(kernels, "splash_attention", splash_attention)
+    monkeypatch.setattr("sfd_jax.execution.SPLASH_FROM", 8)
+    attend = choose_execution(mesh_of(platform="tpu", chips=8)).attention.func
+    for rows, tokens in ((16, 8), (16, 4), (12, 8)):  # many tokens; few; rows that the devices do not divide
+        query, key, value = (jax.random.normal(jax.random.key(i), (rows, tokens, 2, 4)) for i in range(3))
+        out = jax.jit(functools.partial(attend, make_mesh(2, 4)))(query, key, value)
+        np.testing.assert_allclose(out, kernels.attention(query, key, value), atol=1e-6)
+    assert took == [(2, 8, 2, 4)]
 
 
 def test_weights_are_gathered_and_batches_split_alike(monkeypatch):

@@ -22,7 +22,7 @@ from sfd_jax.training.diffusion import diffusion_task
 from sfd_jax.training.frozen_features import FrozenFeatures
 
 # Settings of `config.model` that change how the network is computed in training, but not the network.
-EXECUTION = ("scan_blocks", "remat")
+EXECUTION = ("scan_blocks", "remat", "fused_attention")
 
 
 def task_from_config(config: ConfigDict, targets: FrozenFeatures | None = None) -> Task:

@@ -36,7 +36,7 @@ from sfd_jax.errors import SfdError
 from sfd_jax.execution import choose_execution
 from sfd_jax.generation.parts import Checkpoint, check_parts, clocks_of, trained_labels
 from sfd_jax.latents import LatentLayout, LatentStatistics
-from sfd_jax.models import Network, network_of
+from sfd_jax.models import Network, kernels, network_of
 from sfd_jax.models.execution import executing
 from sfd_jax.models.fingerprint import params_hash
 from sfd_jax.models.network import checkpoint_name
@@ -81,6 +81,7 @@ class Sampler:
         labels: np.ndarray | None = None,
         recipe: dict | None = None,
         scan_blocks: bool | None = None,
+        fused_attention: bool = True,
         mesh: Mesh | None = None,
     ):
         """Place parameters on the mesh.
@@ -96,6 +97,7 @@ class Sampler:
           labels: those that were trained, sorted; all of them by default.
           recipe: entries for `self.recipe`, which has `seed` too.
           scan_blocks: run the models' blocks as one compiled loop, or unrolled; None: the best for the devices.
+          fused_attention: attend by a fused kernel where the devices have one that is faster.
           mesh: the devices; all of them by default.
 
         Raises:
@@ -103,7 +105,7 @@ class Sampler:
         """
         check(seed=seed)
         self.mesh = make_mesh() if mesh is None else mesh
-        self._execution = choose_execution(self.mesh, scan=scan_blocks)
+        self._execution = choose_execution(self.mesh, scan=scan_blocks, fused_attention=fused_attention)
         network, vae = model[0], texture_vae[0]
         _check_fit(network, vae, weak and weak[0], layout, statistics, config)
         self.num_classes, self.class_names = network.config.num_classes, class_names
@@ -251,7 +253,9 @@ class Sampler:
         def estimate(params, latents, indices, labels):
             probe = rademacher_by_row(jax.random.key(self.seed), indices, self._latent_shape)
             problem = dict(layout=self.layout, clocks=self.clocks, solver=solver)
-            return log_likelihood(self._velocity_fn(params, labels), latents, probe, **problem)
+            # Fused kernels have no derivative forwards.
+            plain = dataclasses.replace(self._execution, attention=kernels.tuned_attention)
+            return log_likelihood(self._velocity_fn(params, labels, plain), latents, probe, **problem)
 
         estimate = jax.jit(estimate, out_shardings=replicated(self.mesh))
         return np.asarray(estimate(self._params, latents, indices, rows)[0])[:count]
@@ -340,10 +344,10 @@ class Sampler:
             "jumps": jumps,
         }
 
-    def _velocity_fn(self, params, labels):
+    def _velocity_fn(self, params, labels, execution=None):
         def network(name):
             def output(*args):
-                with executing(self._execution):
+                with executing(execution or self._execution):
                     return self._networks[name].apply(params[name], *args)
 
             return velocity_from(output, self._predictions[name], self._path, self.layout)
@@ -451,7 +455,7 @@ def make_sampler(
             "give its training latents with --latent_store (statistics are never recomputed)"
         )
     training = metadata.get("config") or {}
-    dropout = (training.get("loss") or {}).get("label_dropout")
+    dropout, computed = (training.get("loss") or {}).get("label_dropout"), training.get("model") or {}
     if config.guidance == "cfg" and dropout == 0:
         raise SfdError(
             f"guidance 'cfg' needs label dropout in training, but {checkpoint_name(metadata)} was trained with 0"
@@ -497,7 +501,8 @@ def make_sampler(
         class_names=class_names,
         labels=trained_labels(metadata, networks["model"].config.num_classes),
         recipe=recipe,
-        scan_blocks=(training.get("model") or {}).get("scan_blocks"),
+        scan_blocks=computed.get("scan_blocks"),
+        fused_attention=computed.get("fused_attention", True),
         mesh=mesh,
     )
 

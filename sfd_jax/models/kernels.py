@@ -3,11 +3,12 @@
 An `Execution` (execution.py) chooses which of them networks use; this file never looks at the hardware. A tuned form
 gives the same numbers up to rounding. Plain forms have all derivatives. Tuned ones support `jax.jvp`, `jax.linearize`,
 `jax.vjp` and the gradient of a `jax.jvp`; for derivatives of a gradient, or `jax.vmap` of one, use plain ones.
-`cudnn_attention` supports the gradient only.
+`cudnn_attention` and `splash_attention` support the gradient only.
 
 Axis letters: B batch, N tokens, K heads, E head width, I and O features in and out.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -100,6 +101,34 @@ def cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.A
     if query.dtype not in (jnp.bfloat16, jnp.float16) or query.shape[-1] % 8 or query.shape[-1] > 128:
         return tuned_attention(query, key, value)
     return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+
+
+def splash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, interpret: bool = False) -> jax.Array:
+    """Attend by JAX's fused TPU kernel, which never writes the (B, K, N, N) weights.
+
+    It supports only half precision and N divisible by 128; others get `tuned_attention`. It takes heads of any width: a
+    TPU's memory pads the last axis to 128 lanes in any case, so padding them first would only add copies. XLA cannot
+    split it over devices: over a mesh, call it inside `jax.shard_map`.
+
+    Args:
+      query, key, value: as in `attention`.
+      interpret: run the kernel without a TPU, slowly, for tests.
+    """
+    n, heads = query.shape[1:3]
+    if query.dtype not in (jnp.bfloat16, jnp.float16) or n % 128:
+        return tuned_attention(query, key, value)
+    # Imported here, since it takes half a second that no other backend needs to spend.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask import FullMask, MultiHeadMask
+
+    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
+    sizes = splash.BlockSizes(**dict.fromkeys(names, math.gcd(n, _SPLASH_BLOCK)), use_fused_bwd_kernel=True)
+    mask = MultiHeadMask([FullMask((n, n))] * heads)
+    attend = splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
+    return _heads_first(jax.vmap(attend), query * query.shape[-1] ** -0.5, key, value)
+
+
+_SPLASH_BLOCK = 512  # queries, and keys, that are in the chip's fast memory at once
 
 
 def _heads_first(attend, *qkv):

@@ -55,5 +55,9 @@ def _equation_flops(equation: core.JaxprEqn, live: list[bool]) -> float:
                 inside.append(program_flops(part, live if outputs == len(live) and name != "while" else None))
     if name == "cond":
         return max(inside)
-    times = {"scan": lambda: params["length"], "shard_map": lambda: params["mesh"].size}  # seen from one device
+    times = {
+        "scan": lambda: params["length"],
+        "shard_map": lambda: params["mesh"].size,  # seen from one device
+        "pallas_call": lambda: math.prod(params["grid_mapping"].grid),
+    }
     return times.get(name, lambda: 1)() * sum(inside)

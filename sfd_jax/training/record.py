@@ -25,6 +25,7 @@ FREE_KEYS = (
     "workers",
     "remat",
     "scan_blocks",
+    "fused_attention",
     "accumulation",
 )
 # Paths of data and frozen networks, which the record identifies by hashes.

@@ -40,9 +40,10 @@ class TrainConfig:
       max_bad_steps: non-finite steps in a row before the run stops.
       wandb: project of Weights & Biases that metrics are sent to; "" for none.
       scan_blocks: run a network's blocks as one compiled loop; False: unrolled (slower to compile); None: the best for
-        the devices. This and `remat` come from config.model.
+        the devices. This, `remat` and `fused_attention` come from config.model.
       remat: what blocks recompute in the backward pass: "none" nothing, "full" everything, "dots" everything but the
         matmuls with weights, "auto" as much as the devices' memory requires.
+      fused_attention: attend by a fused kernel where the devices have one that is faster; False: never.
     """
 
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -58,6 +59,7 @@ class TrainConfig:
     wandb: str = ""
     scan_blocks: bool | None = None
     remat: str = "none"
+    fused_attention: bool = True
 
     def __post_init__(self):
         check_fields("train", self)
@@ -83,7 +85,8 @@ def make_train_step(
     Args:
       task: Task with `init` and `loss`.
       optimizer: from `make_optimizer`.
-      config: `accumulation`, `ema_decay`, `max_bad_steps`, `scan_blocks`, `remat` and the schedule are used here.
+      config: `accumulation`, `ema_decay`, `max_bad_steps`, `scan_blocks`, `remat`, `fused_attention` and the
+        schedule are used here.
       mesh: the mesh that holds the state.
       execution: how the task's networks are computed; None chooses it for the mesh.
 
@@ -133,7 +136,12 @@ def _jit_step(task: Task, optimizer, config: TrainConfig, mesh: Mesh, execution:
     if execution is None:
         kept = getattr(task.network and task.network.config, "kept_by_dots", 0)
         execution = choose_execution(
-            mesh, scan=config.scan_blocks, remat=config.remat, rows=size // parts, kept_by_dots=kept
+            mesh,
+            scan=config.scan_blocks,
+            remat=config.remat,
+            fused_attention=config.fused_attention,
+            rows=size // parts,
+            kept_by_dots=kept,
         )
 
     def step(state: TrainState, batch: dict, key: jax.Array, frozen: tuple) -> tuple[TrainState, dict]:

@@ -1,5 +1,7 @@
 """Tuned operations: values and gradients equal those of the plain forms, and derivatives in both directions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +41,20 @@ def test_attention_and_its_derivatives_equal_jaxs(attention, dtype):
     (backward, forward), (wanted, wanted_forward) = results(qkv, d_out)
     same(backward, wanted, TOLERANCE[dtype])
     same(forward, wanted_forward, 4 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("tokens", [100, 256])  # of 100 the kernel cannot make blocks
+def test_splash_attention_and_its_gradient_equal_the_plain_ones(tokens, monkeypatch):
+    monkeypatch.setattr(kernels, "_SPLASH_BLOCK", 128)
+    *qkv, d_out = draw(*[(2, tokens, 3, 20)] * 4, dtype="bfloat16")  # heads of 20, which 128 lanes are padded from
+    splash = functools.partial(kernels.splash_attention, interpret=True)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def results(attention, qkv):
+        out, pull = jax.vjp(attention, *qkv)
+        return out, *pull(d_out)
+
+    same(results(splash, qkv), results(kernels.attention, qkv), TOLERANCE["bfloat16"])
 
 
 @pytest.mark.parametrize("shape", [(3, 8), (2, 3, 4, 8)])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sfd_jax.distributed import make_mesh
+from sfd_jax.models import kernels
 from sfd_jax.pod.flops import program_flops
 
 
@@ -64,3 +65,13 @@ def test_shard_map_counts_for_all_devices():
     rows = jax.sharding.PartitionSpec(mesh.axis_names)
     product = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(rows, jax.sharding.PartitionSpec()), out_specs=rows)
     assert program_flops(jax.jit(product).trace(*shapes((16, 11), (11, 3))).jaxpr) == 2 * 16 * 11 * 3
+
+
+def test_a_fused_kernel_counts_each_of_its_blocks():
+    """Two products forwards, as the plain form; in a gradient five more, since the kernel computes the logits again."""
+    qkv = [jax.ShapeDtypeStruct((2, 1024, 3, 72), jnp.bfloat16)] * 3
+    product = 2 * 2 * 3 * 1024 * 1024 * 72
+    loss = lambda attend: lambda *qkv: jnp.sum(attend(*qkv).astype(np.float32))
+    flops = lambda f: program_flops(jax.jit(f).trace(*qkv).jaxpr)
+    assert flops(kernels.attention) == flops(kernels.splash_attention) == 2 * product
+    assert flops(jax.grad(loss(kernels.splash_attention), (0, 1, 2))) == 7 * product
