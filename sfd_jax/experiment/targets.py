@@ -33,7 +33,7 @@ def check_repa_source(config: ConfigDict) -> str:
         raise SfdError(f"data.repa_source='{data.repa_source}' is unknown; {nearest(data.repa_source, REPA_SOURCES)}")
     if config.loss.repa_weight <= 0:
         return "none"
-    if (patch := config.model.patch_size) > 1:
+    if (patch := config.model.get("patch_size", 1)) > 1:
         raise SfdError(
             f"REPA compares a token with the feature of one latent pixel, but with model.patch_size={patch} a token "
             f"stands for {patch**2} of them: --config.model.repa_features=0 --config.loss.repa_weight=0 trains without"
