@@ -21,7 +21,7 @@ MODEL = "width=24 depth=1 num_heads=2 input_size=32 repa_depth=1 compute_dtype=f
 @pytest.mark.slow
 def test_images_of_512_px_from_extraction_to_scores(tmp_path, capsys, monkeypatch):
     random = np.random.default_rng(0)
-    for index in range(4):
+    for index in range(8):
         folder = tmp_path / "images" / "train" / f"{index % 2}"
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(random.integers(0, 256, (512, 520, 3), np.uint8)).save(folder / f"{index}.png")
@@ -37,21 +37,21 @@ def test_images_of_512_px_from_extraction_to_scores(tmp_path, capsys, monkeypatc
         return capsys.readouterr().out
 
     networks = [f"--texture_vae={vae}", f"--visual={visual}", f"--semantic_vae={semantic}"]
-    images = ["--images=folder", f"--path={tmp_path / 'images'}", "--image_size=512", "--tile_size=512"]
-    run("extract", *images, *networks, "--batch_size=2", f"--out={tmp_path / 'latents'}")
+    images = ["--images=folder", f"--path={tmp_path / 'images'}", "--image_size=512", "--tile_size=512", "--no_flips"]
+    run("extract", *images, *networks, "--batch_size=8", f"--out={tmp_path / 'latents'}")
     store = LatentStore(tmp_path / "latents")
     assert store[0]["texture"].shape == (32, 32, 8) and store[0]["semantic"].shape == (32, 32, 4)
 
     # The targets are decoded from one view, as the latents were extracted.
     targets = ["--config.data.repa_source=semvae", f"--config.data.semantic_vae={semantic}"]
     model = [f"--config.model.{setting}" for setting in MODEL.split()]
-    steps = ["--config.train.steps=3", "--config.train.global_batch_size=2"]
+    steps = ["--config.data.flips=False", "--config.train.steps=3", "--config.train.global_batch_size=8"]
     config = ["--config=configs/sfd.py:b,512,tiny", f"--config.data.path={tmp_path / 'latents'}"]
     printed = run("train", *config, *model, *targets, *steps, f"--workdir={tmp_path / 'run'}")
     assert "targets are made of one view an image, like the latents (data.tile_grid=32)" in printed
 
     given = [f"--checkpoint={tmp_path / 'run'}", f"--texture_vae={vae}", "--guidance=none", "--solver=euler"]
-    run("sample", *given, "--num_steps=3", "--num=4", "--batch_size=2", f"--out={tmp_path / 'samples'}")
+    run("sample", *given, "--num_steps=4", "--num=8", "--batch_size=1", f"--out={tmp_path / 'samples'}")
     reference, inception = tmp_path / "reference.npz", "--inception=stand-in"
     photos = [f"--reference={tmp_path / 'images' / 'train' / '0'}", "--image_size=512"]
     run("evaluate", *photos, inception, f"--save_statistics={reference}")
