@@ -8,6 +8,7 @@ controls the error of each sample separately: batch size, padding, devices and h
 (In `released` mode dopri5 has one step size for the batch, as released, so the batch size matters there.)
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 

@@ -53,7 +53,12 @@ def test_tiles_are_rows_of_parts_and_join_undoes_split():
 
 
 def test_tilings_follow_from_pixels_and_from_latents_alike():
-    for image_size, tile_size, grid, tiles in ((256, 256, 16, 1), (512, 256, 16, 2), (512, 512, 32, 1), (128, 256, 8, 1)):
+    for image_size, tile_size, grid, tiles in (
+        (256, 256, 16, 1),
+        (512, 256, 16, 2),
+        (512, 512, 32, 1),
+        (128, 256, 8, 1),
+    ):
         tiling = Tiling.of_pixels(image_size, tile_size, downsampling=16)
         assert tiling == Tiling(min(image_size, tile_size), grid) and tiling.tiles_a_side(image_size) == tiles
         assert tiling == Tiling.of_latents(image_size, image_size // 16, tile_size // 16)

@@ -16,7 +16,6 @@ from sfd_jax.errors import SfdError
 from sfd_jax.models.layers import check_divides
 from sfd_jax.models.network import Network, Params
 
-
 RELEASED_GRID = 16  # latent pixels a side of a tile of the released latents
 
 
