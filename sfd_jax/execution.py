@@ -32,7 +32,7 @@ KEPT_AT_MOST = {
 _KEPT_ELSEWHERE = 5
 
 
-# Tokens from which TPUs use a fused attention: with 256, the weights fit into the chip's fast memory.
+# Tokens from which TPUs use a fused attention: the memory of the weights grows with their square.
 SPLASH_FROM = 1024
 
 
