@@ -79,6 +79,8 @@ RANGES = {
     **_rows("semantic_weight cosine_weight repa_weight mse_weight l1_weight kl_weight", _WEIGHT),
     **_rows("classification_weight perceptual_weight", _WEIGHT),
     **_rows("label_smoothing repa_spatial_norm", _SHARE) | _rows("label_dropout", _BELOW_1),  # at 1 no class is trained
+    **_rows("curve_learning_rate", Range(float, 0, 100, above=True)) | _rows("kinetic_weight", _WEIGHT),
+    **_rows("reference_offset", _SHARE),
     **_rows("loss.shift", Range(float, 0, 2**14)) | _rows("loss.scale", _BELOW_1),
     # Optimisation
     **_rows("learning_rate", Range(float, 0, 100, above=True)) | _rows("eps", Range(float, 0, 1, above=True)),

@@ -7,6 +7,8 @@
       a small model for images of 32 or 64 px: docs/your_own_images.md
   sfd train ... --config.data.repa_source=semvae --config.data.semantic_vae=CKPT
       REPA without stored features; or `online` from the images: see docs/repa.md
+  sfd train --config=configs/sfd.py:xl,learned_clocks --workdir=runs/learned --config.data.path=latents/train
+      learn the two clocks with a small network first, then train with them: docs/learned_clocks.md
   sfd train ... --init=CKPT
       start from the weights of another run, or from converted ones
   sfd train ... --check
@@ -28,9 +30,13 @@ def main(argv: list[str]) -> int:
     """Read the flags, then train or only look for faults."""
     args, found = parse_training("train", __doc__, argv, config="configs/sfd.py:xl")
 
+    from sfd_jax.experiment.learned_clocks import with_learned_clocks
     from sfd_jax.experiment.run import train_or_check
     from sfd_jax.experiment.training import open_diffusion
 
-    open_run = lambda: open_diffusion(args.config, found, init=args.init)
+    def open_run():
+        config = with_learned_clocks(args.config, args.workdir, found, check=args.check)
+        return open_diffusion(config, found, init=args.init)
+
     train_or_check(open_run, args.workdir, found, check=args.check, profile=args.profile)
     return 0

@@ -23,7 +23,7 @@ from sfd_jax.experiment.build import mesh_from_config
 from sfd_jax.experiment.previews import PreviewConfig, Previews
 from sfd_jax.models.execution import PLAIN
 from sfd_jax.models.fingerprint import params_hash
-from sfd_jax.training import Task, TrainConfig, fit, make_optimizer, make_train_step
+from sfd_jax.training import Task, TrainConfig, TrainState, fit, make_optimizer, make_train_step
 from sfd_jax.training.held_out import Measure, check_held_out, held_out_metrics
 from sfd_jax.training.loop import check_workdir
 from sfd_jax.training.optimizer import check_average
@@ -114,7 +114,7 @@ def train_or_check(
     train(run, workdir, profile=profile)
 
 
-def train(run: Run, workdir: str, *, table: bool = True, profile: tuple[int, int] | None = None) -> None:
+def train(run: Run, workdir: str, *, table: bool = True, profile: tuple[int, int] | None = None) -> TrainState:
     """Train on all devices of all hosts, from the newest checkpoint if there is one.
 
     Args:
@@ -122,6 +122,9 @@ def train(run: Run, workdir: str, *, table: bool = True, profile: tuple[int, int
       workdir: its folder, local or gs://.
       table: print the table of parameters.
       profile: see `fit`.
+
+    Returns:
+      The final state.
 
     Raises:
       SfdError: hosts have different configs or data, the data do not fit the network, or as `fit`.
@@ -160,6 +163,7 @@ def train(run: Run, workdir: str, *, table: bool = True, profile: tuple[int, int
         profile=profile,
     )
     say(f"{workdir}: {int(state.step):,} steps done")
+    return state
 
 
 def ideal_seconds(run: Run, batch: Batch, mesh: Mesh) -> float | None:

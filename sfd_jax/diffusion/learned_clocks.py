@@ -1,0 +1,250 @@
+"""Clocks that are learned: a curve in the square of (t_semantic, t_texture), and the loss that compares curves.
+
+A pair of clocks is a curve from (0, 0) to (1, 1). Here it has three parts, of which the first and the last may be empty:
+
+    texture waits at 0 until t_semantic = wait;
+    both move, from (wait, 0) to (1, 1 - rest): t_texture = (1 - rest) y(x), t_semantic = wait + (1 - wait) x;
+    semantics are done, and texture moves from 1 - rest to 1.
+
+y is a mixture of the powers of POWERS, so the curve is monotone, convex and smooth inside each part for all values. With
+y = x and wait = rest = delta_t it is the fixed offset's curve, with 0 the synchronous pair's, with 1 the sequential one's.
+
+The corrected loss of a curve is the integral along it of sum_g w_g(t_g) |v_g - u_g|^2 dt_g, where the weight w_g of group
+g at its own time is the same for all curves. It does not depend on how tau runs along the curve; that is chosen to
+minimise the kinetic energy, the mean over tau of sum_g t_g'(tau)^2 E|u_g|^2, which gives constant speed in the length
+whose square is sum_g E|u_g|^2 dt_g^2.
+
+Source: the idea is that of arXiv 2606.19662, whose details are not public; the derivation here is our own
+(docs/learned_clocks.md).
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sfd_jax.diffusion.clocks import CLOCKS, Clocks
+from sfd_jax.diffusion.losses import Predict
+from sfd_jax.errors import SfdError
+from sfd_jax.latents import LatentLayout
+from sfd_jax.ranges import Range
+from sfd_jax.settings import setting
+
+POWERS = (1, 2, 4, 8)  # of y(x)
+_NODES, _WEIGHTS = (array.astype(np.float32) for array in np.polynomial.legendre.leggauss(16))
+_TABLE = 65  # points of the first guess at x by length
+_SHORT = 1e-4  # a part below this share of the length has no breakpoint of its own
+
+
+class Curve(NamedTuple):
+    """A curve by its numbers: floats, or arrays where it is trained.
+
+    wait, rest: () in [0, 1]. shape: (4,), weights of POWERS, which sum to 1.
+    """
+
+    wait: Any
+    rest: Any
+    shape: Any
+
+    def times(self, place: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Map a place on the curve to (t_semantic, t_texture); each of the three parts has length 1 in `place`."""
+        first, x, last = jnp.clip(place, 0, 1), jnp.clip(place - 1, 0, 1), jnp.maximum(place - 2, 0)
+        y = sum(self.shape[i] * x**power for i, power in enumerate(POWERS))
+        return self.wait * first + (1 - self.wait) * x, (1 - self.rest) * y + self.rest * last
+
+    def lengths(self, energy_ratio: float) -> tuple[Any, Any, Any]:
+        """Return the lengths of the three parts in the metric dt_semantic^2 + energy_ratio dt_texture^2."""
+        return self.wait, self.length_until(np.ones(()), energy_ratio), energy_ratio**0.5 * self.rest
+
+    def length_until(self, x: Any, energy_ratio: float) -> Any:
+        """Return the length of the middle part from 0 to x, any shape, by Gauss-Legendre quadrature."""
+        return x / 2 * (self.speed(x[..., None] / 2 * (1 + _NODES), energy_ratio) * _WEIGHTS).sum(axis=-1)
+
+    def speed(self, x: Any, energy_ratio: float) -> Any:
+        """Return the length per x of the middle part."""
+        slope = sum(self.shape[i] * power * x ** (power - 1) for i, power in enumerate(POWERS))
+        squared = (1 - self.wait) ** 2 + energy_ratio * ((1 - self.rest) * slope) ** 2
+        return (squared + 1e-12) ** 0.5  # differentiable where the middle part is empty
+
+
+def kinetic_energy(curve: Curve, energy_ratio: float) -> jax.Array:
+    """Return the least kinetic energy of a curve, relative to the synchronous pair's: 1 or more."""
+    return sum(curve.lengths(energy_ratio)) ** 2 / (1 + energy_ratio)
+
+
+@CLOCKS.register("learned")
+@dataclasses.dataclass(frozen=True)
+class Learned(Clocks):
+    """Follow a learned curve, now frozen, at constant speed: tau in [0, 1] is the share of its length."""
+
+    wait: float = setting(0.3, "t_semantic at which texture starts", range=Range(float, 0, 1))
+    rest: float = setting(0.3, "how far texture still has to go when semantics end", range=Range(float, 0, 1))
+    shape: tuple = setting((1.0, 0.0, 0.0, 0.0), "weights of the powers 1, 2, 4, 8", range=Range(float, 0, 1e6))
+    energy_ratio: float = setting(1.0, "E|u|^2 of texture over that of semantics", range=Range(float, 0.001, 1000))
+    tau_end = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.shape) != len(POWERS) or not sum(self.shape) > 0:
+            raise SfdError(f"clocks.shape={self.shape}: give {len(POWERS)} weights of which one is positive")
+
+    @property
+    def curve(self) -> Curve:
+        """Return the curve, with weights that sum to 1."""
+        return Curve(self.wait, self.rest, tuple(weight / sum(self.shape) for weight in self.shape))
+
+    @property
+    def breakpoints(self) -> tuple[float, ...]:
+        """Return where texture starts and where semantics end, unless that is an end of the curve."""
+        start, end = map(float, np.cumsum(self._lengths()[:2]))
+        return tuple(tau for tau in ((start, end) if end - start > _SHORT else (start,)) if _SHORT < tau < 1 - _SHORT)
+
+    def _lengths(self) -> np.ndarray:
+        lengths = np.array(self.curve.lengths(self.energy_ratio))
+        return lengths / lengths.sum()
+
+    def times(self, tau: jax.Array) -> tuple[jax.Array, jax.Array]:
+        first, middle, last = np.maximum(self._lengths(), 1e-9)
+        share = jnp.clip((tau - first) / middle, 0, 1)
+        place = jnp.clip(tau / first, 0, 1) + self._x_at(share) + jnp.maximum((tau - first - middle) / last, 0)
+        return self.curve.times(place)
+
+    def _x_at(self, share: jax.Array) -> jax.Array:
+        """Return x where the middle part has a share of its length: the inverse of `Curve.length_until`."""
+        curve, ratio, table = self.curve, self.energy_ratio, np.linspace(0, 1, _TABLE, dtype=np.float32)
+        lengths = curve.length_until(table, ratio)
+        x = jnp.interp(share, lengths / lengths[-1], table)
+        for _ in range(2):  # Newton's steps; the last one has the derivative by `share` too
+            x = jax.lax.stop_gradient(x)
+            x = jnp.clip(x + (share * lengths[-1] - curve.length_until(x, ratio)) / curve.speed(x, ratio), 0, 1)
+        return x
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedCurve(Clocks):
+    """A curve whose numbers are trained parameters, for the probe; `freeze` makes `Learned` of them.
+
+    Each part of the curve has length 1 in tau, whatever the parameters. Were the breakpoints to move, the gradient of
+    the loss at drawn tau would lack the term of the rates that jump there.
+
+    Attributes:
+      start: the curve at the start.
+      gain: factor of the parameters. Adam's steps have the size of the learning rate, so the curve's are `gain` times
+        as large as the network's.
+    """
+
+    start: Learned = Learned()
+    gain: float = 1.0
+    tau_end = 3.0
+    breakpoints = (1.0, 2.0)
+
+    def init(self, key: jax.Array) -> dict:
+        inside = lambda value: jnp.clip(jnp.asarray(value, jnp.float32), 0.02, 0.98)
+        logit = lambda value: jnp.log(inside(value) / (1 - inside(value)))
+        wait, rest, shape = self.start.curve
+        values = {"wait": logit(wait), "rest": logit(rest), "shape": jnp.log(inside(shape))}
+        return jax.tree.map(lambda value: value / self.gain, values)
+
+    @property
+    def curve(self) -> Curve:
+        """Return the curve of the bound parameters."""
+        wait, rest, shape = (self.params[name] * self.gain for name in Curve._fields)
+        return Curve(jax.nn.sigmoid(wait), jax.nn.sigmoid(rest), jax.nn.softmax(shape))
+
+    def times(self, tau: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return self.curve.times(tau)
+
+    def freeze(self) -> Learned:
+        """Return the curve as plain numbers of 4 digits; below 0.01 they are 0, so that no part is very short."""
+        number = lambda value: round(float(value), 4) if value >= 0.01 else 0.0
+        wait, rest, shape = jax.device_get(self.curve)
+        return Learned(number(wait), number(rest), tuple(map(number, shape)), self.start.energy_ratio)
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalWeights:
+    """The weights w_g over each group's own time, the same for all curves: those that a recipe with a fixed offset has.
+
+    With tau = t (1 + offset) and t of density p, semantics in motion are at t_semantic = tau with the density
+    p(t_semantic / (1 + offset)) / (1 + offset), texture at t_texture = tau - offset likewise. So for that offset the
+    corrected loss is the usual one without what is not integrated: groups that stand still, at time 0 or 1.
+
+    Attributes:
+      time: distribution of t, `LossConfig.time`.
+      semantic_weight: beta.
+      offset: of the recipe, 0.3 in the released one.
+    """
+
+    time: str = "logit_normal"
+    semantic_weight: float = 2.0
+    offset: float = 0.3
+
+    def __call__(self, t_semantic: jax.Array, t_texture: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return w_semantic and w_texture, in the shape of the times."""
+        end = 1 + self.offset
+        density = lambda tau: time_density(tau / end, self.time) / end
+        return self.semantic_weight * density(t_semantic), density(t_texture + self.offset)
+
+
+def time_density(t: jax.Array, kind: str) -> jax.Array:
+    """Return the density of `losses.sample_time` at t in [0, 1]."""
+    if kind == "uniform":
+        return jnp.ones_like(t)
+    inside = jnp.clip(t, 1e-5, 1 - 1e-5)
+    return jax.scipy.stats.norm.pdf(jnp.log(inside / (1 - inside))) / (inside * (1 - inside))
+
+
+def corrected_loss(
+    predict: Predict,
+    data: jax.Array,
+    noise: jax.Array,
+    labels: jax.Array,
+    tau: jax.Array,
+    *,
+    layout: LatentLayout,
+    clocks: Clocks,
+    weights: LocalWeights,
+) -> jax.Array:
+    """Return the corrected loss of each sample; for tau uniform on [0, tau_end] its mean is that of the clocks' curve.
+
+    Args:
+      predict: (latents, t_semantic, t_texture, labels) -> velocity (B,H,W,C).
+      data, noise: (B,H,W,C), ends of the linear path.
+      labels: (B,) int32.
+      tau: (B,) global times.
+      layout: which channels are texture.
+      clocks: the curve, with its parameters.
+      weights: of each group over its own time.
+
+    Returns:
+      (B,) float32, a mean over channels and positions.
+    """
+    return weighted_error(predict, data, noise, labels, *at_tau(clocks, tau), layout=layout, weights=weights)
+
+
+def at_tau(clocks: Clocks, tau: jax.Array) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Return the times of semantics and texture at tau, and their rates per share of tau_end."""
+    stage = jnp.searchsorted(jnp.asarray(clocks.breakpoints, jnp.float32), tau, side="right").astype(jnp.int32)
+    semantic, texture = clocks.rates(tau, stage)
+    return clocks.times(tau), (clocks.tau_end * semantic, clocks.tau_end * texture)
+
+
+def weighted_error(
+    predict: Predict,
+    data: jax.Array,
+    noise: jax.Array,
+    labels: jax.Array,
+    times: tuple[jax.Array, jax.Array],
+    rates: tuple[jax.Array, jax.Array],
+    *,
+    layout: LatentLayout,
+    weights: LocalWeights,
+) -> jax.Array:
+    """Return sum_g w_g rate_g |v_g - u_g|^2 at given times of semantics and texture, (B,) each; see `corrected_loss`."""
+    spread = lambda semantic, texture: layout.per_channel(texture, semantic)[:, None, None, :]
+    t, (w_semantic, w_texture) = spread(*times), weights(*times)
+    velocity = predict(t * data + (1 - t) * noise, *times, labels).astype(jnp.float32)
+    factor = spread(w_semantic * rates[0], w_texture * rates[1])
+    return jnp.mean(factor * (velocity - (data - noise)) ** 2, axis=(1, 2, 3))
