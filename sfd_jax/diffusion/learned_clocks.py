@@ -60,7 +60,8 @@ class Curve(NamedTuple):
 
     def length_until(self, x: Any, energy_ratio: float) -> Any:
         """Return the length of the middle part from 0 to x, any shape, by Gauss-Legendre quadrature."""
-        return x / 2 * (self.speed(x[..., None] / 2 * (1 + _NODES), energy_ratio) * _WEIGHTS).sum(axis=-1)
+        nodes, weights = (array.reshape((1,) * x.ndim + (-1,)) for array in (_NODES, _WEIGHTS))
+        return x / 2 * (self.speed(x[..., None] / 2 * (1 + nodes), energy_ratio) * weights).sum(axis=-1)
 
     def speed(self, x: Any, energy_ratio: float) -> Any:
         """Return the length per x of the middle part."""

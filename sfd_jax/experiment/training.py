@@ -59,7 +59,9 @@ def open_diffusion(config: ConfigDict, found: Faults | None = None, *, init: str
     """
     found, notes = Faults() if found is None else found, []
     if "probe" in config:
-        raise SfdError("the clocks are not learned yet: `with_learned_clocks` of experiment/learned_clocks.py does that")
+        raise SfdError(
+            "the clocks are not learned yet: `with_learned_clocks` of experiment/learned_clocks.py does that"
+        )
     if None in (config.model.num_classes, config.model.input_size):
         with found:
             config = completed(config, open_source(config.data.path, repa=False))

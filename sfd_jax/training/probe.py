@@ -42,7 +42,7 @@ class ProbeConfig:
     global_batch_size: int = 256
     learning_rate: float = 3e-4
     curve_learning_rate: float = 3e-3
-    kinetic_weight: float = 0.01
+    kinetic_weight: float = 0.05
     reference_offset: float = 0.3
     path: str = ""
 
@@ -66,7 +66,9 @@ class ProbeConfig:
         )
 
 
-def probe_task(network: Network, layout: LatentLayout, curve: TrainedCurve, loss: LossConfig, probe: ProbeConfig) -> Task:
+def probe_task(
+    network: Network, layout: LatentLayout, curve: TrainedCurve, loss: LossConfig, probe: ProbeConfig
+) -> Task:
     """Return the task of the probe.
 
     Args:

@@ -43,7 +43,7 @@ def _sum_and_texture(clocks):
 def test_random_curves_are_monotone_and_convex_and_run_at_constant_speed():
     start = Learned(energy_ratio=2.0)
     trained = TrainedCurve(start, gain=10.0)
-    for seed in range(8):
+    for seed in range(3):
         keys = iter(jax.random.split(jax.random.key(seed), 3))
         params = jax.tree.map(lambda x: 0.3 * jax.random.normal(next(keys), x.shape), trained.init(None))
         bound = trained.bind(params)
@@ -78,14 +78,13 @@ def test_the_loss_of_a_curve_does_not_depend_on_how_tau_runs_and_is_the_usual_on
     predict = lambda x, s, t, _: jnp.sin(2 * x) + (s * (1 - t) + t**2)[:, None, None, None]
     weights, u = LocalWeights(), (jnp.arange(n) + 0.5) / n
 
-    @jax.jit
-    def loss(clocks_tau, clocks):
-        return corrected_loss(
-            predict, data, noise, labels, clocks_tau, layout=LAYOUT, clocks=clocks, weights=weights
-        ).mean()
+    def of(clocks):
+        at = lambda tau: corrected_loss(
+            predict, data, noise, labels, tau, layout=LAYOUT, clocks=clocks, weights=weights
+        )
+        return float(jax.jit(at)(u * clocks.tau_end).mean())
 
-    of = lambda clocks: float(jax.jit(lambda tau: loss.__wrapped__(tau, clocks))(u * clocks.tau_end))
-    same = [of(FixedOffset(0.3)), of(Learned(0.3, 0.3)), of(Learned(0.3, 0.3, energy_ratio=4.0))]
+    same = [of(FixedOffset(0.3)), of(Learned(0.3, 0.3, energy_ratio=4.0))]
     np.testing.assert_allclose(same, same[0], rtol=2e-3)
     trained = TrainedCurve(Learned(0.2, 0.5, (0.2, 0.3, 0.3, 0.2)))
     trained = trained.bind(trained.init(None))
@@ -114,8 +113,8 @@ def gaussian(covariance):
 
     def predict(x, semantic, texture, _):
         t = LAYOUT.per_channel(texture, semantic)
-        of_x = t[:, :, None] * covariance * t[:, None, :] + jax.vmap(jnp.diag)((1 - t) ** 2 + 1e-4)
-        with_u = covariance * t[:, None, :] - jax.vmap(jnp.diag)(1 - t)
+        of_x = t[:, :, None] * covariance[None] * t[:, None, :] + jax.vmap(jnp.diag)((1 - t) ** 2 + 1e-4)
+        with_u = covariance[None] * t[:, None, :] - jax.vmap(jnp.diag)(1 - t)
         return jnp.einsum("bij,bj->bi", with_u, jnp.linalg.solve(of_x, x[:, 0, 0, :, None])[..., 0])[:, None, None]
 
     return draw, predict
@@ -144,9 +143,7 @@ def test_gradient_of_the_curve(covariance, weights, moves):
         data, noise = draw(key, 256)
         tau = 3 * (jnp.arange(256) + jax.random.uniform(jax.random.fold_in(key, 1), (256,))) / 256
         clocks = trained.bind(params)
-        return corrected_loss(
-            predict, data, noise, labels, tau, layout=LAYOUT, clocks=clocks, weights=weights
-        ).mean()
+        return corrected_loss(predict, data, noise, labels, tau, layout=LAYOUT, clocks=clocks, weights=weights).mean()
 
     grads = jax.jit(lambda keys: jax.lax.map(lambda key: jax.grad(loss)(params, key), keys))
     grads = {name: np.array(grad) for name, grad in grads(jax.random.split(jax.random.key(0), 64)).items()}
