@@ -11,7 +11,7 @@ from sfd_jax.diffusion.clocks import make_clocks
 from sfd_jax.errors import SfdError
 from sfd_jax.experiment import training
 from sfd_jax.experiment.config_files import load_config
-from sfd_jax.experiment.learned_clocks import read_learned_clocks
+from sfd_jax.experiment.learned_clocks import read_learned_clocks, with_learned_clocks
 from sfd_jax.generation.parts import clocks_of
 from sfd_jax.training import load_metadata
 from sfd_jax.training.logging import read_metrics
@@ -50,8 +50,8 @@ def test_the_probe_then_the_run_with_an_interruption_between(tmp_path, monkeypat
     assert learned["clocks"]["energy_ratio"] == 8 / 4 and learned["clocks"]["wait"] != 0.3
 
     # The same command goes on with the run; another probe in the same folder is refused.
-    assert train(run, "--config.probe.steps=5") == 2
-    assert "config.probe.steps: there 4, here 5" in capsys.readouterr().err
+    assert train(run, "--config.probe.kinetic_weight=0.1") == 2
+    assert "config.probe.kinetic_weight: there 0.05, here 0.1" in capsys.readouterr().err
     assert train(run) == 0
     assert (run / "probe/metrics.jsonl").read_bytes() == probed and read_metrics(run)[-1]["step"] == 4
     metadata = load_metadata(run)
@@ -59,8 +59,7 @@ def test_the_probe_then_the_run_with_an_interruption_between(tmp_path, monkeypat
     assert json.loads((run / "run.json").read_text())["config"]["clocks"] == learned["clocks"]
 
     # A weak model takes the curve of the run.
-    assert train(tmp_path / "weak", f"--config.probe.path={run}", "--config.train.steps=1") == 0
-    assert clocks_of(load_metadata(tmp_path / "weak")) == clocks_of(metadata)
-    assert not (tmp_path / "weak" / "probe").exists()
-    assert train(tmp_path / "other", f"--config.probe.path={latents}") == 2
-    assert "no learned_clocks.json" in capsys.readouterr().err
+    weak = lambda path: with_learned_clocks(load_config(CONFIG, [f"--config.probe.path={path}"]), tmp_path / "weak")
+    assert make_clocks(weak(run).clocks) == clocks_of(metadata)
+    with pytest.raises(SfdError, match="no learned_clocks.json"):
+        weak(latents)
