@@ -4,6 +4,7 @@ Convention everywhere: t = 0 is noise, t = 1 is data, velocity = data - noise. G
 time tau runs from 0 to tau_end and a pair of clocks maps it to the time of each group of channels.
 
   clocks    tau -> (t_semantic, t_texture), with breakpoints; used by the loss and the sampler
+  learned_clocks  a curve of clocks with trained parameters, and the loss that compares curves
   paths     from noise to data: linear, gvp, vp
   predictions  what the network predicts: velocity, noise or score
   losses    the training loss
@@ -19,6 +20,7 @@ This package receives a velocity function and never imports `models`.
 """
 
 from sfd_jax.diffusion.clocks import CLOCKS, Clocks, FixedOffset, Sequential, Synchronous, clocks_config, make_clocks
+from sfd_jax.diffusion.learned_clocks import Learned
 from sfd_jax.diffusion.losses import Draws, LossConfig, LossTerms, draw, loss_metrics, velocity_loss
 from sfd_jax.diffusion.paths import LinearPath, Path
 from sfd_jax.diffusion.sample_config import SampleConfig, SampleJob, SolverConfig
@@ -29,6 +31,7 @@ __all__ = [
     "Clocks",
     "Draws",
     "FixedOffset",
+    "Learned",
     "LinearPath",
     "LossConfig",
     "LossTerms",

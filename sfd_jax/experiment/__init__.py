@@ -3,6 +3,7 @@
     config = load_config("configs/sfd.py:xl", ["--config.data.path=latents"])    config_files.py
     run = open_diffusion(config)                                               training.py, one function a kind
     train(run, "runs/xl")                                                      run.py
+    config = with_learned_clocks(config, "runs/xl")    before open_diffusion:  learned_clocks.py
     network, params, metadata = open_checkpoint("runs/xl", "lightning_dit")    checkpoints.py
 
 extraction.py, sampling.py, evaluation.py and programs.py do the same for latents, samples, scores and programs for a

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sfd_jax.diffusion.clocks import join_params, split_params
-from sfd_jax.diffusion.learned_clocks import LocalWeights, TrainedCurve, at_tau, kinetic_energy, weighted_error
+from sfd_jax.diffusion.learned_clocks import POWERS, LocalWeights, TrainedCurve, at_tau, corrected_loss
 from sfd_jax.diffusion.losses import LossConfig, draw
 from sfd_jax.latents import LatentLayout
 from sfd_jax.models.network import Network
@@ -93,18 +93,18 @@ def probe_task(
         clocks, data, rows = curve.bind(trained), batch["latents"], batch["row_indices"]
         draws = draw(key, data, batch["labels"], config=loss, null_label=null_label, row_indices=rows)
         on_curve = rows % 2 == 0
-        # Multiples of the golden ratio modulo 1, from a random start: uniform, and evenly spread over the rows of a step.
+        # Multiples of the golden ratio modulo 1 from a random start: uniform, and evenly spread over the rows.
         tau = clocks.tau_end * jnp.mod(rows * 0.61803399 + jax.random.uniform(jax.random.fold_in(key, 1)), 1.0)
         anywhere = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_by_row(jax.random.fold_in(key, 2), rows))
         anywhere = (anywhere.max(axis=1), anywhere.min(axis=1)), (1.0, 1.0)
         places = jax.tree.map(lambda here, there: jnp.where(on_curve, here, there), at_tau(clocks, tau), anywhere)
         predict = lambda *inputs: network.apply(params, *inputs, return_repa=False)
-        error = weighted_error(predict, data, draws.noise, draws.labels, *places, layout=layout, weights=weights)
-        energy = kinetic_energy(clocks.curve, curve.start.energy_ratio)
-        corrected = jnp.sum(jnp.where(on_curve, error, 0.0)), jnp.sum(on_curve)
-        metrics = {"corrected_loss": corrected, "kinetic_energy": energy}
+        error = corrected_loss(predict, data, draws.noise, draws.labels, *places, layout=layout, weights=weights)
+        energy = clocks.curve.kinetic_energy(curve.start.energy_ratio)
         wait, rest, shape = clocks.curve
-        metrics |= {"wait": wait, "rest": rest, **{f"shape_{i}": weight for i, weight in enumerate(shape)}}
+        metrics = {"wait": wait, "rest": rest, "kinetic_energy": energy}
+        metrics |= {f"shape_{power}": weight for power, weight in zip(POWERS, shape, strict=True)}
+        metrics["corrected_loss"] = jnp.sum(jnp.where(on_curve, error, 0.0)), jnp.sum(on_curve)
         return 2 * error.mean() + probe.kinetic_weight * energy, metrics
 
     return Task("probe", network, init, loss_fn)

@@ -12,8 +12,8 @@ from sfd_jax.diffusion.learned_clocks import (
     Learned,
     LocalWeights,
     TrainedCurve,
+    at_tau,
     corrected_loss,
-    kinetic_energy,
 )
 from sfd_jax.errors import SfdError
 from sfd_jax.latents import LatentLayout
@@ -44,9 +44,9 @@ def test_random_curves_are_monotone_and_convex_and_run_at_constant_speed():
     start = Learned(energy_ratio=2.0)
     trained = TrainedCurve(start, gain=10.0)
     for seed in range(3):
-        keys = iter(jax.random.split(jax.random.key(seed), 3))
-        params = jax.tree.map(lambda x: 0.3 * jax.random.normal(next(keys), x.shape), trained.init(None))
-        bound = trained.bind(params)
+        rng = np.random.default_rng(seed)
+        draw = lambda shape, rng=rng: jnp.asarray(0.3 * rng.standard_normal(shape), jnp.float32)
+        bound = trained.bind({"wait": draw(()), "rest": draw(()), "shape": draw((4,))})
         semantic, texture = (np.diff(np.array(t, np.float64)) for t in bound.times(jnp.linspace(0, 3, 301)))
         assert semantic.min() >= 0 and texture.min() >= 0
         assert (semantic[:-1] * texture[1:] - semantic[1:] * texture[:-1]).min() > -1e-8  # turns to the left only
@@ -58,7 +58,7 @@ def test_random_curves_are_monotone_and_convex_and_run_at_constant_speed():
         rates = np.array(frozen.rates(tau, stage))
         np.testing.assert_allclose([clock[-1] for clock in frozen.times(tau)], 1, atol=1e-6)
         speed = rates[0] ** 2 + 2 * rates[1] ** 2
-        np.testing.assert_allclose(speed / 3, float(kinetic_energy(frozen.curve, 2.0)), rtol=1e-3)
+        np.testing.assert_allclose(speed / 3, float(frozen.curve.kinetic_energy(2.0)), rtol=1e-3)
         np.testing.assert_allclose(np.trapezoid(rates, tau), 1, atol=3e-3)
         start_of_texture = float(frozen.times(jnp.float32(frozen.breakpoints[0]))[0])
         np.testing.assert_allclose([start_of_texture, frozen.wait], float(bound.curve.wait), atol=1e-4)
@@ -79,10 +79,11 @@ def test_the_loss_of_a_curve_does_not_depend_on_how_tau_runs_and_is_the_usual_on
     weights, u = LocalWeights(), (jnp.arange(n) + 0.5) / n
 
     def of(clocks):
-        at = lambda tau: corrected_loss(
-            predict, data, noise, labels, tau, layout=LAYOUT, clocks=clocks, weights=weights
-        )
-        return float(jax.jit(at)(u * clocks.tau_end).mean())
+        @jax.jit
+        def loss(tau):
+            return corrected_loss(predict, data, noise, labels, *at_tau(clocks, tau), layout=LAYOUT, weights=weights)
+
+        return float(loss(u * clocks.tau_end).mean())
 
     same = [of(FixedOffset(0.3)), of(Learned(0.3, 0.3, energy_ratio=4.0))]
     np.testing.assert_allclose(same, same[0], rtol=2e-3)
@@ -142,8 +143,8 @@ def test_gradient_of_the_curve(covariance, weights, moves):
     def loss(params, key):
         data, noise = draw(key, 256)
         tau = 3 * (jnp.arange(256) + jax.random.uniform(jax.random.fold_in(key, 1), (256,))) / 256
-        clocks = trained.bind(params)
-        return corrected_loss(predict, data, noise, labels, tau, layout=LAYOUT, clocks=clocks, weights=weights).mean()
+        places = at_tau(trained.bind(params), tau)
+        return corrected_loss(predict, data, noise, labels, *places, layout=LAYOUT, weights=weights).mean()
 
     grads = jax.jit(lambda keys: jax.lax.map(lambda key: jax.grad(loss)(params, key), keys))
     grads = {name: np.array(grad) for name, grad in grads(jax.random.split(jax.random.key(0), 64)).items()}
