@@ -43,11 +43,11 @@ def _sum_and_texture(clocks):
 def test_random_curves_are_monotone_and_convex_and_run_at_constant_speed():
     start = Learned(energy_ratio=2.0)
     trained = TrainedCurve(start, gain=10.0)
-    for seed in range(3):
+    for seed in range(2):
         rng = np.random.default_rng(seed)
         draw = lambda shape, rng=rng: jnp.asarray(0.3 * rng.standard_normal(shape), jnp.float32)
         bound = trained.bind({"wait": draw(()), "rest": draw(()), "shape": draw((4,))})
-        semantic, texture = (np.diff(np.array(t, np.float64)) for t in bound.times(jnp.linspace(0, 3, 301)))
+        semantic, texture = (np.diff(np.array(t)) for t in jax.jit(bound.times)(jnp.linspace(0, 3, 301)))
         assert semantic.min() >= 0 and texture.min() >= 0
         assert (semantic[:-1] * texture[1:] - semantic[1:] * texture[:-1]).min() > -1e-8  # turns to the left only
 
@@ -55,13 +55,13 @@ def test_random_curves_are_monotone_and_convex_and_run_at_constant_speed():
         assert make_clocks(clocks_config(frozen)) == frozen
         tau = jnp.linspace(0, 1, 1001)
         stage = jnp.searchsorted(jnp.asarray(frozen.breakpoints), tau).astype(jnp.int32)
-        rates = np.array(frozen.rates(tau, stage))
-        np.testing.assert_allclose([clock[-1] for clock in frozen.times(tau)], 1, atol=1e-6)
+        times, rates = map(np.array, jax.jit(lambda tau, f=frozen, s=stage: (f.times(tau), f.rates(tau, s)))(tau))
+        np.testing.assert_allclose(times[:, -1], 1, atol=1e-6)
         speed = rates[0] ** 2 + 2 * rates[1] ** 2
         np.testing.assert_allclose(speed / 3, float(frozen.curve.kinetic_energy(2.0)), rtol=1e-3)
         np.testing.assert_allclose(np.trapezoid(rates, tau), 1, atol=3e-3)
-        start_of_texture = float(frozen.times(jnp.float32(frozen.breakpoints[0]))[0])
-        np.testing.assert_allclose([start_of_texture, frozen.wait], float(bound.curve.wait), atol=1e-4)
+        np.testing.assert_allclose(frozen.wait, float(bound.curve.wait), atol=1e-4)
+        np.testing.assert_allclose(times[0][times[1] == 0].max(), frozen.wait, atol=3e-3)  # tau in steps of 0.001
 
 
 def test_a_shape_needs_four_weights():
