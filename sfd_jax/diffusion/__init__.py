@@ -14,6 +14,7 @@ time tau runs from 0 to tau_end and a pair of clocks maps it to the time of each
   sde       stochastic sampling, a diffusion for each group
   likelihood  the log density of latents
   sampling  velocity function and noise -> latents
+  few_step  mean velocities over intervals of global time
   sample_config  the settings of sampling
 
 This package receives a velocity function and never imports `models`.
