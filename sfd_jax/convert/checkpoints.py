@@ -225,6 +225,8 @@ def export_checkpoint(
         raise SfdError(f"format {name} is for {module.TABLE.network}, not for {metadata['network']}")
     if params.keys() == {"network", "clocks"}:
         raise SfdError("this model's clocks were trained with it; the released format cannot store them")
+    if metadata["network_config"].get("end_time"):
+        raise SfdError("this is a few-step model; the released format cannot store its embedding of the interval's end")
     loss = (metadata.get("config") or {}).get("loss") or {}
     for part, usual in (("path", "linear"), ("prediction", "velocity")):
         if (name_there := (loss.get(part) or {}).get("name", usual)) != usual:

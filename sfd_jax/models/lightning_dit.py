@@ -91,6 +91,7 @@ class DiTConfig:
       null_label: the label table has a row for the null label.
       two_clocks: one time embedding for each clock, D/2 wide; otherwise one that reads t_texture.
       time_input: what they embed: the "clock", or the "ddpm_step" in [0, 999] that belongs to it, as DiT does.
+      end_time: also read the clocks at the end of an interval, for few-step sampling (docs/few_step.md).
       use_qknorm: normalise queries and keys per head before the rotation.
       use_swiglu: SwiGLU of hidden width int(2/3 mlp_ratio D), instead of GELU of mlp_ratio D.
       use_rope: 2D rotary embedding (beside the position table, which is always added).
@@ -114,6 +115,7 @@ class DiTConfig:
     null_label: bool = True
     two_clocks: bool = True
     time_input: str = setting("clock", "what the time embeddings read", choices=("clock", "ddpm_step"))
+    end_time: bool = False
     use_qknorm: bool = True
     use_swiglu: bool = True
     use_rope: bool = True
@@ -183,6 +185,11 @@ class LightningDiT(nnx.Module):
             self.time_embed_texture = TimeEmbed(c.width // 2, rngs=rngs)
         else:
             self.time_embed = TimeEmbed(c.width, rngs=rngs)
+        if c.end_time and c.two_clocks:
+            self.way_embed_semantic = TimeEmbed(c.width // 2, rngs=rngs, zero=True)
+            self.way_embed_texture = TimeEmbed(c.width // 2, rngs=rngs, zero=True)
+        elif c.end_time:
+            self.way_embed = TimeEmbed(c.width, rngs=rngs, zero=True)
         rows = c.num_classes + int(c.null_label)
         self.label_embed = nnx.Embed(rows, c.width, embedding_init=normal(0.02), rngs=rngs)
         self.blocks = stack(lambda rngs: Block(c, rngs=rngs), c.depth, rngs)
@@ -197,22 +204,26 @@ class LightningDiT(nnx.Module):
         t_semantic: jax.Array,
         t_texture: jax.Array,
         labels: jax.Array,
+        ends: tuple[jax.Array, jax.Array] | None = None,
         *,
         return_repa: bool = False,
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
-        """Predict the velocity.
+        """Predict the velocity, or with `ends` the mean velocity of each group until its clock's end.
 
         Args:
           latents: (B, H, W, C), texture first, on the path between noise and data.
           t_semantic, t_texture: (B,) in [0, 1]; a single-clock network reads only t_texture.
           labels: (B,) int32 in [0, num_classes], the last being the null label.
+          ends: the clocks (semantic, texture) at the end of the interval, (B,) each; needs `end_time`. None is the
+            interval of length 0, where the mean velocity is the velocity.
           return_repa: also return the projected hidden states.
 
         Returns:
           velocity (B, H, W, C) float32; with `return_repa` the pair (velocity, repa (B, N, F)).
 
         Raises:
-          SfdError: latents of another grid or channel count, or `return_repa` without a projector.
+          SfdError: latents of another grid or channel count, `return_repa` without a projector, or `ends` without
+            `end_time`.
         """
         c = self.config
         expected = (c.input_size, c.input_size, c.in_channels)
@@ -224,10 +235,14 @@ class LightningDiT(nnx.Module):
             not return_repa or c.repa_features > 0,
             "this network has no REPA projector: set repa_features",
         )
+        check(ends is None or c.end_time, "this network has no embedding of the interval's end: set end_time")
         grid = c.input_size // c.patch_size
         tokens = self.patch_embed(latents.astype(jnp.float32))
         tokens = tokens + sincos_2d(c.width, grid)[None]
         condition = self._embed_times(t_semantic, t_texture) + self.label_embed(labels)
+        if c.end_time:
+            end_semantic, end_texture = (t_semantic, t_texture) if ends is None else ends
+            condition = condition + self._embed_ways(end_semantic - t_semantic, end_texture - t_texture)
         condition = jax.nn.silu(condition)
         rotary = rotary_2d(c.width // c.num_heads, grid) if c.use_rope else None
 
@@ -253,13 +268,18 @@ class LightningDiT(nnx.Module):
         halves = [self.time_embed_semantic(t_semantic), self.time_embed_texture(t_texture)]
         return jnp.concatenate(halves, axis=-1)
 
+    def _embed_ways(self, semantic, texture):
+        if not self.config.two_clocks:
+            return self.way_embed(texture)
+        return jnp.concatenate([self.way_embed_semantic(semantic), self.way_embed_texture(texture)], axis=-1)
+
 
 class TimeEmbed(nnx.Module):
-    """Embed a clock: 256 sinusoidal features, Linear, SiLU, Linear; float32."""
+    """Embed a clock: 256 sinusoidal features, Linear, SiLU, Linear; float32. With `zero` it starts as zero."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, rngs: nnx.Rngs, zero: bool = False):
         self.linear1 = dense(256, width, rngs=rngs, init=normal(0.02))
-        self.linear2 = dense(width, width, rngs=rngs, init=normal(0.02))
+        self.linear2 = dense(width, width, rngs=rngs, init=ZEROS if zero else normal(0.02))
 
     def __call__(self, t: jax.Array) -> jax.Array:
         return self.linear2(jax.nn.silu(self.linear1(time_features(t, 256))))

@@ -29,11 +29,11 @@ FREE_KEYS = (
     "accumulation",
 )
 # Paths of data and frozen networks, which the record identifies by hashes.
-PLACES = ("path", "held_out_path", "semantic_vae", "visual_encoder", "lpips")
+PLACES = ("path", "held_out_path", "semantic_vae", "visual_encoder", "lpips", "teacher", "weak")
 # Settings that records of earlier versions lack, by group, with the values that were meant.
 ADDED = {
     "model": {"repa_projector": "mlp", "time_input": "clock"},
-    "network_config": {"repa_projector": "mlp", "time_input": "clock"},
+    "network_config": {"repa_projector": "mlp", "time_input": "clock", "end_time": False},
     "loss": {"repa_spatial_norm": 0.0},
 }
 # Groups of the config that may differ.
