@@ -121,6 +121,7 @@ RULES = {
     "sample": (
         Only("num_steps nfe timestep_shift", "solver", ("dopri5",), never=True, hint="dopri5 follows its tolerances"),
         Only("nfe timestep_shift mode", "solver", ("sde_euler", "sde_heun"), never=True, hint="give num_steps"),
+        Only("num_steps timestep_shift mode", "solver", ("few_step",), never=True, hint="give nfe"),
         Only(
             "diffusion diffusion_norm diffusion_semantic diffusion_norm_semantic last_step last_step_size",
             "solver",

@@ -80,7 +80,8 @@ def flags_from(
         else:
             options |= {"type": metadata.get("read") or kind, "choices": metadata.get("choices") or None}
             options["metavar"] = metadata.get("metavar")
-        action = parser.add_argument(f"--{field.name}", **options)
+        names = filter(None, (field.name, metadata.get("was_called")))
+        action = parser.add_argument(*(f"--{name}" for name in names), **options)
         action.range = metadata.get("range")  # `parse_command` checks it
 
 

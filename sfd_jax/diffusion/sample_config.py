@@ -21,6 +21,7 @@ from sfd_jax.settings import defaults_of, over_defaults, setting, to_dict
 
 GUIDANCE = ("none", "cfg", "autoguidance")
 MODES = ("staged", "released")
+FEW_STEP = "few_step"
 SDE_SOLVERS = {"sde_euler": "euler", "sde_heun": "heun"}
 
 _TOLERANCE, _SCALE, _NORM = Range(float, 0, 1, above=True), Range(float, 0, 1e3), Range(float, 0, 1e3)
@@ -41,8 +42,9 @@ class SolverConfig:
 
     solver: str = setting(
         "dopri5",
-        "the integrator; all but dopri5 have fixed steps; sde_euler and sde_heun add noise in each step",
-        choices=(*METHODS, *SDE_SOLVERS),
+        "the integrator; all but dopri5 have fixed steps; sde_euler and sde_heun add noise in each step; few_step "
+        "needs a model trained for it (docs/few_step.md)",
+        choices=(*METHODS, *SDE_SOLVERS, FEW_STEP),
     )
     mode: str = setting(
         "staged",
@@ -93,6 +95,8 @@ class SolverConfig:
                 f"nfe = {self.nfe} with solver {self.solver!r}: dopri5 chooses its steps by atol and rtol; leave nfe "
                 "out or choose a fixed-step solver"
             )
+        if self.solver == FEW_STEP and not self.nfe:
+            raise SfdError("solver 'few_step' needs the number of its steps: give nfe of 1, 2 or 4")
 
     def points(self, segments: int = 1) -> int:
         """Return the number of points on a grid that is cut into `segments`.
@@ -159,6 +163,10 @@ class SampleConfig(SolverConfig):
         refuse(
             list(useless(RULES["sample"], values, {name for name in values if values[name] != defaults[name]}).values())
         )
+        if self.solver == FEW_STEP and self.guidance != "none":
+            raise SfdError(
+                f"guidance '{self.guidance}' has no effect with solver 'few_step': the model has learned its teacher's"
+            )
         scales = [
             self.guidance_scale if scale is None else scale
             for scale in (self.guidance_scale_semantic, self.guidance_scale_texture)

@@ -21,7 +21,7 @@ import numpy as np
 from sfd_jax.diffusion import solvers
 from sfd_jax.diffusion.clocks import Clocks
 from sfd_jax.diffusion.dopri5 import dopri5, dopri5_shared
-from sfd_jax.diffusion.sample_config import SolverConfig
+from sfd_jax.diffusion.sample_config import FEW_STEP, SolverConfig
 from sfd_jax.errors import SfdError
 from sfd_jax.latents import LatentLayout
 
@@ -76,6 +76,8 @@ def sample(
     """
     if solver.sde:
         raise SfdError(f"solver '{solver.solver}' integrates the stochastic equation: call sde.sample_sde")
+    if solver.solver == FEW_STEP:
+        raise SfdError("solver 'few_step' reads the network, not its velocity: call few_step.sample_few_step")
     if solver.mode == "released":
         return _released(velocity_fn, noise, layout, clocks, solver)
     solution, stats = _staged(velocity_fn, noise, layout, clocks, solver, jumps, ())
@@ -108,7 +110,7 @@ def trajectory(
       SfdError: in released mode, or if taus are not increasing inside [0, tau_end].
     """
     taus = [float(tau) for tau in taus]
-    if solver.mode != "staged" or solver.sde:
+    if solver.mode != "staged" or solver.sde or solver.solver == FEW_STEP:
         raise SfdError("a trajectory follows the probability flow in staged mode: give mode='staged' and an ODE solver")
     inside = taus and taus[0] >= 0 and taus[-1] <= clocks.tau_end + 1e-6
     if not inside or any(a >= b for a, b in zip(taus[:-1], taus[1:], strict=True)):

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 from sfd_jax.class_names import class_names_of
 from sfd_jax.diffusion import guidance
 from sfd_jax.diffusion.clocks import Clocks, clocks_config, split_params
+from sfd_jax.diffusion.few_step import sample_few_step, step_ends
 from sfd_jax.diffusion.likelihood import log_likelihood, rademacher_by_row
 from sfd_jax.diffusion.paths import LinearPath, Path
 from sfd_jax.diffusion.predictions import (
@@ -29,7 +30,7 @@ from sfd_jax.diffusion.predictions import (
     transport_of,
     velocity_from,
 )
-from sfd_jax.diffusion.sample_config import SampleConfig, SolverConfig
+from sfd_jax.diffusion.sample_config import FEW_STEP, SampleConfig, SolverConfig
 from sfd_jax.diffusion.sampling import sample, trajectory
 from sfd_jax.diffusion.sde import evaluations, noise_by_step, sample_sde
 from sfd_jax.distributed import batch_sharding, make_mesh, param_shardings, put_same, replicated
@@ -321,6 +322,13 @@ class Sampler:
             latents = sample_sde(velocity_fn, noise, noises, layout=self.layout, **equation)
             converged = jnp.isfinite(latents).all(axis=(1, 2, 3))
             return latents, jnp.full(len(labels), evaluations(**equation), jnp.int32), converged
+        if self._config.solver == FEW_STEP:
+            taus = step_ends(self.clocks, self._config.nfe)
+            apply = self._apply(params, "model")
+            network = lambda latents, *times_and_ends: apply(latents, *times_and_ends[:2], labels, times_and_ends[2])
+            latents = sample_few_step(network, noise, taus, clocks=self.clocks, layout=self.layout)
+            converged = jnp.isfinite(latents).all(axis=(1, 2, 3))
+            return latents, jnp.full(len(labels), len(taus) - 1, jnp.int32), converged
         latents, stats = sample(**self._problem(params, noise, labels))
         return latents, jnp.sum(stats.sample_nfe, axis=1), stats.converged
 
@@ -345,13 +353,17 @@ class Sampler:
             "jumps": jumps,
         }
 
+    def _apply(self, params, name, execution=None):
+        def output(*args):
+            with executing(execution or self._execution):
+                return self._networks[name].apply(params[name], *args)
+
+        return output
+
     def _velocity_fn(self, params, labels, execution=None):
         def network(name):
-            def output(*args):
-                with executing(execution or self._execution):
-                    return self._networks[name].apply(params[name], *args)
-
-            return velocity_from(output, self._predictions[name], self._path, self.layout)
+            apply = self._apply(params, name, execution)
+            return velocity_from(apply, self._predictions[name], self._path, self.layout)
 
         config = self._config
         interval = dict(
@@ -479,6 +491,7 @@ def make_sampler(
     class_names, assumed = class_names_of(metadata, networks["model"].config.num_classes)
     recipe = {
         "model": described["model"],
+        **({"few_step": metadata["few_step"]} if metadata.get("few_step") else {}),
         "weak_model": described.get("weak"),
         "texture_vae": described["texture_vae"],
         "latent_statistics": statistics.hash(),
@@ -528,6 +541,10 @@ def _check_fit(network, vae, weak, layout, statistics, config) -> None:
         raise SfdError(
             f"the model's texture latents have {layout.texture_channels} channels, the texture VAE {texture}; give "
             "the texture VAE that made them"
+        )
+    if config.solver == FEW_STEP and not network.config.end_time:
+        raise SfdError(
+            "solver 'few_step' needs a model trained for it (configs/sfd.py:SIZE,few_step): give one, or another solver"
         )
     if config.guidance == "autoguidance":
         if weak is None:

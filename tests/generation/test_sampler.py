@@ -262,3 +262,22 @@ def equations(jaxpr):
         for value in eqn.params.values():
             if inner := getattr(value, "jaxpr", value if hasattr(value, "eqns") else None):
                 yield from equations(inner)
+
+
+def test_few_steps_and_ordinary_solvers_of_one_model():
+    few = SampleConfig(solver="few_step", nfe=1)
+    model = dit(end_time=True)
+    sampler, indices = make_sampler(model, vae(), few, seed=11), np.arange(8)
+    latents, nfe = sampler.latents(indices, labels_of(indices)), sampler(indices, labels_of(indices))[1]
+    noise, zeros = sample_noise(11, indices.astype(np.uint32), (4, 4, 5)), np.zeros(8, np.float32)
+    network = Network("lightning_dit", model[1]["network_config"])
+    step = jax.jit(network.apply)(model[0], noise, zeros, zeros, labels_of(indices), (zeros + 1, zeros + 1))
+    np.testing.assert_allclose(latents, noise + step, rtol=1e-4, atol=1e-4)
+    assert (nfe == 1).all()
+    assert np.isfinite(make_sampler(model, vae(), EULER, seed=11).latents(indices, labels_of(indices))).all()
+    with pytest.raises(SfdError, match="needs a model trained for it"):
+        make_sampler(dit(), vae(), few)
+    with pytest.raises(SfdError, match="number of its steps"):
+        SampleConfig(solver="few_step")
+    with pytest.raises(SfdError, match="has learned its teacher's"):
+        SampleConfig(solver="few_step", nfe=4, guidance="cfg", guidance_scale=2.0)
