@@ -31,6 +31,9 @@ other `small` configs (docs/your_own_images.md), with classes and grid of the la
          of an f8 VAE with 4 channels. Unlike there, time is continuous and the learned sigma is not trained;
   512    images of 512 px: twice the latent grid, four times the tokens (docs/data.md);
   irepa  iREPA (arXiv 2512.10794): a convolution as projector, spatially normalised features (docs/repa.md);
+  few_step
+         distils a trained model, --config.teacher=CKPT [--config.weak=CKPT], into one that samples in 1 to 4 network
+         evaluations (docs/few_step.md); the network is the teacher's;
   tiny   the same recipe at tiny sizes, for tests and laptops.
 """
 
@@ -38,6 +41,7 @@ import ml_collections
 from ml_collections.config_dict import placeholder
 
 from sfd_jax.convert.hub import cache_dir
+from sfd_jax.diffusion.few_step import FewStepConfig
 from sfd_jax.diffusion.learned_clocks import Learned
 from sfd_jax.diffusion.sample_config import SampleJob
 from sfd_jax.experiment.previews import PreviewConfig
@@ -50,7 +54,7 @@ SMALL = "small"
 TEXTURE_ALONE = ("plain", "repa", "dit")
 WITHOUT_REPA = ("plain", "redi", "dit")
 VARIANTS = ("lr2e4", "weak", "512", "irepa", "tiny", "synchronous", "learned_clocks", "plain", "repa", "pca", "redi")
-VARIANTS += ("dit", *RELEASED)
+VARIANTS += ("dit", "few_step", *RELEASED)
 # At most one of each row: the others contradict it.
 EXCLUSIVE = (
     tuple(RELEASED),
@@ -58,6 +62,7 @@ EXCLUSIVE = (
     *((clocks, system) for clocks in ("synchronous", "learned_clocks") for system in TEXTURE_ALONE),
     ("synchronous", "learned_clocks"),
     *((encoder, system) for encoder in (*RELEASED, "irepa") for system in WITHOUT_REPA),
+    *((variant, "few_step") for variant in (*RELEASED, "irepa", "weak", "dit", "learned_clocks")),
 )
 
 
@@ -193,6 +198,8 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
     if "weak" in variants and size != SMALL:
         config.train.steps = 70_000
         config.train.keep_every = 10_000
+    if "few_step" in variants:
+        _make_few_step(config)
     if "tiny" in variants:
         _shrink(config)
     return config.lock()
@@ -229,6 +236,15 @@ def _choose_system(config: ml_collections.ConfigDict, variants: list[str], sizes
             config.latents.texture_channels = 4
             config.model.update(dict(input_size=32, patch_size=2))
             config.train.steps = 7_000_000
+
+
+def _make_few_step(config: ml_collections.ConfigDict) -> None:
+    """Learn the mean velocities of a teacher's flow instead of the velocities of the data."""
+    config.teacher, config.weak = "", ""  # checkpoints; `weak` guides the teacher
+    config.few_step = config_group(FewStepConfig())
+    config.model.update(dict(end_time=True, null_label=True, repa_features=0))
+    config.loss.update(dict(repa_weight=0.0, label_dropout=0.0))
+    config.sample = config_group(SampleJob(batch_size=config.sample.batch_size, solver="few_step", nfe=4))
 
 
 def _make_small(config: ml_collections.ConfigDict, weak: bool) -> None:

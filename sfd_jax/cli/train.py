@@ -9,6 +9,8 @@
       REPA without stored features; or `online` from the images: see docs/repa.md
   sfd train --config=configs/sfd.py:xl,learned_clocks --workdir=runs/learned --config.data.path=latents/train
       learn the two clocks with a small network first, then train with them: docs/learned_clocks.md
+  sfd train --config=configs/sfd.py:xl,few_step --config.teacher=CKPT [--config.weak=CKPT] ...
+      a model that samples in 1 to 4 network evaluations, from a trained one: docs/few_step.md
   sfd train ... --init=CKPT
       start from the weights of another run, or from converted ones
   sfd train ... --check
@@ -30,11 +32,14 @@ def main(argv: list[str]) -> int:
     """Read the flags, then train or only look for faults."""
     args, found = parse_training("train", __doc__, argv, config="configs/sfd.py:xl")
 
+    from sfd_jax.experiment.few_step import open_few_step
     from sfd_jax.experiment.learned_clocks import with_learned_clocks
     from sfd_jax.experiment.run import train_or_check
     from sfd_jax.experiment.training import open_diffusion
 
     def open_run():
+        if "few_step" in args.config:
+            return open_few_step(args.config, found, init=args.init)
         config = with_learned_clocks(args.config, args.workdir, found, check=args.check)
         return open_diffusion(config, found, init=args.init)
 

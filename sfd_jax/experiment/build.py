@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sfd_jax.diffusion.clocks import CLOCKS, make_clocks
+from sfd_jax.diffusion.few_step import FewStepConfig
 from sfd_jax.diffusion.losses import LossConfig, make_terms
 from sfd_jax.diffusion.predictions import transport_of
 from sfd_jax.distributed import make_mesh
@@ -18,7 +19,8 @@ from sfd_jax.latents import LatentLayout
 from sfd_jax.models import Network, dit_config
 from sfd_jax.settings import from_group
 from sfd_jax.training import OptimizerConfig, Task, TrainConfig
-from sfd_jax.training.diffusion import diffusion_task
+from sfd_jax.training.diffusion import check_parts, diffusion_task
+from sfd_jax.training.few_step import few_step_task
 from sfd_jax.training.frozen_features import FrozenFeatures
 
 # Settings of `config.model` that change how the network is computed in training, but not the network.
@@ -35,14 +37,26 @@ def task_from_config(config: ConfigDict, targets: FrozenFeatures | None = None) 
     return diffusion_task(network_from_config(config), layout_from_config(config), targets=targets, **settings)
 
 
-def network_from_config(config: ConfigDict) -> Network:
+def few_step_from_config(config: ConfigDict, teachers: dict[str, tuple[Network, dict]]) -> Task:
+    """Return the few-step task of a config; `teachers` as `few_step_task` has them.
+
+    Raises:
+      SfdError: a value is unknown, or two values contradict each other; both are named.
+    """
+    network, layout, settings = network_from_config(config), layout_from_config(config), diffusion_settings(config)
+    check_parts(network, layout, **settings)
+    few_step = from_group(FewStepConfig, config.few_step, "config group 'few_step'")
+    return few_step_task(network, layout, settings["clocks"], settings["config"], few_step, teachers)
+
+
+def network_from_config(config: ConfigDict, **changes) -> Network:
     """Return the LightningDiT of `config.model`, its channels from `latents`, its null label from `loss`."""
     fields = {name: value for name, value in config.model.items() if name not in ("size", *EXECUTION)}
     derived = {
         "in_channels": layout_from_config(config).channels,
         "null_label": config.loss.label_dropout > 0,
     }
-    return Network("lightning_dit", dit_config(config.model.size, **{**derived, **fields}))
+    return Network("lightning_dit", dit_config(config.model.size, **{**derived, **fields, **changes}))
 
 
 def layout_from_config(config: ConfigDict) -> LatentLayout:

@@ -30,7 +30,7 @@ KINDS = (
 # Settings that may be set to None although a config has another value.
 MAY_BE_NONE = ("scan_blocks", *(name for name, default in defaults_of(SampleJob).items() if default is None))
 # Keys of configs that hold paths.
-PATHS = ("path", "held_out_path", "semantic_vae", "visual_encoder", "lpips")
+PATHS = ("path", "held_out_path", "semantic_vae", "visual_encoder", "lpips", "teacher", "weak")
 
 
 def find_config(path: str) -> Path:

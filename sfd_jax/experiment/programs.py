@@ -86,7 +86,7 @@ def open_program(
       SfdError: the config, batch or mesh does not fit the devices.
     """
     if what == "train":
-        return _train(config, devices)
+        return _train(config_name, config, devices)
     if what == "extract":
         return _extract(config, devices, batch_size)
     if what == "inception":
@@ -100,7 +100,7 @@ def open_program(
     return _sampler(config, models, mesh, batch_size, decoding=what == "decode")
 
 
-def _train(config: ConfigDict, devices: list) -> Program:
+def _train(config_name: str, config: ConfigDict, devices: list) -> Program:
     train, layout = build.train_config(config), build.layout_from_config(config)
     network = build.task_from_config(config).network
     source = config.data.repa_source if config.loss.repa_weight > 0 else "none"
@@ -108,11 +108,22 @@ def _train(config: ConfigDict, devices: list) -> Program:
         raise SfdError(f"data.repa_source='{source}' is unknown; {nearest(source, REPA_SOURCES)}")
     about = {"repa_source": source, "image_size": config.data.images.image_size}
     targets = programs.training_targets(network, layout, tile_grid=config.data.tile_grid or RELEASED_GRID, **about)
-    task = build.task_from_config(config, targets)
+    teachers = _teachers(config, config_name) if "few_step" in config else {}
+    task = build.few_step_from_config(config, teachers) if teachers else build.task_from_config(config, targets)
     mesh, rows = make_mesh(**config.mesh, devices=devices), train.global_batch_size
     batch = programs.training_batch(network, rows, **about)
     trace = lambda: programs.trace_training(task, train, mesh, batch)
-    return Program("", mesh, rows, {"diffusion": network}, trace)
+    networks = {"diffusion": network} | {name: teacher for name, (teacher, _) in teachers.items()}
+    return Program("", mesh, rows, networks, trace)
+
+
+def _teachers(config: ConfigDict, config_name: str) -> dict[str, tuple[Network, dict]]:
+    """Return the frozen networks of few-step training with shapes for parameters; the weaker one has size b."""
+    configs = {"teacher": config}
+    if config.few_step.guidance == "autoguidance":
+        configs["weak"] = load_config(in_size_b(config_name))
+    networks = {name: build.network_from_config(each, end_time=False) for name, each in configs.items()}
+    return {name: (network, network.abstract_params()) for name, network in networks.items()}
 
 
 def _sampler(
