@@ -134,6 +134,7 @@ def _sampler(
     clocks = build.diffusion_settings(config)["clocks"]
     clocks = clocks.bind(clocks.init(jax.random.key(0)))
     points = "" if sample.solver == "dopri5" else f" of {sample.num_steps} points"
+    points = f" of NFE {sample.nfe}" if sample.nfe else points
     about = "" if decoding else f", {sample.mode} {sample.solver}{points}, guidance {sample.guidance}"
     parts = (models["diffusion"], models.get("weak"), layout, clocks, sample, mesh, rows, decoding)
     networks = models | {"texture VAE": programs.texture_vae(layout)}
