@@ -11,6 +11,7 @@ from sfd_jax.distributed import start
 from sfd_jax.errors import Faults, SfdError
 from sfd_jax.experiment import build
 from sfd_jax.experiment.checkpoints import OpenCheckpoint, open_checkpoint
+from sfd_jax.experiment.previews import preview_config
 from sfd_jax.experiment.run import Run
 from sfd_jax.experiment.training_data import check_data, open_source, used_parts
 from sfd_jax.generation.parts import clocks_of
@@ -47,6 +48,7 @@ def open_few_step(config: ConfigDict, found: Faults | None = None, *, init: str 
         latents = open_source(config.data.path, repa=False)
     with found:
         train = build.train_config(config)
+    preview = preview_config(config, found)
     found.stop()
     start()  # Orbax asks JAX for its devices
     opened = {"teacher": _open(config, "teacher")} | ({"weak": _open(config, "weak")} if config.weak else {})
@@ -76,12 +78,12 @@ def open_few_step(config: ConfigDict, found: Faults | None = None, *, init: str 
     metadata = {"latent_statistics": statistics.to_dict(), "class_names": latents.class_names, "latents": origin}
     metadata["registered_in"] = build.registered_in(config)
     described = {
-        name: {"hash": params_hash(each.params), "step": each.metadata["step"]} for name, each in opened.items()
+        name: {"hash": params_hash(each.params), "step": each.metadata.get("step")} for name, each in opened.items()
     }
     metadata["few_step"] = described | {name: few_step[name] for name in ("velocity", "guidance", "guidance_scale")}
     transform = latent_transform(layout, statistics, repa=False)
-    params = start_from(task.network, teacher.params, config.seed)
-    return Run(task, train, config, latents, transform, metadata, params=params, notes=tuple(notes))
+    more = dict(params=start_from(task.network, teacher.params, config.seed), notes=tuple(notes), preview=preview)
+    return Run(task, train, config, latents, transform, metadata, **more)
 
 
 def start_from(network: Network, teacher: dict, seed: int) -> dict:
