@@ -93,11 +93,11 @@ def draw_intervals(key: jax.Array, row_indices: jax.Array, clocks: Clocks, confi
     def draw_one(key):
         start, length, kind, edge = jax.random.split(key, 4)
         tau, end = jax.random.uniform(start, maxval=clocks.tau_end), clocks.tau_end
-        tau = jnp.where(jax.random.uniform(kind, (2,))[0] < config.start_share, 0.0, tau)
+        from_noise, which = jax.random.uniform(kind, (2,))
+        tau = jnp.where(from_noise < config.start_share, 0.0, tau)
         rho = tau + jax.random.uniform(length) * (end - tau)
         first = jnp.searchsorted(edges, tau, side="right")
         chosen = edges[jax.random.randint(edge, (), first, len(edges))]
-        which = jax.random.uniform(kind, (2,))[1]
         rho = jnp.where(which < config.edge_share, chosen, rho)
         return tau, jnp.where(which > 1 - config.equal_share, tau, rho)
 
