@@ -17,8 +17,7 @@ from sfd_jax.cli.main import run_command
 
 OFFSETS = (0, 0.1, 0.2, 0.3, 0.5, 0.7, 1)
 CELLS = [study.Cell(f"offset_{offset:g}", f"{offset:g}", delta_t=float(offset)) for offset in OFFSETS]
-if "learned_clocks" in study.SYSTEMS["VARIANTS"]:  # clocks that are learned, beside the fixed offsets
-    CELLS.append(study.Cell("learned", "learned", ("learned_clocks",)))
+CELLS += [study.Cell("learned", "learned", ("learned_clocks",))]
 
 
 def main(argv: list[str]) -> None:

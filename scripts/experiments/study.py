@@ -27,6 +27,7 @@ from sfd_jax.errors import SfdError
 from sfd_jax.experiment import training
 from sfd_jax.experiment.checkpoints import open_checkpoint
 from sfd_jax.experiment.config_files import find_config
+from sfd_jax.experiment.learned_clocks import with_learned_clocks
 from sfd_jax.experiment.run import train
 from sfd_jax.files import differences, write_json
 from sfd_jax.generation import make_sampler
@@ -46,7 +47,7 @@ class Cell:
     Attributes:
       name: of its folder.
       label: in tables and plots.
-      variants: of configs/sfd.py, applied to the study's config: "plain", "repa", "synchronous", "pca".
+      variants: of configs/sfd.py, applied to the config: "plain", "repa", "synchronous", "pca", "learned_clocks".
       delta_t: lead of semantics; None leaves the clocks as they are.
     """
 
@@ -63,8 +64,8 @@ class Cell:
         if self.delta_t is not None:
             config.clocks = ConfigDict({"name": "fixed_offset", "delta_t": self.delta_t})
         if "learned_clocks" in self.variants:
-            learned = SYSTEMS["get_config"](f"{'small' if base.model.input_size <= 8 else 'xl'},learned_clocks")
-            config.clocks, config.probe = learned.clocks, learned.probe
+            SYSTEMS["learn_clocks"](config, small=base.model.input_size <= 8)
+            config.probe.steps = min(config.probe.steps, config.train.steps // 2)  # at most 4 % of its FLOPs
         return config
 
 
@@ -162,10 +163,7 @@ def run_cell(args: argparse.Namespace, bench: Bench, cell: Cell, seed: int, step
     print(f"[{path.parent.name}] {cell.label}, seed {seed}, step {step}", flush=True)
     folder, samples = path.parent / "run", path.with_name(path.stem.replace("step", "samples"))
     config.data.path = bench.latents["pca" if "pca" in cell.variants else ""]
-    if "probe" in config:  # its curve is learned first
-        from sfd_jax.experiment.learned_clocks import with_learned_clocks
-
-        config = timed("probe", lambda: with_learned_clocks(config, str(folder)))
+    config = timed("probe", lambda: with_learned_clocks(config, str(folder)))
     opened = dataclasses.replace(training.open_diffusion(config), cache=bench.small)
     timed("train", lambda: train(opened, str(folder), table=False))
     sampler = make_sampler(

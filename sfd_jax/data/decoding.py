@@ -14,10 +14,12 @@ import os
 import warnings
 
 import numpy as np
+import PIL
 from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit, beyond which it warns of a decompression bomb; 1,365 squares of 256 px
 MAX_BYTES = 4 * MAX_PIXELS  # of a file
+PILLOW = int(PIL.__version__.partition(".")[0])
 THIN = 16  # ratio of the sides beyond which a crop computes only the pixels that it keeps
 # Not all of Pillow's: it passes EPS to another program.
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
@@ -122,11 +124,13 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     if max(width, height) <= THIN * size:
         pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
         return np.ascontiguousarray(pixels[top : top + size, left : left + size])
-    rows_first = image.width < image.height and height < image.height
+    tall = image.height > image.width * (1 if PILLOW >= 13 else 100)
+    rows_first = tall and height < image.height
     (x, columns), (y, rows) = _taps(image.width, width, left, size), _taps(image.height, height, top, size)
     image = image.crop((x.min(), y.min(), x.max() + 1, y.max() + 1))  # before the conversion to an array
     axes = [(1, x - x.min(), columns), (0, y - y.min(), rows)]
-    # Pillow (13) rounds between its two passes, and begins with the rows when it shrinks a tall image.
+    # Pillow rounds between its two passes, and begins with the rows when it shrinks a tall image; before version 13 a
+    # hundred times taller than wide.
     pixels = np.asarray(image)
     for axis, places, weights in reversed(axes) if rows_first else axes:
         pixels = _weighted(pixels.swapaxes(0, axis), places, weights).swapaxes(0, axis)

@@ -102,7 +102,7 @@ def test_chosen_sizes_make_networks_that_fit_together(argument):
         (["--images=good", "--image_size=48"], "invalid choice: 48 (choose from 32, 64)"),
         (["--image_size=64"], "--image_size=64 has no effect without --images"),
         (["--no-flips"], "--flips=False has no effect without --images"),
-        (["--images=good", "--config=configs/digits.py:tiny"], "is for the digits; omit it with --images"),
+        (["--images=good", "--config=configs/digits.py:tiny"], "is for handwritten digits; omit it with --images"),
         ([f"--config={CONFIG}"], "is for your own images: give --images=FOLDER"),
         (["--images=good", f"--config={CONFIG}:huge"], "unknown 'huge'"),
         (["--images=good", "--config.diffusion.train.stesp=3"], "did you mean 'steps'?"),

@@ -105,7 +105,10 @@ def sampler(dtype):
     rows = shape(8, dtype=jnp.uint32), shape(8, dtype=jnp.int32)
     return [
         program.trace(sampler._params, *args).lower(lowering_platforms=("tpu",))
-        for program, args in ((sampler._run_sample, rows), (sampler._run_decode, (shape(8, 4, 4, 5),)))
+        for program, args in (
+            (sampler._run_sample, (sampler._seed, *rows)),
+            (sampler._run_decode, (shape(8, 4, 4, 5),)),
+        )
     ]
 
 
