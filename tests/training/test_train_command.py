@@ -64,7 +64,7 @@ def test_the_shipped_recipe_trains_and_resumes(latents, tmp_path, capsys):
     assert names & rows[0].keys() and {"loss", "loss_repa", "grad_norm", "learning_rate"} <= rows[0].keys()
     _, metadata = load_params(run)
     assert metadata["latent_statistics"]["texture_mean"] and metadata["class_names"][3] == "class 3"
-    assert metadata["latents"] == {"weights": {}, "image_size": None, "labels": list(range(10))}
+    assert metadata["latents"] == {"weights": {}, "image_size": None, "tile_grid": None, "labels": list(range(10))}
     assert metadata["average"] == {"decay": 0.9999, "from": "drawn weights"}
     assert metadata["config"]["clocks"] == {"name": "fixed_offset", "delta_t": 0.3}
 
