@@ -117,6 +117,14 @@ def write_anywhere(path: str | os.PathLike, text: str) -> None:
         write_text(path, text)
 
 
+def copy_files(source: Path, target: Any) -> None:
+    """Copy the files below a local folder to another one, local or an `epath.Path` in a bucket."""
+    for file in filter(Path.is_file, source.rglob("*")):
+        path = target / file.relative_to(source).as_posix()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(file.read_bytes())
+
+
 def user_path(path: str | os.PathLike, *, local: bool = False) -> str:
     """Return a path as the user means it: `~` expanded, in a bucket as gs://BUCKET/FOLDER.
 

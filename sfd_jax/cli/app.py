@@ -40,7 +40,8 @@ def main(argv: list[str]) -> int:
     from sfd_jax.experiment.pipeline import Pipeline
 
     pipeline = Pipeline.from_pretrained(args.model, texture_vae=args.texture_vae, weak=args.weak)
-    latents = args.latents or next((str(each) for each in [Path(args.model) / "latents"] if each.is_dir()), None)
+    of_demo = Path(args.model) / "latents"
+    latents = args.latents or (str(of_demo) if of_demo.is_dir() else None)
     page = make_page(Studio(pipeline, latents and LatentStore(latents)), f"Semantic-First Diffusion: {args.model}")
     serve(page, args.host, args.port)
     print(f"http://{args.host}:{args.port}  (Ctrl-C ends it)", flush=True)

@@ -19,10 +19,11 @@ class Digits:
       SfdError: an unknown split.
     """
 
+    class_names = [str(digit) for digit in range(10)]
+
     def __init__(self, split: str):
         levels, self.labels = digits_8x8(split)
         self.images = np.round(levels * (255 / 16)).astype(np.uint8)
-        self.class_names = [str(digit) for digit in range(10)]
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sfd_jax.data.digits import SPLITS, split_by_class
+from sfd_jax.data.digits import SPLITS, Digits, split_by_class
 from sfd_jax.errors import SfdError, nearest, needs_extra
 
 SIDE = 28
@@ -17,7 +17,7 @@ BORDER = 2
 HELD_OUT_PER_CLASS = 100  # 1,000 held out, 4,000 for training
 
 
-class Mnist:
+class Mnist(Digits):
     """(image, label) pairs of one split; the images are uint8 (32,32), white on black.
 
     Raises:
@@ -27,13 +27,6 @@ class Mnist:
     def __init__(self, split: str):
         images, self.labels = mnist_28x28(split)
         self.images = np.pad(images, ((0, 0), (BORDER, BORDER), (BORDER, BORDER)))
-        self.class_names = [str(digit) for digit in range(10)]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        return self.images[index], int(self.labels[index])
 
 
 def mnist_28x28(split: str) -> tuple[np.ndarray, np.ndarray]:

@@ -102,7 +102,7 @@ class Studio:
         with self._lock:
             images = self.pipeline.generate(label.strip(), num, seed=int(seed), **settings)
             stages = self._stages(images.labels[0])
-            near = self._neighbours(num, images.labels)
+            near = self._neighbours(images.latents)
         used = "two networks" if guidance == "autoguidance" else "the network"
         cost = f"{images.nfe.mean():.0f} evaluations of {used} an image."
         pictures = [enlarged(image) for image in images]
@@ -116,15 +116,15 @@ class Studio:
         pairs = zip(stages.semantic, stages.texture, strict=True)
         return [tuple(enlarged(Image.fromarray(each)) for each in pair) for pair in pairs]
 
-    def _neighbours(self, num: int, labels: np.ndarray) -> list[tuple[Image.Image, str]]:
+    def _neighbours(self, latents: np.ndarray) -> list[tuple[Image.Image, str]]:
         """Return for each image the training image with the nearest texture latent, decoded."""
         if self._latents is None:
             return []
         sampler = self.pipeline.sampler
-        made = sampler.layout.split(sampler.latents(np.arange(num), labels, num))[0]
+        made = sampler.layout.split(latents)[0]
         flat = self._latents.reshape(len(self._latents), -1)
         near, distances = [], []
-        for one in made.reshape(num, -1):
+        for one in made.reshape(len(made), -1):
             squares = np.mean((flat - one) ** 2, axis=1)
             near.append(int(np.argmin(squares)))
             distances.append(float(np.sqrt(squares.min())))

@@ -5,7 +5,6 @@ and learned_clocks.png. The same command continues after an interruption, in the
 """
 
 import dataclasses
-import io
 import json
 from typing import Any
 
@@ -21,6 +20,7 @@ from sfd_jax.diffusion.predictions import describe_transport
 from sfd_jax.distributed import barrier, is_host0, say
 from sfd_jax.errors import Faults, SfdError
 from sfd_jax.experiment import build
+from sfd_jax.experiment.figures import figure
 from sfd_jax.experiment.run import Run, train
 from sfd_jax.experiment.training_data import check_data, completed, open_source, used_parts
 from sfd_jax.files import write_anywhere
@@ -157,28 +157,22 @@ def probe_share(config: ConfigDict, probe: Task) -> float:
 
 
 def draw_curve(learned: dict[str, Any], path: epath.Path) -> None:
-    """Draw a learned curve beside the fixed offset's, and its history; without matplotlib only say so.
+    """Draw a learned curve beside the fixed offset's, and its history.
 
     Args:
       learned: as `read_learned_clocks` returns it.
       path: PNG to write, local or gs://.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        say(f"note: {path.name} is not drawn, since matplotlib is missing: pip install 'sfd_jax[demo]'")
-        return
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    square, history = figure.subplots(1, 2)
-    for clocks, label in ((FixedOffset(), "fixed offset 0.3"), (make_clocks(learned["clocks"]), "learned")):
-        square.plot(*clocks.times(np.linspace(0, clocks.tau_end, 301, dtype=np.float32)), label=label)
-    square.set(xlabel="t_semantic", ylabel="t_texture", aspect="equal")
-    for name in ("wait", "rest", "corrected_loss", "kinetic_energy"):
-        history.plot(*zip(*((row["step"], row[name]) for row in learned["history"]), strict=True), label=name)
-    history.set(xlabel="step of the probe")
-    for axis in (square, history):
-        axis.legend()
-        axis.grid(alpha=0.3)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=100)
-    path.write_bytes(drawn.getvalue())
+    with figure(path, 9, 4) as drawn:
+        if drawn is None:
+            return
+        square, history = drawn.subplots(1, 2)
+        for clocks, label in ((FixedOffset(), "fixed offset 0.3"), (make_clocks(learned["clocks"]), "learned")):
+            square.plot(*clocks.times(np.linspace(0, clocks.tau_end, 301, dtype=np.float32)), label=label)
+        square.set(xlabel="t_semantic", ylabel="t_texture", aspect="equal")
+        for name in ("wait", "rest", "corrected_loss", "kinetic_energy"):
+            history.plot(*zip(*((row["step"], row[name]) for row in learned["history"]), strict=True), label=name)
+        history.set(xlabel="step of the probe")
+        for axis in (square, history):
+            axis.legend()
+            axis.grid(alpha=0.3)

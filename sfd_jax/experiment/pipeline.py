@@ -5,7 +5,6 @@ pipeline = Pipeline.from_pretrained("sfd_xl")  # or a folder, such as the demo's
 pipeline.generate("otter")[0].save("otter.png")
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -41,15 +40,18 @@ class Images(list[Image.Image]):
     """Generated images.
 
     Attributes:
+      latents: normalised, float32 (n, h, w, C).
       pixels: the images as one array, uint8 (n, H, W, 3).
-      labels: (n,) int32.
       nfe: network evaluations that each image took, (n,) int32; under guidance one is of two networks.
+      labels: (n,) int32.
       recipe: all that determines the images, as `sfd sample` saves it.
     """
 
-    def __init__(self, pixels: np.ndarray, labels: np.ndarray, nfe: np.ndarray, recipe: dict[str, Any]):
+    def __init__(
+        self, latents: np.ndarray, pixels: np.ndarray, nfe: np.ndarray, labels: np.ndarray, recipe: dict[str, Any]
+    ):
         super().__init__(Image.fromarray(image) for image in pixels)
-        self.pixels, self.labels, self.nfe, self.recipe = pixels, labels, nfe, recipe
+        self.latents, self.pixels, self.nfe, self.labels, self.recipe = latents, pixels, nfe, labels, recipe
 
 
 class Pipeline:
@@ -111,35 +113,28 @@ class Pipeline:
             folder = download(name)
         if is_pretrained(folder):
             parts, settings = load_parts(folder)
-            with _keywords_for_flags():
-                given = {
-                    part: open_checkpoint(_place(place, names), kind).weights
-                    for part, place, names, kind in (
-                        ("texture_vae", texture_vae, ("texture_vae",), "texture_vae"),
-                        ("weak", weak, _models(), "lightning_dit"),
-                    )
-                    if place
-                }
-            return cls(**{**parts, **given}, settings=settings)
-        place = _place(name, _WEAK_STEPS)
-        if name != place:
-            settings = _RELEASED_SETTINGS
-            texture_vae = texture_vae or "texture_vae"
-            weak = weak or cached_checkpoint("sfd_autoguidance_b", _WEAK_STEPS[name])
-        elif (folder / "diffusion").is_dir():
-            place, texture_vae = str(folder / "diffusion"), texture_vae or folder / "texture_vae"
-            weak = weak or next(folder.glob("weak"), None)
-        elif texture_vae is None:
-            raise SfdError(
-                f"'{name}' holds no texture VAE, which decodes its latents: give texture_vae=FOLDER (or 'texture_vae', "
-                "the released one)"
-            )
-        vae_place = _place(texture_vae, ("texture_vae",))
-        weak_place = weak and _place(weak, _models())
-        model = open_checkpoint(place, "lightning_dit").weights
+        else:
+            place = _place(name, _WEAK_STEPS)
+            if name != place:
+                settings = _RELEASED_SETTINGS
+                texture_vae = texture_vae or "texture_vae"
+                weak = weak or cached_checkpoint("sfd_autoguidance_b", _WEAK_STEPS[name])
+            elif (folder / "diffusion").is_dir():
+                place, texture_vae = str(folder / "diffusion"), texture_vae or folder / "texture_vae"
+                weak = weak or next(folder.glob("weak"), None)
+            elif texture_vae is None:
+                raise SfdError(
+                    f"'{name}' holds no texture VAE, which decodes its latents: give texture_vae=FOLDER (or "
+                    "'texture_vae', the released one)"
+                )
+            parts = {"model": open_checkpoint(place, "lightning_dit").weights}
         with _keywords_for_flags():
-            vae = open_texture_vae(argparse.Namespace(texture_vae=vae_place, weights="ema"), model[1])
-        return cls(model, vae, weak and open_checkpoint(weak_place, "lightning_dit").weights, settings)
+            if texture_vae:
+                parts["texture_vae"] = open_texture_vae(_place(texture_vae, ("texture_vae",)), parts["model"][1])
+            if weak:
+                models = [name for name in CATALOGUE if name.startswith("sfd_")]
+                parts["weak"] = open_checkpoint(_place(weak, models), "lightning_dit").weights
+        return cls(**parts, settings=settings)
 
     def generate(
         self, labels: str | int | Sequence[str | int], num: int | None = None, *, seed: int = 0, **settings: Any
@@ -162,17 +157,14 @@ class Pipeline:
         _known(settings)
         if settings.get("guidance") == "autoguidance" and self._weak is None:
             raise SfdError("guidance='autoguidance' needs a weaker model: from_pretrained(..., weak=FOLDER)")
-        flags = argparse.Namespace(
-            weak=self._weak is not None and settings.get("guidance") in (None, "autoguidance"),
-            given=settings.keys(),
-            **dict.fromkeys(defaults_of(SampleJob)) | settings,
-        )
         spec = labels if isinstance(labels, str) else "".join(f"{label};" for label in np.atleast_1d(labels))
         known = self.num_classes, self.class_names
         if num is None:
             num = 1 if spec in ("balanced", "random") else len(parse_classes(spec, *known))
         with _keywords_for_flags():
-            job, notes = sample_job(flags, self._saved)
+            weak = self._weak is not None and settings.get("guidance") in (None, "autoguidance")
+            given = {name: value for name, value in settings.items() if value is not None}
+            job, notes = sample_job(given, self._saved, weak=weak)
         check(seed=seed)
         if self._job != job:
             self._job = self.sampler = None  # frees the devices before the next one is loaded
@@ -184,8 +176,8 @@ class Pipeline:
         self.sampler.seed = seed
         drawn = make_labels(spec, num, *known, seed, self.sampler.labels)
         at_once = min(num, job.batch_size * self.sampler.mesh.size)
-        pixels, nfe = self.sampler(np.arange(num), drawn, at_once)
-        return Images(pixels, drawn, nfe, {**self.sampler.recipe, "labels": drawn.tolist()})
+        made = self.sampler.with_latents(np.arange(num), drawn, at_once)
+        return Images(*made, drawn, {**self.sampler.recipe, "labels": drawn.tolist()})
 
     def stages(self, label: int, number: int = 8, *, index: int = 0) -> Stages:
         """Follow an image of the last `generate` from noise to its end; a notebook shows it with a slider.
@@ -245,10 +237,6 @@ class Pipeline:
             card = folder / CARD
             card.write_text(card.read_text().replace("OWNER/NAME", repository))
             return upload(folder, repository, private, "Upload a model of sfd_jax")
-
-
-def _models() -> list[str]:
-    return [name for name in CATALOGUE if name.startswith("sfd_")]
 
 
 def _known(settings: dict[str, Any]) -> dict[str, Any]:

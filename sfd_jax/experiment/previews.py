@@ -4,9 +4,7 @@ They are made by the code of `sfd sample` and `sfd evaluate --live`, so the scor
 `sfd evaluate --live --checkpoint=... --num=...` with the same settings, devices and mesh.
 """
 
-import argparse
 import dataclasses
-import importlib.util
 import io
 from collections.abc import Mapping
 from typing import Any
@@ -17,17 +15,17 @@ from etils import epath
 from jax.sharding import Mesh
 
 from sfd_jax.diffusion.clocks import split_params
-from sfd_jax.diffusion.sample_config import SampleJob
 from sfd_jax.distributed import is_host0, say
 from sfd_jax.errors import Faults, SfdError
 from sfd_jax.evaluation import Comparison, gather, images_at_once, open_reference
 from sfd_jax.experiment import evaluation
 from sfd_jax.experiment.checkpoints import open_checkpoint
+from sfd_jax.experiment.figures import figure
 from sfd_jax.experiment.sampling import open_texture_vae, sample_job
 from sfd_jax.generation import make_labels, make_sampler
 from sfd_jax.generation.outputs import draw_grid
 from sfd_jax.models import Network
-from sfd_jax.settings import defaults_of, from_group
+from sfd_jax.settings import from_group
 from sfd_jax.training.checkpoint import find_checkpoint
 from sfd_jax.training.logging import read_metrics
 from sfd_jax.training.state import TrainState
@@ -121,10 +119,8 @@ class Previews:
         self._preview, self._workdir, self._mesh, self._batch_size = preview, epath.Path(workdir), mesh, batch_size
         self._metadata = metadata | network.metadata() | {"given_as": str(workdir)}
         weak = preview.weak and open_checkpoint(preview.weak, "lightning_dit", flag="preview.weak").weights
-        flags = argparse.Namespace(weak=preview.weak, given=(), **dict.fromkeys(defaults_of(SampleJob)))
-        self._job, notes = sample_job(flags, metadata["config"].get("sample") or {})
-        flags = argparse.Namespace(texture_vae=preview.texture_vae, weights="ema")
-        vae = open_texture_vae(flags, self._metadata)
+        self._job, notes = sample_job({}, metadata["config"].get("sample") or {}, weak=preview.weak)
+        vae = open_texture_vae(preview.texture_vae, self._metadata)
         self._parts = {"texture_vae": vae, "weak": weak or None, "config": self._job}
         self._sampler, self._comparisons = None, []
         self._devices = evaluation.Devices(mesh, images_at_once(mesh) * mesh.size)
@@ -215,7 +211,7 @@ class Previews:
 
 
 def draw_convergence(path: epath.Path, rows: list[dict], names: list[str], batch_size: int) -> None:
-    """Draw scores against steps, with the number of images seen above; nothing where matplotlib is not installed.
+    """Draw scores against steps, with the number of images seen above.
 
     Args:
       path: PNG to write.
@@ -223,28 +219,16 @@ def draw_convergence(path: epath.Path, rows: list[dict], names: list[str], batch
       names: of the scores.
       batch_size: images a step.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(names), figsize=(4.2 * len(names), 3.4), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
-        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-        axis.plot(*zip(*points, strict=True), marker="o", markersize=3)
-        axis.set_xlabel("step")
-        axis.set_title(name, fontsize=10)
-        axis.grid(alpha=0.3)
-        seen = axis.secondary_xaxis("top", functions=(lambda x: x * batch_size, lambda x: x / batch_size))
-        seen.set_xlabel("images seen", fontsize=8)
-        seen.tick_params(labelsize=7)
-    figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    pyplot.close(figure)
-    path.write_bytes(buffer.getvalue())
+    with figure(path, 4.2 * len(names), 3.4) as drawn:
+        if drawn is None:
+            return
+        for axis, name in zip(drawn.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=3)
+            axis.set(xlabel="step", title=name)
+            axis.grid(alpha=0.3)
+            seen = axis.secondary_xaxis("top", functions=(lambda x: x * batch_size, lambda x: x / batch_size))
+            seen.set_xlabel("images seen")
 
 
 def _write_png(path: epath.Path, picture) -> None:

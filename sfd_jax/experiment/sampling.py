@@ -23,29 +23,36 @@ def check_flags(args: argparse.Namespace) -> None:
     if not (args.checkpoint and args.texture_vae):
         found.append("sampling needs --checkpoint and --texture_vae")
         with found:
-            sample_job(args, {})
+            sample_job(_given(args), {}, weak=args.weak)
     if args.guidance == "autoguidance" and not args.weak:
         found.append("--guidance=autoguidance needs a weaker model: add --weak=CKPT")
     found.stop()
 
 
-def sample_job(args: argparse.Namespace, saved: Mapping[str, Any]) -> tuple[SampleJob, list[str]]:
-    """Return the saved settings of a checkpoint overridden by flags, and notes on saved settings that were dropped.
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the sampling settings among the flags that were given."""
+    return {name: value for name in defaults_of(SampleJob) if (value := getattr(args, name)) is not None}
 
-    Saved settings are dropped if a flag contradicts them: `nfe` with --num_steps, the scales of one kind of guidance
-    with another kind, and AutoGuidance without a weaker model.
+
+def sample_job(
+    given: Mapping[str, Any], saved: Mapping[str, Any], *, weak: str | bool | None
+) -> tuple[SampleJob, list[str]]:
+    """Return the saved settings of a checkpoint overridden by given ones, and notes on saved ones that were dropped.
+
+    Saved settings are dropped if a given one contradicts them: `nfe` with --num_steps, the scales of one kind of
+    guidance with another kind, and AutoGuidance without a weaker model.
 
     Args:
-      args: parsed flags.
+      given: settings by name; messages call them by their flags.
       saved: the group `sample` of the checkpoint's config; empty if it has none.
+      weak: AutoGuidance's weaker model, or whether there is one.
 
     Raises:
-      SfdError: values outside their ranges, or flags without effect; all of them are named.
+      SfdError: values outside their ranges, or settings without effect; all of them are named.
     """
     notes, defaults, base = [], defaults_of(SampleJob), over_defaults(SampleJob, saved)
-    given = {name: value for name in base if (value := getattr(args, name)) is not None}
-    guidance = given.get("guidance") or ("autoguidance" if args.weak else base["guidance"])
-    if guidance == "autoguidance" and not args.weak:
+    guidance = given.get("guidance") or ("autoguidance" if weak else base["guidance"])
+    if guidance == "autoguidance" and not weak:
         guidance = "none"
         notes.append(
             "the checkpoint's settings are for AutoGuidance, but no weaker model was given (--weak=CKPT): these "
@@ -63,7 +70,7 @@ def sample_job(args: argparse.Namespace, saved: Mapping[str, Any]) -> tuple[Samp
         base["nfe"] = None
     values = base | given | {"guidance": guidance}
     rules = (*RULES["sample"], Only("weak", "guidance", ("autoguidance",)))
-    faults = useless(rules, values | {"weak": args.weak}, args.given, "--{}".format)
+    faults = useless(rules, values | {"weak": weak}, {*given, *(["weak"] if weak else [])}, "--{}".format)
     if {"guidance_scale", *(both := ("guidance_scale_semantic", "guidance_scale_texture"))} <= given.keys():
         faults.setdefault("guidance_scale", f"--guidance_scale has no effect beside --{both[0]} and --{both[1]}")
     Faults(faults.values()).stop()
@@ -87,7 +94,7 @@ def open_sampler(args: argparse.Namespace) -> tuple["Sampler", np.ndarray, dict[
     mesh = make_mesh(fsdp=args.fsdp)
     which = {"step": args.step, "weights": args.weights}
     params, metadata = open_checkpoint(args.checkpoint, "lightning_dit", flag="--checkpoint", **which).weights
-    job, notes = sample_job(args, (metadata.get("config") or {}).get("sample") or {})
+    job, notes = sample_job(_given(args), (metadata.get("config") or {}).get("sample") or {}, weak=args.weak)
     say(f"sampling with {described(job)}")
     store = None
     if args.latent_store is not None:
@@ -103,7 +110,7 @@ def open_sampler(args: argparse.Namespace) -> tuple["Sampler", np.ndarray, dict[
         weak = open_checkpoint(args.weak, "lightning_dit", flag="--weak", **which).weights
     sampler = make_sampler(
         (params, metadata),
-        open_texture_vae(args, metadata),
+        open_texture_vae(args.texture_vae, metadata, args.weights),
         job,
         weak=weak,
         seed=args.seed,
@@ -134,21 +141,22 @@ def described(job: SampleConfig) -> str:
     return " ".join(f"{name}={value}" for name, value in values.items() if value is not None and name not in idle)
 
 
-def open_texture_vae(args: argparse.Namespace, model: dict) -> tuple[dict, dict]:
+def open_texture_vae(folder: str, model: dict, weights: str = "ema") -> tuple[dict, dict]:
     """Return the texture VAE; where it holds averaged and raw weights, those that made the model's latents.
 
     Args:
-      args: `texture_vae`, its folder, and `weights`, "ema" or "raw".
+      folder: of its checkpoint.
       model: the diffusion model's metadata.
+      weights: "ema" or "raw", where the metadata do not decide.
     """
     from sfd_jax.generation.parts import made_latents
     from sfd_jax.models.fingerprint import params_hash
 
     def load(weights: str) -> tuple[dict, dict]:
-        return open_checkpoint(args.texture_vae, "texture_vae", flag="--texture_vae", weights=weights).weights
+        return open_checkpoint(folder, "texture_vae", flag="--texture_vae", weights=weights).weights
 
-    given, wanted = load(args.weights), made_latents(model)
+    given, wanted = load(weights), made_latents(model)
     if wanted is not None and params_hash(given[0]) != wanted:
-        other = load({"ema": "raw", "raw": "ema"}[args.weights])
+        other = load({"ema": "raw", "raw": "ema"}[weights])
         return other if params_hash(other[0]) == wanted else given
     return given

@@ -147,23 +147,29 @@ class Sampler:
         Raises:
           SfdError: a sample is not finite, or a label is not one of `labels`.
         """
+        return self.with_latents(indices, labels, batch_size)[1:]
+
+    def with_latents(
+        self, indices: np.ndarray, labels: np.ndarray, batch_size: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the normalised latents (n, H, W, C) float32 and what `__call__` returns; arguments are the same."""
         indices, labels = np.asarray(indices), np.asarray(labels)
         if indices.shape != labels.shape or indices.ndim != 1 or not len(indices):
             raise SfdError(f"indices {indices.shape} and labels {labels.shape} must be (n,) both, n > 0")
-        images, nfe = [], []
+        rows = []
         for count, *batch in self._batches(indices, labels, batch_size):
             latents, batch_nfe, converged = self._run_sample(self._params, self._seed, *batch)
             made, finite = self._run_decode(self._params, latents)
-            made, batch_nfe, *fine = (np.asarray(x)[:count] for x in (made, batch_nfe, converged, finite))
-            fine = np.logical_and(*fine)
+            *made, converged, finite = (np.asarray(x)[:count] for x in (latents, made, batch_nfe, converged, finite))
+            fine = np.logical_and(converged, finite)
             if not fine.all():
                 raise SfdError(
                     f"sample {int(np.asarray(batch[0])[:count][~fine][0])} is not finite: the solver did not "
                     "converge or the weights are damaged; try a smaller guidance scale or float32"
                 )
-            images.append(made)
-            nfe.append(batch_nfe)
-        return np.concatenate(images), np.concatenate(nfe)
+            rows.append(made)
+        latents, images, nfe = map(np.concatenate, zip(*rows, strict=True))
+        return latents, images, nfe
 
     def use(self, params: dict | None) -> None:
         """Sample with other weights of the model's network from now on; compiles nothing.

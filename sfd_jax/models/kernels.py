@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import linear_call
 from jax.sharding import Sharding
 
+_SPLASH_BLOCK = 512  # queries, and keys, that are in a TPU's fast memory at once
+
 
 def precision_of(dtype: jax.typing.DTypeLike) -> jax.lax.Precision | None:
     """Return the precision at which arrays of a dtype are multiplied: float32 means float32.
@@ -126,9 +128,6 @@ def splash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, inte
     mask = MultiHeadMask([FullMask((n, n))] * heads)
     attend = splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
     return _heads_first(jax.vmap(attend), query * query.shape[-1] ** -0.5, key, value)
-
-
-_SPLASH_BLOCK = 512  # queries, and keys, that are in the chip's fast memory at once
 
 
 def _heads_first(attend, *qkv):

@@ -23,7 +23,7 @@ from etils import epath
 
 from sfd_jax.distributed import is_host0
 from sfd_jax.errors import SfdError
-from sfd_jax.files import write_anywhere
+from sfd_jax.files import copy_files, write_anywhere
 
 COPY_EVERY = 60.0  # seconds between two copies to a bucket
 
@@ -132,9 +132,7 @@ class MetricsLog:
             self._local.cleanup()
 
     def _copy(self) -> None:
-        grow = Path(self._local.name)
-        for file in filter(Path.is_file, grow.rglob("*")):
-            (self._folder / file.relative_to(grow).as_posix()).write_bytes(file.read_bytes())
+        copy_files(Path(self._local.name), self._folder)
         self._copied = time.monotonic()
 
     def __enter__(self) -> "MetricsLog":

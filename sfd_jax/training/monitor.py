@@ -9,6 +9,7 @@ from etils import epath
 
 from sfd_jax.distributed import is_host0, say
 from sfd_jax.errors import SfdError
+from sfd_jax.files import copy_files
 
 
 def speed(steps_per_second: float, batch_size: int, ideal_seconds: float | None) -> dict[str, float]:
@@ -74,9 +75,6 @@ class Profiler:
     def __exit__(self, *exception) -> None:
         if self._scratch:
             jax.profiler.stop_trace()
-            for file in filter(Path.is_file, Path(self._scratch.name).rglob("*")):
-                target = self._folder / file.relative_to(self._scratch.name).as_posix()
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(file.read_bytes())
+            copy_files(Path(self._scratch.name), self._folder)
             self._scratch.cleanup()
             self._scratch = None

@@ -1,6 +1,5 @@
 """The commands `sample` and `evaluate` from checkpoints on disk to files, with a small network for Inception."""
 
-import argparse
 import dataclasses
 import json
 import os
@@ -247,10 +246,11 @@ def test_raw_weights_are_decoded_by_the_vae_that_made_the_latents(flags, tmp_pat
     made_by = {which: params_hash(load_params(tmp_path / "vae", which=which)[0]) for which in ("ema", "raw")}
     assert made_by["ema"] != made_by["raw"]
     for which, asked in (("ema", "raw"), ("raw", "ema")):
-        args = argparse.Namespace(texture_vae=str(tmp_path / "vae"), weights=asked)
-        params, metadata = open_texture_vae(args, {"latents": {"weights": {"texture_vae": made_by[which]}}})
+        made = {"latents": {"weights": {"texture_vae": made_by[which]}}}
+        params, metadata = open_texture_vae(str(tmp_path / "vae"), made, asked)
         assert metadata["which"] == which and params_hash(params) == made_by[which]
-    assert open_texture_vae(args, model[1])[1]["which"] == "ema"  # unknown: the requested weights
+    unknown = open_texture_vae(str(tmp_path / "vae"), model[1], "ema")
+    assert unknown[1]["which"] == "ema"  # the requested weights
 
 
 @pytest.mark.parametrize(

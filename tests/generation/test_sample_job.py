@@ -17,7 +17,8 @@ WEAK = "--weak=weak"
 def job(saved, *flags):
     parser = command_parser("sample", "")
     add_sampling_flags(parser, required=False)
-    return sample_job(parse_command(parser, list(flags)), saved)
+    args = parse_command(parser, list(flags))
+    return sample_job({name: getattr(args, name) for name in args.given if name != "weak"}, saved, weak=args.weak)
 
 
 @pytest.mark.parametrize(
