@@ -38,6 +38,7 @@ class Bench:
       job: how to sample.
       score: (folder of samples, labels) -> scores.
       about: what decides the scores besides the cell's config.
+      held_out: folder of held-out latents; "" for none.
       small: keep the latents in memory.
     """
 
@@ -47,6 +48,7 @@ class Bench:
     job: SampleJob
     score: Score
     about: dict[str, Any]
+    held_out: str
     small: bool
 
 
@@ -72,7 +74,15 @@ def open_bench(args: argparse.Namespace, pca: bool) -> Bench:
     extractor = open_extractor(*(("inception", args.inception) if args.inception else ("dinov2", args.encoder)))
     reference = open_reference(args.reference).for_extractor(extractor)
     latents, job = {"": args.data, "pca": args.pca_data}, _job(args, config.sample)
-    return Bench(config, latents, args.texture_vae, job, *_scorer(extractor, reference, job, None), small=False)
+    return Bench(
+        config,
+        latents,
+        args.texture_vae,
+        job,
+        *_scorer(extractor, reference, job, None),
+        args.held_out or "",
+        small=False,
+    )
 
 
 def _built_in(args: argparse.Namespace, config: ConfigDict, pca: bool) -> Bench:
@@ -84,6 +94,7 @@ def _built_in(args: argparse.Namespace, config: ConfigDict, pca: bool) -> Bench:
         "encoder": lambda: stages.train_encoder(demo),
         "semantic_vae": lambda: stages.train_semantic_vae(demo),
         "latents": lambda: stages.extract(demo),
+        "latents_held_out": lambda: stages.extract(demo, "latents_held_out", split="held_out"),
         **({"latents_pca": lambda: stages.extract(demo, "latents_pca", channels)} if pca else {}),
     }
     decide = ("seed", "data", "texture_vae", "encoder", "semantic_vae", "extract")
@@ -99,7 +110,8 @@ def _built_in(args: argparse.Namespace, config: ConfigDict, pca: bool) -> Bench:
     latents = {"": str(demo.workdir / "latents"), "pca": str(demo.workdir / "latents_pca")}
     job, base = _job(args, config.sample), stages.diffusion_config(demo)
     scorer = _scorer(extractor, reference, job, judge.open_judge(args.data)[0])
-    return Bench(base, latents, str(demo.workdir / "texture_vae"), job, *scorer, small=True)
+    places = str(demo.workdir / "texture_vae"), str(demo.workdir / "latents_held_out")
+    return Bench(base, latents, places[0], job, *scorer, places[1], small=True)
 
 
 def _job(args: argparse.Namespace, sample: ConfigDict) -> SampleJob:

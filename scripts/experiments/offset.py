@@ -43,8 +43,12 @@ def verdict(records: list[dict]) -> dict:
             yes = {each["lower"] for each in against.values()}
             beats = "yes" if yes == {"yes"} else "no" if "no" in yes else yes.pop()
             answers[f"{name}, {offset:g}, beats both ends by two standard errors"] = {"answer": beats, **against}
-    if learned := report.scores_of(records, "learned"):
-        answers[f"learned clocks beat the best interior offset, {best:g}"] = report.lower(learned, found[best])
+    for score in (report.FRECHET, "corrected_loss"):
+        if learned := report.scores_of(records, "learned", score):
+            values = {f"offset {offset:g}": report.scores_of(records, f"offset_{offset:g}", score) for offset in found}
+            answers[f"{report.SCORES[score]} of learned clocks is lower by two standard errors than that of"] = {
+                name: report.lower(learned, each) for name, each in values.items() if each
+            }
     return answers
 
 

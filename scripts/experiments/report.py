@@ -11,7 +11,7 @@ from sfd_jax.files import atomic_write, write_json, write_text
 
 FRECHET = "frechet_distance"
 SCORES = {FRECHET: "Frechet distance", "read_as_label": "classified as label", "precision": "precision"}
-SCORES["recall"] = "recall"
+SCORES |= {"recall": "recall", "corrected_loss": "corrected loss, held out"}
 
 
 def interval(values: list[float]) -> tuple[float, float | None]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 from bench import Bench, open_bench
+from held_out import held_out_loss
 from ml_collections import ConfigDict
 
 from sfd_jax.distributed.mesh import make_mesh
@@ -84,6 +85,7 @@ def parse(doc: str, argv: list[str]) -> argparse.Namespace:
     flag("--cells", default="1/1", metavar="K/N", help="run the K-th of N parts of the cells")
     flag("--cell", metavar="NAME_sSEED", help="run this cell alone")
     flag("--texture_vae", help="with a folder: checkpoint that made its latents")
+    flag("--held_out", help="with a folder: held-out latents from the same encoders, for the corrected loss")
     flag("--pca_data", help="with a folder: latents of the same images with PCA (cell pca)")
     flag("--reference", help="with a folder: images or statistics to compare with")
     flag("--inception", help="with a folder: checkpoint of the features")
@@ -166,8 +168,9 @@ def run_cell(args: argparse.Namespace, bench: Bench, cell: Cell, seed: int, step
     config = timed("probe", lambda: with_learned_clocks(config, str(folder)))
     opened = dataclasses.replace(training.open_diffusion(config), cache=bench.small)
     timed("train", lambda: train(opened, str(folder), table=False))
+    model = open_checkpoint(folder, "lightning_dit", step=step)
     sampler = make_sampler(
-        open_checkpoint(folder, "lightning_dit", step=step).weights,
+        model.weights,
         open_checkpoint(bench.texture_vae, "texture_vae").weights,
         bench.job,
         seed=seed,
@@ -177,6 +180,8 @@ def run_cell(args: argparse.Namespace, bench: Bench, cell: Cell, seed: int, step
     timed("sample", lambda: make_images(make, labels, samples, recipe=sampler.recipe, batch_size=size, chunk_size=size))
     write_samples_npz(samples)
     scores = timed("score", lambda: bench.score(samples, labels))
+    if bench.held_out and "pca" not in cell.variants and (loss := held_out_loss(model, bench.held_out, size)):
+        scores["corrected_loss"] = loss
     nfe = json.loads((samples / "recipe.json").read_text())["nfe"]["mean"]
     what = {"cell": cell.name, "label": cell.label, "delta_t": cell.delta_t, "seed": seed, "step": step}
     write_json(path, {**what, "scores": scores, "nfe": nfe, "seconds": seconds, "about": _about(bench, cell, seed)})

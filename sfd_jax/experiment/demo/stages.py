@@ -227,13 +227,14 @@ def train_semantic_vae(demo: Demo) -> dict:
     return {"held-out cosine similarity": round(float(similarity), 4)}
 
 
-def extract(demo: Demo, folder: str = "latents", pca: int | None = None) -> dict:
-    """Turn the training images into latent shards with statistics and REPA features.
+def extract(demo: Demo, folder: str = "latents", pca: int | None = None, split: str = "train") -> dict:
+    """Turn the images of a split into latent shards with statistics and REPA features.
 
     Args:
       demo: with trained autoencoders.
       folder: of the shards.
       pca: principal components as semantic latents instead of the Semantic VAE's.
+      split: "train" or "held_out".
     """
     settings = {**demo.config.extract, "seed": demo.config.seed, "pca": pca}
     config = from_group(ExtractConfig, settings, "config group 'extract'")
@@ -244,7 +245,7 @@ def extract(demo: Demo, folder: str = "latents", pca: int | None = None) -> dict
     encoder = make_encoder({name: each.network for name, each in opened.items()}, config)
     opened = OpenEncoder(encoder, {name: each.params for name, each in opened.items()}, {}, [])
     about = {"data": demo.config.data.to_dict()}
-    store = extract_latents(demo.source("train"), opened, config, str(demo.workdir / folder), about)
+    store = extract_latents(demo.source(split), opened, config, str(demo.workdir / folder), about)
     store.verify()
     return {"images": len(store)}
 
