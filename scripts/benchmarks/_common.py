@@ -20,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
+from sfd_jax import malloc
+
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "torchdiffeq", "torch-fidelity")
 
 
@@ -39,8 +41,9 @@ def need(*packages: str) -> None:
 
 
 def share_memory() -> None:
-    """Keep JAX from reserving a GPU's memory; call before JAX uses a device."""
+    """Keep JAX from reserving a GPU's memory, and freed memory of a CPU as `sfd` does; before JAX uses a device."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    malloc.keep_freed_memory()
 
 
 def machine() -> dict:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sfd_jax import libtpu
+from sfd_jax import libtpu, malloc
 from sfd_jax.errors import SfdError, TryAgain, nearest
 from sfd_jax.files import disk_fault
 from sfd_jax.registry import take_plugins
@@ -93,6 +93,7 @@ def run_command(command_main: Callable[[list[str]], object], name: str, argument
     """
     keep_compilations()
     libtpu.hush()
+    malloc.keep_freed_memory()
     with _signals_raise():
         return _leave_hosts(_status(command_main, name, arguments))
 
