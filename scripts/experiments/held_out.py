@@ -1,10 +1,14 @@
-"""The corrected loss of a trained model on held-out latents, which compares clocks (docs/learned_clocks.md)."""
+"""Losses of trained models on held-out latents."""
+
+import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sfd_jax.data.pipeline import latent_transform, make_eval_batches
+from sfd_jax.diffusion.clocks import split_params
 from sfd_jax.diffusion.learned_clocks import LocalWeights, at_tau, corrected_loss
 from sfd_jax.experiment.checkpoints import OpenCheckpoint
 from sfd_jax.experiment.training_data import open_source
@@ -12,11 +16,13 @@ from sfd_jax.generation.parts import clocks_of
 from sfd_jax.latents import LatentLayout, LatentStatistics
 from sfd_jax.randomness import keys_by_row
 
+Pair = tuple[float, float]
+
 DRAWS = 32  # of noise and time for each image
 
 
 def held_out_loss(opened: OpenCheckpoint, folder: str, batch_size: int) -> float | None:
-    """Return the corrected loss of a model with its own clocks and labels, on the same noise for all models.
+    """Return the corrected loss (docs/learned_clocks.md) of a model with its own clocks, which compares clocks.
 
     The weights over local time are those of the released recipe (offset 0.3), whatever the model's clocks.
 
@@ -28,27 +34,65 @@ def held_out_loss(opened: OpenCheckpoint, folder: str, batch_size: int) -> float
     Returns:
       The mean over images, noise and tau; None for a model without semantic latents, whose loss has other parts.
     """
-    network, params, metadata = opened
-    statistics = LatentStatistics.from_dict(metadata["latent_statistics"])
-    layout = LatentLayout(statistics.texture_mean.size, statistics.semantic_mean.size)
+    layout, batches = _held_out(opened, folder, batch_size)
     if not layout.semantic_channels:
         return None
-    clocks, loss = clocks_of(metadata), metadata["config"]["loss"]
+    params, trained = split_params(opened.params)
+    clocks, loss = clocks_of(opened.metadata).bind(trained), opened.metadata["config"]["loss"]
     weights = LocalWeights(loss["time"], loss["semantic_weight"])
 
     @jax.jit
     def errors(params, batch, draw):
-        key, rows = jax.random.fold_in(jax.random.key(0), draw), batch["index"].astype(jnp.int32)
-        noise = lambda key: jax.random.normal(key, batch["latents"].shape[1:])
-        place = lambda key: jax.random.uniform(jax.random.fold_in(key, 1))
-        tau = clocks.tau_end * (draw + jax.vmap(place)(keys_by_row(key, rows))) / DRAWS  # one in each part of [0, end]
-        predict = lambda *inputs: network.apply(params, *inputs)
-        given = batch["latents"], jax.vmap(noise)(keys_by_row(key, rows)), batch["labels"], *at_tau(clocks, tau)
-        return corrected_loss(predict, *given, layout=layout, weights=weights)
+        noise, place = _random(batch, draw)
+        tau = clocks.tau_end * (draw + place) / DRAWS  # one in each part of [0, tau_end]
+        given = batch["latents"], noise, batch["labels"], *at_tau(clocks, tau)
+        return corrected_loss(functools.partial(opened.network.apply, params), *given, layout=layout, weights=weights)
 
-    source, transform = open_source(folder, repa=False), latent_transform(layout, statistics)
-    found = []
-    for batch in make_eval_batches(source, batch_size=batch_size, transform=transform):
-        mask = batch.pop("mask")
-        found += [np.asarray(errors(params, batch, jnp.int32(draw)))[mask] for draw in range(DRAWS)]
+    found = [np.asarray(errors(params, batch, draw))[mask] for batch, mask in batches for draw in range(DRAWS)]
     return float(np.concatenate(found).mean())
+
+
+def errors_at(opened: OpenCheckpoint, folder: str, places: list[Pair], batch_size: int = 500) -> list[dict[str, float]]:
+    """Return the mean squared errors of the velocity, "semantic" and "texture", at pairs of times.
+
+    Args:
+      opened: a diffusion model.
+      folder: held-out latents.
+      places: (t_semantic, t_texture) each.
+      batch_size: images at a time.
+    """
+    layout, batches = _held_out(opened, folder, batch_size)
+
+    @jax.jit
+    def errors(params, batch, draw, place):
+        noise, _ = _random(batch, draw)
+        t_semantic, t_texture = (jnp.full(len(noise), t) for t in place)
+        t = layout.per_channel(t_texture, t_semantic)[:, None, None]
+        velocity = opened.network.apply(
+            params, t * batch["latents"] + (1 - t) * noise, t_semantic, t_texture, batch["labels"]
+        )
+        texture, semantic = layout.split((velocity - (batch["latents"] - noise)) ** 2)
+        return {"semantic": semantic.mean(axis=(1, 2, 3)), "texture": texture.mean(axis=(1, 2, 3))}
+
+    params, batches = split_params(opened.params)[0], list(batches)
+    rows = lambda place, name: [
+        np.asarray(errors(params, batch, draw, place)[name])[mask] for batch, mask in batches for draw in range(4)
+    ]
+    mean = lambda place, name: float(np.concatenate(rows(place, name)).mean())
+    return [{name: mean(place, name) for name in ("semantic", "texture")} for place in places]
+
+
+def _held_out(opened: OpenCheckpoint, folder: str, batch_size: int) -> tuple[LatentLayout, Iterator]:
+    """Return the model's layout, and batches of normalised latents with the mask of their real rows."""
+    statistics = LatentStatistics.from_dict(opened.metadata["latent_statistics"])
+    layout = LatentLayout(statistics.texture_mean.size, statistics.semantic_mean.size)
+    transform = latent_transform(layout, statistics)
+    batches = make_eval_batches(open_source(folder, repa=False), batch_size=batch_size, transform=transform)
+    return layout, ((batch, batch.pop("mask")) for batch in batches)
+
+
+def _random(batch: dict, draw: int) -> tuple[jax.Array, jax.Array]:
+    """Return noise (B,H,W,C) and a number in [0, 1) (B,), by the image and the draw alone."""
+    keys = keys_by_row(jax.random.fold_in(jax.random.key(0), draw), batch["index"].astype(jnp.int32))
+    noise = jax.vmap(lambda key: jax.random.normal(key, batch["latents"].shape[1:]))(keys)
+    return noise, jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1)))(keys)

@@ -3,7 +3,8 @@
 import argparse
 import contextlib
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from sfd_jax.errors import needs_extra
@@ -85,15 +86,22 @@ def finish(args: argparse.Namespace, name: str, records: list[dict], cells: dict
 @contextlib.contextmanager
 def figure(args: argparse.Namespace, name: str, records: list[dict], scores: tuple[str, ...]) -> Iterator[dict]:
     """Yield score -> axes to draw on, of the scores that were measured; write them as NAME.png."""
+    scores = [score for score in scores if any(score in record["scores"] for record in records)]
+    with drawing(args.out / f"{name}{args.guided}.png", len(scores)) as axes:
+        yield dict(zip(scores, axes, strict=True))
+
+
+@contextlib.contextmanager
+def drawing(path: Path, count: int) -> Iterator[Sequence]:
+    """Yield `count` axes beside each other; write them as a PNG."""
     with needs_extra("experiments", "drawing a study"):
         import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    scores = [score for score in scores if any(score in record["scores"] for record in records)]
-    drawn, axes = pyplot.subplots(1, len(scores), figsize=(5.2 * len(scores), 3.8), squeeze=False)
-    yield dict(zip(scores, axes[0], strict=True))
+    drawn, axes = pyplot.subplots(1, count, figsize=(5.2 * count, 3.8), squeeze=False)
+    yield axes[0]
     drawn.tight_layout()
-    with atomic_write(args.out / f"{name}{args.guided}.png") as part:
+    with atomic_write(path) as part:
         drawn.savefig(part, format="png", dpi=110)
     pyplot.close(drawn)
