@@ -39,14 +39,16 @@ def verdict(records: list[dict]) -> dict:
     best, answers = min(interior, key=lambda offset: report.interval(found[offset])[0]), {}
     for name, offset in (("the best interior offset", best), ("the paper's offset", 0.3)):
         if offset in found:
-            against = {end: report.lower(found[offset], found[end]) for end in (0, 1)}
+            against = {f"than {end}": report.lower(found[offset], found[end]) for end in (0, 1)}
             yes = {each["lower"] for each in against.values()}
             beats = "yes" if yes == {"yes"} else "no" if "no" in yes else yes.pop()
             answers[f"{name}, {offset:g}, beats both ends by two standard errors"] = {"answer": beats, **against}
     for score in (report.FRECHET, "corrected_loss"):
         if learned := report.scores_of(records, "learned", score):
-            values = {f"offset {offset:g}": report.scores_of(records, f"offset_{offset:g}", score) for offset in found}
-            answers[f"{report.SCORES[score]} of learned clocks is lower by two standard errors than that of"] = {
+            values = {
+                f"than offset {offset:g}'s": report.scores_of(records, f"offset_{offset:g}", score) for offset in found
+            }
+            answers[f"{report.SCORES[score]} of learned clocks is lower by two standard errors"] = {
                 name: report.lower(learned, each) for name, each in values.items() if each
             }
     return answers

@@ -53,6 +53,16 @@ def points(records: list[dict], cells: dict[Any, str], score: str = FRECHET) -> 
     return list(found), [mean for mean, _ in found.values()], [half or 0 for _, half in found.values()]
 
 
+def said(answer: Any) -> str:
+    """Return an answer of a verdict in words."""
+    if not isinstance(answer, dict):
+        return f"{answer:.4g}" if isinstance(answer, float) else "not reached" if answer is None else str(answer)
+    if "lower" in answer:
+        error = answer["standard_error"]
+        return f"{answer['lower']} ({answer['difference']:+.3f}" + (f", standard error {error:.3f})" if error else ")")
+    return "; ".join(f"{name}: {said(each)}" if name != "answer" else said(each) for name, each in answer.items())
+
+
 def finish(args: argparse.Namespace, name: str, records: list[dict], cells: dict[str, str], verdict: dict) -> None:
     """Write NAME.json and NAME.md, a table of the last step's scores and the verdict, and print them.
 
@@ -76,7 +86,7 @@ def finish(args: argparse.Namespace, name: str, records: list[dict], cells: dict
     for row in rows:
         values = [text(*row[score]) if score in row else "" for score in shown]
         lines.append(f"| {row['cell']} | {row['seeds']} | {' | '.join(values)} |")
-    lines += ["", *(f"{question}: {answer}" for question, answer in verdict.items())]
+    lines += ["", *(f"- {question}: {said(answer)}" for question, answer in verdict.items())]
     about = {key: getattr(args, key) for key in ("data", "config", "overrides", "guidance_scale")}
     write_json(f"{path}.json", {**about, "table": rows, "verdict": verdict, "cells": records})
     write_text(f"{path}.md", "\n".join(lines) + "\n")
