@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from sfd_jax.errors import SfdError
 from sfd_jax.evaluation import Extractor, Reference, open_reference
 from sfd_jax.evaluation.evaluate import evaluate
 from sfd_jax.evaluation.features import encoder_extractor
-from sfd_jax.evaluation.image_sets import image_set_of, open_image_set
+from sfd_jax.evaluation.image_sets import ImageSet, image_set_of
 from sfd_jax.experiment.config_files import load_config
 from sfd_jax.experiment.demo import judge, stages
 from sfd_jax.experiment.demo.record import DemoRecord
@@ -24,7 +23,7 @@ from sfd_jax.experiment.demo.results import LEAST_FOR_MANIFOLDS
 from sfd_jax.experiment.evaluation import open_extractor
 from sfd_jax.ranges import IN_PACKAGES
 
-Score = Callable[[Path, np.ndarray], dict[str, float]]
+Score = Callable[[ImageSet, np.ndarray], dict[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Bench:
       latents: "" and "pca" -> folder of the latent shards.
       texture_vae: checkpoint.
       job: how to sample.
-      score: (folder of samples, labels) -> scores.
+      score: (samples, labels) -> scores.
       about: what decides the scores besides the cell's config.
       held_out: folder of held-out latents; "" for none.
       small: keep the latents in memory.
@@ -79,7 +78,7 @@ def open_bench(args: argparse.Namespace, pca: bool) -> Bench:
         latents,
         args.texture_vae,
         job,
-        *_scorer(extractor, reference, job, None),
+        *scorer(extractor, reference, job, None),
         args.held_out or "",
         small=False,
     )
@@ -104,14 +103,10 @@ def _built_in(args: argparse.Namespace, config: ConfigDict, pca: bool) -> Bench:
             record = open_record()
             for name, stage in make.items():
                 record.run(name, "shared by all cells", stage)
-    images = image_set_of("held-out images", demo.images("held_out")[0])
-    reference = Reference(images.name, None, images, images.hash())
-    extractor = encoder_extractor(demo.open("encoder").weights)
     latents = {"": str(demo.workdir / "latents"), "pca": str(demo.workdir / "latents_pca")}
     job, base = _job(args, config.sample), stages.diffusion_config(demo)
-    scorer = _scorer(extractor, reference, job, judge.open_judge(args.data)[0])
     places = str(demo.workdir / "texture_vae"), str(demo.workdir / "latents_held_out")
-    return Bench(base, latents, places[0], job, *scorer, places[1], small=True)
+    return Bench(base, latents, places[0], job, *scorer_of(demo, job), places[1], small=True)
 
 
 def _job(args: argparse.Namespace, sample: ConfigDict) -> SampleJob:
@@ -121,14 +116,21 @@ def _job(args: argparse.Namespace, sample: ConfigDict) -> SampleJob:
     return SampleJob.from_group({**sample, "guidance": "none", "guidance_scale": 1.0, **guided, **num})
 
 
-def _scorer(
+def scorer_of(demo: stages.Demo, job: SampleJob) -> tuple[Score, dict]:
+    """Return what `scorer` does, against a demo's held-out images by its encoder, as the demo scores its own."""
+    images = image_set_of("held-out images", demo.images("held_out")[0])
+    reference = Reference(images.name, None, images, images.hash())
+    accuracy = judge.open_judge(demo.config.data.kind)[0] if demo.digits else None
+    return scorer(encoder_extractor(demo.open("encoder").weights), reference, job, accuracy)
+
+
+def scorer(
     extractor: Extractor, reference: Reference, job: SampleJob, accuracy: judge.Accuracy | None
 ) -> tuple[Score, dict]:
     """Return the function that scores samples, and what else decides the scores."""
     mesh = make_mesh()
 
-    def score(folder: Path, labels: np.ndarray) -> dict[str, float]:
-        samples = open_image_set(folder)
+    def score(samples: ImageSet, labels: np.ndarray) -> dict[str, float]:
         metrics = ("fid", "precision", "recall") if samples.count >= LEAST_FOR_MANIFOLDS else ("fid",)
         values = evaluate(samples, reference, extractor, metrics=metrics, batch_size=job.batch_size * mesh.size)
         scores = {{"fid": "frechet_distance"}.get(name, name): float(values[name]) for name in metrics}

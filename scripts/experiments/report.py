@@ -11,8 +11,9 @@ from sfd_jax.errors import needs_extra
 from sfd_jax.files import atomic_write, write_json, write_text
 
 FRECHET = "frechet_distance"
-SCORES = {FRECHET: "Frechet distance", "read_as_label": "classified as label", "precision": "precision"}
-SCORES |= {"recall": "recall", "corrected_loss": "corrected loss, held out"}
+SCORES = {FRECHET: "Frechet distance", "ratio": "ratio to the teacher's", "read_as_label": "classified as label"}
+SCORES |= {"precision": "precision", "recall": "recall", "corrected_loss": "corrected loss, held out"}
+ABOUT = ("data", "config", "overrides", "guidance_scale")  # flags in the results
 
 
 def interval(values: list[float]) -> tuple[float, float | None]:
@@ -87,7 +88,7 @@ def finish(args: argparse.Namespace, name: str, records: list[dict], cells: dict
         values = [text(*row[score]) if score in row else "" for score in shown]
         lines.append(f"| {row['cell']} | {row['seeds']} | {' | '.join(values)} |")
     lines += ["", *(f"- {question}: {said(answer)}" for question, answer in verdict.items())]
-    about = {key: getattr(args, key) for key in ("data", "config", "overrides", "guidance_scale")}
+    about = {key: value for key, value in vars(args).items() if key in ABOUT}
     write_json(f"{path}.json", {**about, "table": rows, "verdict": verdict, "cells": records})
     write_text(f"{path}.md", "\n".join(lines) + "\n")
     print("\n".join(["", *lines, "", f"{path}.json, .md, .png"]))

@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 
 from sfd_jax.distributed.mesh import make_mesh
 from sfd_jax.errors import SfdError
+from sfd_jax.evaluation.image_sets import open_image_set
 from sfd_jax.experiment import training
 from sfd_jax.experiment.checkpoints import open_checkpoint
 from sfd_jax.experiment.config_files import find_config
@@ -179,7 +180,7 @@ def run_cell(args: argparse.Namespace, bench: Bench, cell: Cell, seed: int, step
     make = lambda indices, labels: sampler(indices, labels, size)
     timed("sample", lambda: make_images(make, labels, samples, recipe=sampler.recipe, batch_size=size, chunk_size=size))
     write_samples_npz(samples)
-    scores = timed("score", lambda: bench.score(samples, labels))
+    scores = timed("score", lambda: bench.score(open_image_set(samples), labels))
     if bench.held_out and "pca" not in cell.variants and (loss := held_out_loss(model, bench.held_out, size)):
         scores["corrected_loss"] = loss
     nfe = json.loads((samples / "recipe.json").read_text())["nfe"]["mean"]

@@ -97,3 +97,49 @@ def test_results_of_another_configuration_are_refused(load, tmp_path):
     for changed, says in ((dict(base=other), "semantic_weight: there 2.0, here 3.0"), (dict(about={}), "reference")):
         with pytest.raises(SfdError, match=says):
             study.finished(args, dataclasses.replace(shared, **changed), cell, 0, 400)
+
+
+def few_step_records(scores):
+    """Return records from cell -> (evaluations, Frechet distances, share classified as label, recall)."""
+    names = ("frechet_distance", "ratio", "read_as_label", "recall")
+    return [
+        {"cell": cell, "evaluations": count, "seed": seed, "step": 0, "scores": dict(zip(names, each, strict=True))}
+        for cell, (count, distances, read, recall) in scores.items()
+        for seed, each in enumerate((distance, distance / 2, read, recall) for distance in distances)
+    ]
+
+
+def test_verdict_of_few_steps(load):
+    found = load("few_step").verdict(
+        few_step_records(
+            {
+                "teacher_dopri5": (62, [2, 2], 0.99, 0.6),
+                "teacher_euler_2": (4, [3, 3], 1, 0.2),
+                "teacher_none_ab2_4": (4, [2.1, 2.3], 1, 0.2),
+                "student_4": (4, [2.0, 2.2], 0.99, 0.56),
+                "student_2": (2, [2.4, 2.2], 0.98, 0.54),
+            }
+        )
+    )
+    answers = {name.partition(" evaluations: ")[::2]: each["answer"] for name, each in found.items()}
+    assert answers.pop(("4", "at most 1.05 times the teacher's Frechet distance")) == "yes"  # 1.05, just
+    assert answers.pop(("4", "below the teacher's solvers at equal evaluations")) == "yes"  # 2.1 < 2.2
+    assert answers.pop(("2", "at most 1.10 times the teacher's Frechet distance")) == "no"
+    assert list(answers.values()) == ["no", "no", "yes", "yes"]  # accuracy and recall
+    half = found["4 evaluations: at most 1.05 times the teacher's Frechet distance"]["half_interval"]
+    assert half == pytest.approx(12.7062 * 0.05, rel=1e-4)  # t(0.975, 1) by a table
+
+
+def test_the_teacher_s_evaluations_are_of_both_its_networks(load, tmp_path):
+    few_step, demo = (
+        load("few_step"),
+        load("bench").stages.Demo(load("bench").load_config("configs/digits.py"), tmp_path),
+    )
+    cells = few_step.cells_of(demo, stages=3)
+    assert cells[0].name == few_step.REFERENCE and cells[0].networks == 2 and cells[0].job.guidance == "autoguidance"
+    equal = {cell.name for cell in cells if (cell.job.nfe or 0) * cell.networks == 4}
+    assert equal == {"student_4", *(f"teacher_{way}" for way in ("ab2_2", "heun_2", "euler_2"))} | {
+        f"teacher_none_{solver}_4" for solver in ("ab2", "heun", "euler")
+    }
+    assert {cell.job.mode for cell in cells if cell.name.endswith("ab2_8")} == {"staged"}
+    assert len({cell.name for cell in cells}) == len(cells)
