@@ -12,7 +12,7 @@ from sfd_jax.diffusion.sample_config import SampleJob
 from sfd_jax.distributed.lock import FolderLock
 from sfd_jax.distributed.mesh import make_mesh
 from sfd_jax.errors import SfdError
-from sfd_jax.evaluation import Extractor, Reference, open_reference
+from sfd_jax.evaluation import Extractor, Reference, gather, open_reference
 from sfd_jax.evaluation.evaluate import evaluate
 from sfd_jax.evaluation.features import encoder_extractor
 from sfd_jax.evaluation.image_sets import ImageSet, image_set_of
@@ -119,9 +119,10 @@ def _job(args: argparse.Namespace, sample: ConfigDict) -> SampleJob:
 def scorer_of(demo: stages.Demo, job: SampleJob) -> tuple[Score, dict]:
     """Return what `scorer` does, against a demo's held-out images by its encoder, as the demo scores its own."""
     images = image_set_of("held-out images", demo.images("held_out")[0])
-    reference = Reference(images.name, None, images, images.hash())
+    extractor = encoder_extractor(demo.open("encoder").weights)
+    [(statistics, _)] = gather(images, [extractor], keep_features=[True])
     accuracy = judge.open_judge(demo.config.data.kind)[0] if demo.digits else None
-    return scorer(encoder_extractor(demo.open("encoder").weights), reference, job, accuracy)
+    return scorer(extractor, Reference(images.name, statistics, images, images.hash()), job, accuracy)
 
 
 def scorer(

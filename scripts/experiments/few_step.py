@@ -47,9 +47,9 @@ from sfd_jax.training.record import FREE_GROUPS, FREE_KEYS
 TRAINING = ("train.steps=300", "train.global_batch_size=64", "train.ema_decay=0.983", "optimizer.schedule=cosine")
 TRAINING += ("model.scan_blocks=True",)
 STEPS = (1, 2, 3, 4, 6, 8)
-# Calls of the teacher, with guidance and without: equal network evaluations, and 16 of them for the curves.
-GUIDED = {"ab2": (2, 4, 8), "heun": (2, 4), "euler": (2, 4, 8)}
-UNGUIDED = {"ab2": (4, 8), "heun": (4, 8), "euler": (1, 2, 4, 8)}
+# Calls of the teacher, with guidance and without, for equal network evaluations.
+GUIDED = {"ab2": (2, 4), "heun": (2, 4), "euler": (2, 4)}
+UNGUIDED = {"ab2": (4,), "heun": (4,), "euler": (1, 2, 4)}
 TARGETS = {4: 1.05, 2: 1.10, 1: 1.20}  # steps -> largest Frechet distance, as a multiple of the teacher's
 REFERENCE = "teacher_dopri5"
 
@@ -66,23 +66,23 @@ class Cell:
 
 
 def cells_of(demo: Demo, stages: int) -> list[Cell]:
-    """Return the teacher's samplers, then the student's; few calls take the released grid, which crosses `stages`."""
+    """Return the samplers; few calls of the teacher take the released grid, whose steps cross `stages`."""
     group, guided = demo.config.sample.to_dict(), demo.config.sample.guidance != "none"
+    unguided = {**group, "guidance": "none", "guidance_scale": 1.0}
     found = [Cell(REFERENCE, "teacher, dopri5", "teacher, dopri5", SampleJob.from_group(group), 1 + guided)]
-    for suffix, changes, budgets in (
-        ("", {}, GUIDED if guided else {}),
-        (" without guidance", {"guidance": "none", "guidance_scale": 1.0}, UNGUIDED),
-    ):
+    for steps in STEPS:
+        job = SampleJob.from_group({**unguided, "solver": "few_step", "nfe": steps})
+        found.append(Cell(f"student_{steps}", f"student, {steps} steps", "student", job))
+    kinds = [("teacher", group, GUIDED, 1 + guided)] if guided else []
+    for kind, settings, budgets, networks in [*kinds, ("teacher without guidance", unguided, UNGUIDED, 1)]:
         for solver, budget in budgets.items():
             for calls in budget:
                 mode = "staged" if calls >= stages * (1 if solver == "euler" else 2) else "released"
-                job = SampleJob.from_group({**group, **changes, "solver": solver, "mode": mode, "nfe": calls})
-                curve, grid = f"teacher{suffix}, {solver}", ", released grid" if mode == "released" else ""
-                name = f"teacher_{'none_' if suffix else ''}{solver}_{calls}"
-                found.append(Cell(name, f"{curve}, {calls} calls{grid}", curve, job, 1 if suffix else 1 + guided))
-    group |= {"guidance": "none", "guidance_scale": 1.0, "solver": "few_step"}
-    few = {steps: SampleJob.from_group({**group, "nfe": steps}) for steps in STEPS}
-    return found + [Cell(f"student_{steps}", f"student, {steps}", "few_step", job) for steps, job in few.items()]
+                job = SampleJob.from_group({**settings, "solver": solver, "mode": mode, "nfe": calls})
+                curve, grid = f"{kind}, {solver}", ", released grid" if mode == "released" else ""
+                name = f"{kind.replace('teacher without guidance', 'unguided')}_{solver}_{calls}"
+                found.append(Cell(name, f"{curve}, {calls} calls{grid}", curve, job, networks))
+    return found
 
 
 def main(argv: list[str]) -> None:
@@ -96,21 +96,24 @@ def main(argv: list[str]) -> None:
     cells = cells_of(demo, len(clocks_of(opened["diffusion"][1]).edges) - 1)
     score, about = scorer_of(demo, cells[0].job)
     about |= {name: params_hash(params) for name, (params, _) in opened.items()}
-    records = []
-    for seed in args.seeds:
-        config, student = student_config(args, demo, seed), None
-        for cell in cells:
+    configs, students, records = {seed: student_config(args, demo, seed) for seed in args.seeds}, {}, []
+    for cell in cells:
+        few, sampler = cell.job.solver == "few_step", None
+        weak = opened["weak"] if cell.job.guidance == "autoguidance" else None
+        for seed, config in configs.items():
             path, what = args.out / f"seed_{seed}" / f"{cell.name}.json", about_cell(cell, config, about)
-            if not (found := finished(path, what)):
-                if few := cell.job.solver == "few_step":
-                    student = student or train_student(config, path.with_name("student"))
-                weak = opened["weak"] if cell.job.guidance == "autoguidance" else None
-                model = student if few else opened["diffusion"]
-                sampler = make_sampler(model, opened["texture_vae"], cell.job, weak=weak, seed=seed)
+            found = finished(path, what)
+            if not found and (cell.name in args.samplers or not args.samplers):
+                if few and seed not in students:
+                    students[seed] = train_student(config, path.with_name("student"))
+                if few or not sampler:
+                    model = students[seed] if few else opened["diffusion"]
+                    sampler = make_sampler(model, opened["texture_vae"], cell.job, weak=weak)
+                sampler.seed = seed
                 found = {**measure(cell, sampler, score), "seed": seed, "about": what}
                 write_json(path, found)
                 print(f"[seed {seed}] {cell.label}: {found['scores']}", flush=True)
-            records.append(found)
+            records += [found] if found else []
     finish(args, cells, records)
 
 
@@ -123,6 +126,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("--out", type=Path, required=True, help="folder of the study")
     flag("--config", default="configs/sfd.py:small,few_step", help="of the students (default: %(default)s)")
     flag("--seeds", default="0,1,2", help="default: %(default)s")
+    flag("--samplers", type=lambda names: names.split(","), default=[], help="only these, by the names of their files")
     args, rest = parser.parse_known_args(argv)
     if unknown := [each for each in rest if not each.startswith("--config.")]:
         parser.error(f"unknown argument {unknown[0]}")

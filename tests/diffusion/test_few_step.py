@@ -137,7 +137,8 @@ def test_draws_depend_on_the_row_alone():
     assert 0.47 < np.mean((at.rho > at.tau) & np.isin(at.rho, edges)) < 0.53
 
 
-def test_steps_end_at_the_stages_where_there_are_enough():
-    np.testing.assert_allclose(step_ends(SFD, 4), [0, 0.3, 0.65, 1, 1.3], rtol=1e-6)
+def test_the_first_step_takes_half_of_the_time():
     np.testing.assert_allclose(step_ends(SFD, 1), [0, 1.3], rtol=1e-6)
-    assert len(step_ends(SFD, 8)) == 9
+    np.testing.assert_allclose(step_ends(SFD, 2), [0, 0.65, 1.3], rtol=1e-6)
+    np.testing.assert_allclose(step_ends(SFD, 3), [0, 0.65, 0.975, 1.3], rtol=1e-6)
+    assert len(step_ends(SFD, 8)) == 9 and step_ends(SFD, 8).dtype == np.float32

@@ -4,12 +4,14 @@ import dataclasses
 import importlib.util
 import json
 
+import jax
 import pytest
 
 from sfd_jax.cli import compile_pod
 from sfd_jax.cli import plan as plan_command
 from sfd_jax.errors import SfdError
-from sfd_jax.experiment.programs import in_size_b
+from sfd_jax.experiment.config_files import load_config
+from sfd_jax.experiment.programs import in_size_b, open_program
 from sfd_jax.pod import make_plan, report, table
 from sfd_jax.pod.chips import CHIPS, Topology
 from sfd_jax.pod.hlo import Traffic
@@ -207,3 +209,15 @@ def test_measurements_are_plain_numbers(monkeypatch):
     assert values["fits"] and values["memory"]["peak"] == 4 * GIB and values["flops"] == 5e9
     assert values["topology"] == {"name": "v5e:2x2", "slices": 1, "chips": 4}
     assert dataclasses.asdict(measurement())["batch"] == values["batch"]
+
+
+def test_few_step_training_is_compiled_with_its_frozen_networks():
+    name = "configs/sfd.py:xl,few_step,tiny"
+    config = load_config(name, ["--config.few_step.guidance=autoguidance"])
+    program = open_program("train", name, config, jax.devices()[:1])
+    sizes = {name: network.num_params() for name, network in program.networks.items()}
+    assert sizes.keys() == {"diffusion", "teacher", "weak"}
+    arguments = sum(aval.size for aval in program.trace().jaxpr.in_avals)
+    # Parameters, their average and two moments of the student; parameters alone of the others.
+    needed = 4 * sizes["diffusion"] + sizes["teacher"] + sizes["weak"]
+    assert needed < arguments < needed + 5000  # the batch and counters

@@ -161,11 +161,17 @@ def test_the_command_distils_and_a_killed_run_continues_bit_for_bit(folder, tmp_
     assert train([*flags, whole]) == 0
     assert "depth 1" in capsys.readouterr().out
     script = f"""
-        import os, signal
+        import os, signal, time
         from sfd_jax.cli.train import main
         from sfd_jax.data.pipeline import TrainBatches
         draw = TrainBatches.at
-        TrainBatches.at = lambda self, step: os.kill(os.getpid(), signal.SIGKILL) if step == 3 else draw(self, step)
+        def at(self, step):
+            while step == 3:
+                if os.path.exists({str(tmp_path / "parts" / "checkpoints" / "2" / "commit_success.txt")!r}):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(0.01)
+            return draw(self, step)
+        TrainBatches.at = at
         main({[*flags, parts]!r})
     """
     killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
