@@ -54,6 +54,10 @@ RECIPES = (
 ROWS |= {
     f"train_{name.replace(',', '_')}": (f"--config=configs/sfd.py:{name} --topology=v5e:4x4", 6) for name in RECIPES
 }
+ROWS["train_xl_few_step"] = (
+    "--config=configs/sfd.py:xl,few_step --config.few_step.guidance=autoguidance --topology=v5e:4x4",
+    15.75,
+)
 
 
 def main() -> int:
