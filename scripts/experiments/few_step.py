@@ -202,17 +202,17 @@ def verdict(records: list[dict]) -> dict:
         student = f"student_{steps}"
         ratio, half = report.interval(report.scores_of(records, student, "ratio"))
         if most := TARGETS.get(steps):
-            at_most = f"{steps} evaluations: at most {most:.2f} times the teacher's Frechet distance"
-            answers[at_most] = yes(ratio <= most, ratio=ratio, half_interval=half)
+            at_most = f"NFE {steps}: at most {most:.2f} times the teacher's Frechet distance"
+            answers[at_most] = yes(ratio <= most, ratio=ratio, **({"half_interval": half} if half else {}))
         equal = {each: mean(each, report.FRECHET) for each, count in present.items() if count == steps}
         if (ours := equal.pop(student)) and equal:
             best = min(equal, key=equal.get)
-            below = f"{steps} evaluations: below the teacher's solvers at equal evaluations"
+            below = f"NFE {steps}: below the teacher's solvers at equal evaluations"
             answers[below] = yes(ours < equal[best], ours=ours, theirs=equal[best], sampler=best)
         for score, margin in (("read_as_label", 0.0), ("recall", 0.05)):
             if report.scores_of(records, student, score):
                 ours, theirs = mean(student, score), mean(REFERENCE, score)
-                name = f"{steps} evaluations: {report.SCORES[score]} at most {margin:g} below the teacher's"
+                name = f"NFE {steps}: {report.SCORES[score]} at most {margin:g} below the teacher's"
                 answers[name] = yes(ours >= theirs - margin, ours=ours, theirs=theirs)
     return answers
 

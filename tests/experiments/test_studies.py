@@ -84,7 +84,7 @@ def test_results_of_another_configuration_are_refused(load, tmp_path):
     study, bench = load("study"), load("bench")
     base, cell = bench.load_config("configs/digits.py:study").diffusion, study.Cell("x", "x", delta_t=0.3)
     args, job = argparse.Namespace(out=tmp_path, guided=""), bench.SampleJob()
-    shared = bench.Bench(base, {}, "", job, None, {"reference": "a"}, small=True)
+    shared = bench.Bench(base, {}, "", job, None, {"reference": "a"}, "", small=True)
     assert study.finished(args, shared, cell, 0, 400) is None
     path = tmp_path / "cells" / "x_s0" / "step_400.json"
     path.parent.mkdir(parents=True)
@@ -121,12 +121,12 @@ def test_verdict_of_few_steps(load):
             }
         )
     )
-    answers = {name.partition(" evaluations: ")[::2]: each["answer"] for name, each in found.items()}
+    answers = {name.removeprefix("NFE ").partition(": ")[::2]: each["answer"] for name, each in found.items()}
     assert answers.pop(("4", "at most 1.05 times the teacher's Frechet distance")) == "yes"  # 1.05, just
     assert answers.pop(("4", "below the teacher's solvers at equal evaluations")) == "yes"  # 2.1 < 2.2
     assert answers.pop(("2", "at most 1.10 times the teacher's Frechet distance")) == "no"
     assert list(answers.values()) == ["no", "no", "yes", "yes"]  # accuracy and recall
-    half = found["4 evaluations: at most 1.05 times the teacher's Frechet distance"]["half_interval"]
+    half = found["NFE 4: at most 1.05 times the teacher's Frechet distance"]["half_interval"]
     assert half == pytest.approx(12.7062 * 0.05, rel=1e-4)  # t(0.975, 1) by a table
 
 
