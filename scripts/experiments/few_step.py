@@ -111,6 +111,7 @@ def main(argv: list[str]) -> None:
                     sampler = make_sampler(model, opened["texture_vae"], cell.job, weak=weak)
                 sampler.seed = seed
                 found = {**measure(cell, sampler, score), "seed": seed, "about": what}
+                path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, found)
                 print(f"[seed {seed}] {cell.label}: {found['scores']}", flush=True)
             records += [found] if found else []
