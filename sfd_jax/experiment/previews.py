@@ -248,10 +248,17 @@ def draw_convergence(path: epath.Path, rows: list[dict], names: list[str], batch
     with figure(path, 4.2 * len(names), 3.4) as drawn:
         if drawn is None:
             return
+        from matplotlib.ticker import EngFormatter
+
         for axis, name in zip(drawn.subplots(1, len(names), squeeze=False)[0], names, strict=True):
             points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
             axis.plot(*zip(*points, strict=True), marker="o", markersize=3)
             axis.set(xlabel="step", title=name)
             axis.grid(alpha=0.3)
+            axis.set_xlim(left=0)
+            axis.locator_params(axis="x", nbins=5, integer=True)
             seen = axis.secondary_xaxis("top", functions=(lambda x: x * batch_size, lambda x: x / batch_size))
+            seen.locator_params(axis="x", nbins=5, integer=True)
             seen.set_xlabel("images seen")
+            for each in (axis, seen):
+                each.xaxis.set_major_formatter(EngFormatter(sep=""))  # 400k

@@ -88,7 +88,7 @@ def test_killed_in_several_stages_it_ends_with_the_same_samples(tiny_demo, surro
 
 def test_damaged_shard_is_named(tiny_demo, surroundings, tmp_path):
     workdir = tmp_path / "damaged"
-    shutil.copytree(tiny_demo[0], workdir)
+    shutil.copytree(tiny_demo.folder, workdir)
     record = json.loads((workdir / "demo.json").read_text())
     for stage in ("diffusion", "weak", "sample", "metrics", "pictures"):
         record["stages"].pop(stage)
@@ -105,7 +105,7 @@ def test_damaged_shard_is_named(tiny_demo, surroundings, tmp_path):
 
 def test_a_study_that_is_killed_continues(tiny_demo, surroundings, tmp_path, root):
     """One offset on the demo's stages; the first process is killed while it trains."""
-    workdir, out = tiny_demo[0], tmp_path / "study"
+    workdir, out = tiny_demo.folder, tmp_path / "study"
     stages = ("texture_vae", "encoder", "semantic_vae", "latents")
     for stage in stages:
         shutil.copytree(workdir / stage, out / "shared" / stage)

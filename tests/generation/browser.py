@@ -12,7 +12,8 @@ from pathlib import Path
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-port=0"
+    "--disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-port=0 "
+    "--disable-background-timer-throttling --disable-renderer-backgrounding --disable-backgrounding-occluded-windows"
 )
 
 
@@ -87,6 +88,7 @@ class Page:
 
     def move_slider(self, selector: str, value: int) -> None:
         """Move a range input as a visitor does."""
+        self.call("Page.bringToFront")
         self.js(
             f"{{ const s = document.querySelector({selector!r}); s.value = {value};"
             "s.dispatchEvent(new Event('input', {bubbles: true}));"
