@@ -97,24 +97,25 @@ def write_json(path: str | os.PathLike, value: Any, *, shared: bool = False) -> 
     write_text(path, json.dumps(value, indent=1) + "\n", shared=shared)
 
 
-def write_anywhere(path: str | os.PathLike, text: str) -> None:
-    """Write a text file atomically, on a local disk or in a bucket (gs://).
+def write_anywhere(path: str | os.PathLike, content: str | bytes) -> None:
+    """Write a file atomically, on a local disk or in a bucket (gs://).
 
     Args:
       path: its folder is made where needed.
-      text: its content.
+      content: its text or bytes.
 
     Raises:
       OSError: as the disk or the bucket raises it.
     """
     from etils import epath
 
-    path = epath.Path(path)
+    path, data = epath.Path(path), content.encode() if isinstance(content, str) else content
     if "://" in str(path):
-        path.write_text(text)  # an object appears when it is complete
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
+        path.write_bytes(data)  # an object appears when it is complete
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as part:
+        part.write_bytes(data)
 
 
 def copy_files(source: Path, target: Any) -> None:

@@ -3,12 +3,15 @@
 The environment is set before JAX is imported: device count and platform cannot change later.
 """
 
+import fcntl
 import gc
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Both cores have a test process. More threads would wait for each other, spinning.
@@ -72,3 +75,32 @@ def parity_dir() -> Path:
 def quick() -> dict[str, str]:
     """Variables for a process on one device with short programs: less time to compile, slower code."""
     return {**os.environ, "XLA_FLAGS": " ".join(_short)}
+
+
+class TinyDemo(NamedTuple):
+    """A finished demo.
+
+    Attributes:
+      folder: its work folder, of all tests: copy what is to be changed.
+      printed: by the command.
+    """
+
+    folder: Path
+    printed: str
+
+
+@pytest.fixture(scope="session")
+def tiny_demo(quick, tmp_path_factory) -> TinyDemo:
+    """The demo at tiny size, run once for all processes of the tests."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "tiny_demo"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "printed").exists():
+            command = [sys.executable, "-m", "sfd_jax", "demo", "--config=configs/digits.py:tiny"]
+            command += [f"--workdir={folder / 'demo_out'}"]
+            done = subprocess.run(command, cwd=ROOT, env=quick, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-3000:]
+            (folder / "printed").write_text(done.stdout)
+    return TinyDemo(folder / "demo_out", (folder / "printed").read_text())

@@ -26,6 +26,7 @@ NUMBERS = (1, 4, 8, 16)  # images at once: few choices, since each is compiled
 MOST_NFE = 200
 MOST_LATENT_BYTES = 2**30  # of a training set that neighbours are searched in
 QUEUE = 16  # requests that wait; further ones are told to come later
+MOST_REQUEST_BYTES = 100_000  # of one request; the page's own take a few hundred
 SHOWN = 256  # pixels that small images are enlarged to at least
 
 
@@ -212,6 +213,24 @@ def make_page(studio: Studio, title: str) -> "gradio.Blocks":
     return page.queue(max_size=QUEUE)
 
 
+class SmallRequests:
+    """ASGI middleware that hangs up on a request of more than MOST_REQUEST_BYTES; Gradio would keep all of it."""
+
+    def __init__(self, app):
+        self._app = app
+
+    async def __call__(self, scope, receive, send):
+        received = 0
+
+        async def receive_little():
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            return message if received <= MOST_REQUEST_BYTES else {"type": "http.disconnect"}
+
+        await self._app(scope, receive_little if scope["type"] == "http" else receive, send)
+
+
 def serve(page: "gradio.Blocks", host: str, port: int) -> None:
     """Serve a page in the background.
 
@@ -224,9 +243,12 @@ def serve(page: "gradio.Blocks", host: str, port: int) -> None:
       SfdError: the port is taken, or the address is not of this machine.
     """
     import gradio
+    from starlette.middleware import Middleware
 
-    # Visitors' states and uploads are bounded; fonts are the system's, so that the page works without a connection.
-    bounds = dict(max_threads=8, state_session_capacity=50, max_file_size="100kb", ssr_mode=False)
+    # Visitors' states and requests are bounded, and nothing on the page takes a file.
+    bounds = dict(max_threads=8, state_session_capacity=50, max_file_size=1, ssr_mode=False)
+    bounds["app_kwargs"] = {"middleware": [Middleware(SmallRequests)]}
+    # Fonts are the system's, so that the page works without a connection.
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     try:
         page.launch(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from etils import epath
 
 from sfd_jax.distributed import say
+from sfd_jax.files import write_anywhere
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,4 +33,4 @@ def figure(path: epath.PathLike, width: float, height: float) -> Iterator["Figur
     drawn = Figure(figsize=(width, height), layout="constrained")
     yield drawn
     drawn.savefig(buffer := io.BytesIO(), format="png", dpi=100)
-    path.write_bytes(buffer.getvalue())
+    write_anywhere(path, buffer.getvalue())

@@ -6,7 +6,6 @@ pipeline.generate("otter")[0].save("otter.png")
 """
 
 import contextlib
-import json
 import os
 import re
 import tempfile
@@ -22,7 +21,16 @@ from sfd_jax.convert.hub import CATALOGUE
 from sfd_jax.diffusion.sample_config import SampleJob
 from sfd_jax.errors import SfdError, nearest
 from sfd_jax.experiment.checkpoints import open_checkpoint
-from sfd_jax.experiment.pretrained import CARD, download, is_pretrained, load_parts, model_card, save_parts, upload
+from sfd_jax.experiment.pretrained import (
+    CARD,
+    download,
+    is_pretrained,
+    load_parts,
+    model_card,
+    read_scores,
+    save_parts,
+    upload,
+)
 from sfd_jax.experiment.released import cached_checkpoint
 from sfd_jax.experiment.sampling import open_texture_vae, sample_job
 from sfd_jax.experiment.stages import Stages, follow
@@ -211,11 +219,11 @@ class Pipeline:
           settings: default sampling settings of the folder, instead of this pipeline's.
 
         Raises:
-          SfdError: the folder holds something, or no such setting.
+          SfdError: the folder holds something, no such setting, or `scores` of another model.
         """
         parts = self._parts | ({"weak": self._weak} if self._weak else {})
         settings = {**self._saved, **_known(settings)}
-        report = json.loads(Path(scores).read_text()) if scores else None
+        report = read_scores(scores, self._parts["model"]) if scores else None
         return save_parts(folder, parts, settings, model_card(parts, settings, licence, report))
 
     def push_to_hub(self, repository: str, *, private: bool | None = None, **about: Any) -> str:

@@ -156,6 +156,30 @@ def upload(folder: Path, repository: str, private: bool | None, message: str) ->
         ) from error
 
 
+def read_scores(path: str | os.PathLike, model: Checkpoint) -> dict:
+    """Read the report of `sfd evaluate` on samples of a model.
+
+    Args:
+      path: file of `sfd evaluate --out`.
+      model: that the samples must be of, where the report says of which they are.
+
+    Raises:
+      SfdError: the file is missing, something else, or of another model.
+    """
+    try:
+        report = json.loads(Path(path).read_text())
+        {name: float(value) for name, value in report["scores"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise SfdError(f"scores='{path}' is not a file of `sfd evaluate --out` ({error})") from error
+    made_by = ((report.get("recipe") or {}).get("sampling") or {}).get("model") or {}
+    if made_by.get("hash") not in (None, own := params_hash(model[0])):
+        raise SfdError(
+            f"scores='{path}' are of samples of another model (hash {made_by['hash'][:12]}, this one {own[:12]}): "
+            "evaluate this one's"
+        )
+    return report
+
+
 def model_card(parts: Mapping[str, Checkpoint], settings: dict, licence: str, scores: dict | None) -> str:
     """Return the text of a model card in the hub's form.
 
@@ -170,12 +194,14 @@ def model_card(parts: Mapping[str, Checkpoint], settings: dict, licence: str, sc
     names = class_names_of(metadata, network["num_classes"])[0] or []
     clocks = dict(config.get("clocks") or {})
     clock = " ".join([clocks.pop("name", ""), *(f"{name}={value}" for name, value in clocks.items())])
+    batch = (config.get("train") or {}).get("global_batch_size")
+    each = f" of {batch} images" if batch else ""
     rows = {
         "images": f"{size} x {size} px of {network['num_classes']} classes"
         + (f": {', '.join(names[:10])}" if names else "")
         + (", ..." if len(names) > 10 else ""),
         "parameters": f"{sum(np.size(x) for x in named_leaves(model).values()):,}",
-        "training": f"{metadata.get('step') or 0:,} steps; {metadata.get('source', '')}",
+        "training": f"{metadata.get('step') or 0:,} steps{each}; {metadata.get('source', '')}",
         "clocks": clock,
         "settings": ", ".join(f"{name} {settings[name]}" for name in _SHOWN if settings.get(name) is not None),
         **{f"hash of {name}": params_hash(params)[:16] for name, (params, _) in parts.items()},
@@ -205,7 +231,10 @@ def model_card(parts: Mapping[str, Checkpoint], settings: dict, licence: str, sc
         "",
     ]
     if scores:
-        lines += ["## Scores", "", "```json", json.dumps(scores, indent=1), "```", ""]
+        values = (f"| {name} | {value:.6g} |" for name, value in scores["scores"].items())
+        about = json.dumps({name: value for name, value in scores.items() if name != "scores"}, indent=1)
+        lines += ["## Scores", "", "| score | value |", "|---|---|", *values, ""]
+        lines += ["All that determines them, as `sfd evaluate` says:", "", "```json", about, "```", ""]
     return "\n".join(lines)
 
 

@@ -16,12 +16,13 @@ from jax.sharding import Mesh
 
 from sfd_jax.diffusion.clocks import split_params
 from sfd_jax.distributed import is_host0, say
-from sfd_jax.errors import Faults, SfdError
+from sfd_jax.errors import Faults, SfdError, nearest
 from sfd_jax.evaluation import Comparison, gather, images_at_once, open_reference
 from sfd_jax.experiment import evaluation
 from sfd_jax.experiment.checkpoints import open_checkpoint
 from sfd_jax.experiment.figures import figure
 from sfd_jax.experiment.sampling import open_texture_vae, sample_job
+from sfd_jax.files import write_anywhere
 from sfd_jax.generation import make_labels, make_sampler
 from sfd_jax.generation.outputs import draw_grid
 from sfd_jax.models import Network
@@ -31,6 +32,8 @@ from sfd_jax.training.logging import read_metrics
 from sfd_jax.training.state import TrainState
 
 STAGES = 6  # pictures of one image between noise and result
+SHOWN = 64  # pixels that small images are enlarged to at least
+SMALLEST_IS_BEST = ("fid", "sfid", "kid")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +50,7 @@ class PreviewConfig:
       inception, encoder: checkpoints of the networks whose features are compared; one or both.
       reference: statistics, ADM batch or folder of images to compare with.
       metrics: of Inception's features, see `sfd evaluate --metrics`.
-      best: name of a score; the checkpoint with its smallest value is kept. "" keeps none.
+      best: name of a score, "fd" for the encoder's; the checkpoint with its smallest value is kept. "" keeps none.
     """
 
     every: int = 0
@@ -92,7 +95,11 @@ def preview_config(config: Mapping[str, Any], found: Faults) -> PreviewConfig:
 
 
 class Previews:
-    """Make previews of a run; an instance is the `evaluate` argument of `fit`."""
+    """Make previews of a run; an instance is the `evaluate` argument of `fit`.
+
+    Attributes:
+      best: name of the score that chooses the checkpoint to keep, the `best` argument of `fit`.
+    """
 
     def __init__(
         self,
@@ -114,7 +121,7 @@ class Previews:
           batch_size: of the run, for the plot of scores against images.
 
         Raises:
-          SfdError: the parts do not fit each other.
+          SfdError: the parts do not fit each other, or `best` is none of the scores.
         """
         self._preview, self._workdir, self._mesh, self._batch_size = preview, epath.Path(workdir), mesh, batch_size
         self._metadata = metadata | network.metadata() | {"given_as": str(workdir)}
@@ -126,6 +133,7 @@ class Previews:
         self._devices = evaluation.Devices(mesh, images_at_once(mesh) * mesh.size)
         if preview.num:
             self._comparisons = self._open_comparisons()
+        self.best = self._name_of_best()
         for note in notes:
             say(f"note: previews: {note}")
 
@@ -172,6 +180,21 @@ class Previews:
                 comparisons.append(comparison)
         return comparisons
 
+    def _name_of_best(self) -> str:
+        if not (best := self._preview.best):
+            return ""
+        names = {}
+        for comparison in self._comparisons:
+            if (name := comparison.extractor.name) == "inception":
+                names |= {metric: metric for metric in comparison.metrics if metric in SMALLEST_IS_BEST}
+            else:
+                names |= dict.fromkeys(("fd", f"fd_{name}"), f"fd_{name}")
+        if best not in names:
+            raise SfdError(
+                f"preview.best={best}: no score of this run whose smallest value is best; {nearest(best, names)}"
+            )
+        return names[best]
+
     def _with_weights(self, params: dict):
         """Return the sampler with weights of the run, compiled once unless its clocks are trained."""
         network, trained = split_params(params)
@@ -195,9 +218,12 @@ class Previews:
                 rows["stages"] = list(sampler.trajectory(np.arange(1), labels[:1], taus)[1][:, 0])
             except SfdError as error:  # a fixed grid of steps has too few for these times
                 say(f"note: preview of step {step} has no stages: {error}")
-        picture = draw_grid(list(rows.values()), list(rows))
+        zoom = -(-SHOWN // sampler.image_size)
+        large = [[image.repeat(zoom, axis=0).repeat(zoom, axis=1) for image in row] for row in rows.values()]
+        picture = draw_grid(large, list(rows))
         if is_host0():
-            _write_png(self._workdir / "previews" / f"step_{step:08d}.png", picture)
+            picture.save(buffer := io.BytesIO(), format="PNG")
+            write_anywhere(self._workdir / "previews" / f"step_{step:08d}.png", buffer.getvalue())
         return np.asarray(picture)
 
     def _score(self, sampler) -> dict[str, float]:
@@ -222,17 +248,17 @@ def draw_convergence(path: epath.Path, rows: list[dict], names: list[str], batch
     with figure(path, 4.2 * len(names), 3.4) as drawn:
         if drawn is None:
             return
+        from matplotlib.ticker import EngFormatter
+
         for axis, name in zip(drawn.subplots(1, len(names), squeeze=False)[0], names, strict=True):
             points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
             axis.plot(*zip(*points, strict=True), marker="o", markersize=3)
             axis.set(xlabel="step", title=name)
             axis.grid(alpha=0.3)
+            axis.set_xlim(left=0)
+            axis.locator_params(axis="x", nbins=5, integer=True)
             seen = axis.secondary_xaxis("top", functions=(lambda x: x * batch_size, lambda x: x / batch_size))
+            seen.locator_params(axis="x", nbins=5, integer=True)
             seen.set_xlabel("images seen")
-
-
-def _write_png(path: epath.Path, picture) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    path.write_bytes(buffer.getvalue())
+            for each in (axis, seen):
+                each.xaxis.set_major_formatter(EngFormatter(sep=""))  # 400k

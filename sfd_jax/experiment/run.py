@@ -138,7 +138,7 @@ def train(run: Run, workdir: str, *, table: bool = True, profile: tuple[int, int
     rows = host_rows(mesh, run.train.global_batch_size)
     batches = run.batches(rows)
     check_batch(run.task, batches.at(0))
-    evaluate = None
+    evaluate, best = None, ""
     if run.held_out:
         measure, source = run.held_out
         check_held_out(run.source, source)
@@ -147,6 +147,7 @@ def train(run: Run, workdir: str, *, table: bool = True, profile: tuple[int, int
         evaluate = held_out_metrics(measure, held_out, mesh, put_frozen(run.task, mesh))
     if run.preview.every:
         evaluate = Previews(run.preview, run.task.network, record, workdir, mesh, run.train.global_batch_size)
+        best = evaluate.best
     say("\n".join([describe(run, mesh, workdir, table), *(f"note: {note}" for note in run.notes)]))
     state = fit(
         run.task,
@@ -158,7 +159,7 @@ def train(run: Run, workdir: str, *, table: bool = True, profile: tuple[int, int
         metadata=record,
         params=run.params,
         evaluate=evaluate,
-        best=run.preview.best,
+        best=best,
         ideal_seconds=ideal_seconds(run, batches.at(0), mesh),
         profile=profile,
     )

@@ -30,16 +30,8 @@ def surroundings(root, quick):
     return {"cwd": root, "env": quick, "text": True}
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(surroundings, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("demo") / "uninterrupted"
-    done = subprocess.run(command(workdir), capture_output=True, **surroundings)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return workdir, done.stdout
-
-
-def test_ends_with_what_it_promises(uninterrupted):
-    workdir, printed = uninterrupted
+def test_ends_with_what_it_promises(tiny_demo):
+    workdir, printed = tiny_demo
     assert not [name for name in PROMISED if not (workdir / name).exists()]
     with np.load(workdir / "samples.npz") as file:
         images, labels = file["arr_0"], file["arr_1"]
@@ -59,8 +51,8 @@ def test_ends_with_what_it_promises(uninterrupted):
     assert [pipeline.sampler.recipe["sampler"][name] for name in ("solver", "guidance_scale")] == ["euler", 1.5]
 
 
-def test_the_same_command_again_changes_nothing(uninterrupted, surroundings):
-    workdir, _ = uninterrupted
+def test_the_same_command_again_changes_nothing(tiny_demo, surroundings):
+    workdir, _ = tiny_demo
     before = (workdir / "samples.npz").read_bytes()
     done = subprocess.run(command(workdir), capture_output=True, **surroundings)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -68,15 +60,15 @@ def test_the_same_command_again_changes_nothing(uninterrupted, surroundings):
     assert (workdir / "samples.npz").read_bytes() == before
 
 
-def test_another_seed_in_the_same_folder_is_refused(uninterrupted, surroundings):
-    workdir, _ = uninterrupted
+def test_another_seed_in_the_same_folder_is_refused(tiny_demo, surroundings):
+    workdir, _ = tiny_demo
     done = subprocess.run(command(workdir, "--seed=7"), capture_output=True, **surroundings)
     assert done.returncode == 2
     assert "seed: there 0, here 7" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_killed_in_several_stages_it_ends_with_the_same_samples(uninterrupted, surroundings, tmp_path):
-    reference, _ = uninterrupted
+def test_killed_in_several_stages_it_ends_with_the_same_samples(tiny_demo, surroundings, tmp_path):
+    reference, _ = tiny_demo
     workdir, moments, log = tmp_path / "killed", random.Random(0), tmp_path / "log"
     for stage in ("semantic_vae", "sample"):
         with open(log, "w") as out:
@@ -94,9 +86,9 @@ def test_killed_in_several_stages_it_ends_with_the_same_samples(uninterrupted, s
         assert np.array_equal(ours["arr_0"], killed["arr_0"])
 
 
-def test_damaged_shard_is_named(uninterrupted, surroundings, tmp_path):
+def test_damaged_shard_is_named(tiny_demo, surroundings, tmp_path):
     workdir = tmp_path / "damaged"
-    shutil.copytree(uninterrupted[0], workdir)
+    shutil.copytree(tiny_demo.folder, workdir)
     record = json.loads((workdir / "demo.json").read_text())
     for stage in ("diffusion", "weak", "sample", "metrics", "pictures"):
         record["stages"].pop(stage)
@@ -111,9 +103,9 @@ def test_damaged_shard_is_named(uninterrupted, surroundings, tmp_path):
     assert shard.name in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_study_that_is_killed_continues(uninterrupted, surroundings, tmp_path, root):
+def test_a_study_that_is_killed_continues(tiny_demo, surroundings, tmp_path, root):
     """One offset on the demo's stages; the first process is killed while it trains."""
-    workdir, out = uninterrupted[0], tmp_path / "study"
+    workdir, out = tiny_demo.folder, tmp_path / "study"
     stages = ("texture_vae", "encoder", "semantic_vae", "latents")
     for stage in stages:
         shutil.copytree(workdir / stage, out / "shared" / stage)

@@ -31,6 +31,7 @@ def test_another_configuration_is_named_and_nothing_changes(tmp_path):
     before = (tmp_path / "demo.json").read_bytes()
     with pytest.raises(SfdError, match=r"train\.steps: there 3, here 4"):
         DemoRecord(tmp_path, {"seed": 0, "train": {"steps": 4}})
+    DemoRecord(tmp_path, {"seed": 0, "train": {"steps": 3, "preview": {"every": 2}}})  # these change nothing
     assert (tmp_path / "demo.json").read_bytes() == before
 
 

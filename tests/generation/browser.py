@@ -12,7 +12,8 @@ from pathlib import Path
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-port=0"
+    "--disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-port=0 "
+    "--disable-background-timer-throttling --disable-renderer-backgrounding --disable-backgrounding-occluded-windows"
 )
 
 
@@ -54,6 +55,7 @@ class Page:
         self._loop = asyncio.new_event_loop()
         self._socket = self._loop.run_until_complete(connect())
         self._number = 0
+        self.events = []  # of the domains that were enabled, as (method, params)
 
     def call(self, method: str, **params):
         """Call a method of the protocol and return its result."""
@@ -67,12 +69,31 @@ class Page:
             answer = json.loads(await self._socket.read_message())
             if answer.get("id") == self._number:
                 return answer["result"]
+            if "method" in answer:
+                self.events.append((answer["method"], answer["params"]))
+
+    def go_to(self, address: str) -> None:
+        """Load an address, and record requests, console messages and exceptions in `events` from now on."""
+        for domain in ("Network", "Log", "Runtime"):
+            self.call(f"{domain}.enable")
+        self.events.clear()
+        self.call("Page.navigate", url=address)
+        self.wait_for(f"location.href === {address!r} && document.readyState === 'complete'", 30)
 
     def js(self, expression: str):
         """Evaluate JavaScript on the page."""
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
+
+    def move_slider(self, selector: str, value: int) -> None:
+        """Move a range input as a visitor does."""
+        self.call("Page.bringToFront")
+        self.js(
+            f"{{ const s = document.querySelector({selector!r}); s.value = {value};"
+            "s.dispatchEvent(new Event('input', {bubbles: true}));"
+            "s.dispatchEvent(new Event('pointerup', {bubbles: true})) }"
+        )
 
     def type_into(self, selector: str, text: str) -> None:
         """Replace the text of an input as a visitor does."""

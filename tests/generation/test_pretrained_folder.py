@@ -119,11 +119,18 @@ def hub(tmp_path, monkeypatch):
 
 def test_a_hub_gives_back_what_was_pushed(pipeline, hub, tmp_path, monkeypatch):
     scores = tmp_path / "scores.json"
-    scores.write_text('{"fid": 3.25}')
+    scores.write_text('{"scores": {"fid": 3.25}, "recipe": {"num_images": 50000}}')
     address = pipeline.push_to_hub("me/digits", licence="mit", scores=scores, guidance_scale=2.0)
     assert "/me/digits/commit/" in address
     card = hub.files["README.md"].decode()
-    for text in ("license: mit", 'from_pretrained("me/digits")', 'generate("otter")', '"fid": 3.25', "synchronous"):
+    for text in (
+        "license: mit",
+        'from_pretrained("me/digits")',
+        'generate("otter")',
+        "| fid | 3.25 |",
+        "50000",
+        "synchronous",
+    ):
         assert text in card
     assert "guidance_scale 2.0" in card and "8 x 8 px of 5 classes" in card
 
@@ -155,7 +162,13 @@ def test_faults_of_a_folder_are_named_and_lose_nothing(pipeline, tmp_path):
         pipeline.save_pretrained(folder)
     with pytest.raises(SfdError, match="did you mean 'guidance_scale'"):
         pipeline.save_pretrained(tmp_path / "other", guidance_scal=2)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    (scores := tmp_path / "scores.json").write_text('{"fid": 3.25}')
+    with pytest.raises(SfdError, match="scores.json' is not a file of `sfd evaluate --out`"):
+        pipeline.save_pretrained(tmp_path / "other", scores=scores)
+    scores.write_text('{"scores": {"fid": 3.25}, "recipe": {"sampling": {"model": {"hash": "0123456789abcdef"}}}}')
+    with pytest.raises(SfdError, match=r"scores.json' are of samples of another model \(hash 0123456789ab"):
+        pipeline.save_pretrained(tmp_path / "other", scores=scores)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "scores.json"]
     weights = (folder / "weak.safetensors").read_bytes()
     (folder / "weak.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
     with pytest.raises(SfdError, match="weak.safetensors' is not the file that config.json was written with"):

@@ -66,7 +66,7 @@ def test_previews_give_the_scores_of_evaluate_and_survive_a_kill(setup, tmp_path
         assert json.loads(out.read_text())["scores"]["fid"] == scores[step]  # bit for bit
     pictures = sorted((run / "previews").iterdir())
     assert [path.name for path in pictures] == [f"step_{step:08d}.png" for step in (2, 4, 6, 8)]
-    assert Image.open(pictures[0]).height > 9 * 8  # a row for each of eight classes, and the stages
+    assert Image.open(pictures[0]).height == 9 * 66  # a row for each of eight classes, and the stages, enlarged
     assert tensorboard_scalars(run / "tensorboard")["fid"] == pytest.approx(scores)
     assert b"\x89PNG" in b"".join(path.read_bytes() for path in (run / "tensorboard").iterdir())
     assert Image.open(run / "convergence.png").width > 100
@@ -103,3 +103,6 @@ def test_faults_of_the_settings_are_named_before_training(setup, tmp_path, capsy
     ):
         assert words in error
     assert not (tmp_path / "run").exists()
+    assert train(tmp_path / "run", latents, *flags, "--config.preview.best=precision") == 2
+    assert "preview.best=precision: no score of this run whose smallest value is best" in capsys.readouterr().err
+    assert not read_metrics(tmp_path / "run")

@@ -171,8 +171,11 @@ def draw_losses(path: Path, curves: dict[str, dict[str, tuple[np.ndarray, np.nda
       curves: stage -> name -> (steps (T,), values (T,)).
     """
     pyplot = _pyplot()
-    figure, axes = pyplot.subplots(1, len(curves), figsize=(3.4 * len(curves), 3.0), squeeze=False)
-    for axis, (stage, lines) in zip(axes[0], curves.items(), strict=True):
+    rows, columns = -(-len(curves) // 3), 3  # legible on the page of the report
+    figure, axes = pyplot.subplots(rows, columns, figsize=(3.4 * columns, 3.0 * rows), squeeze=False)
+    for axis in axes.flat[len(curves) :]:
+        axis.set_visible(False)
+    for axis, (stage, lines) in zip(axes.flat, curves.items(), strict=False):
         positive = all(np.all(values > 0) for _, values in lines.values())
         for name, (steps, values) in lines.items():
             axis.plot(steps, values, label=name, linewidth=1.2)

@@ -51,7 +51,8 @@ class DemoRecord:
                     f"{images}. Choose another --workdir"
                 )
             lines = differences(upgraded(found["config"]), upgraded(config))
-            differing = [line for key, line in lines.items() if key[-1] not in FREE_KEYS]
+            # Previews change nothing of a run, and earlier versions had none.
+            differing = [line for key, line in lines.items() if key[-1] not in FREE_KEYS and "preview" not in key]
             if differing:
                 raise SfdError(
                     f"{workdir} holds the demo of another configuration; nothing was changed. Choose another "
