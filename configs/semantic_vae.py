@@ -60,6 +60,8 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
             constant_steps=800_000,
             final_fraction=0.1,
             clip_norm=0.0,
+            # "bfloat16" takes two bytes a parameter less.
+            first_moment_dtype="float32",
         )
     )
     config.train = group(

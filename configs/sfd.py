@@ -136,6 +136,8 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
             # Largest norm of the gradient; 0, as released: no clipping. Where the loss jumps (bfloat16, a large
             # learning rate) 1.0 is usual; `grad_norm` in the log shows how often it would act.
             clip_norm=0.0,
+            # "bfloat16" takes two bytes a parameter less.
+            first_moment_dtype="float32",
         )
     )
     config.train = ml_collections.ConfigDict(

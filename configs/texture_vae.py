@@ -42,6 +42,8 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
             schedule="constant",
             warmup_steps=0,
             clip_norm=1.0,
+            # "bfloat16" takes two bytes a parameter less.
+            first_moment_dtype="float32",
         )
     )
     config.train = group(

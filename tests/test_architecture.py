@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "class_names": set(),
     "errors": set(),
     "files": set(),
-    "libtpu": set(),
+    "libtpu": {"errors"},
     "malloc": set(),
     "progress": set(),
     "randomness": set(),

@@ -1,7 +1,6 @@
 """A full disk ends a command with one sentence and status 2, whichever write fails first.
 
-A limit on the size of files stands in for the disk: every write fails, in Python and in the C++ of Orbax and
-ArrayRecord.
+A limit on the size of files stands in for the disk: every write fails, in Python and in the C++ of Orbax.
 """
 
 import errno

@@ -1,13 +1,14 @@
 """Images a second of the loader, against the released layout read one image at a time.
 
-  python scripts/benchmarks/loader.py --versus=torch [--images=2048] [--seconds=2] [--workers=0] [--json=FILE]
+  python scripts/benchmarks/loader.py --versus=torch [--images=2048] [--seconds=2] [--workers=0] [--cold] [--json=FILE]
 
 Makes a data set of full-size latents (32 + 16 channels of 16 x 16, both flips, DINOv2 features) in
 the released safetensors layout, repacks it into our store, and reads both in one run, in turns, in
 this process. The original loader opens the image's file, takes its slices, normalises them and
 stacks the batch, image by image, in one thread; it is reimplemented here with torch. The values of its first
 images must equal ours. Our loader reads ahead in two threads, or in --workers processes. All data come from
-the page cache: this measures the cost of the loader, not of the disk.
+the page cache: this measures the cost of the loader, not of the disk. With --cold the files are removed from it
+before each turn, which then reads every image at most once.
 
 Each of our loaders is compared with the original twice: with what the original reads to train with REPA
 (latents and features), and with the same bytes. `cpu us/image` is the processor time of all threads, which
@@ -17,6 +18,7 @@ The last table is what training needs: from the FLOPs of an XL step and the FLOP
 second for each host.
 """
 
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -55,6 +57,7 @@ def main() -> None:
     flag("--batch", type=int, default=256)
     flag("--seconds", type=float, default=2.0, help="length of a loader's turn")
     flag("--workers", type=int, default=0, help="processes of our loader")
+    flag("--cold", action="store_true", help="read from the disk instead of the page cache (Linux)")
     flag("--data", type=Path, help="folder of the generated data, kept for later runs with as many images")
     args = parser.parse_args()
     if args.versus:
@@ -143,10 +146,13 @@ def measure(released: Path, lean, full, args) -> tuple[dict[str, dict], dict[str
         for name, make in loaders.items():
             iterator, batches = make(), 0
             # Not counted: the opening of files and start of threads and processes, and batches that were read ahead.
-            for _ in range(6 + 3 * args.workers if name in OURS else 1):
+            for _ in range(0 if args.cold else 6 + 3 * args.workers if name in OURS else 1):
                 next(iterator)
+            if args.cold:
+                drop_cache([released, lean.directory, full.directory])
             start, start_cpu = time.perf_counter(), time.process_time()
-            while time.perf_counter() - start < args.seconds:
+            last = args.images // args.batch if args.cold else np.inf
+            while time.perf_counter() - start < args.seconds and batches < last:
                 next(iterator)
                 batches += 1
             images = batches * args.batch
@@ -154,6 +160,14 @@ def measure(released: Path, lean, full, args) -> tuple[dict[str, dict], dict[str
             cpu[name].append((time.process_time() - start_cpu) / images)
             iterator.close()  # no reading ahead in another loader's turn
     return tuple({name: summary(turns) for name, turns in each.items()} for each in (wall, cpu))
+
+
+def drop_cache(folders: list[Path]) -> None:
+    """Remove the files of folders from the page cache."""
+    for path in (path for folder in folders for path in folder.iterdir()):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())  # only clean pages are dropped
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def original_image(folder: Path, statistics, features: bool):
@@ -222,7 +236,8 @@ def report(wall: dict, cpu: dict, disk: dict, args, notes: list[str]) -> None:
             "a_host": need_all * CHIPS_A_HOST / chips,
         }
     tables = [
-        f"{args.images} images, batches of {args.batch}, {args.rounds} turns of {args.seconds:g} s",
+        f"{args.images} images, batches of {args.batch}, {args.rounds} turns of {args.seconds:g} s, "
+        f"from the {'disk' if args.cold else 'page cache'}",
         table(["loader", "images/s", "spread of s/image", "cpu us/image", "bytes/image"], rows),
     ]
     if ratios:

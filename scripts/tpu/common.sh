@@ -194,6 +194,14 @@ devices_of() {
     esac
 }
 
+# flags_of TYPE SET: libtpu's flags of a set of sfd_jax/tpu_flags.txt ("none": none), as LIBTPU_INIT_ARGS has them.
+flags_of() {
+    local chip=${1%%-*}
+    [ "$chip" != v5litepod ] || chip=v5e
+    awk -v chip="$chip" -v set="$2" '$1 == set && index("," $2 ",", "," chip ",") { printf "%s--%s", space, $3; space = " " }' \
+        "$ROOT/sfd_jax/tpu_flags.txt"
+}
+
 # workers_of TYPE: hosts of a slice; 1 where the type is not known. Only for a dry run: otherwise gcloud lists them.
 workers_of() {
     local devices

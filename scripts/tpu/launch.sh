@@ -10,8 +10,10 @@
 #
 #   --job=JOB                  JOB                 a name for it (default: the command's)
 #   --env=NAME=VALUE                               a variable for the command; repeatable
+#   --libtpu-flags=SET         LIBTPU_FLAGS        a set of sfd_jax/tpu_flags.txt, or none (default: default); they are
+#                                                  given as LIBTPU_INIT_ARGS, which --env=LIBTPU_INIT_ARGS=... replaces
 HERE=$(dirname "${BASH_SOURCE[0]}")
-VALUES="job" LISTS="env"
+VALUES="job libtpu-flags" LISTS="env"
 . "$HERE/common.sh"
 parse "$@"
 need tpu-name zone project
@@ -22,12 +24,18 @@ for setting in ${ENV[@]+"${ENV[@]}"}; do
     case $setting in [A-Za-z_]*=*) ;; *) die 2 "--env=$setting: write --env=NAME=VALUE" ;; esac
 done
 
+LIBTPU_FLAGS=${LIBTPU_FLAGS:-default}
+[ "$LIBTPU_FLAGS" = none ] || grep -q "^$LIBTPU_FLAGS " "$ROOT/sfd_jax/tpu_flags.txt" ||
+    die 2 "--libtpu-flags=$LIBTPU_FLAGS: give none, or a set of sfd_jax/tpu_flags.txt"
+
 ready_nodes
 # The command's preflight compares these with what it finds, so that a missing worker is named.
 environment=("SFD_EXPECT_PROCESSES=$WORKERS")
 devices=$(devices_of "$NODE_TYPE")
 [ -z "$devices" ] || environment+=("SFD_EXPECT_DEVICES=$((devices * SLICES))")
 [ "$WORKERS" -eq 1 ] || environment+=("SFD_MULTIHOST=1")
+flags=$(flags_of "$NODE_TYPE" "$LIBTPU_FLAGS")
+[ -z "$flags" ] || environment+=("LIBTPU_INIT_ARGS=$flags")
 on_workers "$(worker start "$JOB" "${environment[@]}" ${ENV[@]+"${ENV[@]}"} -- "${AFTER[@]}")" ||
     die 1 "job $JOB did not start on a worker of $FAILED; see its message above. Those that started wait for the \
 others for 5 minutes: run this again, or $HERE/stop.sh"

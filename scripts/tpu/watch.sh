@@ -12,7 +12,8 @@
 # status; if it is started again, it tries once more.
 # It also stops after too many starts in a row none of which ran for long.
 #
-#   --accelerator-type, --topology, --runtime-version, --spot, --create-flag: see create.sh; --job, --env: see launch.sh
+#   --accelerator-type, --topology, --runtime-version, --spot, --create-flag: see create.sh; --job, --env,
+#   --libtpu-flags: see launch.sh
 #   --commit=COMMIT            COMMIT              what the workers get (default: HEAD when watch starts)
 #   --poll=SECONDS             POLL                between two checks (default 60)
 #   --attempts=N               ATTEMPTS            starts in a row that may fail (default 10)
@@ -22,7 +23,7 @@
 #   --looks=N                  LOOKS               checks in a row without an answer before it gives up (default 30)
 #   --delete-when-done         DELETE_WHEN_DONE=1  delete the slice after a job that ended with 0
 HERE=$(dirname "${BASH_SOURCE[0]}")
-VALUES="accelerator-type topology runtime-version commit job poll attempts backoff healthy stall looks"
+VALUES="accelerator-type topology runtime-version commit job libtpu-flags poll attempts backoff healthy stall looks"
 SWITCHES="spot delete-when-done" LISTS="create-flag env"
 . "$HERE/common.sh"
 parse "$@"
@@ -37,7 +38,7 @@ COMMIT=$(git -C "$ROOT" rev-parse --verify --quiet "${COMMIT:-HEAD}^{commit}") |
 
 # The other scripts read the settings from their variables.
 export TPU_NAME ZONE PROJECT SLICES COMMIT JOB DRY_RUN
-for name in ACCELERATOR_TYPE TOPOLOGY RUNTIME_VERSION SPOT INTERNAL_IP TUNNEL_THROUGH_IAP; do
+for name in ACCELERATOR_TYPE TOPOLOGY RUNTIME_VERSION LIBTPU_FLAGS SPOT INTERNAL_IP TUNNEL_THROUGH_IAP; do
     [ -z "${!name:-}" ] || export "${name?}"
 done
 create=(bash "$HERE/create.sh" --no-wait)

@@ -114,6 +114,7 @@ supervise() {
     SFD_COMMIT=$(cat sfd_jax/.commit)
     export SFD_COMMIT
     echo "=== $(date -u '+%F %T') UTC, $host, commit $SFD_COMMIT: sfd $(printf '%q ' "$@")"
+    [ -z "${LIBTPU_INIT_ARGS:-}" ] || echo "=== libtpu: $LIBTPU_INIT_ARGS"
     sfd_jax/.venv/bin/sfd "$@" &
     child=$!
     trap 'signalled=1; kill -TERM "$child" 2>/dev/null || true' TERM

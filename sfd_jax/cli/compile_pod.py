@@ -10,6 +10,8 @@
       decoder; both with the weights of all networks on the chip
   sfd compile_pod --what=extract|inception --topology=v5e:2x2
       DINOv2-B, Semantic VAE and texture VAE as `sfd extract` runs them; Inception's features
+  sfd compile_pod --topology=v5e:4x4 --flags=none,default,default+all_reduce
+      compare sets of libtpu's flags (sfd_jax/tpu_flags.txt; scripts/tpu/launch.sh applies "default")
 
 No array is allocated and no TPU is needed, but libtpu is (`bash scripts/setup.sh pod`). A topology is a chip (v4,
 v5e, v5p, v6e), a colon and the shape of the slice. Compiling takes a minute or two on two cores. Exit status: 0 if
@@ -18,7 +20,8 @@ the program fits into the chip's memory, 1 if it does not, 2 for wrong flags.
 Memory is XLA's allocation on one chip. FLOPs are counted in the traced program and divided by the chips; traffic is
 counted in the compiled program, as bytes of results on one chip. Both count every execution (the body of a scan once
 per layer), but loops that end on a condition on the data, such as dopri5's, only once: their numbers are of one
-network evaluation.
+network evaluation. The time is an estimate: the compiler's cycles of each operation in the order of the program, and
+the transfers between chips that no operation covers, at the chip's link rate.
 """
 
 import argparse
@@ -53,15 +56,21 @@ def main(argv: list[str]) -> int:
     )
     flag("--weak", metavar="CONFIG", help="config of AutoGuidance's weaker model (default: --config in size b)")
     flag("--fsdp", type=int, default=1, help="for sample and decode: see `sfd sample` (default: %(default)s)")
+    flag("--flags", default="none", help="sets of libtpu's flags, compared; SET+SET joins two (default: %(default)s)")
     args = parse_command(parser, argv, config="configs/sfd.py:xl", rules=RULES)
 
-    measurement = measured(args, args.what)
+    sets = args.flags.split(",")
+    measurements = {}
+    for name in sets:
+        args.flags = name
+        measurements[name] = measured(args, args.what)
 
-    from sfd_jax.pod import table
+    from sfd_jax.pod import comparison, table
 
-    print(table(measurement))
-    write_json(args.json, measurement.to_dict())
-    return 0 if measurement.fits else 1
+    print(table(measurements[sets[0]]) if len(sets) == 1 else comparison(measurements))
+    numbers = {name: each.to_dict() for name, each in measurements.items()}
+    write_json(args.json, numbers[sets[0]] if len(sets) == 1 else numbers)
+    return 0 if all(each.fits for each in measurements.values()) else 1
 
 
 def add_topology_flags(parser: argparse.ArgumentParser) -> None:
@@ -93,4 +102,5 @@ def measured(args: argparse.Namespace, what: str) -> "Measurement":
     from sfd_jax.pod import Topology
 
     how = {name: getattr(args, name, None) for name in ("batch_size", "weak", "fsdp")}
+    how["flags"] = getattr(args, "flags", "none")
     return measure_program(what, args.config_name, args.config, Topology(args.topology, args.slices), **how)

@@ -26,6 +26,7 @@ from sfd_jax.data.latent_store import (
     record_dtype,
 )
 from sfd_jax.data.pipeline import make_eval_batches
+from sfd_jax.data.record_files import CRC_BYTES
 from sfd_jax.data.released import ReleasedLatents
 from sfd_jax.errors import SfdError, refuse
 from sfd_jax.latents import LatentStatistics
@@ -244,9 +245,8 @@ def count_broken(writer: LatentStoreWriter, broken: BrokenImages, counted: set[i
 
 
 def bytes_per_image(plan: Plan) -> int:
-    """Return about how many bytes an image takes on disk."""
-    record = int(record_dtype(plan.fields).itemsize * 1.02) + 512  # what ArrayRecord adds
-    return record * orientations(plan.fields)
+    """Return how many bytes an image takes on disk."""
+    return (record_dtype(plan.fields).itemsize + CRC_BYTES) * orientations(plan.fields)
 
 
 def _records(source: ReleasedLatents, indices: np.ndarray, workers: int) -> Iterator[tuple[int, dict]]:

@@ -1,19 +1,20 @@
-"""Latents on disk: ArrayRecord shards with random access, and a manifest that describes them.
+"""Latents on disk: shards of plain records with random access, and a manifest that describes them.
 
     manifest.json            written last; a store without it is not finished
     plan.json                what the folder will hold, written first
-    latents-00003.ar         the images of `Plan.span(3)`, in order
+    latents-00003.bin        the images of `Plan.span(3)`, in order
     latents-00003.json       count, checksum and moments of that shard, skipped images
 
-A record is one image, or its mirror image: the raw little-endian bytes of its fields, without any
-header, in the order and with the dtypes and shapes that the manifest lists. So a record is one
-numpy structure. Fields: `texture` (H,W,C), `semantic` (H,W,C), where extracted `repa_features`
-(N,F), `label` int32 and `index` int64 (its number in the image source). Where the manifest lists
-`texture_flip` and so on, each image is followed by its mirror image, a record with the same names: the
-loader draws one of the two and does not read the other. All latents are raw, that is not normalised.
+A shard is its records, one after another. A record is one image, or its mirror image: the raw little-endian
+bytes of its fields, without any header, in the order and with the dtypes and shapes that the manifest lists,
+and then the CRC-32C of these bytes. So one system call reads a record into a row of a batch. Fields: `texture`
+(H,W,C), `semantic` (H,W,C), where extracted `repa_features` (N,F), `label` int32 and `index` int64 (its number in
+the image source). Where the manifest lists `texture_flip` and so on, each image is followed by its mirror image,
+a record with the same names: the loader draws one of the two and does not read the other. All latents are raw,
+that is not normalised.
 
-A shard gets its final name only when it is complete and on the disk. Riegeli, the layer below ArrayRecord,
-keeps a hash of every record and checks it on every read.
+A shard gets its final name only when it is complete and on the disk. The CRC of a record is checked on every
+read. Stores of format 2, whose shards are ArrayRecord files (latents-00003.ar), are read too.
 """
 
 import dataclasses
@@ -21,21 +22,21 @@ import json
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from sfd_jax.data.moments import Moments
+from sfd_jax.data.record_files import ArrayRecordFile, RecordFile, write_record
 from sfd_jax.errors import SfdError
 from sfd_jax.files import PART, differences, file_sha256, sync, write_json
 from sfd_jax.latents import LatentStatistics
 
-FORMAT = "sfd_jax latents 2"
+FORMAT, OLD_FORMAT = "sfd_jax latents 3", "sfd_jax latents 2"  # the old one until 2026-11-28
 FLIPS = ("", "_flip")  # suffixes of the fields of an image and of its mirror image
 PER_IMAGE = ("label", "index")  # the same for both
 DTYPES = {
@@ -103,7 +104,7 @@ class LatentStore(LatentSource):
                 "once more"
             ) from error
         self._ends = np.cumsum([shard["count"] for shard in self.shards])
-        self._readers: dict[int, ArrayRecordReader] = {}
+        self._files: dict[int, RecordFile | ArrayRecordFile] = {}
         self._lock = threading.Lock()
         for shard in self.shards:
             path = self.directory / shard["name"]
@@ -177,15 +178,23 @@ class LatentStore(LatentSource):
         numbers = (indices - starts) * self.orientations + flip
         layout = self.record_dtype
         batch = {name: np.empty((len(indices), *layout[name].shape), layout[name].base) for name in layout.names}
-        for row, (shard, number) in enumerate(zip(shards.tolist(), numbers.tolist(), strict=True)):
-            try:
-                # A range of one: `read([number])` takes half as long again, a list of many twice as long.
-                raw = self._reader(shard).read(number, number + 1)[0]
-                [record] = np.frombuffer(raw, layout)
-            except (RuntimeError, ValueError, OSError, IndexError) as error:
-                raise self._damaged(self.shards[shard], f"cannot be read ({error})") from error
-            for name, values in batch.items():
-                values[row] = record[name]
+        # The bytes of each field's rows, into which a record is read.
+        fields = [values.reshape(len(indices), -1).view(np.uint8) for values in batch.values() if values.size]
+        files = {shard: self._file(shard) for shard in set(shards.tolist())}
+
+        def read_rows(rows: Iterable[int], wait: bool) -> list[int]:
+            """Read the records of rows; return the rows that would have to wait for the disk."""
+            late = []
+            for row in rows:
+                try:
+                    if not files[shards[row]].read(int(numbers[row]), [field[row] for field in fields], wait):
+                        late.append(row)
+                except (RuntimeError, ValueError, OSError, IndexError) as error:
+                    raise self._damaged(self.shards[shards[row]], f"cannot be read ({error})") from error
+            return late
+
+        # A disk or a network serves the requests of a whole batch at once.
+        read_rows(read_rows(range(len(indices)), wait=False), wait=True)
         foreign = batch["index"] // self.manifest["shard_size"] != shards
         if foreign.any():
             raise self._damaged(self.shards[int(shards[foreign][0])], "holds the images of another shard")
@@ -202,19 +211,20 @@ class LatentStore(LatentSource):
             if file_sha256(self.directory / shard["name"]) != shard["sha256"]:
                 raise self._damaged(shard, "does not match its checksum")
 
-    def _reader(self, number: int) -> ArrayRecordReader:
+    def _file(self, number: int) -> RecordFile | ArrayRecordFile:
+        shard = self.shards[number]
         with self._lock:
-            if number not in self._readers:
-                reader = ArrayRecordReader(
-                    str(self.directory / self.shards[number]["name"]),
-                    "readahead_buffer_size:0",  # random access
-                    file_reader_buffer_size=16384,  # for the headers around a record; the record bypasses it
-                )
-                expected = self.shards[number]["count"] * self.orientations
-                if reader.num_records() != expected:
-                    raise ValueError(f"it holds {reader.num_records()} records, not {expected}")
-                self._readers[number] = reader
-            return self._readers[number]
+            if number not in self._files:
+                path, record_bytes = self.directory / shard["name"], self.record_dtype.itemsize
+                try:
+                    old = self.manifest["format"] == OLD_FORMAT
+                    file = ArrayRecordFile(path) if old else RecordFile(path, record_bytes)
+                    if len(file) != (expected := shard["count"] * self.orientations):
+                        raise ValueError(f"it holds {len(file)} records, not {expected}")
+                except (RuntimeError, ValueError, OSError) as error:
+                    raise self._damaged(shard, f"cannot be read ({error})") from error
+                self._files[number] = file
+            return self._files[number]
 
     def _damaged(self, shard: dict, what: str) -> SfdError:
         return SfdError(
@@ -222,7 +232,7 @@ class LatentStore(LatentSource):
             "it again (only this shard is redone), or copy it again from an intact store"
         )
 
-    def __getstate__(self):  # loader processes open their own readers
+    def __getstate__(self):  # loader processes open their own files
         return {"directory": self.directory}
 
     def __setstate__(self, state):
@@ -358,7 +368,7 @@ class LatentStoreWriter:
 
     def _paths(self, shard: int) -> tuple[Path, Path]:
         stem = self.directory / f"latents-{shard:05d}"
-        return stem.with_suffix(".ar"), stem.with_suffix(".json")
+        return stem.with_suffix(".bin"), stem.with_suffix(".json")
 
 
 class ShardWriter:
@@ -374,8 +384,7 @@ class ShardWriter:
         self.moments: dict[str, list[Moments]] = {"texture": [], "semantic": []}
         with _writing(path):
             path.unlink(missing_ok=True)
-            # group_size 1: a random read fetches one image. Latents do not compress.
-            self._writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+            self._file = open(path, "wb")  # noqa: SIM115  # closed by finish or discard
 
     def add(self, fields: dict[str, Any]) -> None:
         """Append one image: an array or number for every field of the plan, those of the mirror image included.
@@ -386,7 +395,7 @@ class ShardWriter:
         records = [self._record(fields, flip) for flip in FLIPS[: self.orientations]]
         with _writing(self.path):
             for record in records:
-                self._writer.write(record.tobytes())
+                write_record(self._file, record.tobytes())
         self.count += 1
         self.label_counts[int(records[0]["label"])] += 1
         for group, moments in self.moments.items():
@@ -422,11 +431,8 @@ class ShardWriter:
     def finish(self, name: str) -> dict:
         """Put the shard on the disk and return its facts."""
         with _writing(self.path):
-            self._writer.close()
+            self._file.close()
             sync(self.path)
-            # A full disk can go unnoticed until here.
-            if ArrayRecordReader(str(self.path)).num_records() != self.count * self.orientations:
-                raise OSError("records were lost")
         return {
             "name": name,
             "count": self.count,
@@ -442,11 +448,8 @@ class ShardWriter:
 
     def discard(self) -> None:
         """Throw away what was written."""
-        try:
-            if self._writer.is_open():
-                self._writer.close()
-        except RuntimeError:  # the write had failed already
-            pass
+        with suppress(OSError):  # the write had failed already
+            self._file.close()
         self.path.unlink(missing_ok=True)
 
 
@@ -512,7 +515,7 @@ def orientations(fields: dict[str, dict]) -> int:
 def _writing(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError for I/O errors
+    except OSError as error:
         raise SfdError(f"cannot write {path}: {error}; is the disk full or read-only?") from error
 
 
@@ -527,7 +530,7 @@ def _read_manifest(directory: Path) -> dict:
         kind = manifest["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise SfdError(f"{path} is damaged ({error}); run `sfd extract` again to rewrite it") from error
-    if kind != FORMAT:
+    if kind not in (FORMAT, OLD_FORMAT):
         raise SfdError(f"{path} is of format '{kind}'; this version reads '{FORMAT}': make the latents again")
     wanted = ("count", "label_counts", "fields", "shards", "statistics", "class_names", "config", "skipped")
     if lacking := [key for key in wanted if key not in manifest]:

@@ -7,7 +7,8 @@ These functions turn `apply(latents (B,H,W,C), t_semantic (B,), t_texture (B,), 
 
 where `other` is the same network without a label (classifier-free guidance) or a weaker network
 with the same label (AutoGuidance). A group of channels whose clock is below `interval_start` takes
-the conditional velocity alone. A network is not evaluated where the formula would not use it.
+the conditional velocity alone. A network is not evaluated where the formula would not use it: outside the interval,
+and, if a sampler tells which groups move (`velocity_at`), where only groups of scale 1 do.
 
 Source: arXiv 2512.04926, section 4; released `models/lightningdit.py`, `forward_with_cfg` and
 `forward_with_autoguidance`.
@@ -122,12 +123,13 @@ def autoguidance(
 def _guided(main, both, scale_semantic, scale_texture, layout, interval_start, interval_groups):
     """Return the guided velocity function, from `both` -> (conditional, other)."""
     scales = layout.per_channel(scale_texture, scale_semantic)
+    one_scale = scale_semantic == 1 or scale_texture == 1
 
     def always(latents, t_semantic, t_texture):
         velocity, other = both(latents, t_semantic, t_texture)
         return combine(velocity, other, scales.reshape((1,) * (latents.ndim - 1) + (-1,)))
 
-    if interval_start <= 0:
+    if interval_start <= 0 and not one_scale:
         return always
 
     def inside(latents, t_semantic, t_texture):
@@ -139,13 +141,33 @@ def _guided(main, both, scale_semantic, scale_texture, layout, interval_start, i
         guided = combine(velocity, other, scales.reshape((1,) * (latents.ndim - 1) + (-1,)))
         return jnp.where(on, guided, velocity)
 
-    def velocity_fn(latents, t_semantic, t_texture):
-        # The other velocity is evaluated only if a group of some row is guided with a scale other than 1.
+    def velocity_fn(latents, t_semantic, t_texture, moves=(True, True)):
+        # The other velocity is evaluated only if a moving group of some row is guided with a scale other than 1.
         semantic, texture = guided_groups(t_semantic, t_texture, interval_start, interval_groups)
-        anywhere = jnp.any(semantic & (scale_semantic != 1) | texture & (scale_texture != 1))
-        return jax.lax.cond(anywhere, inside, main, latents, t_semantic, t_texture)
+        semantic, texture = semantic & moves[0] & (scale_semantic != 1), texture & moves[1] & (scale_texture != 1)
+        guided = inside if interval_start > 0 else always
+        return jax.lax.cond(jnp.any(semantic | texture), guided, main, latents, t_semantic, t_texture)
 
+    velocity_fn.takes_moves = True
     return velocity_fn
+
+
+def velocity_at(
+    velocity_fn: VelocityFn, latents: jax.Array, times: tuple[jax.Array, jax.Array], moves: tuple[jax.Array, jax.Array]
+) -> jax.Array:
+    """Evaluate a velocity function where only some groups move.
+
+    Args:
+      velocity_fn: any; one of this module then leaves out networks that the moving groups do not need.
+      latents: (B,H,W,C).
+      times: t_semantic, t_texture, (B,) each.
+      moves: whether the semantic and the texture group move, (B,) bool each.
+
+    Returns:
+      (B,H,W,C); that of a group that stands still must not be used.
+    """
+    more = {"moves": moves} if getattr(velocity_fn, "takes_moves", False) else {}
+    return velocity_fn(latents, *times, **more)
 
 
 def combine(velocity: jax.Array, other: jax.Array, scale: jax.Array | float) -> jax.Array:

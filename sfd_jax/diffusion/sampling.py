@@ -21,6 +21,7 @@ import numpy as np
 from sfd_jax.diffusion import solvers
 from sfd_jax.diffusion.clocks import Clocks
 from sfd_jax.diffusion.dopri5 import dopri5, dopri5_shared
+from sfd_jax.diffusion.guidance import velocity_at
 from sfd_jax.diffusion.sample_config import FEW_STEP, SolverConfig
 from sfd_jax.errors import SfdError
 from sfd_jax.latents import LatentLayout
@@ -126,7 +127,7 @@ def _released(velocity_fn, noise, layout, clocks, solver):
 
     def velocity(y, tau, segment):
         del segment
-        return velocity_fn(y, *clocks.times(tau))
+        return velocity_at(velocity_fn, y, clocks.times(tau), _moves(clocks, tau))
 
     def rate(tau, segment):
         del segment
@@ -157,7 +158,7 @@ def _staged(velocity_fn, noise, layout, clocks, solver, jumps, stops):
 
     def velocity(y, tau, segment):
         del segment
-        return velocity_fn(y, *clocks.times(tau))
+        return velocity_at(velocity_fn, y, clocks.times(tau), _moves(clocks, tau))
 
     def rate(tau, segment):
         return _over_channels(layout, noise, clocks.rates(tau, jnp.asarray(stage_of)[segment]))
@@ -170,6 +171,12 @@ def _staged(velocity_fn, noise, layout, clocks, solver, jumps, stops):
         points = staged_points(edges, solver.points(len(edges) - 1), solver.timestep_shift)
         solution = solvers.integrate_grid(field, noise, points, method=solver.solver, **common)
     return solution, _stats(solution, stage_of)
+
+
+def _moves(clocks, tau):
+    """Return which groups move at tau; at a breakpoint, whose velocity serves both its sides, on any of the two."""
+    before, after = clocks.released_rates(tau - _SAME), clocks.released_rates(tau + _SAME)
+    return tuple((a != 0) | (b != 0) for a, b in zip(before, after, strict=True))
 
 
 def _tolerances(solver):

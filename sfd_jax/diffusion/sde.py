@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sfd_jax.diffusion.clocks import Clocks
-from sfd_jax.diffusion.guidance import VelocityFn
+from sfd_jax.diffusion.guidance import VelocityFn, velocity_at
 from sfd_jax.diffusion.paths import LinearPath, Path
 from sfd_jax.latents import LatentLayout
 from sfd_jax.randomness import normal_by_row
@@ -133,8 +133,10 @@ def sample_sde(
     def diffusion(t):
         return spread(config.semantic(path, t[0]), config.texture(path, t[1]))
 
-    def fields(x, clock, t):
-        flow = velocity_fn(x, *(jnp.full((len(x),), group_clock) for group_clock in clock)).astype(jnp.float32)
+    def fields(x, clock, t, at):
+        every = lambda pair: tuple(jnp.full((len(x),), value) for value in pair)
+        moves = (at.t_after > at.t) | (at.last > 0)
+        flow = velocity_at(velocity_fn, x, every(clock), every(moves)).astype(jnp.float32)
         score = path.score_from_velocity(flow, x, spread(*t))
         return flow, score, flow + diffusion(t) * score
 
@@ -150,11 +152,11 @@ def sample_sde(
         kick = jnp.sqrt(2 * diffusion(at.t) * dt) * noises(number)
         if config.method == "heun":
             x, kick = x + kick, 0.0
-        flow, score, drift = fields(x, at.clock, at.t)
+        flow, score, drift = fields(x, at.clock, at.t, at)
         ends, ended = spread(*at.last) > 0, last_step(x, flow, score, drift, at)
         moved = jnp.where(ends, ended, x + drift * dt + kick)
         if config.method == "heun":
-            drift_after = fields(moved, at.clock_after, at.t_after)[2]
+            drift_after = fields(moved, at.clock_after, at.t_after, at)[2]
             moved = jnp.where(ends, ended, x + (drift + drift_after) / 2 * dt)
         return moved, None
 

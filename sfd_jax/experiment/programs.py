@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from sfd_jax import libtpu
 from sfd_jax.data.extract import ExtractConfig
 from sfd_jax.diffusion.sample_config import SampleJob
 from sfd_jax.distributed import make_mesh
@@ -40,12 +41,15 @@ class Program:
     trace: Callable[[], jax.stages.Traced]
 
 
-def measure_program(what: str, config_name: str, config: ConfigDict, topology: Topology, **options: Any) -> Measurement:
+def measure_program(
+    what: str, config_name: str, config: ConfigDict, topology: Topology, *, flags: str = "none", **options: Any
+) -> Measurement:
     """Compile a program for a topology and measure it; this process must not use a TPU.
 
     Args:
       what, config_name, config, options: as `open_program` takes them.
       topology: the slice.
+      flags: names of sets of libtpu's flags, joined by "+".
 
     Raises:
       SfdError: libtpu is missing, the topology is unknown, or as `open_program`.
@@ -58,6 +62,7 @@ def measure_program(what: str, config_name: str, config: ConfigDict, topology: T
         mesh=program.mesh,
         batch=program.rows,
         parameters={name: network.num_params() for name, network in program.networks.items()},
+        flags=libtpu.flags_of(flags, topology.name.partition(":")[0]),
     )
 
 

@@ -7,6 +7,16 @@ No array is allocated and no TPU is needed, but libtpu is, since it compiles.
 
 from sfd_jax.pod.chips import CHIPS, Topology, topology_devices
 from sfd_jax.pod.plan import Plan, make_plan
-from sfd_jax.pod.report import Measurement, measure, table
+from sfd_jax.pod.report import Measurement, comparison, measure, table
 
-__all__ = ["CHIPS", "Measurement", "Plan", "Topology", "make_plan", "measure", "table", "topology_devices"]
+__all__ = [
+    "CHIPS",
+    "Measurement",
+    "Plan",
+    "Topology",
+    "comparison",
+    "make_plan",
+    "measure",
+    "table",
+    "topology_devices",
+]

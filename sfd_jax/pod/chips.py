@@ -16,6 +16,8 @@ class Chip:
       memory: nominal bytes of HBM of a JAX device, which is one chip for all of these.
       usable: bytes of it that a program may use; the compiler reserves the rest.
       matrix_rate: peak bfloat16 FLOPs per second.
+      clock: cycles per second, which follow from the rate and the size of the matrix units.
+      link_rate: bytes per second that a chip receives over all its links.
       slices: shapes of 2D slices; None for 3D ones, see `_is_cube_slice`.
       options: for libtpu, besides the topology's name.
 
@@ -26,6 +28,8 @@ class Chip:
     memory: int
     usable: int
     matrix_rate: float
+    clock: float
+    link_rate: float
     slices: tuple[str, ...] | None
     options: dict
 
@@ -35,10 +39,10 @@ _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _SMALL_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
 CHIPS = {
     # Two cores, which Cloud TPU VMs run as one device ("megacore").
-    "v4": Chip(32 * _GIB, int(30.75 * _GIB), 275e12, None, {"chip_config_name": "megacore"}),
-    "v5e": Chip(16 * _GIB, int(15.75 * _GIB), 197e12, _FLAT, {}),
-    "v5p": Chip(95 * _GIB, int(95.74 * _GIB), 459e12, None, {}),
-    "v6e": Chip(32 * _GIB, int(31.25 * _GIB), 918e12, _FLAT, {}),
+    "v4": Chip(32 * _GIB, int(30.75 * _GIB), 275e12, 1.05e9, 300e9, None, {"chip_config_name": "megacore"}),
+    "v5e": Chip(16 * _GIB, int(15.75 * _GIB), 197e12, 1.5e9, 200e9, _FLAT, {}),
+    "v5p": Chip(95 * _GIB, int(95.74 * _GIB), 459e12, 1.75e9, 600e9, None, {}),
+    "v6e": Chip(32 * _GIB, int(31.25 * _GIB), 918e12, 1.75e9, 400e9, _FLAT, {}),
 }
 
 

@@ -1,4 +1,4 @@
-"""Read from a compiled program's text what no API provides: the traffic between chips.
+"""Read from a compiled program's text what no API provides: the traffic between chips, and what it overlaps with.
 
 XLA prints a program as computations that call each other. Every collective is counted as often as it is executed,
 e.g. once per layer in a scan over layers. Only loops that run until a condition on the data holds (an adaptive
@@ -75,6 +75,79 @@ def read_traffic(text: str) -> Traffic:
             sent[kind] += times[name] * size
             operations[kind] += times[name]
     return Traffic(dict(sent), dict(operations), tuple(unknown))
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What a device does in one run, by the order of the compiled program: an estimate, not a time.
+
+    Attributes:
+      cycles: of the operations, as the compiler estimates them.
+      overlapped: bytes of collectives that start before other operations and end after them.
+      waited: bytes of the others, for which the device waits.
+      seconds: of the operations, and of the collectives where no operation covers them.
+    """
+
+    cycles: int
+    overlapped: int
+    waited: int
+    seconds: float
+
+
+def read_schedule(text: str, clock: float, bandwidth: float) -> Schedule:
+    """Estimate from a scheduled program how long it takes.
+
+    A collective takes its result's bytes at `bandwidth`, less the cycles of the operations between its start and its
+    end. Other transfers (to fast memory, to the host) count as hidden.
+
+    Args:
+      text: from `Compiled.as_text()` for a TPU.
+      clock: cycles a second.
+      bandwidth: bytes a second of one chip to others.
+    """
+    computations, entry = parse(text)
+    times, _ = executions(computations, entry)
+    bodies = {i.attribute("calls") for each in computations.values() for i in each if i.opcode in _WITH_BODY}
+    sent, total, seconds = {"overlapped": 0, "waited": 0}, 0, 0.0
+    for name, instructions in computations.items():
+        if not times[name] or name in bodies:
+            continue
+        cycles, running, ended = 0, {}, []  # running: name or channel -> bytes, cycles at its start
+        for i in instructions:
+            body = computations.get(i.attribute("calls"), []) if i.opcode in _WITH_BODY else []
+            size, channel = _sent(i, instructions, body)
+            if size and (i.opcode.endswith("-start") or _has_call(body, "AsyncCollectiveStart")):
+                running[i.name if i.opcode.endswith("-start") else channel] = size, cycles
+            elif size and channel not in running:
+                sent["waited"] += times[name] * size
+                seconds += times[name] * size / bandwidth
+            elif (i.opcode.endswith("-done") and (key := i.operands[0]) in running) or (
+                _has_call(body, "AsyncCollectiveDone") and (key := channel) in running
+            ):
+                ended.append((*running.pop(key), cycles))
+            found = re.search(r'"estimated_cycles":"(\d+)"', i.rest)
+            cycles += int(found.group(1)) if found else 0
+        for size, first, last in [*ended, *((*each, cycles) for each in running.values())]:
+            seconds += times[name] * max(0.0, size / bandwidth - (last - first) / clock)
+            sent["overlapped" if last > first else "waited"] += times[name] * size
+        total += times[name] * cycles
+    return Schedule(total, **sent, seconds=total / clock + seconds)
+
+
+_WITH_BODY = ("fusion", "async-start")
+
+
+def _sent(i: Instruction, home: list[Instruction], body: list[Instruction]) -> tuple[int, str | None]:
+    """Return the bytes and the channel of the collectives that an instruction is or contains; 0 for none."""
+    scope = body or home
+    found = [each for each in body or [i] if each.opcode.removesuffix("-start") in COLLECTIVES]
+    if not found:
+        return 0, None
+    channel = found[0].attribute("channel_id")
+    if body and _is_reduce_scatter(body):
+        return array_bytes(body[-1].shape), channel
+    shapes = {each.name: each.shape for each in scope}
+    return sum(_result_bytes(each, shapes) for each in found), channel
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from sfd_jax.pod.chips import Topology
 from sfd_jax.pod.flops import program_flops
-from sfd_jax.pod.hlo import Traffic, read_traffic
+from sfd_jax.pod.hlo import Schedule, Traffic, read_schedule, read_traffic
 
 GIB = 2**30
 
@@ -61,6 +61,8 @@ class Measurement:
       needed: bytes that it needs at least on one chip.
       flops: of matrix products and convolutions in one run, per chip (the total divided evenly).
       traffic: of one chip in one run; None if `memory` is.
+      schedule: of one chip in one run; None if `memory` is.
+      flags: of libtpu's compiler, besides its defaults and LIBTPU_INIT_ARGS.
       lower_seconds, compile_seconds: wall clock of tracing and lowering, and of compiling.
     """
 
@@ -75,6 +77,8 @@ class Measurement:
     traffic: Traffic | None
     lower_seconds: float
     compile_seconds: float
+    schedule: Schedule | None = None
+    flags: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def fits(self) -> bool:
@@ -99,32 +103,35 @@ def measure(
     mesh: Mesh,
     batch: int,
     parameters: dict[str, int],
+    flags: dict[str, str] | None = None,
 ) -> Measurement:
     """Trace, lower, compile and measure a program.
 
     Args:
       trace: traces the program for the devices of `topology`.
-      program, topology, batch, parameters: as in `Measurement`.
+      program, topology, batch, parameters, flags: as in `Measurement`.
       mesh: the mesh of the program.
 
     Returns:
       The measurement; for a program that is too large for the chip, `needed` instead of memory and traffic.
     """
-    traced, lower_seconds, compile_seconds, answer = timed(trace)
+    traced, lower_seconds, compile_seconds, answer = timed(trace, flags)
     if isinstance(answer, Exception):
-        memory, traffic, needed = None, None, needed_bytes(str(answer))
+        memory, traffic, schedule, needed = None, None, None, needed_bytes(str(answer))
         if needed is None:
             raise answer
     else:
-        memory, traffic = read_memory(answer), read_traffic(answer.as_text())
-        needed = memory.peak
+        memory, text = read_memory(answer), answer.as_text()
+        traffic, needed = read_traffic(text), memory.peak
+        schedule = read_schedule(text, topology.chip.clock, topology.chip.link_rate)
     flops = program_flops(traced.jaxpr) / mesh.size
     seconds = (lower_seconds, compile_seconds)
-    return Measurement(program, topology, dict(mesh.shape), batch, parameters, memory, needed, flops, traffic, *seconds)
+    what = (program, topology, dict(mesh.shape), batch, parameters, memory, needed, flops, traffic)
+    return Measurement(*what, *seconds, schedule, flags or {})
 
 
 def timed(
-    trace: Callable[[], jax.stages.Traced],
+    trace: Callable[[], jax.stages.Traced], flags: dict[str, str] | None = None
 ) -> tuple[jax.stages.Traced, float, float, jax.stages.Compiled | jax.errors.JaxRuntimeError]:
     """Trace, lower and compile; return the traced program, both times, and the compiled program or XLA's error."""
     begin = time.monotonic()
@@ -132,7 +139,7 @@ def timed(
     lowered = traced.lower()
     middle = time.monotonic()
     try:
-        answer = lowered.compile()
+        answer = lowered.compile(compiler_options=flags or None)
     except jax.errors.JaxRuntimeError as error:
         answer = error
     return traced, middle - begin, time.monotonic() - middle, answer
@@ -196,9 +203,33 @@ def table(m: Measurement) -> str:
             rows.append(
                 ("counted once", "loops that end on a condition on the data: " + ", ".join(m.traffic.unknown_loops))
             )
+    if m.schedule:
+        rows += [
+            ("sent while computing", f"{gib(m.schedule.overlapped)}, waited for {m.schedule.waited / GIB:.3f} GiB"),
+            ("estimated time", f"{1e3 * m.schedule.seconds:.4g} ms, {_rate(m):.0%} of the matrix rate; not measured"),
+        ]
     rows.append(("lowered, compiled", f"{m.lower_seconds:.1f} s, {m.compile_seconds:.1f} s on {os.cpu_count()} cores"))
     rows.append(("verdict", "fits" if m.fits else "does not fit"))
     return two_columns(rows)
+
+
+def comparison(measurements: dict[str, Measurement]) -> str:
+    """Return a table of the same program compiled with several sets of flags."""
+    gib = lambda size: f"{size / GIB:.3f}"
+    head = ["flags", "peak, GiB", "sent, GiB", "while computing", "waited for", "estimated ms", "compiled in, s"]
+    rows = [head]
+    for name, m in measurements.items():
+        row = [name, gib(m.needed)]
+        if m.memory:
+            row += [gib(sum(m.traffic.sent.values())), gib(m.schedule.overlapped), gib(m.schedule.waited)]
+            row += [f"{1e3 * m.schedule.seconds:.4g}", f"{m.compile_seconds:.0f}"]
+        rows.append(row + ["-"] * (len(head) - len(row)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def _rate(m: Measurement) -> float:
+    return m.flops / m.schedule.seconds / m.topology.chip.matrix_rate
 
 
 def two_columns(rows: list[tuple[str, str]]) -> str:

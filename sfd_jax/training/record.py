@@ -35,6 +35,7 @@ ADDED = {
     "model": {"repa_projector": "mlp", "time_input": "clock"},
     "network_config": {"repa_projector": "mlp", "time_input": "clock", "end_time": False},
     "loss": {"repa_spatial_norm": 0.0},
+    "optimizer": {"first_moment_dtype": "float32"},
 }
 # Groups of the config that may differ.
 FREE_GROUPS = ("mesh", "sample", "evaluate", "demo", "preview")

@@ -94,7 +94,7 @@ def test_damaged_shard_is_named(tiny_demo, surroundings, tmp_path):
         record["stages"].pop(stage)
         shutil.rmtree(workdir / stage, ignore_errors=True)
     (workdir / "demo.json").write_text(json.dumps(record))
-    shard = sorted((workdir / "latents").glob("*.ar"))[0]
+    shard = sorted((workdir / "latents").glob("*.bin"))[0]
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 0xFF
     shard.write_bytes(content)

@@ -92,7 +92,7 @@ def test_images_to_shards(work, capsys):
     }
     # What checkpoints record of it; a tile of 8 px is 4 latents.
     assert store.origin == {"weights": hashes, "image_size": 16, "tile_grid": 4, "labels": [0, 1]}
-    (out / "latents-00001.ar").unlink()
+    (out / "latents-00001.bin").unlink()
     params, metadata = load_params(work / "texture_vae")
     save_params(work / "other", jax.tree.map(lambda leaf: 2 * leaf, params), metadata)
     assert main(flags(work, out, semantic, "--max_broken=1", f"--texture_vae={work / 'other'}")) == 2
@@ -158,11 +158,11 @@ def test_check_store_names_each_fault(work, tmp_path):
     path.write_text(json.dumps({key: value for key, value in json.loads(written).items() if key != "statistics"}))
     assert "manifest.json lacks statistics" in check_store(path.parent)[0]
     path.write_text(written)
-    shard = tmp_path / "ours" / "latents-00002.ar"
+    shard = tmp_path / "ours" / "latents-00002.bin"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    assert "latents-00002.ar does not match" in check_store(tmp_path / "ours")[0]
+    assert "latents-00002.bin does not match" in check_store(tmp_path / "ours")[0]
     assert "no latents in" in check_store(tmp_path)[0]
 
 

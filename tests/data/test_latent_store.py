@@ -1,11 +1,13 @@
 """The store: round trip, kills, damage, statistics; and the extraction engine that fills it."""
 
 import json
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from sfd_jax.data.extract import ExtractConfig, Share, extract
 from sfd_jax.data.images import BrokenImage
@@ -133,10 +135,10 @@ def test_a_killed_extraction_is_continued(tmp_path):
     assert not (killed / "manifest.json").exists()
     with pytest.raises(SfdError, match="not finished"):
         LatentStore(killed)
-    done = {path.name: path.stat().st_mtime_ns for path in killed.glob("*.ar")}
+    done = {path.name: path.stat().st_mtime_ns for path in killed.glob("*.bin")}
     assert done
     # After a SIGKILL: half a shard under its temporary name, and facts without a shard.
-    (killed / "latents-00003.ar.part").write_bytes(b"half")
+    (killed / "latents-00003.bin.part").write_bytes(b"half")
     (killed / "latents-00004.json").write_text((killed / "latents-00000.json").read_text())
     run(killed)
     assert contents(tmp_path / "whole") == contents(killed)
@@ -147,21 +149,21 @@ def test_a_killed_extraction_is_continued(tmp_path):
 def test_damage_names_the_shard_and_can_be_repaired(tmp_path):
     run(tmp_path)
     before = contents(tmp_path)
-    shard = tmp_path / "latents-00002.ar"
+    shard = tmp_path / "latents-00002.bin"
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 0x10
     shard.write_bytes(data)
     store = LatentStore(tmp_path)  # the length is right, so opening does not notice
-    with pytest.raises(SfdError, match="latents-00002.ar does not match its checksum; delete it"):
+    with pytest.raises(SfdError, match="latents-00002.bin does not match its checksum; delete it"):
         store.verify()
-    with pytest.raises(SfdError, match="latents-00002.ar cannot be read"):
+    with pytest.raises(SfdError, match="latents-00002.bin cannot be read"):
         for flip in (False, True):
             store.read(np.arange(COUNT), np.full(COUNT, flip))
     shard.write_bytes(data[:-1])
-    with pytest.raises(SfdError, match="latents-00002.ar has"):
+    with pytest.raises(SfdError, match="latents-00002.bin has"):
         LatentStore(tmp_path)
     shard.unlink()
-    with pytest.raises(SfdError, match="latents-00002.ar is missing"):
+    with pytest.raises(SfdError, match="latents-00002.bin is missing"):
         LatentStore(tmp_path)
     run(tmp_path).verify()
     assert contents(tmp_path) == before
@@ -259,7 +261,7 @@ def store_plan(directory):
         ({"count": 5}, "counts of its shards, its labels and its images differ"),
         ({"label_counts": {"0": 1}}, "counts of its shards, its labels and its images differ"),
         ({"shards": []}, "counts of its shards"),
-        ({"shards": [{"name": "latents-00000.ar"}]}, "damaged .'count'"),
+        ({"shards": [{"name": "latents-00000.bin"}]}, "damaged .'count'"),
         ({"shards": 3}, "damaged"),
         ({"fields": {}}, "fields lack index, label, semantic, texture"),
         ({"fields": {"texture": {"dtype": "int8", "shape": []}}}, "unknown dtype 'int8'"),
@@ -293,7 +295,7 @@ def test_statistics_of_a_store_are_numbers_for_its_channels(tmp_path, name, valu
 
 def test_a_flipped_bit_of_a_record_is_named_or_changes_nothing(tmp_path):
     good = run(tmp_path).read(np.arange(COUNT))
-    shard = tmp_path / "latents-00002.ar"
+    shard = tmp_path / "latents-00002.bin"
     data, random, named = shard.read_bytes(), np.random.default_rng(0), 0
     for place in random.integers(0, len(data), 300):
         changed = bytearray(data)
@@ -303,24 +305,64 @@ def test_a_flipped_bit_of_a_record_is_named_or_changes_nothing(tmp_path):
             found = LatentStore(tmp_path).read(np.arange(COUNT))
             assert all((found[name] == good[name]).all() for name in good)
         except SfdError as error:
-            assert "latents-00002.ar" in str(error)
+            assert "latents-00002.bin" in str(error)
             named += 1
     assert named > 10
 
 
+def test_records_that_are_not_in_the_page_cache_are_requested_first_and_read_then(tmp_path, monkeypatch):
+    store = run(tmp_path)
+    expected, requests = store.read(np.arange(COUNT)), []
+
+    def preadv(file, parts, start, flags):
+        if flags and start % 3:
+            raise BlockingIOError
+        return real(file, parts[:1] if flags else parts, start)  # a part of a record may be there
+
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, start, size, advice: requests.append(start))
+    for name, values in store.read(np.arange(COUNT)).items():
+        np.testing.assert_array_equal(values, expected[name])
+    assert len(requests) == COUNT
+
+
+def test_stores_of_the_format_before_are_read(tmp_path):
+    store = run(tmp_path)
+    mirror = np.arange(COUNT) % 3 == 0
+    expected = store.read(np.arange(COUNT), mirror)
+    manifest = json.loads((tmp_path / "manifest.json").read_text()) | {"format": "sfd_jax latents 2"}
+    size = store.record_dtype.itemsize + 4
+    for shard in manifest["shards"]:
+        path = tmp_path / shard["name"]
+        data = path.read_bytes()
+        path = path.with_suffix(".ar")
+        writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+        for start in range(0, len(data), size):
+            writer.write(data[start : start + size - 4])
+        writer.close()
+        shard |= {"name": path.name, "bytes": path.stat().st_size}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    for name, values in LatentStore(tmp_path).read(np.arange(COUNT), mirror).items():
+        np.testing.assert_array_equal(values, expected[name])
+    path.write_bytes(path.read_bytes().replace(data[:16], bytes(16)))
+    with pytest.raises(SfdError, match="latents-00004.ar cannot be read"):
+        LatentStore(tmp_path).read(np.array([20]))
+
+
 def test_a_shard_in_the_place_of_another_is_named(tmp_path):
     run(tmp_path)
-    first, second = tmp_path / "latents-00000.ar", tmp_path / "latents-00001.ar"
+    first, second = tmp_path / "latents-00000.bin", tmp_path / "latents-00001.bin"
     swapped = first.read_bytes(), second.read_bytes()
     assert len(swapped[0]) == len(swapped[1])
     first.write_bytes(swapped[1]), second.write_bytes(swapped[0])
-    with pytest.raises(SfdError, match="latents-00001.ar holds the images of another shard"):
+    with pytest.raises(SfdError, match="latents-00001.bin holds the images of another shard"):
         LatentStore(tmp_path).read(np.array([7]))
-    first.write_bytes((tmp_path / "latents-00004.ar").read_bytes())  # has fewer records
+    first.write_bytes((tmp_path / "latents-00004.bin").read_bytes())  # has fewer records
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     manifest["shards"][0]["bytes"] = first.stat().st_size
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(SfdError, match="latents-00000.ar cannot be read .it holds 6 records, not 10"):
+    with pytest.raises(SfdError, match="latents-00000.bin cannot be read .it holds 6 records, not 10"):
         LatentStore(tmp_path).read(np.array([0]))
 
 

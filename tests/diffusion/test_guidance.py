@@ -7,6 +7,9 @@ import pytest
 
 from sfd_jax.diffusion import guidance
 from sfd_jax.diffusion.clocks import FixedOffset
+from sfd_jax.diffusion.sample_config import SolverConfig
+from sfd_jax.diffusion.sampling import sample
+from sfd_jax.diffusion.sde import SDEConfig, noise_by_step, sample_sde
 from sfd_jax.errors import SfdError
 from sfd_jax.latents import LatentLayout
 
@@ -112,6 +115,38 @@ def test_a_group_of_scale_1_does_not_evaluate_the_weak_model():
     jax.block_until_ready(guided(*inputs((0.9, 0.9, 0.9), (0.4, 0.5, 0.6))))
     jax.effects_barrier()
     assert rows == [3]
+
+
+@pytest.mark.parametrize(
+    "solver, moving", [("dopri5", "semantic"), ("euler", "texture"), ("released", "semantic"), ("sde_heun", "texture")]
+)
+def test_the_weak_model_is_not_evaluated_where_only_the_group_of_scale_1_moves(solver, moving):
+    """That is the first stage, where texture stands still, or the last, where semantics do."""
+    clocks, start = FixedOffset(0.3), inputs()[0]
+    scales = {f"scale_{group}": 1.0 if group == moving else 3.0 for group in ("semantic", "texture")}
+
+    def velocity(evaluated):
+        def weak(latents, t_semantic, t_texture, labels):
+            jax.debug.callback(lambda *times: evaluated.append(times), t_semantic[0], t_texture[0])
+            return network(0.01)(latents, t_semantic, t_texture, labels)
+
+        return guidance.autoguidance(network(0.02), weak, LABELS, layout=LAYOUT, **scales)
+
+    def integrate(velocity_fn):
+        if solver == "sde_heun":
+            noises = noise_by_step(jax.random.key(1), jnp.arange(3), start.shape[1:])
+            config = SDEConfig(num_steps=14, method="heun")
+            return sample_sde(velocity_fn, start, noises, layout=LAYOUT, clocks=clocks, config=config)
+        how = {"solver": "euler", "mode": "released"} if solver == "released" else {"solver": solver}
+        return sample(velocity_fn, start, layout=LAYOUT, clocks=clocks, solver=SolverConfig(num_steps=14, **how))[0]
+
+    told, untold = [], []
+    guided, without = velocity(told), velocity(untold)
+    both = jax.jit(lambda: (integrate(guided), integrate(lambda *at: without(*at))))()  # a lambda is told nothing
+    np.testing.assert_array_equal(*both)
+    jax.effects_barrier()
+    unneeded = lambda times: [s < 0.299 if moving == "semantic" else x > 0.701 for s, x in times]
+    assert told and not any(unneeded(told)) and any(unneeded(untold))
 
 
 def test_jumps_are_where_the_clocks_pass_the_start():

@@ -118,7 +118,7 @@ def test_broken_images_are_counted_over_all_hosts(work, tmp_path):
     assert "2 broken images, more than the 1 allowed" in errors
     assert "class0/10.png" in errors and "class2/12.png" in errors
     assert not (tmp_path / "latents" / "manifest.json").exists()
-    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "latents").glob("*.ar")}
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "latents").glob("*.bin")}
     assert main(["extract", *flags, "--max_broken=2"]) == 0
     store = LatentStore(tmp_path / "latents")
     assert [len({fault["index"] // 4 % 2 for fault in store.manifest["skipped"]}), len(store)] == [2, 18]

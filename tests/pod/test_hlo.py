@@ -152,3 +152,46 @@ def test_bytes_of_shapes():
     assert hlo.array_bytes("bf16[16,3]{1,0:T(8,128)(2,1)S(1)}") == 96
     assert hlo.array_bytes("(f32[2,3]{1,0}, pred[5], s32[], u4[3])") == 24 + 5 + 4 + 2
     assert hlo.array_bytes("f8e4m3fn[7]") == 7
+
+
+def test_a_schedule_counts_what_no_operation_covers():
+    """Times by hand: 1000 cycles a second, 16 bytes a second."""
+    cost = lambda cycles: f'backend_config={{"window_config":{{"estimated_cycles":"{cycles}"}}}}'
+    text = f"""HloModule m, is_scheduled=true
+
+%begin (p: f32[4]) -> f32[8] {{
+  %p = f32[4] parameter(0)
+  %g = f32[8] all-gather(%p), channel_id=5, dimensions={{0}}
+  ROOT %c = f32[8] custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}}
+
+%wait (p: f32[8]) -> f32[8] {{
+  %p = f32[8] parameter(0)
+  %g = f32[8] all-gather(%p), channel_id=5, dimensions={{0}}
+  ROOT %c = f32[8] custom-call(%g), custom_call_target="AsyncCollectiveDone"
+}}
+
+%dot (p: f32[4]) -> f32[4] {{
+  %p = f32[4] parameter(0)
+  ROOT %d = f32[4] multiply(%p, %p), {cost(9999)}
+}}
+
+ENTRY %main (a: f32[4]) -> f32[4] {{
+  %a = f32[4] parameter(0)
+  %all = f32[4] all-reduce(%a), channel_id=1, to_apply=%add
+  %s = (f32[4], f32[4], u32[]) collective-permute-start(%all), channel_id=2
+  %one = f32[4] fusion(%all), kind=kLoop, calls=%dot, {cost(600)}
+  %e = f32[4] collective-permute-done(%s)
+  %f = f32[8] fusion(%one), kind=kCustom, calls=%begin
+  %two = f32[4] fusion(%one), kind=kLoop, calls=%dot, {cost(2500)}
+  %h = f32[8] fusion(%f), kind=kCustom, calls=%wait
+  %t = (f32[4], f32[4], u32[]) collective-permute-start(%two), channel_id=3
+  %u = f32[4] collective-permute-done(%t)
+  ROOT %last = f32[4] fusion(%u), kind=kLoop, calls=%dot, {cost(400)}
+}}
+"""
+    schedule = hlo.read_schedule(text, clock=1000.0, bandwidth=16.0)
+    assert schedule.cycles == 3500 and schedule.overlapped == 16 + 32 and schedule.waited == 16 + 16
+    # All of the all-reduce, 0.4 of the permutation's second, nothing of the gathering's two, all of the last.
+    assert schedule.seconds == pytest.approx(3.5 + 1 + 0.4 + 0 + 1)
+    assert hlo.read_schedule(LOOP, clock=1.0, bandwidth=1.0).waited == 7 * 12 * 5 * 4 + 3 * 5 * 4

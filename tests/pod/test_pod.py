@@ -3,18 +3,21 @@
 import dataclasses
 import importlib.util
 import json
+import re
 
 import jax
+import numpy as np
 import pytest
 
+from sfd_jax import libtpu
 from sfd_jax.cli import compile_pod
 from sfd_jax.cli import plan as plan_command
 from sfd_jax.errors import SfdError
 from sfd_jax.experiment.config_files import load_config
 from sfd_jax.experiment.programs import in_size_b, open_program
 from sfd_jax.pod import make_plan, report, table
-from sfd_jax.pod.chips import CHIPS, Topology
-from sfd_jax.pod.hlo import Traffic
+from sfd_jax.pod.chips import CHIPS, Topology, topology_devices
+from sfd_jax.pod.hlo import Schedule, Traffic
 from sfd_jax.pod.plan import plan_table
 
 needs_libtpu = pytest.mark.skipif(
@@ -158,6 +161,15 @@ def test_weak_models_default_to_the_same_config_in_size_b():
     assert in_size_b("configs/sfd.py") == "configs/sfd.py:b"
 
 
+@pytest.mark.parametrize("what", ["decode", "extract", "inception"])
+def test_the_texture_vae_of_dit_is_f8(what):
+    config = load_config("configs/sfd.py:s,dit")
+    program = open_program(what, "configs/sfd.py:s,dit", config, jax.devices()[:1], batch_size=1)
+    vae = program.networks.get("texture VAE") or program.networks.get("texture_vae")
+    assert vae is None or (vae.config.downsampling, vae.config.z_channels) == (8, 4)
+    assert what == "decode" or program.about.startswith(", 256 px")
+
+
 @needs_libtpu
 @pytest.mark.slow
 def test_a_training_step_compiles_for_a_slice(tmp_path, capsys):
@@ -201,6 +213,32 @@ def test_batches_and_meshes_that_do_not_fit_a_topology():
         compile_pod.main([*tiny, "--slices=2", "--config.mesh.data=1"])
     with pytest.raises(SfdError, match="batch_size=0"):
         compile_pod.main([*tiny, "--what=inception", "--batch_size=0"])
+
+
+def test_sets_of_flags_are_compared(monkeypatch, tmp_path, capsys):
+    given = lambda args, what: measurement(16.0 if args.flags == "none" else 4.0, schedule=Schedule(0, GIB, 0, 0.02))
+    monkeypatch.setattr(compile_pod, "measured", given)
+    monkeypatch.setattr(report, "machine", lambda: {})
+    file = tmp_path / "numbers.json"
+    assert compile_pod.main(["--topology=v5e:2x2", "--flags=none,default", f"--json={file}"]) == 1
+    assert list(json.loads(file.read_text())) == ["none", "default"]
+    assert re.search(r"none +16.000 .*\ndefault +4.000 +1.000 +1.000 +0.000 +20 ", capsys.readouterr().out)
+    assert libtpu.flags_of("none", "v5e") == {} and "xla_enable_async_all_gather" in libtpu.flags_of("default", "v6e")
+    with pytest.raises(SfdError, match="no set of flags 'defautl'.*default"):
+        libtpu.flags_of("none+defautl", "v5e")
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_the_compiler_accepts_the_flags(topology):
+    (device, *_) = topology_devices(Topology(topology))
+    place = jax.sharding.SingleDeviceSharding(device)
+    program = jax.jit(lambda x: x + 1).trace(jax.ShapeDtypeStruct((8,), np.float32, sharding=place)).lower()
+    flags = libtpu.flags_of("+".join(libtpu.flag_sets()), topology.partition(":")[0])
+    program.compile(compiler_options=flags)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        program.compile(compiler_options=flags | {"xla_tpu_no_such_flag": "true"})
 
 
 def test_measurements_are_plain_numbers(monkeypatch):

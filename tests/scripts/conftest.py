@@ -49,6 +49,8 @@ class Cloud:
             self.commit = like.commit
         else:
             shutil.copytree(root / "scripts" / "tpu", self.scripts)
+            (self.repository / "sfd_jax").mkdir()
+            shutil.copy(root / "sfd_jax" / "tpu_flags.txt", self.repository / "sfd_jax")
             (self.repository / "tpu_setup.sh").write_text(SETUP)
             self.git("init", "-q")
             self.commit = self.commit_all("first")

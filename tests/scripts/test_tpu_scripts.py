@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from sfd_jax import libtpu
+
 ODD = [
     "train",
     "--workdir=gs://bucket/my run",
@@ -143,7 +145,10 @@ def test_arguments_arrive_as_they_were_given(cloud):
         environment = (home / "environment").read_text().splitlines()
         assert {"NOTE=it's $5", "SFD_EXPECT_PROCESSES=2", "SFD_EXPECT_DEVICES=8", "SFD_MULTIHOST=1"} <= set(environment)
         assert f"SFD_COMMIT={cloud.commit}" in environment
-        assert "the command does: 0" in (home / "sfd_jobs/one/log").read_text()
+        flags = " ".join(f"--{name}={value}" for name, value in libtpu.flags_of("default", "v5e").items())
+        assert f"LIBTPU_INIT_ARGS={flags}" in environment and "xla_tpu_scoped_vmem_limit_kib=50000" in flags
+        log = (home / "sfd_jobs/one/log").read_text()
+        assert "the command does: 0" in log and f"=== libtpu: {flags}\n" in log
 
 
 def test_slices_are_reached_together(cloud):

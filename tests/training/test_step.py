@@ -67,6 +67,20 @@ def test_adamw_ema_and_clipping_by_hand():
     assert int(state.step) == 2 and int(state.skipped) == 0
 
 
+def test_the_first_moment_may_be_bfloat16():
+    params, grads = {"w": jnp.float32([0.5, -1.0])}, {"w": jnp.float32([0.3, -0.7])}
+    outcomes = []
+    for dtype in ("float32", "bfloat16"):
+        optimizer = make_optimizer(OptimizerConfig(first_moment_dtype=dtype), 1)
+        updates, state = optimizer.update(grads, optimizer.init(params), params)
+        adam = state[0]
+        assert adam.mu["w"].dtype == dtype and adam.nu["w"].dtype == jnp.float32
+        outcomes.append(updates["w"])
+    np.testing.assert_allclose(*outcomes, rtol=2**-8)  # the first moment's rounding
+    with pytest.raises(SfdError, match="first_moment_dtype 'float16' is unknown"):
+        OptimizerConfig(first_moment_dtype="float16")
+
+
 def test_ema_starts_as_the_parameters():
     state = init_state(TOY, make_optimizer(OptimizerConfig(), 1), ALONE, seed=3)
     jax.tree.map(np.testing.assert_array_equal, state.params, state.ema_params)
