@@ -232,11 +232,16 @@ def test_sets_of_flags_are_compared(monkeypatch, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_the_compiler_accepts_the_flags(topology):
-    (device, *_) = topology_devices(Topology(topology))
-    place = jax.sharding.SingleDeviceSharding(device)
-    program = jax.jit(lambda x: x + 1).trace(jax.ShapeDtypeStruct((8,), np.float32, sharding=place)).lower()
-    flags = libtpu.flags_of("+".join(libtpu.flag_sets()), topology.partition(":")[0])
-    program.compile(compiler_options=flags)
+    """For a program that gathers and sums: some flags are refused only there, on some chips."""
+    devices = topology_devices(Topology(topology))
+    rows = jax.sharding.NamedSharding(jax.sharding.Mesh(np.array(devices), ("x",)), jax.sharding.PartitionSpec("x"))
+    square = jax.ShapeDtypeStruct((512, 512), np.float32, sharding=rows)
+    program = jax.jit(jax.grad(lambda a, b: (jax.numpy.tanh(a @ b) @ b).sum())).trace(square, square).lower()
+    text = program.compile().as_text()
+    assert "all-gather" in text or "collective-permute" in text
+    for name in libtpu.flag_sets():
+        flags = libtpu.flags_of(name, topology.partition(":")[0])
+        program.compile(compiler_options=flags)
     with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
         program.compile(compiler_options=flags | {"xla_tpu_no_such_flag": "true"})
 
