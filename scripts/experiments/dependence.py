@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     with report.drawing(args.out / "dependence.png", 1) as [axis]:
         for label, values in found.items():
             axis.plot(TIMES, values, marker="o", label=label)
-        axis.set(xlabel="the group's own time", ylabel="mean squared error", yscale="log")
+        axis.set(xlabel="the group's own time", ylabel="mean squared error", ylim=(0, None))
         axis.legend()
     print(text)
 

@@ -42,7 +42,7 @@ from sfd_jax.generation import Sampler, make_sampler
 from sfd_jax.generation.labels import balanced_labels
 from sfd_jax.generation.parts import clocks_of
 from sfd_jax.models.fingerprint import params_hash
-from sfd_jax.training.record import FREE_GROUPS, FREE_KEYS
+from sfd_jax.training.record import FREE_GROUPS, FREE_KEYS, upgraded
 
 TRAINING = ("train.steps=300", "train.global_batch_size=64", "train.ema_decay=0.983", "optimizer.schedule=cosine")
 TRAINING += ("model.scan_blocks=True",)
@@ -162,7 +162,7 @@ def finished(path: Path, about: dict) -> dict | None:
       SfdError: it is of another configuration.
     """
     record = json.loads(path.read_text()) if path.exists() else None
-    if record and (lines := differences(record["about"], about).values()):
+    if record and (lines := differences(upgraded(record["about"]), upgraded(about)).values()):
         raise SfdError(f"{path} is of another study; choose another --out, or restore:\n  " + "\n  ".join(lines))
     return record
 

@@ -37,7 +37,7 @@ from sfd_jax.generation.job import make_images
 from sfd_jax.generation.labels import balanced_labels
 from sfd_jax.generation.outputs import write_samples_npz
 from sfd_jax.ranges import IN_PACKAGES
-from sfd_jax.training.record import FREE_GROUPS, FREE_KEYS
+from sfd_jax.training.record import FREE_GROUPS, FREE_KEYS, upgraded
 
 SYSTEMS = runpy.run_path(str(find_config("configs/sfd.py")))
 
@@ -148,7 +148,7 @@ def finished(args: argparse.Namespace, bench: Bench, cell: Cell, seed: int, step
     """
     path = _path(args, cell, seed, step)
     record = json.loads(path.read_text()) if path.exists() else None
-    if record and (lines := differences(record["about"], _about(bench, cell, seed)).values()):
+    if record and (lines := differences(upgraded(record["about"]), upgraded(_about(bench, cell, seed))).values()):
         raise SfdError(f"{path} is of another study; choose another --out, or restore:\n  " + "\n  ".join(lines))
     return record
 
