@@ -6,6 +6,7 @@ What a request may ask for is bounded here, since anyone can send requests witho
 
 import json
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -216,7 +217,7 @@ def make_page(studio: Studio, title: str) -> "gradio.Blocks":
 class SmallRequests:
     """ASGI middleware that hangs up on a request of more than MOST_REQUEST_BYTES; Gradio would keep all of it."""
 
-    def __init__(self, app):
+    def __init__(self, app: Callable):
         self._app = app
 
     async def __call__(self, scope, receive, send):
