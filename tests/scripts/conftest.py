@@ -132,7 +132,7 @@ class Cloud:
             ["bash", str(self.scripts / f"{script}.sh"), *arguments],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,  # a busy machine takes a minute
             env=settings,
             cwd=self.folder,
             stdin=subprocess.DEVNULL,
