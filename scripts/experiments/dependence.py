@@ -37,8 +37,9 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     probe = open_checkpoint(args.out / "cells" / args.cell / "run" / "probe", "lightning_dit")
     latents = args.held_out or str(args.out / "shared" / "latents_held_out")
-    pairs = {label: [times(t) for t in TIMES] for label, _, times in CASES}
-    found = {label: [error[group] for error in errors_at(probe, latents, pairs[label])] for label, group, _ in CASES}
+    places = sorted({times(t) for _, _, times in CASES for t in TIMES})
+    errors = dict(zip(places, errors_at(probe, latents, places), strict=True))
+    found = {label: [errors[times(t)][group] for t in TIMES] for label, group, times in CASES}
     rows = [f"| {label} | {' | '.join(f'{value:.3f}' for value in values)} |" for label, values in found.items()]
     head = f"| mean squared error of the velocity, own time | {' | '.join(f'{t:g}' for t in TIMES)} |"
     text = "\n".join([head, "|---" * (len(TIMES) + 1) + "|", *rows]) + "\n"

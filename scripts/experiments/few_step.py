@@ -16,7 +16,6 @@ The same command continues after a kill. `--config.KEY=VALUE` changes the studen
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ import numpy as np
 import report
 from bench import Score, scorer_of
 from ml_collections import ConfigDict
+from study import parse_with_config, read_cell
 
 from sfd_jax.cli.main import run_command
 from sfd_jax.diffusion.sample_config import SampleJob
@@ -37,12 +37,12 @@ from sfd_jax.experiment.demo.record import read_record
 from sfd_jax.experiment.demo.stages import Demo
 from sfd_jax.experiment.few_step import open_few_step
 from sfd_jax.experiment.run import train
-from sfd_jax.files import differences, write_json
+from sfd_jax.files import write_json
 from sfd_jax.generation import Sampler, make_sampler
 from sfd_jax.generation.labels import balanced_labels
 from sfd_jax.generation.parts import clocks_of
 from sfd_jax.models.fingerprint import params_hash
-from sfd_jax.training.record import FREE_GROUPS, FREE_KEYS, upgraded
+from sfd_jax.training.record import FREE_GROUPS, FREE_KEYS
 
 TRAINING = ("train.steps=300", "train.global_batch_size=64", "train.ema_decay=0.983", "optimizer.schedule=cosine")
 TRAINING += ("model.scan_blocks=True",)
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
         weak = opened["weak"] if cell.job.guidance == "autoguidance" else None
         for seed, config in configs.items():
             path, what = args.out / f"seed_{seed}" / f"{cell.name}.json", about_cell(cell, config, about)
-            found = finished(path, what)
+            found = read_cell(path, what)
             if not found and (cell.name in args.samplers or not args.samplers):
                 if few and seed not in students:
                     students[seed] = train_student(config, path.with_name("student"))
@@ -128,10 +128,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("--config", default="configs/sfd.py:small,few_step", help="of the students (default: %(default)s)")
     flag("--seeds", default="0,1,2", help="default: %(default)s")
     flag("--samplers", type=lambda names: names.split(","), default=[], help="only these, by the names of their files")
-    args, rest = parser.parse_known_args(argv)
-    if unknown := [each for each in rest if not each.startswith("--config.")]:
-        parser.error(f"unknown argument {unknown[0]}")
-    args.overrides, args.guided, args.seeds = rest, "", [int(seed) for seed in args.seeds.split(",")]
+    args = parse_with_config(parser, argv)
+    args.guided = ""
     args.model, args.out = args.model.absolute(), args.out.absolute()
     return args
 
@@ -153,18 +151,6 @@ def about_cell(cell: Cell, config: ConfigDict, about: dict) -> dict:
         student = {k: v for k, v in config.to_dict().items() if k not in (*FREE_GROUPS, "data", "teacher", "weak")}
         student["train"] = {name: value for name, value in student["train"].items() if name not in FREE_KEYS}
     return {**about, "sample": dataclasses.asdict(cell.job), "student": student}
-
-
-def finished(path: Path, about: dict) -> dict | None:
-    """Return the record of a sampler; None if it is not finished.
-
-    Raises:
-      SfdError: it is of another configuration.
-    """
-    record = json.loads(path.read_text()) if path.exists() else None
-    if record and (lines := differences(upgraded(record["about"]), upgraded(about)).values()):
-        raise SfdError(f"{path} is of another study; choose another --out, or restore:\n  " + "\n  ".join(lines))
-    return record
 
 
 def train_student(config: ConfigDict, folder: Path) -> tuple[dict, dict]:
@@ -228,7 +214,8 @@ def draw(args: argparse.Namespace, records: list[dict]) -> None:
                 style = "--" if "without" in curve else "-"
                 axis.errorbar(counts, means, yerr=halves, marker="o", ms=4, capsize=2, linestyle=style, label=curve)
             axis.set(xlabel="network evaluations", ylabel=report.SCORES[score], xscale="log")
-            axis.set_xticks([1, 2, 4, 8, 16, 32, 62], ["1", "2", "4", "8", "16", "32", "62"])
+            ticks = sorted({record["evaluations"] for record in records})
+            axis.set_xticks(ticks, [f"{count:g}" for count in ticks])
             axis.minorticks_off()
         axes[report.FRECHET].set_yscale("log")
         axes[report.FRECHET].legend(fontsize=7)

@@ -14,7 +14,7 @@ from sfd_jax.experiment.checkpoints import OpenCheckpoint
 from sfd_jax.experiment.training_data import open_source
 from sfd_jax.generation.parts import clocks_of
 from sfd_jax.latents import LatentLayout, LatentStatistics
-from sfd_jax.randomness import keys_by_row
+from sfd_jax.randomness import keys_by_row, normal_by_row
 
 Pair = tuple[float, float]
 
@@ -75,11 +75,13 @@ def errors_at(opened: OpenCheckpoint, folder: str, places: list[Pair], batch_siz
         return {"semantic": semantic.mean(axis=(1, 2, 3)), "texture": texture.mean(axis=(1, 2, 3))}
 
     params, batches = split_params(opened.params)[0], list(batches)
-    rows = lambda place, name: [
-        np.asarray(errors(params, batch, draw, place)[name])[mask] for batch, mask in batches for draw in range(4)
-    ]
-    mean = lambda place, name: float(np.concatenate(rows(place, name)).mean())
-    return [{name: mean(place, name) for name in ("semantic", "texture")} for place in places]
+
+    def means(place):
+        drawn = [(errors(params, batch, draw, place), mask) for batch, mask in batches for draw in range(4)]
+        rows = lambda name: np.concatenate([np.asarray(each[name])[mask] for each, mask in drawn])
+        return {name: float(rows(name).mean()) for name in ("semantic", "texture")}
+
+    return [means(place) for place in places]
 
 
 def _held_out(opened: OpenCheckpoint, folder: str, batch_size: int) -> tuple[LatentLayout, Iterator]:
@@ -93,6 +95,6 @@ def _held_out(opened: OpenCheckpoint, folder: str, batch_size: int) -> tuple[Lat
 
 def _random(batch: dict, draw: int) -> tuple[jax.Array, jax.Array]:
     """Return noise (B,H,W,C) and a number in [0, 1) (B,), by the image and the draw alone."""
-    keys = keys_by_row(jax.random.fold_in(jax.random.key(0), draw), batch["index"].astype(jnp.int32))
-    noise = jax.vmap(lambda key: jax.random.normal(key, batch["latents"].shape[1:]))(keys)
-    return noise, jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1)))(keys)
+    key, rows = jax.random.fold_in(jax.random.key(0), draw), batch["index"].astype(jnp.int32)
+    place = lambda row_key: jax.random.uniform(jax.random.fold_in(row_key, 1))
+    return normal_by_row(key, rows, batch["latents"].shape[1:]), jax.vmap(place)(keys_by_row(key, rows))

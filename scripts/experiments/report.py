@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sfd_jax.errors import needs_extra
-from sfd_jax.files import atomic_write, write_json, write_text
+from sfd_jax.experiment import figures
+from sfd_jax.files import write_json, write_text
 
 FRECHET = "frechet_distance"
 SCORES = {FRECHET: "Frechet distance", "ratio": "ratio to the teacher's", "read_as_label": "classified as label"}
@@ -106,13 +107,6 @@ def figure(args: argparse.Namespace, name: str, records: list[dict], scores: tup
 def drawing(path: Path, count: int) -> Iterator[Sequence]:
     """Yield `count` axes beside each other; write them as a PNG."""
     with needs_extra("experiments", "drawing a study"):
-        import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    drawn, axes = pyplot.subplots(1, count, figsize=(5.2 * count, 3.8), squeeze=False)
-    yield axes[0]
-    drawn.tight_layout()
-    with atomic_write(path) as part:
-        drawn.savefig(part, format="png", dpi=110)
-    pyplot.close(drawn)
+        import matplotlib  # noqa: F401
+    with figures.figure(path, 5.2 * count, 3.8) as drawn:
+        yield drawn.subplots(1, count, squeeze=False)[0]

@@ -91,11 +91,17 @@ def parse(doc: str, argv: list[str]) -> argparse.Namespace:
     flag("--reference", help="with a folder: images or statistics to compare with")
     flag("--inception", help="with a folder: checkpoint of the features")
     flag("--encoder", help="with a folder: a visual encoder for the features, instead")
-    args, rest = parser.parse_known_args(argv)
-    if unknown := [each for each in rest if not each.startswith("--config.")]:
-        parser.error(f"unknown argument {unknown[0]}")
-    args.overrides, args.seeds = rest, [int(seed) for seed in args.seeds.split(",")]
+    args = parse_with_config(parser, argv)
     args.guided = f"_cfg{args.guidance_scale:g}" if args.guidance_scale else ""  # in names of files
+    return args
+
+
+def parse_with_config(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """Parse flags of which those that begin with --config. become `overrides`, and --seeds becomes a list."""
+    args, args_of_config = parser.parse_known_args(argv)
+    if unknown := [each for each in args_of_config if not each.startswith("--config.")]:
+        parser.error(f"unknown argument {unknown[0]}")
+    args.overrides, args.seeds = args_of_config, [int(seed) for seed in args.seeds.split(",")]
     return args
 
 
@@ -141,14 +147,22 @@ def _about(bench: Bench, cell: Cell, seed: int) -> dict[str, Any]:
 
 
 def finished(args: argparse.Namespace, bench: Bench, cell: Cell, seed: int, step: int) -> dict | None:
-    """Return the record of a cell at a step; None if it is not finished.
+    """Return the record of a cell at a step; as `read_cell`."""
+    return read_cell(_path(args, cell, seed, step), _about(bench, cell, seed))
+
+
+def read_cell(path: Path, about: dict[str, Any]) -> dict | None:
+    """Return a record of scores; None if it is not there yet.
+
+    Args:
+      path: its file.
+      about: all that decides the scores.
 
     Raises:
       SfdError: it is of another configuration.
     """
-    path = _path(args, cell, seed, step)
     record = json.loads(path.read_text()) if path.exists() else None
-    if record and (lines := differences(upgraded(record["about"]), upgraded(_about(bench, cell, seed))).values()):
+    if record and (lines := differences(upgraded(record["about"]), upgraded(about)).values()):
         raise SfdError(f"{path} is of another study; choose another --out, or restore:\n  " + "\n  ".join(lines))
     return record
 

@@ -29,6 +29,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sfd_jax import libtpu
 from sfd_jax.cli.flags import command_parser, local_path, parse_command
 from sfd_jax.errors import SfdError
 from sfd_jax.ranges import Only
@@ -60,10 +61,9 @@ def main(argv: list[str]) -> int:
     args = parse_command(parser, argv, config="configs/sfd.py:xl", rules=RULES)
 
     sets = args.flags.split(",")
-    measurements = {}
-    for name in sets:
-        args.flags = name
-        measurements[name] = measured(args, args.what)
+    for name in sets:  # an unknown one is refused before another is compiled
+        libtpu.flags_of(name, args.topology.partition(":")[0])
+    measurements = {name: measured(args, args.what, name) for name in sets}
 
     from sfd_jax.pod import comparison, table
 
@@ -90,8 +90,8 @@ def write_json(path: str | None, values: dict) -> None:
             raise SfdError(f"--json={path} cannot be written: {error.strerror}") from error
 
 
-def measured(args: argparse.Namespace, what: str) -> "Measurement":
-    """Compile a program for the topology of the flags, without using a TPU of this machine."""
+def measured(args: argparse.Namespace, what: str, flags: str = "none") -> "Measurement":
+    """Compile a program for the topology in `args` with sets of libtpu's flags, without using a TPU here."""
     import jax
 
     # Otherwise JAX would look for a TPU and hold it.
@@ -102,5 +102,5 @@ def measured(args: argparse.Namespace, what: str) -> "Measurement":
     from sfd_jax.pod import Topology
 
     how = {name: getattr(args, name, None) for name in ("batch_size", "weak", "fsdp")}
-    how["flags"] = getattr(args, "flags", "none")
-    return measure_program(what, args.config_name, args.config, Topology(args.topology, args.slices), **how)
+    topology = Topology(args.topology, args.slices)
+    return measure_program(what, args.config_name, args.config, topology, flags=flags, **how)

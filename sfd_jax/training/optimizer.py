@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sfd_jax.errors import Faults, SfdError, nearest
+from sfd_jax.errors import SfdError
 from sfd_jax.models.network import checkpoint_name
 from sfd_jax.ranges import check_fields
+from sfd_jax.settings import setting
 
-MOMENT_DTYPES = ("float32", "bfloat16")
 SCHEDULES = ("constant", "cosine", "constant_cosine")
 
 
@@ -44,24 +44,16 @@ class OptimizerConfig:
     b2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
-    schedule: str = "constant"
+    schedule: str = setting("constant", "of the learning rate", choices=SCHEDULES)
     warmup_steps: int = 0
     warmup_fraction: float = 0.01
     constant_steps: int = 0
     final_fraction: float = 0.0
     clip_norm: float = 0.0
-    first_moment_dtype: str = "float32"
+    first_moment_dtype: str = setting("float32", "of AdamW's first moment", choices=("float32", "bfloat16"))
 
     def __post_init__(self):
-        found = Faults()
-        with found:
-            check_fields("optimizer", self)
-        if self.schedule not in SCHEDULES:
-            found.append(f"optimizer.schedule '{self.schedule}' is unknown; {nearest(self.schedule, SCHEDULES)}")
-        if self.first_moment_dtype not in MOMENT_DTYPES:
-            known = nearest(self.first_moment_dtype, MOMENT_DTYPES)
-            found.append(f"optimizer.first_moment_dtype '{self.first_moment_dtype}' is unknown; {known}")
-        found.stop()
+        check_fields("optimizer", self)
 
     @property
     def may_extend(self) -> bool:

@@ -134,7 +134,7 @@ def test_a_plan_is_arithmetic():
 @pytest.mark.parametrize("command", [compile_pod, plan_command])
 @pytest.mark.parametrize("peak, status", [(4.0, 0), (16.0, 1)])
 def test_the_exit_status_says_whether_it_fits(command, peak, status, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(command, "measured", lambda args, what: measurement(peak))
+    monkeypatch.setattr(command, "measured", lambda *_: measurement(peak))
     monkeypatch.setattr(report, "machine", lambda: {})
     file = tmp_path / "numbers.json"
     assert command.main(["--topology=v5e:2x2", f"--json={file}"]) == status
@@ -216,7 +216,7 @@ def test_batches_and_meshes_that_do_not_fit_a_topology():
 
 
 def test_sets_of_flags_are_compared(monkeypatch, tmp_path, capsys):
-    given = lambda args, what: measurement(16.0 if args.flags == "none" else 4.0, schedule=Schedule(0, GIB, 0, 0.02))
+    given = lambda args, what, flags: measurement(16.0 if flags == "none" else 4.0, schedule=Schedule(0, GIB, 0, 0.02))
     monkeypatch.setattr(compile_pod, "measured", given)
     monkeypatch.setattr(report, "machine", lambda: {})
     file = tmp_path / "numbers.json"
@@ -224,8 +224,9 @@ def test_sets_of_flags_are_compared(monkeypatch, tmp_path, capsys):
     assert list(json.loads(file.read_text())) == ["none", "default"]
     assert re.search(r"none +16.000 .*\ndefault +4.000 +1.000 +1.000 +0.000 +20 ", capsys.readouterr().out)
     assert libtpu.flags_of("none", "v5e") == {} and "xla_enable_async_all_gather" in libtpu.flags_of("default", "v6e")
+    monkeypatch.setattr(compile_pod, "measured", None)  # refused before anything is compiled
     with pytest.raises(SfdError, match="no set of flags 'defautl'.*default"):
-        libtpu.flags_of("none+defautl", "v5e")
+        compile_pod.main(["--topology=v5e:2x2", "--flags=none,none+defautl"])
 
 
 @needs_libtpu

@@ -77,7 +77,7 @@ def test_the_first_moment_may_be_bfloat16():
         assert adam.mu["w"].dtype == dtype and adam.nu["w"].dtype == jnp.float32
         outcomes.append(updates["w"])
     np.testing.assert_allclose(*outcomes, rtol=2**-8)  # the first moment's rounding
-    with pytest.raises(SfdError, match="first_moment_dtype 'float16' is unknown"):
+    with pytest.raises(SfdError, match="unknown optimizer.first_moment_dtype 'float16'"):
         OptimizerConfig(first_moment_dtype="float16")
 
 

@@ -260,7 +260,7 @@ def test_all_faults_are_named_at_once_with_the_flags_that_fix_them(tmp_path, cap
             "optimizer.learning_rate=nan: give",
             "unknown loss.time 'none'",
             "no clocks 'none'",
-            "optimizer.schedule 'none' is unknown",
+            "unknown optimizer.schedule 'none'",
             "train.accumulation=3",
             "--config.latents.texture_channels=6 --config.latents.semantic_channels=3",
             "--config.data.flips=False",
