@@ -147,7 +147,8 @@ def upload(folder: Path, repository: str, private: bool | None, message: str) ->
 
     api = HfApi(os.environ.get("HF_ENDPOINT"))
     try:
-        api.create_repo(repository, private=private, exist_ok=True)
+        if not api.repo_exists(repository):  # create_repo(exist_ok=True) hides why it was refused
+            api.create_repo(repository, private=private)
         return api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message).commit_url
     except Exception as error:  # of httpx, huggingface_hub, json, ssl
         raise SfdError(

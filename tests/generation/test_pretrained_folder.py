@@ -63,7 +63,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.answer(body=data, ETag=f'"{hashlib.sha256(data).hexdigest()}"')
         if match := re.fullmatch(r"/api/models/me/digits/tree/\w+/?", path):
             return self.answer([{"type": "file", "path": n, "size": len(d), "oid": "0" * 40} for n, d in files.items()])
-        self.answer({"error": "nothing there"}, status=404)
+        self.answer({"error": "nothing there"}, status=404, X_Error_Code="RepoNotFound")
 
     do_HEAD = do_GET
 
@@ -108,6 +108,9 @@ def hub(tmp_path, monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.files, server.uploaded, server.log = {}, {}, []
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    # The library reads it at its import: here it is set later, whatever other tests imported before.
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://huggingface.co")
+    monkeypatch.setattr("huggingface_hub.constants.HF_URL_HOSTS", frozenset({"huggingface.co"}), raising=False)
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("HF_TOKEN", "hf_mine")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
