@@ -313,21 +313,21 @@ def _half_norms(features: np.ndarray) -> np.ndarray:
 
 def _squared_radii(features: np.ndarray, norms: np.ndarray, k: int, block: int, half: bool) -> np.ndarray:
     """Return each row's squared distance to its k-th neighbour, (N,) float32."""
-    radii = np.empty(len(features), np.float32)
-    present = np.zeros(len(features), np.float32)
-    for row, rows, row_norms, _ in _blocks(features, norms, present, block):
-        # k + 1, since the row itself is among its neighbours, at distance 0.
-        smallest = jnp.full((len(rows), k + 1), jnp.inf)
-        for _, *columns in _blocks(features, norms, present, block):
-            smallest = _merge_smallest(smallest, rows, row_norms, *columns, half=half)
-        radii[row] = np.asarray(smallest)[: row.stop - row.start, k]
-    return radii
+    present, block = np.zeros(len(features), np.float32), min(block, len(features))
+    # k + 1, since the row itself is among its neighbours, at distance 0.
+    smallest = [jnp.full((block, k + 1), jnp.inf)] * -(-len(features) // block)
+    for i, (row, *rows) in enumerate(_blocks(features, norms, present, block)):
+        # Products of two blocks serve both: half of the products are enough.
+        for j, (_, *columns) in enumerate(_blocks(features, norms, present, block, row.start), i):
+            of_rows, of_columns = _merge_smallest(smallest[i], smallest[j], *rows, *columns, half=half)
+            smallest[i], smallest[j] = of_rows, of_rows if i == j else of_columns
+    return np.concatenate([np.asarray(each[:, k]) for each in smallest])[: len(features)]
 
 
-def _blocks(features: np.ndarray, norms: np.ndarray, radii: np.ndarray, block: int):
+def _blocks(features: np.ndarray, norms: np.ndarray, radii: np.ndarray, block: int, first: int = 0):
     """Yield (slice, features (block, D), norms (block,), radii (block,)); radius -1 marks padding."""
     block = min(block, len(features))
-    for start in range(0, len(features), block):
+    for start in range(first, len(features), block):
         rows = slice(start, min(start + block, len(features)))
         padding = block - (rows.stop - rows.start)
         yield (
@@ -339,29 +339,45 @@ def _blocks(features: np.ndarray, norms: np.ndarray, radii: np.ndarray, block: i
 
 
 @partial(jax.jit, static_argnames="half")
-def _merge_smallest(smallest, rows, row_norms, columns, column_norms, column_radii, *, half):
-    """Merge distances to `columns` into the k + 1 smallest ones, ascending."""
-    distances = _squared_distances(rows, row_norms, columns, column_norms, half)
-    distances = jnp.where(column_radii[None, :] < 0, jnp.inf, distances)
-    candidates = jnp.concatenate([smallest, distances], axis=1)
-    return -jax.lax.top_k(-candidates, smallest.shape[1])[0]
+def _merge_smallest(
+    row_smallest, column_smallest, rows, row_norms, row_radii, columns, column_norms, column_radii, *, half
+) -> tuple[jax.Array, jax.Array]:
+    """Merge the distances of two blocks into the k + 1 smallest of the rows (R, k + 1) and columns (C, k + 1)."""
+    # Rounding to float16 makes the distance of u to v another than that of v to u.
+    products = _products(rows, columns, half)
+    of_rows = _squared_distances(products, row_norms, column_norms, half)
+    of_columns = _squared_distances(products.T, column_norms, row_norms, half)
+    of_rows = jnp.where(column_radii[None, :] < 0, jnp.inf, of_rows)
+    of_columns = jnp.where(row_radii[None, :] < 0, jnp.inf, of_columns)
+    return tuple(map(_smallest, (row_smallest, column_smallest), (of_rows, of_columns)))
+
+
+def _smallest(known: jax.Array, candidates: jax.Array) -> jax.Array:
+    """Return the K smallest of each row of (N, K) and (N, M), ascending."""
+    return -jax.lax.top_k(-jnp.concatenate([known, candidates], axis=1), known.shape[1])[0]
 
 
 @partial(jax.jit, static_argnames="half")
 def _inside(rows, row_norms, row_radii, columns, column_norms, column_radii, *, half) -> tuple[jax.Array, jax.Array]:
     """Return which rows are in the ball of a column (R,) and which columns in that of a row (C,)."""
-    distances = _squared_distances(rows, row_norms, columns, column_norms, half)
+    distances = _squared_distances(_products(rows, columns, half), row_norms, column_norms, half)
     in_columns = jnp.any(distances <= column_radii[None, :], axis=1)
     in_rows = jnp.any(distances <= row_radii[:, None], axis=0)
     return in_columns, in_rows
 
 
-def _squared_distances(rows, row_norms, columns, column_norms, half: bool) -> jax.Array:
-    # `reduce_precision` always rounds to float16; casts to float16 and back may be optimised away.
-    rounded = partial(jax.lax.reduce_precision, exponent_bits=5, mantissa_bits=10) if half else lambda x: x
-    products = rounded(jnp.matmul(rows, columns.T, precision=jax.lax.Precision.HIGHEST))
-    distances = rounded(rounded(row_norms[:, None] - 2.0 * products) + column_norms[None, :])
+def _products(rows: jax.Array, columns: jax.Array, half: bool) -> jax.Array:
+    return _rounded(jnp.matmul(rows, columns.T, precision=jax.lax.Precision.HIGHEST), half)
+
+
+def _squared_distances(products: jax.Array, row_norms: jax.Array, column_norms: jax.Array, half: bool) -> jax.Array:
+    distances = _rounded(_rounded(row_norms[:, None] - 2.0 * products, half) + column_norms[None, :], half)
     return jnp.maximum(distances, 0.0)
+
+
+def _rounded(x: jax.Array, half: bool) -> jax.Array:
+    # Casts to float16 and back may be optimised away; this may not.
+    return jax.lax.reduce_precision(x, exponent_bits=5, mantissa_bits=10) if half else x
 
 
 # --- Kernel distance --------------------------------------------------------------------------------

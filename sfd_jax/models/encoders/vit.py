@@ -39,7 +39,6 @@ from sfd_jax.ranges import check_fields
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-
 def quick_gelu(x: jax.Array) -> jax.Array:
     """Return the sigmoid approximation of the Gaussian error linear unit."""
     return x * jax.nn.sigmoid(1.702 * x)
