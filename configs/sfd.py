@@ -146,6 +146,7 @@ def get_config(argument: str = "xl") -> ml_collections.ConfigDict:
             global_batch_size=256,
             accumulation=1,
             ema_decay=0.9999,
+            average_on_host=False,
             log_every=100,
             checkpoint_every=5_000,
             keep_last=2,

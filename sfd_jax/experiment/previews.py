@@ -135,7 +135,7 @@ class Previews:
             self._comparisons = self._open_comparisons()
         self.best = self._name_of_best()
         for note in notes:
-            say(f"note: previews: {note}")
+            say(f"note: previews: {note.replace('--weak', 'preview.weak')}")
 
     def __call__(self, state: TrainState, step: int) -> dict[str, Any]:
         """Return the scores of the averaged weights and a picture, where a preview is due; write PNGs.
@@ -145,7 +145,7 @@ class Previews:
         steps = self._metadata["config"]["train"]["steps"]
         if step % self._preview.every and step != steps:
             return {}
-        sampler = self._with_weights(state.ema_params)
+        sampler = self._with_weights(state.average())
         values = {}
         try:
             values["preview"] = self._draw(sampler, step)

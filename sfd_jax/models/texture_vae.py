@@ -33,6 +33,7 @@ from flax import nnx
 from sfd_jax.models.execution import PLAIN
 from sfd_jax.models.layers import check, check_divides, check_dtype, conv, group_norm
 from sfd_jax.models.posterior import sample_posterior, split_moments
+from sfd_jax.models.stack import run_equal
 from sfd_jax.ranges import check_fields
 
 
@@ -196,6 +197,8 @@ class Decoder(nnx.Module):
 class Level(nnx.Module):
     """Residual blocks at one grid size, each with or without attention, then a `change` to the next level's grid."""
 
+    execution = PLAIN
+
     def __init__(
         self,
         config: TextureVAEConfig,
@@ -217,10 +220,10 @@ class Level(nnx.Module):
             self.upsample = Upsample(c, channels, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        for i, block in enumerate(self.block):
-            x = block(x)
-            if len(self.attn):
-                x = self.attn[i](x)
+        attentions = self.attn or [None] * len(self.block)
+        blocks = [nnx.Sequential(*filter(None, pair)) for pair in zip(self.block, attentions, strict=True)]
+        first = int(self.block[0].projects)  # its parameters have other shapes
+        x = run_equal(blocks[first:], self.execution, blocks[0](x) if first else x)
         if hasattr(self, "downsample"):
             x = self.downsample(x)
         if hasattr(self, "upsample"):

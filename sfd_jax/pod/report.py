@@ -23,7 +23,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one chip's HBM.
+    """Bytes that a program takes of one chip's HBM, and of its host.
 
     Attributes:
       arguments: of the program: state and batch, or parameters.
@@ -32,6 +32,7 @@ class Memory:
       temporaries: XLA's allocation for everything else, including gaps.
       code: the program itself.
       live: XLA's peak of live memory; less than `peak`, which includes gaps.
+      host: of the host's memory, for this chip.
     """
 
     arguments: int
@@ -40,6 +41,7 @@ class Memory:
     temporaries: int
     code: int
     live: int
+    host: int = 0
 
     @property
     def peak(self) -> int:
@@ -155,6 +157,7 @@ def read_memory(compiled: jax.stages.Compiled) -> Memory:
         temporaries=stats.temp_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
         live=stats.peak_memory_in_bytes,
+        host=stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes,
     )
 
 
@@ -193,6 +196,7 @@ def table(m: Measurement) -> str:
             ("  outputs", f"{gib(m.memory.outputs)}, {m.memory.aliased / GIB:.2f} GiB of them over donated arguments"),
             ("  program", gib(m.memory.code)),
         ]
+        rows += [("of its host's memory", gib(m.memory.host))] if m.memory.host else []
     share = f"{m.needed / chip.usable:.0%} of the {chip.usable / GIB:g} GiB that a program may use"
     rows.append(("  peak" if m.memory else "needs at least", f"{gib(m.needed)}, {share}"))
     rows.append(("FLOPs per chip", f"{m.flops:.4g}, {m.flops / m.batch * math.prod(m.mesh.values()):.4g} per row"))

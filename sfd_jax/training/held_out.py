@@ -86,10 +86,10 @@ def held_out_metrics(
 
     def evaluate(state: TrainState, step: int) -> dict[str, float]:
         del step
-        total = None
+        total, params = None, state.average()
         for batch in batches():
             batch = {name: rows for name, rows in batch.items() if name != "index"}
-            total = add_metrics(total, sums(state.ema_params, put_batch(batch, mesh), frozen))
+            total = add_metrics(total, sums(params, put_batch(batch, mesh), frozen))
         return {f"held_out_{name}": value for name, value in mean_metrics(total).items()}
 
     return evaluate

@@ -123,14 +123,14 @@ def _fit(
     metadata["init"] = claimed.get("init")
     metadata["average"] = {"decay": config.ema_decay, "from": "given weights" if metadata["init"] else "drawn weights"}
     if first:
-        state = checkpointer.restore(abstract_state(task, optimizer, mesh))
+        state = checkpointer.restore(abstract_state(task, optimizer, mesh, config.average_on_host))
         say(f"{task.name}: " + (_nothing_left(first, config) or f"resuming from step {first} of {config.steps}"))
     elif params is not None:
-        state = state_from_params(params, optimizer, mesh)
+        state = state_from_params(params, optimizer, mesh, config.average_on_host)
     else:
         for note in check_average(config.ema_decay, config.steps):
             say(f"note: {note}")
-        state = init_state(task, optimizer, mesh, seed)
+        state = init_state(task, optimizer, mesh, seed, config.average_on_host)
     key = stream_key(seed, "loss", mesh)
     scored = {row["step"]: row.get(best) for row in read_metrics(workdir) if best and row["step"] <= first}
 

@@ -27,6 +27,7 @@ FREE_KEYS = (
     "scan_blocks",
     "fused_attention",
     "accumulation",
+    "average_on_host",
 )
 # Paths of data and frozen networks, which the record identifies by hashes.
 PLACES = ("path", "held_out_path", "semantic_vae", "visual_encoder", "lpips", "teacher", "weak")

@@ -34,6 +34,8 @@ class TrainConfig:
       global_batch_size: rows a step, over all hosts.
       accumulation: number of parts in which a step processes its batch one after the other, to save memory.
       ema_decay: d in ema = d * ema + (1 - d) * params.
+      average_on_host: keep the averaged weights in the hosts' memory, four bytes a parameter; each step takes them to
+        the devices and back.
       log_every, checkpoint_every: steps between log lines and between checkpoints.
       keep_last: newest checkpoints kept.
       keep_every: checkpoints at multiples of it are kept forever; 0 for none.
@@ -51,6 +53,7 @@ class TrainConfig:
     global_batch_size: int = 64
     accumulation: int = 1
     ema_decay: float = 0.9999
+    average_on_host: bool = False
     log_every: int = 100
     checkpoint_every: int = 1000
     keep_last: int = 2
@@ -85,8 +88,8 @@ def make_train_step(
     Args:
       task: Task with `init` and `loss`.
       optimizer: from `make_optimizer`.
-      config: `accumulation`, `ema_decay`, `max_bad_steps`, `scan_blocks`, `remat`, `fused_attention` and the
-        schedule are used here.
+      config: `accumulation`, `ema_decay`, `average_on_host`, `max_bad_steps`, `scan_blocks`, `remat`, `fused_attention`
+        and the schedule are used here.
       mesh: the mesh that holds the state.
       execution: how the task's networks are computed; None chooses it for the mesh.
 
@@ -123,7 +126,7 @@ def trace_train_step(
     """
     step, frozen = _jit_step(task, optimizer, config, mesh, execution), put_frozen(task, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return step.trace(abstract_state(task, optimizer, mesh), batch, key, frozen)
+    return step.trace(abstract_state(task, optimizer, mesh, config.average_on_host), batch, key, frozen)
 
 
 def _jit_step(task: Task, optimizer, config: TrainConfig, mesh: Mesh, execution: Execution | None = None):
@@ -158,16 +161,20 @@ def _jit_step(task: Task, optimizer, config: TrainConfig, mesh: Mesh, execution:
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         go = finite & (state.bad_steps < config.max_bad_steps)
 
+        old_average = state.ema_params
+        if config.average_on_host:  # fetched after the backward pass, when the devices have room
+            old_average, grads = jax.lax.optimization_barrier((old_average, grads))
+            old_average = jax.device_put(old_average, shardings.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = jax.tree.map(
-            lambda ema, p: config.ema_decay * ema + (1 - config.ema_decay) * p, state.ema_params, params
+            lambda ema, p: config.ema_decay * ema + (1 - config.ema_decay) * p, old_average, params
         )
         keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(go, a, b), new, old)
         new_state = TrainState(
             step=state.step + 1,
             params=keep(params, state.params),
-            ema_params=keep(ema_params, state.ema_params),
+            ema_params=keep(ema_params, old_average),
             opt_state=keep(opt_state, state.opt_state),
             bad_steps=jnp.where(go, 0, state.bad_steps + 1),
             skipped=state.skipped + jnp.where(go, 0, 1),
@@ -184,7 +191,7 @@ def _jit_step(task: Task, optimizer, config: TrainConfig, mesh: Mesh, execution:
         metrics["skipped"] = (jnp.where(go, 0.0, 1.0), jnp.ones(()))
         return new_state, metrics
 
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(task, optimizer, mesh))
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(task, optimizer, mesh, config.average_on_host))
     frozen_shardings = () if task.frozen is None else (param_shardings(task.frozen, mesh),)
     return jax.jit(
         step,

@@ -6,6 +6,7 @@ from model_testing import call, random_params
 
 from sfd_jax.errors import SfdError
 from sfd_jax.models import Network, SemanticVAEConfig, TextureVAEConfig, to_bytes
+from sfd_jax.models.execution import Execution, executing
 from sfd_jax.models.posterior import sample_posterior, split_moments
 
 SEMANTIC = dict(
@@ -79,6 +80,20 @@ def test_texture_vae_shapes_and_attention(variant):
     assert "attn" in params["encoder"]["down"]["2"] and "attn" not in params["encoder"]["down"]["1"]
     assert ("attn" in params["decoder"]["up"]["2"]) == (variant == "ldm")
     assert len(params["decoder"]["up"]["0"]["block"]) == 2
+
+
+@pytest.mark.parametrize("attention", [(-1,), ()])
+def test_equal_blocks_of_the_texture_vae_are_a_loop_or_unrolled(attention):
+    network, params = made("texture_vae", **{**TEXTURE, "num_res_blocks": 3}, attention_levels=attention)
+    pixels, results = jax.random.uniform(jax.random.key(1), (2, 8, 8, 3), minval=-1.0), {}
+    for scan in (True, False):
+        with executing(Execution(scan=scan)):
+            program = jax.jit(network.apply).lower(params, pixels)
+        # Three levels a side; one on each side begins with a block of another width.
+        assert program.as_text().count("stablehlo.while") == (5 if scan else 0)
+        results[scan] = program.compile()(params, pixels)
+    for loop, unrolled in zip(results[True], results[False], strict=True):
+        np.testing.assert_allclose(loop, unrolled, rtol=1e-4, atol=1e-4 * np.abs(unrolled).max())
 
 
 def test_downsampling_pads_at_the_bottom_and_right():

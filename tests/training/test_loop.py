@@ -66,6 +66,31 @@ def test_resume_equals_an_uninterrupted_run(whole, tmp_path):
     assert_same(resumed, train(tmp_path))  # finished: nothing is done
 
 
+def test_the_average_may_be_kept_on_the_host(whole, tmp_path, monkeypatch):
+    """It changes where the average's matrices are, not their values; a run may go on with it or without."""
+    monkeypatch.setattr("sfd_jax.training.state.MIN_ELEMENTS", HIDDEN + 1)
+    averages, there = [], toy_config(average_on_host=True)
+    first = train(tmp_path, dataclasses.replace(there, steps=4))
+    kinds = lambda tree: {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree) if leaf.ndim == 2}
+    assert kinds(first.ema_params) == {"pinned_host"}
+    assert kinds((first.params, first.opt_state, first.average())) == {"device"}
+    shutil.copytree(tmp_path, tmp_path / "back")
+
+    def evaluate(state, step):
+        averages.append(state.average())
+        return {}
+
+    resumed = train(tmp_path, there, evaluate=evaluate)
+    assert kinds(resumed.ema_params) == {"pinned_host"} and kinds(averages) == {"device"}
+    assert_same(resumed, whole[0])
+    assert_same(averages[-1], resumed.ema_params)
+    back = train(tmp_path / "back")
+    assert kinds(back.ema_params) == {"device"}
+    assert_same(back, whole[0])
+    sharded = [train(tmp_path / str(on), toy_config(average_on_host=on), devices=4) for on in (True, False)]
+    assert_same(*sharded)
+
+
 def test_sigkill_loses_nothing_saved(whole, tmp_path):
     """The process kills itself while drawing batch 6: steps 2 and 4 are saved, rows go up to 5."""
     here = Path(__file__).parent
