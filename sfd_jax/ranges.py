@@ -73,7 +73,7 @@ RANGES = {
     **_rows("input_size patch_size image_size view_size tile_size tile_grid", Range(int, 1, 2**14)),
     **_rows("mlp_ratio", Range(float, 0, 64, above=True)) | _rows("mlp_width", _WIDTH),
     **_rows("epsilon", Range(float, 0, 1, above=True)) | _rows("rope_theta", Range(float, 1, 1e9, above=True)),
-    **_rows("layer_scale_init", Range(float, 0, 1e3, above=True)),
+    **_rows("layer_scale_init", Range(float, 0, 1e3, above=True)) | _rows("init_std", Range(float, 0, 10, above=True)),
     **_rows("model.num_classes", Range(int, 1, 10**6)) | _rows("num_classes", Range(int, 0, 10**6)),
     # The method
     **_rows("semantic_weight cosine_weight repa_weight mse_weight l1_weight kl_weight", _WEIGHT),

@@ -109,7 +109,11 @@ def hub(tmp_path, monkeypatch):
     server.files, server.uploaded, server.log = {}, {}, []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     # The library reads it at its import: here it is set later, whatever other tests imported before.
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://huggingface.co")
+    public = "https://huggingface.co"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", public)
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", public + "/{repo_id}/resolve/{revision}/{filename}"
+    )
     monkeypatch.setattr("huggingface_hub.constants.HF_URL_HOSTS", frozenset({"huggingface.co"}), raising=False)
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("HF_TOKEN", "hf_mine")

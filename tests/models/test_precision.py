@@ -199,7 +199,7 @@ def test_networks_that_are_always_float32(name, fields, images):
 
 def test_metrics_on_the_device():
     mmd = lower(_unbiased_mmd, shape(8, 4), shape(8, 4))
-    column = shape(8)
-    smallest = _merge_smallest.trace(shape(8, 4), shape(8, 4), column, shape(8, 4), column, column, half=True)
+    block = shape(8, 4), shape(8), shape(8)
+    smallest = _merge_smallest.trace(shape(8, 4), shape(8, 4), *block, *block, half=True)
     for program in (mmd, smallest.lower(lowering_platforms=("tpu",))):
         assert set(products(program)) == {("f32", True)}
