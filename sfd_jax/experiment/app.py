@@ -165,7 +165,7 @@ def make_page(studio: Studio, title: str) -> "gradio.Blocks":
         try:
             images, stages, near, cost, recipe = studio.make(*values)
         except SfdError as error:
-            raise gradio.Error(str(error), print_exception=False) from error
+            raise gradio.Error(str(error), duration=None, print_exception=False) from error  # stays until closed
         return images, stages, *show(stages, STAGES), STAGES - 1, near, cost, recipe
 
     def show(stages, at):

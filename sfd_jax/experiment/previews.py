@@ -126,7 +126,7 @@ class Previews:
         self._preview, self._workdir, self._mesh, self._batch_size = preview, epath.Path(workdir), mesh, batch_size
         self._metadata = metadata | network.metadata() | {"given_as": str(workdir)}
         weak = preview.weak and open_checkpoint(preview.weak, "lightning_dit", flag="preview.weak").weights
-        self._job, notes = sample_job({}, metadata["config"].get("sample") or {}, weak=preview.weak)
+        self._job, notes = sample_job({}, metadata["config"].get("sample") or {}, weak=preview.weak, flag="preview.{}")
         vae = open_texture_vae(preview.texture_vae, self._metadata)
         self._parts = {"texture_vae": vae, "weak": weak or None, "config": self._job}
         self._sampler, self._comparisons = None, []
@@ -135,7 +135,7 @@ class Previews:
             self._comparisons = self._open_comparisons()
         self.best = self._name_of_best()
         for note in notes:
-            say(f"note: previews: {note.replace('--weak', 'preview.weak')}")
+            say(f"note: previews: {note}")
 
     def __call__(self, state: TrainState, step: int) -> dict[str, Any]:
         """Return the scores of the averaged weights and a picture, where a preview is due; write PNGs.

@@ -35,7 +35,7 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def sample_job(
-    given: Mapping[str, Any], saved: Mapping[str, Any], *, weak: str | bool | None
+    given: Mapping[str, Any], saved: Mapping[str, Any], *, weak: str | bool | None, flag: str = "--{}"
 ) -> tuple[SampleJob, list[str]]:
     """Return the saved settings of a checkpoint overridden by given ones, and notes on saved ones that were dropped.
 
@@ -43,9 +43,10 @@ def sample_job(
     guidance with another kind, and AutoGuidance without a weaker model.
 
     Args:
-      given: settings by name; messages call them by their flags.
+      given: settings by name.
       saved: the group `sample` of the checkpoint's config; empty if it has none.
       weak: AutoGuidance's weaker model, or whether there is one.
+      flag: how messages call a setting, {} standing for its name.
 
     Raises:
       SfdError: values outside their ranges, or settings without effect; all of them are named.
@@ -55,22 +56,23 @@ def sample_job(
     if guidance == "autoguidance" and not weak:
         guidance = "none"
         notes.append(
-            "the checkpoint's settings are for AutoGuidance, but no weaker model was given (--weak=CKPT): these "
-            "samples are without guidance"
+            "the checkpoint's settings are for AutoGuidance, but no weaker model was given "
+            f"({flag.format('weak')}=CKPT): these samples are without guidance"
         )
     if base["guidance"] not in ("none", guidance):
         of_other = {name: defaults[name] for name in base if name.startswith("guidance")}
         dropped = [f"{name}={base[name]}" for name in of_other if base[name] != defaults[name] and name not in given]
         if guidance == "autoguidance" and "guidance" not in given:
             notes.append(
-                f"--weak selects autoguidance; other settings of the checkpoint are dropped: {' '.join(dropped)}"
+                f"{flag.format('weak')} selects autoguidance; other settings of the checkpoint are dropped: "
+                + " ".join(dropped)
             )
         base |= of_other
     if "num_steps" in given:
         base["nfe"] = None
     values = base | given | {"guidance": guidance}
     rules = (*RULES["sample"], Only("weak", "guidance", ("autoguidance",)))
-    faults = useless(rules, values | {"weak": weak}, {*given, *(["weak"] if weak else [])}, "--{}".format)
+    faults = useless(rules, values | {"weak": weak}, {*given, *(["weak"] if weak else [])}, flag.format)
     if {"guidance_scale", *(both := ("guidance_scale_semantic", "guidance_scale_texture"))} <= given.keys():
         faults.setdefault("guidance_scale", f"--guidance_scale has no effect beside --{both[0]} and --{both[1]}")
     Faults(faults.values()).stop()

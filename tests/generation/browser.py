@@ -96,18 +96,28 @@ class Page:
         )
 
     def type_into(self, selector: str, text: str) -> None:
-        """Replace the text of an input as a visitor does."""
+        """Replace the text of an input as a visitor does, who types again where the page took it back."""
         self.call("Page.bringToFront")  # only the tab in front has the focus
-        self.js(f"document.querySelector({selector!r}).focus()")
-        time.sleep(0.3)  # the page may set the text anew when it gets the focus
-        self.js(f"document.querySelector({selector!r}).select()")
-        self.call("Input.insertText", text=text)
-        self.call("Input.dispatchKeyEvent", type="keyDown", key="Enter", code="Enter", windowsVirtualKeyCode=13)
-        self.call("Input.dispatchKeyEvent", type="keyUp", key="Enter", code="Enter", windowsVirtualKeyCode=13)
+        field = f"document.querySelector({selector!r})"
+
+        def typed() -> bool:
+            self.js(f"{field}.focus()")
+            time.sleep(0.3)  # the page may set the text anew when it gets the focus
+            self.js(f"{field}.select()")
+            self.call("Input.insertText", text=text)
+            for kind in ("keyDown", "keyUp"):
+                self.call("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13)
+            time.sleep(0.3)
+            return self.js(f"{field}.value") == text
+
+        wait_for(typed, 60)
 
     def wait_for(self, expression: str, seconds: float = 300):
         """Wait until a JavaScript expression is true and return it."""
-        return wait_for(lambda: self.js(expression), seconds)
+        try:
+            return wait_for(lambda: self.js(expression), seconds)
+        except TimeoutError as error:
+            raise TimeoutError(f"{expression}: {error}; the page says\n{self.js('document.body.innerText')}") from None
 
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]))
