@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from sfd_jax.data.pipeline import latent_transform, make_eval_batches
-from sfd_jax.diffusion.clocks import split_params
+from sfd_jax.diffusion.clocks import Clocks, split_params
 from sfd_jax.diffusion.learned_clocks import LocalWeights, at_tau, corrected_loss
 from sfd_jax.experiment.checkpoints import OpenCheckpoint
 from sfd_jax.experiment.training_data import open_source
 from sfd_jax.generation.parts import clocks_of
 from sfd_jax.latents import LatentLayout, LatentStatistics
+from sfd_jax.models import Network
 from sfd_jax.randomness import keys_by_row, normal_by_row
 
 Pair = tuple[float, float]
@@ -21,8 +22,8 @@ Pair = tuple[float, float]
 DRAWS = 32  # of noise and time for each image
 
 
-def held_out_loss(opened: OpenCheckpoint, folder: str, batch_size: int) -> float | None:
-    """Return the corrected loss (docs/learned_clocks.md) of a model with its own clocks, which compares clocks.
+def held_out_loss(opened: OpenCheckpoint, folder: str, batch_size: int, clocks: Clocks | None = None) -> float | None:
+    """Return the corrected loss (docs/learned_clocks.md) of a model and clocks, which compares clocks.
 
     The weights over local time are those of the released recipe (offset 0.3), whatever the model's clocks.
 
@@ -30,6 +31,7 @@ def held_out_loss(opened: OpenCheckpoint, folder: str, batch_size: int) -> float
       opened: a diffusion model.
       folder: latents of held-out images, from the encoders of its training latents.
       batch_size: images at a time.
+      clocks: by default the model's own.
 
     Returns:
       The mean over images, noise and tau; None for a model without semantic latents, whose loss has other parts.
@@ -38,18 +40,25 @@ def held_out_loss(opened: OpenCheckpoint, folder: str, batch_size: int) -> float
     if not layout.semantic_channels:
         return None
     params, trained = split_params(opened.params)
-    clocks, loss = clocks_of(opened.metadata).bind(trained), opened.metadata["config"]["loss"]
+    clocks, loss = clocks or clocks_of(opened.metadata).bind(trained), opened.metadata["config"]["loss"]
     weights = LocalWeights(loss["time"], loss["semantic_weight"])
+    errors = _corrected_losses(opened.network, layout, weights)
 
-    @jax.jit
-    def errors(params, batch, draw):
+    def drawn(batch, draw):
         noise, place = _random(batch, draw)
         tau = clocks.tau_end * (draw + place) / DRAWS  # one in each part of [0, tau_end]
-        given = batch["latents"], noise, batch["labels"], *at_tau(clocks, tau)
-        return corrected_loss(functools.partial(opened.network.apply, params), *given, layout=layout, weights=weights)
+        return errors(params, batch["latents"], noise, batch["labels"], *at_tau(clocks, tau))
 
-    found = [np.asarray(errors(params, batch, draw))[mask] for batch, mask in batches for draw in range(DRAWS)]
+    found = [np.asarray(drawn(batch, draw))[mask] for batch, mask in batches for draw in range(DRAWS)]
     return float(np.concatenate(found).mean())
+
+
+@functools.cache  # compiled once for all clocks
+def _corrected_losses(network: Network, layout: LatentLayout, weights: LocalWeights):
+    def errors(params, *given):
+        return corrected_loss(functools.partial(network.apply, params), *given, layout=layout, weights=weights)
+
+    return jax.jit(errors)
 
 
 def errors_at(opened: OpenCheckpoint, folder: str, places: list[Pair], batch_size: int = 500) -> list[dict[str, float]]:
@@ -93,6 +102,7 @@ def _held_out(opened: OpenCheckpoint, folder: str, batch_size: int) -> tuple[Lat
     return layout, ((batch, batch.pop("mask")) for batch in batches)
 
 
+@jax.jit
 def _random(batch: dict, draw: int) -> tuple[jax.Array, jax.Array]:
     """Return noise (B,H,W,C) and a number in [0, 1) (B,), by the image and the draw alone."""
     key, rows = jax.random.fold_in(jax.random.key(0), draw), batch["index"].astype(jnp.int32)

@@ -218,7 +218,7 @@ def precision_recall(
     samples: np.ndarray,
     *,
     k: int = 3,
-    block: int = 4096,
+    block: int = 2560,
     distances: str = "float16",
 ) -> tuple[float, float]:
     """Compute precision and recall by k-nearest-neighbour manifolds.
@@ -231,7 +231,7 @@ def precision_recall(
       reference: (N, D) float32 features, N > k.
       samples: (M, D) float32 features, M > k.
       k: neighbours.
-      block: rows and columns of the distance blocks; the result does not depend on it.
+      block: most rows and columns of the distance blocks; the result does not depend on it.
       distances: "float16" rounds like the ADM suite and so reproduces its numbers: on 2,048 features,
         rounding moves points into balls that they miss by less than a thousandth, which adds one or two
         points to both scores. "float32" is the definition without rounding. Features too large for
@@ -262,8 +262,12 @@ def precision_recall(
     reference_radii = _squared_radii(*reference, k, block, half)
     sample_radii = _squared_radii(*samples, k, block, half)
     precision, recall = np.zeros(len(sample_radii), bool), np.zeros(len(reference_radii), bool)
-    for row, *rows in _blocks(*samples, sample_radii, block):
-        for column, *columns in _blocks(*reference, reference_radii, block):
+    sample_blocks, reference_blocks = (
+        _blocks(*samples, sample_radii, block),
+        _blocks(*reference, reference_radii, block),
+    )
+    for row, *rows in sample_blocks:
+        for column, *columns in reference_blocks:
             in_reference, in_samples = _inside(*rows, *columns, half=half)
             precision[row] |= np.asarray(in_reference)[: row.stop - row.start]
             recall[column] |= np.asarray(in_samples)[: column.stop - column.start]
@@ -313,29 +317,33 @@ def _half_norms(features: np.ndarray) -> np.ndarray:
 
 def _squared_radii(features: np.ndarray, norms: np.ndarray, k: int, block: int, half: bool) -> np.ndarray:
     """Return each row's squared distance to its k-th neighbour, (N,) float32."""
-    present, block = np.zeros(len(features), np.float32), min(block, len(features))
+    blocks = _blocks(features, norms, np.zeros(len(features), np.float32), block)
     # k + 1, since the row itself is among its neighbours, at distance 0.
-    smallest = [jnp.full((block, k + 1), jnp.inf)] * -(-len(features) // block)
-    for i, (row, *rows) in enumerate(_blocks(features, norms, present, block)):
+    smallest = [jnp.full((len(norms), k + 1), jnp.inf) for _, _, norms, _ in blocks]
+    for i, (_, *rows) in enumerate(blocks):
         # Products of two blocks serve both: half of the products are enough.
-        for j, (_, *columns) in enumerate(_blocks(features, norms, present, block, row.start), i):
+        for j, (_, *columns) in enumerate(blocks[i:], i):
             of_rows, of_columns = _merge_smallest(smallest[i], smallest[j], *rows, *columns, half=half)
             smallest[i], smallest[j] = of_rows, of_rows if i == j else of_columns
     return np.concatenate([np.asarray(each[:, k]) for each in smallest])[: len(features)]
 
 
-def _blocks(features: np.ndarray, norms: np.ndarray, radii: np.ndarray, block: int, first: int = 0):
-    """Yield (slice, features (block, D), norms (block,), radii (block,)); radius -1 marks padding."""
-    block = min(block, len(features))
-    for start in range(first, len(features), block):
-        rows = slice(start, min(start + block, len(features)))
-        padding = block - (rows.stop - rows.start)
-        yield (
-            rows,
-            jnp.asarray(np.pad(features[rows], ((0, padding), (0, 0)))),
-            jnp.asarray(np.pad(norms[rows], (0, padding))),
-            jnp.asarray(np.pad(radii[rows], (0, padding), constant_values=-1.0)),
+def _blocks(features: np.ndarray, norms: np.ndarray, radii: np.ndarray, block: int) -> list[tuple]:
+    """Cut a set into (slice, features (b, D), norms (b,), radii (b,)), b <= block; radius -1 marks padding."""
+    count = -(-len(features) // block)
+    size = -(-len(features) // count)
+    blocks = []
+    for rows in (slice(start, min(start + size, len(features))) for start in range(0, len(features), size)):
+        padding = size - (rows.stop - rows.start)
+        blocks.append(
+            (
+                rows,
+                jnp.asarray(np.pad(features[rows], ((0, padding), (0, 0)))),
+                jnp.asarray(np.pad(norms[rows], (0, padding))),
+                jnp.asarray(np.pad(radii[rows], (0, padding), constant_values=-1.0)),
+            )
         )
+    return blocks
 
 
 @partial(jax.jit, static_argnames="half")

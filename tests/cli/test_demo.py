@@ -104,7 +104,7 @@ def test_damaged_shard_is_named(tiny_demo, surroundings, tmp_path):
 
 
 def test_a_study_that_is_killed_continues(tiny_demo, surroundings, tmp_path, root):
-    """One offset on the demo's stages; the first process is killed while it trains."""
+    """Learned clocks on the demo's stages; the first process is killed while it trains."""
     workdir, out = tiny_demo.folder, tmp_path / "study"
     stages = ("texture_vae", "encoder", "semantic_vae", "latents")
     for stage in stages:
@@ -115,9 +115,9 @@ def test_a_study_that_is_killed_continues(tiny_demo, surroundings, tmp_path, roo
     (out / "shared" / "demo.json").write_text(json.dumps(record))
 
     config, script = "--config=configs/digits.py:study,tiny", root / "scripts" / "experiments" / "offset.py"
-    command = [sys.executable, script, "--data=digits", config, f"--out={out}", "--seeds=0", "--cell=offset_1_s0"]
+    command = [sys.executable, script, "--data=digits", config, f"--out={out}", "--seeds=0", "--cell=learned_s0"]
     surroundings = {**surroundings, "env": {**surroundings["env"], "PYTHONPATH": str(root)}}
-    kept, deadline = out / "cells" / "offset_1_s0" / "run" / "checkpoints" / "2", time.monotonic() + 600
+    kept, deadline = out / "cells" / "learned_s0" / "run" / "checkpoints" / "2", time.monotonic() + 600
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, **surroundings)
         while not kept.exists() and process.poll() is None and time.monotonic() < deadline:
@@ -129,9 +129,19 @@ def test_a_study_that_is_killed_continues(tiny_demo, surroundings, tmp_path, roo
 
     done = subprocess.run(command, capture_output=True, **surroundings)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "[texture_vae]" not in done.stdout and "[offset_1_s0]" in done.stdout
+    assert "[texture_vae]" not in done.stdout and "[learned_s0]" in done.stdout
     cells = json.loads((out / "offset.json").read_text())["cells"]
-    assert [(each["cell"], each["step"]) for each in cells] == [("offset_1", 4)]
+    assert [(each["cell"], each["step"]) for each in cells] == [("learned", 4)]
     scores = ["frechet_distance", "precision", "recall", "read_as_label", "corrected_loss"]
     assert all(list(each["scores"]) == scores and np.isfinite(list(each["scores"].values())).all() for each in cells)
-    assert "\n| 1 | 1 | " in (out / "offset.md").read_text() and (out / "offset.png").stat().st_size > 5000
+    assert "\n| learned | 1 | " in (out / "offset.md").read_text() and (out / "offset.png").stat().st_size > 5000
+
+    done = subprocess.run(
+        [sys.executable, script.with_name("dependence.py"), f"--out={out}"], capture_output=True, **surroundings
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((out / "dependence.json").read_text())
+    assert all(np.isfinite(values).all() for values in found["errors"].values())
+    losses, energies = found["curves"].values()
+    assert list(losses) == list(energies) and np.isfinite(list(losses.values())).all()
+    assert energies["offset 0"] == pytest.approx(1) and energies["offset 1"] == pytest.approx(2, rel=0.01)

@@ -23,6 +23,7 @@ from sfd_jax.evaluation import (
     save_statistics,
 )
 from sfd_jax.evaluation.evaluate import ADM_METRICS
+from sfd_jax.evaluation.features import CPU_OPTIONS, _cpu_options
 from sfd_jax.evaluation.reference import Reference
 from sfd_jax.models import Network
 from sfd_jax.models.encoders import dinov2_config
@@ -82,6 +83,12 @@ def test_pieces_of_any_size_are_kept_in_order():
     np.testing.assert_array_equal(
         np.concatenate(rows), SAMPLES.reshape(300, 45).astype(np.float32) @ stand_in().params["weights"]
     )
+
+
+def test_an_option_that_xla_does_not_know_is_left_out(monkeypatch):
+    assert _cpu_options() == CPU_OPTIONS
+    monkeypatch.setattr("sfd_jax.evaluation.features.CPU_OPTIONS", {"xla_cpu_of_another_version": "yes"})
+    assert _cpu_options() is None
 
 
 def test_statistics_file_gives_the_same_scores_as_the_images(tmp_path):
