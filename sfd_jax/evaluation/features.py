@@ -22,7 +22,7 @@ from sfd_jax.models.fingerprint import params_hash
 from sfd_jax.models.layers import check_divides
 from sfd_jax.models.network import checkpoint_name
 
-# YNNPACK for products alone: its convolutions took a quarter longer than XLA's own for Inception (Zen 3, jax 0.12).
+# YNNPACK for products alone: with its convolutions Inception took an eighth longer (Zen 3, jax 0.12).
 CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 Checkpoint = tuple[dict, dict]  # (params, metadata), as `training.checkpoint.load_params` returns
