@@ -262,11 +262,8 @@ def precision_recall(
     reference_radii = _squared_radii(*reference, k, block, half)
     sample_radii = _squared_radii(*samples, k, block, half)
     precision, recall = np.zeros(len(sample_radii), bool), np.zeros(len(reference_radii), bool)
-    sample_blocks, reference_blocks = (
-        _blocks(*samples, sample_radii, block),
-        _blocks(*reference, reference_radii, block),
-    )
-    for row, *rows in sample_blocks:
+    reference_blocks = _blocks(*reference, reference_radii, block)
+    for row, *rows in _blocks(*samples, sample_radii, block):
         for column, *columns in reference_blocks:
             in_reference, in_samples = _inside(*rows, *columns, half=half)
             precision[row] |= np.asarray(in_reference)[: row.stop - row.start]
@@ -330,20 +327,19 @@ def _squared_radii(features: np.ndarray, norms: np.ndarray, k: int, block: int, 
 
 def _blocks(features: np.ndarray, norms: np.ndarray, radii: np.ndarray, block: int) -> list[tuple]:
     """Cut a set into (slice, features (b, D), norms (b,), radii (b,)), b <= block; radius -1 marks padding."""
-    count = -(-len(features) // block)
-    size = -(-len(features) // count)
-    blocks = []
-    for rows in (slice(start, min(start + size, len(features))) for start in range(0, len(features), size)):
+    size = -(-len(features) // -(-len(features) // block))
+
+    def cut(start: int) -> tuple:
+        rows = slice(start, min(start + size, len(features)))
         padding = size - (rows.stop - rows.start)
-        blocks.append(
-            (
-                rows,
-                jnp.asarray(np.pad(features[rows], ((0, padding), (0, 0)))),
-                jnp.asarray(np.pad(norms[rows], (0, padding))),
-                jnp.asarray(np.pad(radii[rows], (0, padding), constant_values=-1.0)),
-            )
+        return (
+            rows,
+            jnp.asarray(np.pad(features[rows], ((0, padding), (0, 0)))),
+            jnp.asarray(np.pad(norms[rows], (0, padding))),
+            jnp.asarray(np.pad(radii[rows], (0, padding), constant_values=-1.0)),
         )
-    return blocks
+
+    return [cut(start) for start in range(0, len(features), size)]
 
 
 @partial(jax.jit, static_argnames="half")

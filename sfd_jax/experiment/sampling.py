@@ -74,7 +74,8 @@ def sample_job(
     rules = (*RULES["sample"], Only("weak", "guidance", ("autoguidance",)))
     faults = useless(rules, values | {"weak": weak}, {*given, *(["weak"] if weak else [])}, flag.format)
     if {"guidance_scale", *(both := ("guidance_scale_semantic", "guidance_scale_texture"))} <= given.keys():
-        faults.setdefault("guidance_scale", f"--guidance_scale has no effect beside --{both[0]} and --{both[1]}")
+        scale, *others = map(flag.format, ("guidance_scale", *both))
+        faults.setdefault("guidance_scale", f"{scale} has no effect beside {' and '.join(others)}")
     Faults(faults.values()).stop()
     return SampleJob.effective(values), notes
 
